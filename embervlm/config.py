@@ -1,0 +1,327 @@
+"""What a run is made of: frozen dataclasses, read from YAML, checked before anything else happens.
+
+YAML keys are the field names (the Stage 4 guide's where it names one). An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
+"""Parts of the model that have a learning rate of their own; the first level of parameter names."""
+REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
+LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
+_ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be run with; the message says which, and what to write instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledSamplingConfig:
+    enabled: bool = True
+    initial_teacher_forcing: float = 1.0
+    """Share of gold tokens among the chain's inputs in a phase's first epoch."""
+    final_teacher_forcing: float = 0.5
+    """The same in its last epoch."""
+
+    def __post_init__(self) -> None:
+        for name in ("initial_teacher_forcing", "final_teacher_forcing"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One pass of training with one optimizer: Stage 3, phase 1, phase 2 or a baseline."""
+
+    name: str = ""
+    epochs: int = 5
+    learning_rate: float = 1e-4
+    """Peak learning rate, before `learning_rate_multipliers`."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warmup; cosine decay to `final_lr_ratio` follows."""
+    final_lr_ratio: float = 0.1
+    freeze_backbone: bool = False
+    trainable_components: tuple[str, ...] = ()
+    """The guide's list; only checked against what `freeze_backbone` and the multipliers say."""
+    frozen_components: tuple[str, ...] = ()
+    learning_rate_multipliers: Mapping[str, float] = field(default_factory=dict)
+    """Component -> factor on `learning_rate`; 0 freezes. A component not named has 1, or 0 under `freeze_backbone`."""
+    reasoning_loss_weight: float = 0.0
+    consistency_loss_weight: float = 0.0
+    answer_loss_weight: float = 0.0
+    multimodal_loss_weight: float = 0.0
+    direct_loss_weight: float = 0.0
+    """Weight of answering directly, without a chain; Phase 2 without it forgets how."""
+    direct_records_ratio: float = 0.0
+    """Direct-answer records per reasoning record in a batch."""
+    dense_loss_weight: float = 0.0
+    """Stage 3: what is in each patch, where the data know it."""
+    caption_records_ratio: float = 0.0
+    """Stage 3: caption and glossary records per direct record."""
+    max_minutes: float | None = None
+    """Stop after this time on the clock, warmup and decay stretched over it; None trains `epochs`."""
+    weight_decay: float = 0.01
+    gradient_clipping: float = 1.0
+
+    def __post_init__(self) -> None:
+        where = f"phase {self.name!r}: " if self.name else ""
+        _require(self.epochs >= 1, f"{where}epochs: {self.epochs} is less than 1")
+        _require(self.learning_rate > 0, f"{where}learning_rate: {self.learning_rate} is not positive")
+        _require(self.warmup_steps >= 0, f"{where}warmup_steps: {self.warmup_steps} is negative")
+        _require(self.gradient_clipping > 0, f"{where}gradient_clipping: {self.gradient_clipping} is not positive")
+        if wrong := set(self.learning_rate_multipliers) - set(COMPONENTS):
+            raise ConfigError(f"{where}learning_rate_multipliers: unknown {sorted(wrong)}; components are {COMPONENTS}")
+        if wrong := [name for name, factor in self.learning_rate_multipliers.items() if factor < 0]:
+            raise ConfigError(f"{where}learning_rate_multipliers: {wrong} are negative")
+        for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
+            _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
+        self._check_component_lists(where)
+
+    def _check_component_lists(self, where: str) -> None:
+        multipliers = self.multipliers
+        for field_name, should_train in (("trainable_components", True), ("frozen_components", False)):
+            for listed in getattr(self, field_name):
+                name = _ALIASES.get(listed, listed)
+                if name == "all":
+                    wrong = [part for part, factor in multipliers.items() if (factor > 0) != should_train]
+                    _require(not wrong, f"{where}{field_name}: says all, but {wrong} would not")
+                    continue
+                component = "reasoning_module" if name in REASONING_PARTS else name
+                _require(component in COMPONENTS, f"{where}{field_name}: no component is called {listed!r}")
+                _require(
+                    (multipliers[component] > 0) == should_train,
+                    f"{where}{field_name}: lists {listed}, but its learning rate multiplier is "
+                    f"{multipliers[component]:g} (freeze_backbone: {str(self.freeze_backbone).lower()})",
+                )
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Factor on the learning rate for every component."""
+        out = {}
+        for component in COMPONENTS:
+            default = 0.0 if self.freeze_backbone and component != "reasoning_module" else 1.0
+            out[component] = float(self.learning_rate_multipliers.get(component, default))
+        return out
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {term: getattr(self, f"{term}_loss_weight") for term in (*LOSS_TERMS, "dense")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    target_samples: int = 50000
+    validate_reasoning: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Stage 4: both phases and what they share."""
+
+    name: str = "cot_reasoning"
+    phase1: PhaseConfig = PhaseConfig(freeze_backbone=True)
+    phase2: PhaseConfig = PhaseConfig()
+    batch_size: int = 32
+    """Records per device and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    reasoning_augmentation: AugmentationConfig = AugmentationConfig()
+    scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
+    max_reasoning_length: int = 512
+    """Tokens of the chain and answer; longer chains are an error of the data, listed before training."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of the backbone in the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "max_reasoning_length"):
+            _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """Training on with direct answers only, to see what reasoning is worth."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 20
+    batch_size: int = 32
+    same_time: bool = True
+    """Also train for as long on the clock as both phases took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    model: str = "embervlm-39m"
+    """Name of a preset in `configs/model/`, or a path to such a YAML."""
+    seed: int = 0
+    output_dir: str = "outputs"
+    reasoning_data: str = "data/stage4/reasoning_data.json"
+    image_root: str | None = None
+    """Folder that picture paths are relative to; None is the data file's own folder."""
+    allow_outside: bool = False
+    """Accept pictures outside that folder."""
+    resume_from: str | None = None
+    """Checkpoint whose weights a phase starts from. A run that is under way resumes by itself."""
+    engine: str = "deepspeed"
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on the CPU."""
+    zero_stage: int = 2
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON that is used in place of the one for `zero_stage` and `precision`."""
+    stage3: PhaseConfig = PhaseConfig(name="perception_and_answers")
+    stage3_batch_size: int = 64
+    stage4: StageConfig = StageConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    save_steps: int = 500
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations on the val split; None evaluates at the end of a phase only."""
+    eval_samples: int = 64
+    sample_records: int = 8
+    """Chains written to `reasoning_samples` after every epoch."""
+    keep_last: int = 3
+    log_steps: int = 10
+    max_steps: int | None = None
+    """Stop each phase after this many optimizer steps."""
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("deepspeed", "torch"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
+        for name in ("save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples"):
+            _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
+        for name in ("max_steps", "eval_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}: {value} is less than 1")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
+def from_mapping(cls: type[Config], values: Any, where: str = "") -> Config:
+    """A `cls` from parsed YAML. Every unknown key and wrong type in it is reported together, with its path."""
+    problems: list[str] = []
+    built = _build(cls, values, where, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return typing.cast(Config, built)
+
+
+def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'config'}: expected a mapping, found {values!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            problems.append(f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+            continue
+        kwargs[key] = _convert(hints[key], value, path, problems)
+    if problems:
+        return None
+    try:
+        return cls(**kwargs)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return None
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path, problems)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value, path, problems)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin in (Mapping, dict) and isinstance(value, Mapping):
+        item_hint = typing.get_args(hint)[1]
+        return {key: _convert(item_hint, item, f"{path}.{key}", problems) for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    wanted = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    problems.append(f"{path}: expected {wanted}, found {value!r}")
+    return None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError with file and line otherwise."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings, in place."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[last] = value
+
+
+def load_train_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top."""
+    values = read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        override(values, dotted, value)
+    try:
+        return from_mapping(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def model_preset(name: str) -> dict[str, Any]:
+    """Settings of an `EmberVLMConfig` by preset name or YAML path."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = REPOSITORY / "configs" / "model" / f"{name}.yaml"
+        if not path.exists():
+            known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
+            raise ConfigError(f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML")
+    return read_yaml(path)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Plain mapping of a config, as saved with every run."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,185 @@
+"""Chains of thought and answers as text: what a record spells and what a model writes, read by the same code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
+"""The default candidates of an answer; a record's own `metadata.candidates` go before them."""
+REASONING_START = "<|reasoning_start|>"
+REASONING_END = "<|reasoning_end|>"
+CONCLUSION = "Conclusion: "
+
+# ---- chains of thought as text
+
+_START = re.compile(re.escape(REASONING_START) + r"|<reasoning>")
+_END = re.compile(re.escape(REASONING_END) + r"|</reasoning>")
+_STEP_HEADER = re.compile(r"step\s+\d+\s*(?::\s*|[.)\-]\s+|(?=\.\.\.)|$)", re.IGNORECASE)
+_CONCLUSION_HEADER = re.compile(r"conclusion\s*:\s*", re.IGNORECASE)
+_BOLD_HEADER = re.compile(r"^(?:#{1,6}\s+)?\*\*((?:step\s+\d+|conclusion)[^*]*)\*\*\s*", re.IGNORECASE)
+_INLINE_HEADER = re.compile(r"(?<=\s)(?:Step\s+(\d+)\s*(?::|\.\.\.)|Conclusion\s*:)")
+_BULLET = re.compile(r"[-*\u2022]\s")
+
+
+def parse_reasoning_text(text: str) -> tuple[str, ...]:
+    """The steps written in `text`, the conclusion last; `()` where it holds none. Never raises: for model output too.
+
+    A step starts at a line "Step N: ..." (also "**Step N:** ...", "Step N. ..."), or inside a line at "Step N:" where
+    N is the next number, since the unified spelling may put the chain on one line. Steps are renumbered from 1.
+    Text outside the markers, before the first step and after the conclusion's own lines is not part of the chain.
+    """
+    return parse_chain(text)[0]
+
+
+def format_reasoning(steps: Sequence[str]) -> str:
+    """ "Step 1: ...\\nStep 2: ...\\nConclusion: ..."; `parse_reasoning_text` gives the same steps back."""
+    last = len(steps) - 1
+    return "\n".join(
+        step if i == last and step.startswith(CONCLUSION) else f"Step {i + 1}: {step}" for i, step in enumerate(steps)
+    )
+
+
+def parse_chain(text: str) -> tuple[tuple[str, ...], list[str]]:
+    """Steps, and the stray text that belongs to none of them."""
+    body, stray = _between_markers(text)
+    steps: list[list[str]] = []
+    conclusion: list[str] | None = None
+    current: list[str] | None = None
+    closed = False  # a header after the conclusion: whatever follows is another chain, not this one
+    for line in body.splitlines():
+        rest = _BOLD_HEADER.sub(r"\1 ", line.strip(), count=1) if "**" in line else line
+        rest = rest.strip()
+        while rest:
+            if closed:
+                stray.append(rest)
+                break
+            if header := _STEP_HEADER.match(rest):
+                if conclusion is not None:
+                    closed = True
+                    continue
+                if current is None or current:  # else: reuse the step that is still empty
+                    steps.append(current := [])
+                rest = rest[header.end() :]
+            elif header := _CONCLUSION_HEADER.match(rest):
+                if conclusion:
+                    closed = True
+                    continue
+                current = conclusion = [] if conclusion is None else conclusion
+                rest = rest[header.end() :]
+            else:
+                next_number = str(sum(map(bool, steps)) + (0 if current else 1) + 1)
+                cut = len(rest) if current is None or conclusion is not None else _inline_cut(rest, next_number)
+                (stray if current is None else current).append(rest[:cut].rstrip())
+                rest = rest[cut:]
+    found = ["\n".join(lines) for lines in steps if lines]
+    if conclusion:
+        found.append(CONCLUSION + "\n".join(conclusion))
+    return tuple(found), stray
+
+
+def _inline_cut(text: str, next_number: str) -> int:
+    """Where the next step or the conclusion starts inside a line; the line's length where none does."""
+    for match in _INLINE_HEADER.finditer(text):
+        if match[1] in (None, next_number):
+            return match.start()
+    return len(text)
+
+
+def _between_markers(text: str) -> tuple[str, list[str]]:
+    start = _START.search(text)
+    begin = start.end() if start else 0
+    end = _END.search(text, begin)
+    outside = (text[: start.start()] if start else "", text[end.end() :] if end else "")
+    body = text[begin : end.start() if end else len(text)]
+    # A newline, not nothing: what stood around a marker must not grow together into a new one.
+    return _END.sub("\n", _START.sub("\n", body)), [part.strip() for part in outside if part.strip()]
+
+
+def number_lines(lines: Sequence[str]) -> str:
+    """A list of lines or of steps as one text.
+
+    Without any "Step N:" line each element is a step, except that a bullet belongs to the step before it (unless all
+    are bullets).
+    """
+    bare = [_END.sub("", _START.sub("", text)).strip() for text in lines]
+    if any(_STEP_HEADER.match(_BOLD_HEADER.sub(r"\1 ", part.strip())) for text in bare for part in text.splitlines()):
+        return "\n".join(lines)
+    joins = any(text and not _BULLET.match(text) and not _CONCLUSION_HEADER.match(text) for text in bare)
+    numbered: list[str] = []
+    number = 0
+    for text, content in zip(lines, bare, strict=True):
+        if content and not _CONCLUSION_HEADER.match(content) and not (joins and number and _BULLET.match(content)):
+            number += 1
+            text = text.replace(content, f"Step {number}: {content}", 1)
+        numbered.append(text)
+    return "\n".join(numbered)
+
+
+# ---- answers
+
+_SEPARATOR = re.compile(r"(?:[\s,;/&+]|\band\b|\.(?=\s|$))+", re.IGNORECASE)
+_NAME_END = re.compile(r"\s*[,;/&+\n]|\s+and\s", re.IGNORECASE)
+_ROLE = re.compile(
+    r"(?:(?:primary|secondary|tertiary|main|lead|backup|support|fallback|answer)(?:\s+robots?)?|robots?)\s*:\s*",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=4096)
+def _name_patterns(candidates: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Each candidate with a pattern that finds it, the longest name first."""
+    patterns = []
+    for name in sorted(filter(str.strip, candidates), key=len, reverse=True):
+        words = r"[\s_-]+".join(map(re.escape, name.split()))
+        # A one-letter choice is matched as written: "a robot" does not name choice A.
+        flags = re.IGNORECASE if len(name) > 1 else 0
+        patterns.append((name, re.compile(rf"(?<!\w){words}(?!\w)", flags)))
+    return tuple(patterns)
+
+
+def parse_answer(text: str, candidates: Sequence[str] = ROBOTS) -> tuple[str, ...]:
+    """The candidates that `text` names, in the order of `candidates`; `()` where it names none. Never raises.
+
+    Longest name first, so "Robot with Wheels" is not also a candidate "Robot". Case does not matter, nor do roles
+    ("Primary: Humanoid"); other words are ignored. For a model's answer, not its chain: "not a Drone" names Drone.
+    """
+    whole = _ROLE.sub("", text.strip(), count=1).strip(" .\t\n\"'()").casefold()
+    if exact := tuple(name for name in candidates if name.casefold() == whole):
+        return exact[:1]
+    found = set()
+    for name, pattern in _name_patterns(tuple(candidates)):
+        text, count = pattern.subn("\0", text)
+        if count:
+            found.add(name)
+    return tuple(name for name in candidates if name in found)
+
+
+def strict_answer(text: str, candidates: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Names in `text` that are candidates, and those that are not."""
+    known: list[str] = []
+    unknown: list[str] = []
+    by_name = {" ".join(name.split()).casefold(): name for name in candidates}
+    if (whole := by_name.get(" ".join(text.split()).casefold())) is not None:
+        return [whole], []
+    position = 0
+    while position < len(text):
+        if skip := _SEPARATOR.match(text, position):
+            position = skip.end()
+            continue
+        for name, pattern in _name_patterns(candidates):
+            match = pattern.match(text, position)
+            if match and (match.end() == len(text) or _SEPARATOR.match(text, match.end())):
+                known.append(name)
+                position = match.end()
+                break
+        else:
+            if role := _ROLE.match(text, position):
+                position = role.end()
+                continue
+            end = _NAME_END.search(text, position)
+            stop = end.start() if end else len(text)
+            unknown.append(text[position:stop].strip())
+            position = max(stop, position + 1)
+    return known, unknown

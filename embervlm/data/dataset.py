@@ -1,0 +1,197 @@
+"""Records as token ids, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT, ReasoningTokenizer
+
+REASONING, DIRECT, CAPTION = "reasoning", "direct", "caption"
+CAPTION_PROMPT = "Describe the picture."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One record in one form, as ids. All positions count from the start of the text."""
+
+    record: int
+    """Index into the records; -1 for a text that belongs to none."""
+    form: str
+    """`reasoning`, `direct` or `caption`."""
+    prompt: list[int]
+    target: list[int]
+    """What is scored: chain and answer, answer alone, or caption."""
+    answer_position: int | None = None
+    """Where the answer head reads: the token that opens the conclusion."""
+    step_spans: tuple[tuple[int, int], ...] = ()
+    """First and one-past-last position of each step's text, the conclusion last."""
+    attend: tuple[tuple[int, Tensor], ...] = ()
+    """(step, bool mask over the visual tokens): what a step's words look at."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+def step_texts(record: ReasoningRecord) -> tuple[list[str], str | None]:
+    """Steps without the conclusion, and the conclusion's text without its heading."""
+    steps = list(record.steps)
+    if steps and steps[-1].startswith(CONCLUSION):
+        return steps[:-1], steps[-1].removeprefix(CONCLUSION)
+    return steps, None
+
+
+def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
+    """Visual tokens that any of `boxes` (left, top, right, bottom in [0, 1]) covers, `[grid * grid]` bool, by rows."""
+    mask = torch.zeros(grid, grid, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        rows = slice(int(top * grid), max(int(top * grid) + 1, int(np.ceil(bottom * grid))))
+        columns = slice(int(left * grid), max(int(left * grid) + 1, int(np.ceil(right * grid))))
+        mask[rows, columns] = True
+    return mask.flatten()
+
+
+def encode_reasoning(
+    records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int, max_length: int
+) -> list[Sample]:
+    """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens."""
+    texts = [step_texts(record) for record in records]
+    flat = [text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))]
+    encoded = iter(tokenizer.encode_many(flat))
+    prompts = tokenizer.encode_many([record.instruction for record in records])
+    answers = tokenizer.encode_many([", ".join(record.answer) for record in records])
+    samples, problems = [], []
+    for index, (record, (steps, conclusion)) in enumerate(zip(records, texts)):
+        step_ids = [next(encoded) for _ in steps]
+        conclusion_ids = None if conclusion is None else next(encoded)
+        chain = tokenizer.chain_ids(step_ids, conclusion_ids)
+        target = [*chain, tokenizer.ids["<|answer_start|>"], *answers[index], tokenizer.ids["<|answer_end|>"]]
+        if len(target) > max_length:
+            problems.append(
+                f"record {record.record_id}: reasoning: {len(target)} tokens with its answer, more than the "
+                f"{max_length} of --max_reasoning_length; shorten the chain or raise the limit"
+            )
+            continue
+        prompt = prompts[index]
+        position, spans = len(prompt) + 1, []
+        for ids in (*step_ids, *([] if conclusion_ids is None else [conclusion_ids])):
+            spans.append((position + 1, position + 1 + len(ids)))
+            position += 1 + len(ids)
+        opens = spans[-1][0] - 1 if conclusion_ids is not None else len(prompt) + len(chain) - 1
+        samples.append(Sample(
+            record=index, form=REASONING, prompt=prompt, target=target, answer_position=opens,
+            step_spans=tuple(spans), attend=_attention_targets(record.metadata, grid),
+        ))  # fmt: skip
+    if problems:
+        raise DataError.of(problems)
+    return samples
+
+
+def _attention_targets(metadata: Mapping[str, Any], grid: int) -> tuple[tuple[int, Tensor], ...]:
+    """From `boxes` and `seen` of the metadata, where a record has them."""
+    by_kind: dict[str, list[Sequence[float]]] = {}
+    for box in metadata.get("boxes") or ():
+        by_kind.setdefault(box["kind"], []).append(box["box"])
+    out = []
+    for step, kinds in enumerate(metadata.get("seen") or ()):
+        boxes = [box for kind in kinds for box in by_kind.get(kind, ())]
+        if boxes:
+            out.append((step, boxes_to_mask(boxes, grid)))
+    return tuple(out)
+
+
+def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> list[Sample]:
+    """Every record as question and answer, without a chain."""
+    prompts = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in records])
+    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in records])
+    return [
+        Sample(record=index, form=DIRECT, prompt=prompt, target=[*answer, tokenizer.end_of_text])
+        for index, (prompt, answer) in enumerate(zip(prompts, answers))
+    ]
+
+
+def encode_captions(
+    records: Sequence[ReasoningRecord], texts: Sequence[str], tokenizer: ReasoningTokenizer
+) -> list[Sample]:
+    """A caption for every picture that has one, and `texts` that belong to no picture (glossary)."""
+    captioned: dict[str, int] = {}
+    for index, record in enumerate(records):
+        if record.image and record.metadata.get("caption"):
+            captioned.setdefault(record.image, index)
+    prompt = tokenizer.encode(CAPTION_PROMPT)
+    captions = tokenizer.encode_many([" " + records[index].metadata["caption"] for index in captioned.values()])
+    samples = [
+        Sample(record=index, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
+        for index, ids in zip(captioned.values(), captions)
+    ]
+    start = [tokenizer.end_of_text]
+    samples += [
+        Sample(record=-1, form=CAPTION, prompt=start, target=[*ids, tokenizer.end_of_text])
+        for ids in tokenizer.encode_many(list(texts))
+    ]
+    return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """Which samples make up each global batch of an epoch: the same for every number of ranks.
+
+    The main samples all come once; of each mixed-in list as many as `mix` asks for, another part of it every epoch.
+    Batches are of like length, so that little is padding (sorted within `window` batches), and in random order.
+    """
+
+    main: Sequence[Sample]
+    mixed: Sequence[tuple[Sequence[Sample], float]] = ()
+    """(samples, how many per main sample)."""
+    global_batch: int
+    """Main samples per optimizer step over all ranks and micro-batches."""
+    seed: int
+    window: int = 16
+    _orders: dict[int, list[list[Sample]]] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.main) // self.global_batch)
+
+    def batch(self, step: int) -> list[Sample]:
+        """Samples of optimizer step `step`, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._plan(epoch)
+        return self._orders[epoch][index]
+
+    def _plan(self, epoch: int) -> list[list[Sample]]:
+        rng = random.Random(f"epoch:{self.seed}:{epoch}")
+        order = list(range(len(self.main)))
+        rng.shuffle(order)
+        span = self.window * self.global_batch
+        for start in range(0, len(order), span):
+            order[start : start + span] = sorted(order[start : start + span], key=lambda i: len(self.main[i]))
+        batches = [
+            [self.main[i] for i in order[start : start + self.global_batch]]
+            for start in range(0, len(order), self.global_batch)
+        ]
+        rng.shuffle(batches)
+        for number, (samples, ratio) in enumerate(self.mixed):
+            self._mix_in(batches, samples, ratio, random.Random(f"mix:{self.seed}:{epoch}:{number}"))
+        return batches
+
+    @staticmethod
+    def _mix_in(batches: list[list[Sample]], samples: Sequence[Sample], ratio: float, rng: random.Random) -> None:
+        if not samples or not ratio:
+            return
+        order: list[int] = []
+        for batch in batches:
+            for _ in range(round(len(batch) * ratio)):
+                if not order:
+                    order = list(range(len(samples)))
+                    rng.shuffle(order)
+                batch.append(samples[order.pop()])

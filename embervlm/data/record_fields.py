@@ -1,0 +1,255 @@
+"""The fields of one record: each is checked, and what is wrong with it is said together with what to do.
+
+`records.py` reads files with this; nothing here raises, every finding goes to `report`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from embervlm.data.chain_text import (
+    CONCLUSION,
+    REASONING_END,
+    REASONING_START,
+    number_lines,
+    parse_chain,
+    strict_answer,
+)
+
+MAX_STEPS = 64
+MAX_CHAIN_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldRules:
+    """What all records of one file are checked against, and what was already looked up for it."""
+
+    image_root: str
+    candidates: tuple[str, ...]
+    require_reasoning: bool
+    allow_outside: bool
+    max_steps: int
+    folders: dict[str, str] = field(default_factory=dict)
+    images: dict[str, tuple[str | None, str]] = field(default_factory=dict)
+
+
+_OWN_FIELDS = frozenset(
+    ["id", "record_id", "image", "instruction", "question", "reasoning", "reasoning_steps"]
+    + ["answer", "confidence", "metadata", "num_steps"]
+)
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+Report = Callable[[str], None]
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def _quote(text: str) -> str:
+    """The start of `text` on one printable line, in double quotes."""
+    short = text if len(text) <= 80 else text[:77] + "..."
+    return json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, report: Report) -> dict[str, Any]:
+    """The arguments of a `ReasoningRecord`; of use only if nothing was reported."""
+    metadata = _read_metadata(value, report)
+    return {
+        "record_id": _read_id(value, default_id, report),
+        "image": _read_image(value.get("image"), rules, report),
+        "instruction": _read_instruction(value, metadata, report),
+        "steps": _read_steps(value, rules, report),
+        "answer": _read_answer(value.get("answer"), metadata, rules, report),
+        "confidence": _read_confidence(value.get("confidence"), report),
+        "metadata": metadata,
+    }
+
+
+def _read_metadata(value: dict[str, Any], report: Report) -> dict[str, Any]:
+    """`metadata` and every field of the record that has no place of its own."""
+    inner = value.get("metadata")
+    if inner is not None and not isinstance(inner, dict):
+        report(f"metadata: is {kind(inner)}, not an object; write {{...}} or leave the field out")
+        inner = None
+    metadata = {key: item for key, item in (inner or {}).items() if key != "num_steps"}
+    for key, item in value.items():
+        if key not in _OWN_FIELDS:
+            if key in metadata and metadata[key] != item:
+                report(f"{_quote(key)}: differs from the same field in metadata; keep one of the two")
+            metadata[key] = item
+    return metadata
+
+
+def _read_id(value: dict[str, Any], default: str, report: Report) -> str:
+    found = next((value[key] for key in ("id", "record_id") if value.get(key) is not None), default)
+    if isinstance(found, bool) or not isinstance(found, (str, int)) or found == "":
+        report(f"id: is {kind(found) if found != '' else 'empty'}; give a string or a number, or leave the field out")
+        return default
+    return str(found)
+
+
+def _read_instruction(value: dict[str, Any], metadata: dict[str, Any], report: Report) -> str:
+    name = "instruction" if value.get("instruction") is not None else "question"
+    text = value.get(name)
+    if text is None:
+        report("instruction: is missing; add the question as `instruction` or `question`")
+    elif not isinstance(text, str):
+        report(f"{name}: is {kind(text)}, not a string; write the question as text")
+    elif not text.strip():
+        report(f"{name}: is empty; write the question")
+    else:
+        other = value.get("question")
+        if name == "instruction" and other is not None and other != text:
+            metadata.setdefault("question", other)
+        return text.strip()
+    return ""
+
+
+def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tuple[str, ...]:
+    given = [name for name in ("reasoning", "reasoning_steps") if value.get(name) not in (None, "", [])]
+    if len(given) > 1:
+        report("reasoning: stands beside reasoning_steps; keep one of the two")
+        return ()
+    if not given:
+        if rules.require_reasoning:
+            blank = any(value.get(name) is not None for name in ("reasoning", "reasoning_steps"))
+            report(f"reasoning: is {'empty' if blank else 'missing'}; write the steps, or drop the record")
+        return ()
+    (name,) = given
+    chain = value[name]
+    lines = [chain] if isinstance(chain, str) else chain
+    if not isinstance(lines, list):
+        report(f"{name}: is {kind(chain)}; give a string or a list of strings")
+        return ()
+    if wrong := [line for line in lines if not isinstance(line, str)]:
+        report(f"{name}: its list holds {kind(wrong[0])}; give strings only")
+        return ()
+    if (num_characters := sum(map(len, lines))) > MAX_CHAIN_CHARACTERS:
+        report(f"{name}: {num_characters} characters, more than {MAX_CHAIN_CHARACTERS}; shorten the chain")
+        return ()
+    text = "\n".join(lines)
+    starts, ends = text.count(REASONING_START), text.count(REASONING_END)
+    if starts != ends or starts > 1 or text.find(REASONING_START) > text.find(REASONING_END):
+        report(
+            f"{name}: unbalanced markers, {starts} x {REASONING_START} and {ends} x {REASONING_END}; "
+            "write one of each around the chain, or none"
+        )
+        return ()
+    steps, stray = parse_chain(text if isinstance(chain, str) else number_lines(lines))
+    if stray:
+        report(f'{name}: {_quote(stray[0])} belongs to no step; write it behind "Step N:", or drop it')
+    elif not steps:
+        report(f'{name}: the chain is empty; write "Step 1: ..." lines, or drop the record')
+    elif (num_steps := len(steps) - steps[-1].startswith(CONCLUSION)) == 0:
+        report(f'{name}: a conclusion without steps; write "Step 1: ..." before it, or drop the record')
+    elif num_steps > rules.max_steps:
+        report(f"{name}: {num_steps} steps, more than {rules.max_steps}; shorten the chain, or raise max_steps")
+    return steps
+
+
+def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, report: Report) -> tuple[str, ...]:
+    candidates = rules.candidates
+    if (own := metadata.get("candidates")) is not None:
+        if not isinstance(own, list) or not own or not all(isinstance(name, str) and name.strip() for name in own):
+            report("metadata.candidates: must be a list of non-empty strings; name every choice, or leave it out")
+            return ()
+        if len({name.strip().casefold() for name in own}) < len(own):
+            report("metadata.candidates: names a choice twice; keep each once")
+            return ()
+        candidates = tuple(own)
+    if answer is None:
+        report("answer: is missing; add the right answer or answers")
+        return ()
+    texts = [answer] if isinstance(answer, str) else answer
+    if not isinstance(texts, list):
+        report(f"answer: is {kind(answer)}; give a string or a list of strings")
+        return ()
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        report(f"answer: its list holds {kind(wrong[0])}; give strings only")
+        return ()
+    known: set[str] = set()
+    unknown: list[str] = []
+    for text in texts:
+        names, others = strict_answer(text, candidates)
+        known.update(names)
+        unknown.extend(others)
+    for name in unknown:
+        report(f"answer {_quote(name)} is not one of {_listing(candidates)}; {_advice(name, candidates)}")
+    if not known and not unknown:
+        report("answer: is empty; add the right answer or answers")
+    return tuple(name for name in candidates if name in known)
+
+
+def _listing(candidates: Sequence[str]) -> str:
+    return ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+
+
+def _advice(name: str, candidates: Sequence[str]) -> str:
+    folded = {candidate.casefold(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name[:100].casefold(), folded, n=1)
+    hint = f"did you mean {_quote(folded[close[0]])}? " if close else ""
+    return f"{hint}correct it or drop the record"
+
+
+def _read_confidence(value: Any, report: Report) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        report(f"confidence: is {kind(value)}, not a number; give a number from 0 to 1, or leave it out")
+    elif not 0 <= value <= 1:  # also NaN
+        report(f"confidence: {str(value)[:20]} is not between 0 and 1; correct it, or leave it out")
+    else:
+        return float(value)
+    return None
+
+
+def _read_image(image: Any, rules: FieldRules, report: Report) -> str | None:
+    if image is None:
+        return None
+    if not isinstance(image, str):
+        report(f"image: is {kind(image)}, not a string; give the path of the picture, or leave the field out")
+        return None
+    if image not in rules.images:
+        rules.images[image] = _resolve(image, rules)
+    resolved, problem = rules.images[image]
+    if problem:
+        report(f"image: {problem}")
+    return resolved
+
+
+def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
+    """Resolved path and no problem, or None and the problem. One `lstat` per picture: data sets have many."""
+    if not image.strip():
+        return None, "is empty; give the path of the picture, or leave the field out"
+    if image.lower().startswith(("http://", "https://")):
+        return None, f"{_quote(image)} is a URL, which is not fetched; download it and give its path"
+    folder, name = os.path.split(os.path.join(rules.image_root, image))
+    try:
+        if folder not in rules.folders:
+            rules.folders[folder] = os.path.realpath(folder)
+        path = os.path.join(rules.folders[folder], name)
+        mode = os.lstat(path).st_mode if name not in ("", ".", "..") else stat.S_IFLNK
+        if stat.S_ISLNK(mode):
+            path = os.path.realpath(path)
+    except (OSError, ValueError):  # ValueError: a null byte or half a surrogate pair
+        mode, path = 0, os.path.join(rules.folders.get(folder, folder), name)
+    if not rules.allow_outside and not is_inside(path, rules.image_root):
+        advice = "move the picture there, or set image_root or allow_outside"
+        return None, f"{_quote(image)} leaves {rules.image_root}; {advice}"
+    if mode == 0 or (stat.S_ISLNK(mode) and not os.path.exists(path)):
+        return None, f"{_quote(image)} is not in {rules.image_root}; correct the path, or set image_root"
+    if not stat.S_ISREG(mode) and not os.path.isfile(path):
+        return None, f"{_quote(image)} is not a file; give the path of one picture"
+    return path, ""
+
+
+def is_inside(path: str, root: str) -> bool:
+    """Whether the resolved `path` lies in the resolved folder `root`."""
+    return (os.path.normpath(path) + os.sep).startswith(root.rstrip(os.sep) + os.sep)

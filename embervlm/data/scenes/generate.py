@@ -1,0 +1,179 @@
+"""The embedded data set: rendered scenes, questions about them, chains by the rule teacher. Same seed, same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from embervlm.config import ConfigError
+from embervlm.data.scenes.facts import SceneFacts, all_facts
+from embervlm.data.scenes.render import render_scene
+from embervlm.data.splits import split_of
+from embervlm.data.teachers.rules import KINDS, TASKS, TaughtChain, Task, caption, teach
+
+KIND_SHARES = {"now": 0.2, "walk": 0.25, "haul": 0.55}
+"""Share of each question kind; the long chains are where reasoning can show."""
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """One picture to draw, with the questions asked about it."""
+
+    index: int
+    facts: SceneFacts
+    seed: int
+    tasks: tuple[Task, ...]
+
+
+def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> list[ScenePlan]:
+    """Scenes uniform over the combinations of facts; questions so that every answer is as frequent as the next.
+
+    For each scene the questions are taken whose answer has so far been given least for that question, so that the
+    instruction alone says little about the answer.
+    """
+    if num_pictures < 1 or not 1 <= questions_per_picture <= len(TASKS):
+        raise ConfigError(f"need at least 1 picture and 1 to {len(TASKS)} questions per picture")
+    rng = random.Random(f"scenes:{seed}")
+    combinations = list(all_facts())
+    counts: Counter[tuple[Task, tuple[str, ...]]] = Counter()
+    per_task: Counter[Task] = Counter()
+    plans = []
+    for index in range(num_pictures):
+        while True:
+            facts = rng.choice(combinations)
+            answers = {task: teach(facts, task).answer for task in TASKS}
+            open_tasks = [task for task in TASKS if answers[task]]
+            if len(open_tasks) >= questions_per_picture:
+                break
+        chosen: list[Task] = []
+        for _ in range(questions_per_picture):
+            kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
+            pool = [task for task in open_tasks if task not in chosen]
+            pool = [task for task in pool if task.kind == kind] or pool
+            rarity = {task: counts[task, answers[task]] / (1 + per_task[task]) for task in pool}
+            least = min(rarity.values())
+            task = rng.choice([task for task in pool if rarity[task] <= least + 1e-9])
+            counts[task, answers[task]] += 1
+            per_task[task] += 1
+            chosen.append(task)
+        plans.append(ScenePlan(index, facts, rng.getrandbits(48), tuple(chosen)))
+    return plans
+
+
+def scene_metadata(
+    facts: SceneFacts, task: Task, chain: TaughtChain, boxes: list[dict[str, Any]], details: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything a record knows about its scene: ground truth, claims, step types, what each step looks at."""
+    return {
+        "source": "rules",
+        "complexity": KINDS[task.kind],
+        "num_steps": len(chain.steps) - 1,
+        "validated": True,
+        "question_kind": task.kind,
+        "split_group": facts.key,
+        "scene": facts.as_dict(),
+        "facts": chain.claims,
+        "step_types": list(chain.step_types),
+        "seen": [list(names) for names in chain.seen],
+        "boxes": boxes,
+        "details": dict(details),
+        "caption": caption(facts),
+    }
+
+
+def render_to_file(facts: SceneFacts, seed: int, path: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Draw a scene into a JPEG; its boxes (each in [0, 1]) and numbers."""
+    rendered = render_scene(facts, seed)
+    rendered.image.save(path, quality=JPEG_QUALITY)
+    boxes = [
+        {"kind": item.kind, "label": item.label, "box": [round(edge, 4) for edge in item.box]}
+        for item in rendered.objects
+    ]
+    return boxes, rendered.details
+
+
+def _records_of(job: tuple[ScenePlan, str]) -> list[dict[str, Any]]:
+    plan, folder = job
+    name = f"{plan.index:06d}.jpg"
+    boxes, details = render_to_file(plan.facts, plan.seed, Path(folder) / "images" / name)
+    records = []
+    for number, task in enumerate(plan.tasks):
+        chain = teach(plan.facts, task)
+        records.append({
+            "id": f"scene-{plan.index:06d}-{number}",
+            "image": f"images/{name}",
+            "instruction": task.instruction,
+            "reasoning": list(chain.steps),
+            "answer": ", ".join(chain.answer),
+            "confidence": 1.0,
+            "metadata": scene_metadata(plan.facts, task, chain, boxes, details),
+        })  # fmt: skip
+    return records
+
+
+def generate_scenes(
+    output_file: str | Path, *, num_samples: int, questions_per_picture: int = 1, seed: int = 0,
+    workers: int | None = None, progress: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write `num_samples` records with their pictures (in `images/` beside the file); return what was written."""
+    path = Path(output_file)
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    plans = plan_scenes(-(-num_samples // questions_per_picture), questions_per_picture, seed)
+    jobs = [(plan, str(path.parent)) for plan in plans]
+    records: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        done: Iterable[list[dict[str, Any]]] = pool.map(_records_of, jobs, chunksize=32)
+        for group in tqdm(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress):
+            records.extend(group)
+    records = records[:num_samples]
+    write_dataset(path, records)
+    return records
+
+
+def write_dataset(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as JSON or, for a `.jsonl` path, one to a line; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with part.open("w", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        else:
+            file.write("[\n")
+            file.writelines(_array_lines(records))
+            file.write("]\n")
+    os.replace(part, path)
+
+
+def _array_lines(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for index, record in enumerate(records):
+        yield json.dumps(record, ensure_ascii=False) + (",\n" if index + 1 < len(records) else "\n")
+
+
+def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How far the instruction alone goes on the test split, in [0, 1].
+
+    `fitted_on_train` answers each instruction as the training split did most often; `in_hindsight` is the best that any
+    guesser of one answer per instruction could have done on the test split itself.
+    """
+    answers: dict[str, dict[str, Counter[str]]] = {"train": defaultdict(Counter), "test": defaultdict(Counter)}
+    for record in records:
+        split = split_of(record["metadata"]["split_group"])
+        if split in answers:
+            answers[split][record["instruction"]][record["answer"]] += 1
+    total = sum(sum(counter.values()) for counter in answers["test"].values())
+    if not total:
+        return {"fitted_on_train": float("nan"), "in_hindsight": float("nan")}
+    best = {text: counter.most_common(1)[0][0] for text, counter in answers["train"].items()}
+    fitted = sum(counter[best[text]] for text, counter in answers["test"].items() if text in best)
+    hindsight = sum(counter.most_common(1)[0][1] for counter in answers["test"].values())
+    return {"fitted_on_train": fitted / total, "in_hindsight": hindsight / total}

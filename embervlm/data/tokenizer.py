@@ -1,0 +1,131 @@
+"""Text <-> token ids, with the structure tokens of Stage 4 set by position, never by text.
+
+A user's instruction that contains `<|reasoning_end|>` is text like any other: special tokens are only ever put in by
+this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from embervlm.config import ConfigError
+
+SPECIAL_TOKENS = (
+    "<|reasoning_start|>", "<|reasoning_end|>", "<|step|>", "<|conclusion|>", "<|answer_start|>", "<|answer_end|>",
+)  # fmt: skip
+"""Tokens that Stage 4 adds; their ids follow the base vocabulary in this order."""
+
+CONCLUSION = "Conclusion: "
+DIRECT_PROMPT = "\nAnswer:"
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts` with at most `vocab_size` tokens; any text can be encoded with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+class ReasoningTokenizer:
+    """A Hugging Face tokenizer and the ids of the Stage 4 tokens behind it.
+
+    Attributes:
+        base_vocab_size: Number of the base tokenizer's tokens; Stage 4's ids follow.
+        ids: Special token -> id.
+    """
+
+    def __init__(self, base: PreTrainedTokenizerFast) -> None:
+        known = [token for token in SPECIAL_TOKENS if token in base.get_added_vocab()]
+        self.base_vocab_size = len(base) - len(known)
+        self.hugging_face = base
+        if not known:
+            base.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+        self.ids = {token: self.base_vocab_size + index for index, token in enumerate(SPECIAL_TOKENS)}
+        if [base.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] != list(self.ids.values()):
+            raise ConfigError(f"tokenizer: the Stage 4 tokens {SPECIAL_TOKENS} do not stand at its end in this order")
+        backend = getattr(base, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError("tokenizer: needs a fast tokenizer (a folder with tokenizer.json)")
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.encode_special_tokens = True  # text never becomes a special token
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        eos = base.eos_token_id
+        self.end_of_text: int = eos if eos is not None else self.ids["<|answer_end|>"]
+
+    def __len__(self) -> int:
+        return self.base_vocab_size + len(SPECIAL_TOKENS)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> ReasoningTokenizer:
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(path)))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: no readable tokenizer there ({error})") from error
+
+    def save(self, path: str | Path) -> None:
+        self.hugging_face.save_pretrained(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; Stage 4 tokens are left out."""
+        return self._backend.decode([token for token in ids if token < self.base_vocab_size])
+
+    def chain_ids(self, steps: Sequence[Sequence[int]], conclusion: Sequence[int] | None) -> list[int]:
+        """`steps` (already encoded) with the tokens that mark them, from reasoning start to reasoning end."""
+        out = [self.ids["<|reasoning_start|>"]]
+        for step in steps:
+            out += [self.ids["<|step|>"], *step]
+        if conclusion is not None:
+            out += [self.ids["<|conclusion|>"], *conclusion]
+        return [*out, self.ids["<|reasoning_end|>"]]
+
+    def parse_generated(self, ids: Sequence[int]) -> tuple[list[str], str | None]:
+        """Steps (the conclusion last, as 'Conclusion: ...') and answer text of generated ids; never fails."""
+        steps: list[str] = []
+        answer: list[int] | None = None
+        part: list[int] | None = None
+        marker = ""
+        names = {token_id: token for token, token_id in self.ids.items()}
+
+        def close() -> None:
+            if part is not None and (text := self.decode(part).strip()):
+                steps.append(CONCLUSION + text if marker == "<|conclusion|>" else text)
+
+        for token in ids:
+            name = names.get(token)
+            if name in ("<|step|>", "<|conclusion|>"):
+                close()
+                part, marker = [], name
+            elif name in ("<|reasoning_end|>", "<|answer_start|>"):
+                close()
+                part = None
+                answer = [] if name == "<|answer_start|>" else answer
+            elif name == "<|answer_end|>" or token == self.end_of_text:
+                break
+            elif answer is not None:
+                answer.append(token)
+            elif part is not None:
+                part.append(token)
+        else:
+            close()
+        return steps, None if answer is None else self.decode(answer).strip()

@@ -1,0 +1,330 @@
+"""The model: a vision encoder, a projection, a language model, and the reasoning module that Stage 4 adds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from embervlm.config import COMPONENTS, REASONING_PARTS, ConfigError
+from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
+from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
+from embervlm.model.reasoning import ReasoningModule
+from embervlm.model.storage import load_checkpoint_into, resolve_folder, save_weights
+
+
+@dataclass
+class EmberVLMOutput(ModelOutput):
+    """What the losses need; every tensor is None where its inputs were not given.
+
+    Attributes:
+        token_logits: `[scored, vocab]` of the scored positions only.
+        answer_logits: `[records, candidates]`.
+        validator_logits: `[pairs]`.
+        grounding_attention: `[grounded, num_visual_tokens]`, the reasoning head's attention at the grounded tokens.
+        pooled_text: `[batch, hidden]`, mean of the chain's states (contrastive grounding).
+        pooled_visual: `[batch, hidden]`.
+        patch_features: `[batch, num_visual_tokens, hidden]`.
+    """
+
+    token_logits: Tensor | None = None
+    answer_logits: Tensor | None = None
+    validator_logits: Tensor | None = None
+    grounding_attention: Tensor | None = None
+    pooled_text: Tensor | None = None
+    pooled_visual: Tensor | None = None
+    patch_features: Tensor | None = None
+
+
+class EmberVLM(PreTrainedModel):
+    """Small vision-language model that reasons in steps before it answers."""
+
+    config_class = EmberVLMConfig
+    base_model_prefix = "embervlm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: EmberVLMConfig, *, load_pretrained: bool = False) -> None:
+        super().__init__(config)
+        self.vision_encoder = VisionEncoder(config, load_pretrained)
+        self.language_model = LanguageModel(config, load_pretrained)
+        hidden = self.language_model.hidden_size
+        self.projection = Projection(self.vision_encoder.vision_dim, config.projection_hidden_size, hidden)
+        self.reasoning_module = ReasoningModule(config, hidden)
+        self.tokenizer: ReasoningTokenizer | None = None
+        self.backbone_frozen = False
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Every part initialises itself when it is built."""
+
+    # -- parts and their sizes ---------------------------------------------------------------------------------------
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.vision_encoder.num_visual_tokens
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters per component; tied weights count once."""
+        parts = {
+            **{name: getattr(self, name) for name in COMPONENTS if name != "reasoning_module"},
+            **{name: getattr(self.reasoning_module, name) for name in REASONING_PARTS},
+        }
+        return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
+    def attach_tokenizer(self, tokenizer: ReasoningTokenizer) -> None:
+        if tokenizer.base_vocab_size > self.language_model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.base_vocab_size} tokens, the language model embeds only "
+                f"{self.language_model.vocab_size}; use the tokenizer that belongs to this language model"
+            )
+        self.tokenizer = tokenizer
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Run the backbone without gradients and in eval mode, so that its buffers do not move either."""
+        self.backbone_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> EmberVLM:
+        super().train(mode)
+        if getattr(self, "backbone_frozen", False):
+            for name in COMPONENTS:
+                if name != "reasoning_module":
+                    getattr(self, name).eval()
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the backbone's activations in the backward pass (non-reentrant, so frozen layers may stand below)."""
+        for part in (self.vision_encoder.backbone, self.language_model.backbone):
+            if getattr(part, "supports_gradient_checkpointing", False):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _backbone_context(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.no_grad() if self.backbone_frozen else contextlib.nullcontext()
+
+    # -- pieces of the forward pass ----------------------------------------------------------------------------------
+
+    def see(self, pixel_values: Tensor) -> Tensor:
+        """Projected visual tokens `[batch, num_visual_tokens, hidden]` of normalised pictures."""
+        with self._backbone_context():
+            return self.projection(self.vision_encoder(pixel_values))
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """uint8 `[batch, height, width, 3]` -> `[batch, 3, height, width]` in the parameters' dtype."""
+        mean = torch.tensor(self.config.image_mean, device=pictures.device)[:, None, None]
+        std = torch.tensor(self.config.image_std, device=pictures.device)[:, None, None]
+        pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return pixels.to(self.projection.norm.weight.dtype)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings `[..., hidden]`; the tokens of Stage 4 come from the reasoning head."""
+        added, own = self._added(input_ids)
+        embeds = self.language_model.embed(input_ids.masked_fill(added, 0))
+        return torch.where(added[..., None], own.to(embeds.dtype), embeds)
+
+    def _added(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        base = self._base_vocab_size
+        added = input_ids >= base
+        own = self.reasoning_module.reasoning_head.token_embedding((input_ids - base).clamp_min(0))
+        return added, own
+
+    @property
+    def _base_vocab_size(self) -> int:
+        if self.tokenizer is None:
+            raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
+        return self.tokenizer.base_vocab_size
+
+    def read(
+        self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, cache: Any = None
+    ) -> Tensor:
+        """The language model's hidden states at the text positions, `[batch, length, hidden]`.
+
+        Args:
+            visual: `[batch, num_visual_tokens, hidden]`; stands before the text.
+            image_mask: `[batch]` bool; where False the picture is not looked at.
+            input_ids: `[batch, length]` int64.
+            text_mask: `[batch, length]` bool, False at padding, on either side.
+            cache: An empty key-value cache to fill, or None.
+        """
+        num_visual = visual.shape[1]
+        mask = torch.cat([image_mask[:, None].expand(-1, num_visual), text_mask], dim=1)
+        position_ids = (mask.long().cumsum(1) - 1).clamp_min(0)
+        with self._backbone_context():
+            embeds = torch.cat([visual, self.embed(input_ids).to(visual.dtype)], dim=1)
+            hidden = self.language_model(embeds, mask.long(), position_ids, cache)[:, num_visual:]
+        return hidden
+
+    def refine(self, hidden: Tensor, input_ids: Tensor, visual: Tensor, image_mask: Tensor, **kwargs: Any) -> Any:
+        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the (maybe frozen) language model."""
+        added, own = self._added(input_ids)
+        hidden = hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
+        return self.reasoning_module.reasoning_head(hidden, visual, image_mask, **kwargs)
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """Scores `[..., base vocabulary + Stage 4 tokens]`."""
+        base = self.language_model.logits(hidden)[..., : self._base_vocab_size]
+        added = hidden @ self.reasoning_module.reasoning_head.token_embedding.weight.T
+        return torch.cat([base, added], dim=-1)
+
+    def candidate_embeddings(self, candidate_ids: Tensor) -> Tensor:
+        """Mean token embedding of each candidate, from ids padded with -1: `[..., length] -> [..., hidden]`."""
+        real = candidate_ids >= 0
+        embeds = self.language_model.embed(candidate_ids.clamp_min(0)).detach() * real[..., None]
+        return embeds.sum(-2) / real.sum(-1, keepdim=True).clamp_min(1)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        text_mask: Tensor,
+        image_mask: Tensor,
+        pictures: Tensor | None = None,
+        visual: Tensor | None = None,
+        score_index: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        candidate_ids: Tensor | None = None,
+        pair_ids: Tensor | None = None,
+        pair_segments: Tensor | None = None,
+        pair_mask: Tensor | None = None,
+        pair_record: Tensor | None = None,
+        ground_index: Tensor | None = None,
+        sampled_index: Tensor | None = None,
+        want_pooled: bool = False,
+        use_reasoning: bool = True,
+    ) -> EmberVLMOutput:
+        """One pass over a batch of whole sequences. `*_index` count over the flattened `[batch * length]` positions.
+
+        Args:
+            input_ids, text_mask: `[batch, length]`, padded to the right.
+            image_mask: `[batch]` bool, False for a record without a picture.
+            pictures: `[batch, image_size, image_size, 3]` uint8; or give `visual`, computed before.
+            score_index: `[scored]`, positions whose next token is scored.
+            answer_index: `[records]`, where the answer head reads; `candidate_ids`: `[(records,) candidates, length]`.
+            pair_ids, pair_segments, pair_mask: `[pairs, length]`, what the step validator reads; `pair_record` `[pairs]`.
+            ground_index: `[grounded]`, tokens whose attention is supervised.
+            sampled_index: `[sampled]`, inputs that are replaced by the model's own predictions (scheduled sampling;
+                Bengio et al. 2015, in two parallel passes after Mihaylova and Martins 2019).
+            want_pooled: Also give `pooled_text` and `pooled_visual`.
+            use_reasoning: False leaves the reasoning head out (Stage 3 and the no-reasoning baseline).
+        """
+        if visual is None:
+            if pictures is None:
+                raise ValueError("give pictures or visual")
+            visual = self.see(self.normalise(pictures))
+        if sampled_index is not None:
+            input_ids = self._sample_inputs(visual, image_mask, input_ids, text_mask, sampled_index)
+        hidden = self.read(visual, image_mask, input_ids, text_mask)
+        attention = None
+        if use_reasoning:
+            hidden, attention = self.refine(
+                hidden, input_ids, visual, image_mask, want_attention=ground_index is not None
+            )
+        flat = hidden.flatten(0, 1)
+        out = EmberVLMOutput(patch_features=visual)
+        if score_index is not None:
+            out.token_logits = self.token_logits(flat.index_select(0, score_index))
+        if answer_index is not None and candidate_ids is not None:
+            record = answer_index // input_ids.shape[1]
+            out.answer_logits = self.reasoning_module.answer_head(
+                flat.index_select(0, answer_index), visual.index_select(0, record),
+                image_mask.index_select(0, record), self.candidate_embeddings(candidate_ids),
+            )  # fmt: skip
+        if pair_ids is not None and pair_record is not None and pair_segments is not None and pair_mask is not None:
+            out.validator_logits = self.reasoning_module.step_validator(
+                visual.index_select(0, pair_record), image_mask.index_select(0, pair_record),
+                self.embed(pair_ids).detach(), pair_segments, pair_mask,
+            )  # fmt: skip
+        if ground_index is not None and attention is not None:
+            out.grounding_attention = attention.flatten(0, 1).index_select(0, ground_index)
+        if want_pooled:
+            weight = text_mask[..., None].to(hidden.dtype)
+            out.pooled_text = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+            out.pooled_visual = visual.mean(1)
+        return out
+
+    @torch.no_grad()
+    def _sample_inputs(
+        self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, sampled_index: Tensor
+    ) -> Tensor:
+        was_training = self.training
+        self.eval()
+        hidden = self.read(visual, image_mask, input_ids, text_mask)
+        hidden, _ = self.refine(hidden, input_ids, visual, image_mask)
+        self.train(was_training)
+        scores = self.token_logits(hidden.flatten(0, 1).index_select(0, sampled_index - 1))
+        own = scores[:, : self._base_vocab_size].argmax(-1)  # the chain's structure stays gold
+        return input_ids.flatten().index_copy(0, sampled_index, own).view_as(input_ids)
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    def generate_with_reasoning(
+        self, image: Any = None, instruction: Any = "", max_reasoning_steps: int = 10, return_reasoning: bool = True,
+        **decoding: Any,
+    ) -> Any:  # fmt: skip
+        """The answer with its reasons; for lists of pictures and instructions a list, computed as one batch.
+
+        Args:
+            image: Path, PIL image, array, encoded bytes, or None for a question without a picture.
+            instruction: The question.
+            max_reasoning_steps: Most steps of the chain, its conclusion included.
+            return_reasoning: False leaves `reasoning_steps` out of the result.
+            decoding: See `embervlm.model.generation.Decoding`.
+
+        Returns:
+            `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`.
+        """
+        from embervlm.model.generation import Decoding, generate_answers
+
+        single = isinstance(instruction, str)
+        images, instructions = ([image], [instruction]) if single else (image, instruction)
+        settings = Decoding(max_reasoning_steps=max_reasoning_steps, **decoding)
+        results = generate_answers(self, images, instructions, settings)
+        if not return_reasoning:
+            for result in results:
+                del result["reasoning_steps"]
+        return results[0] if single else results
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> EmberVLM:
+        """The model in a checkpoint folder (or of a hub id), ready to answer.
+
+        Raises:
+            CheckpointError: names the file that is missing, damaged, or of another model size.
+        """
+        folder = resolve_folder(pretrained_model_name_or_path)
+        config = EmberVLMConfig.from_pretrained(str(folder))
+        model = cls(config)
+        load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else COMPONENTS[:-1])
+        model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
+        return model.eval()
+
+    def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]
+        """Write config, weights and tokenizer under the guide's file names. Not atomic; see `run_dir`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(folder))
+        save_weights(state_dict if state_dict is not None else self.state_dict(), folder, self.config.stage != STAGE3)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+
+def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) -> EmberVLM:
+    """A new model from the settings of a preset; pretrained parts are loaded where they say so."""
+    known = set(EmberVLMConfig.__init__.__code__.co_varnames)
+    if wrong := sorted(set(settings) - known):
+        raise ConfigError(f"model: unknown keys {wrong}")
+    return EmberVLM(EmberVLMConfig(**settings), load_pretrained=load_pretrained)
+
+
+AutoConfig.register("embervlm", EmberVLMConfig)
+AutoModel.register(EmberVLMConfig, EmberVLM)

@@ -1,0 +1,278 @@
+"""Names inside an output folder, and checkpoints that are either whole or not there.
+
+    <output_dir>/stage3/checkpoint-final/
+    <output_dir>/stage4/phase1|phase2/checkpoint-<step>/, checkpoint-final/, metrics.jsonl
+    <output_dir>/stage4/reasoning_samples/epoch_<n>_samples.json
+    <output_dir>/results/stage4_eval.json
+
+A checkpoint folder counts only when it holds `COMPLETE`, the manifest written last: {"format": 1, "step": int,
+"files": {relative name: {"bytes": int, "blake2b": hex}}}. Folders named `.tmp-*` are work in progress or leftovers of
+a killed run; no reader looks at them. `evals/` is written after publishing and is not part of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COMPLETE = "COMPLETE"
+"""The manifest's file name; a checkpoint folder without it does not exist."""
+EVALS = "evals"
+"""Folder inside a checkpoint with one evaluation JSON per split."""
+FINAL_NAME = "checkpoint-final"
+MANIFEST_FORMAT = 1
+
+_TMP = ".tmp-"
+_REPLACED = f"{_TMP}replaced-"
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
+_log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are not those of its manifest. The message names every damaged file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint folder."""
+
+    path: Path
+    step: int
+    """Optimizer steps done in its phase."""
+    is_final: bool
+    """True for `checkpoint-final`."""
+
+
+def stage3_dir(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "stage3"
+
+
+def phase_dir(output_dir: str | Path, phase: int) -> Path:
+    """Folder of Stage 4's phase 1 or 2."""
+    if phase not in (1, 2):
+        raise ValueError(f"phase {phase!r} is not 1 or 2")
+    return Path(output_dir) / "stage4" / f"phase{phase}"
+
+
+def checkpoint_path(phase_dir: str | Path, step: int | None) -> Path:
+    """`checkpoint-<step>`, or `checkpoint-final` for None."""
+    return Path(phase_dir) / (FINAL_NAME if step is None else f"checkpoint-{step}")
+
+
+def new_tmp_dir(phase_dir: str | Path) -> Path:
+    """A fresh folder to fill and hand to `publish_checkpoint`; on the same file system as the checkpoints."""
+    path = Path(phase_dir) / f"{_TMP}{uuid.uuid4().hex[:12]}"
+    path.mkdir(parents=True)
+    return path
+
+
+def metrics_log_path(phase_dir: str | Path) -> Path:
+    return Path(phase_dir) / "metrics.jsonl"
+
+
+def eval_path(checkpoint: str | Path, split: str) -> Path:
+    """Evaluation that a checkpoint carries for `split`."""
+    return Path(checkpoint) / EVALS / f"{split}.json"
+
+
+def reasoning_samples_path(output_dir: str | Path, epoch: int) -> Path:
+    return Path(output_dir) / "stage4" / "reasoning_samples" / f"epoch_{epoch}_samples.json"
+
+
+def eval_results_path(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "results" / "stage4_eval.json"
+
+
+def visualizations_dir(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "stage4" / "visualizations"
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Write `obj` so that a reader finds the old file or the new one, never half. Makes missing folders.
+
+    NaN and infinity are no JSON: a ValueError asks for null instead, and the old file stays.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, {error}; write null for a value that is not finite") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        with tmp.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def read_json(path: str | Path) -> Any:
+    """Parsed content of `path`. ValueError names the file and the place when it is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged, not valid JSON ({error}); delete it or restore it from a copy") from error
+
+
+def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) -> Path:
+    """Turn the finished `tmp_dir` into the checkpoint `final_dir` with one rename, and return its path.
+
+    Everything is on disk before the rename. An existing `final_dir` is renamed aside first, renamed back when the
+    new one cannot take its place, and deleted last. Call on one rank, after all ranks have written.
+    """
+    tmp_dir, final_dir = Path(tmp_dir), Path(final_dir)
+    if not _CHECKPOINT_NAME.fullmatch(final_dir.name):
+        raise ValueError(f"{final_dir}: a checkpoint is named checkpoint-<step> or {FINAL_NAME}")
+    if final_dir.name not in (FINAL_NAME, f"checkpoint-{step}"):
+        raise ValueError(f"{final_dir}: the name does not fit step {step}")
+    (tmp_dir / COMPLETE).unlink(missing_ok=True)
+    files = {}
+    for path in _files_of(tmp_dir):
+        files[path.relative_to(tmp_dir).as_posix()] = {"bytes": path.stat().st_size, "blake2b": _blake2b(path)}
+        _fsync(path)
+    if not files:
+        raise ValueError(f"{tmp_dir}: holds no files, so there is nothing to publish as {final_dir}")
+    write_json_atomic(tmp_dir / COMPLETE, {"format": MANIFEST_FORMAT, "step": step, "files": files})
+    for folder in sorted({path.parent for path in tmp_dir.rglob("*")}):
+        _fsync(folder)
+
+    aside: Path | None = None
+    if final_dir.exists():
+        aside = final_dir.with_name(f"{_REPLACED}{final_dir.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final_dir, aside)
+    try:
+        os.rename(tmp_dir, final_dir)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, final_dir)
+        raise
+    _fsync(final_dir.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+    return final_dir
+
+
+def list_checkpoints(phase_dir: str | Path) -> list[Checkpoint]:
+    """Complete checkpoints by step number, `checkpoint-final` last at equal step; [] for a missing folder.
+
+    A folder whose manifest cannot be read is not complete; a warning names it.
+    """
+    found = []
+    for marker in Path(phase_dir).glob(f"checkpoint-*/{COMPLETE}"):
+        if not (match := _CHECKPOINT_NAME.fullmatch(marker.parent.name)):
+            continue
+        try:
+            manifest = _manifest(marker.parent)
+        except DamagedCheckpointError as error:
+            _log.warning("ignored: %s", error)
+            continue
+        is_final = match[1] is None
+        found.append(Checkpoint(marker.parent, manifest["step"] if is_final else int(match[1]), is_final))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.is_final))
+
+
+def verify_checkpoint(path: str | Path, *, checksums: bool = True) -> None:
+    """Raise `DamagedCheckpointError`, naming every file that is missing or differs from the manifest.
+
+    Args:
+        checksums: also read every byte; False compares sizes only.
+    """
+    path = Path(path)
+    problems = []
+    for name, expected in _manifest(path)["files"].items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif (num_bytes := file.stat().st_size) != expected["bytes"]:
+            problems.append(f"{name} has {num_bytes} bytes, not {expected['bytes']}")
+        elif checksums and _blake2b(file) != expected["blake2b"]:
+            problems.append(f"{name} has the wrong checksum")
+    if problems:
+        raise DamagedCheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint or copy this one again")
+
+
+def prune_checkpoints(phase_dir: str | Path, keep_last: int, keep: Collection[Path] = ()) -> list[Path]:
+    """Delete old numbered checkpoints and return their paths.
+
+    Never deletes the last complete one (whatever `keep_last`), `checkpoint-final`, those in `keep` (the best), or a
+    folder that is not complete. Each is renamed to `.tmp-*` before deletion, so that no reader sees half of it.
+    """
+    kept = {Path(path).resolve() for path in keep}
+    numbered = [checkpoint for checkpoint in list_checkpoints(phase_dir) if not checkpoint.is_final]
+    removed = []
+    for checkpoint in numbered[: -max(keep_last, 1)]:
+        if checkpoint.path.resolve() in kept:
+            continue
+        doomed = checkpoint.path.with_name(f"{_TMP}{uuid.uuid4().hex[:12]}")
+        os.rename(checkpoint.path, doomed)
+        shutil.rmtree(doomed)
+        removed.append(checkpoint.path)
+    return removed
+
+
+def clean_leftovers(phase_dir: str | Path) -> None:
+    """Delete the `.tmp-*` that killed runs left in `phase_dir`. Call before training, when nobody is saving.
+
+    A checkpoint that was set aside when the run died between `publish_checkpoint`'s two renames is put back.
+    """
+    for path in sorted(Path(phase_dir).glob(f"{_TMP}*")):
+        original = path.with_name(path.name[len(_REPLACED) :]) if path.name.startswith(_REPLACED) else None
+        if original is not None and not original.exists():
+            os.rename(path, original)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    marker = path / COMPLETE
+    try:
+        manifest = read_json(marker)
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise DamagedCheckpointError(f"{marker}: not a manifest of format {MANIFEST_FORMAT}; the checkpoint is damaged")
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), dict):
+        raise DamagedCheckpointError(f"{marker}: lacks step or files; the checkpoint is damaged")
+    return manifest
+
+
+def _files_of(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in found if path.relative_to(folder).parts[0] != EVALS]
+
+
+def _blake2b(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,186 @@
+"""The best complete checkpoint of a phase, by the evaluations its checkpoints carry.
+
+    python -m embervlm.select_best --checkpoints_dir outputs/stage4/phase2 --metric reasoning_consistency
+
+Runs on a login node: torch is only imported when a checkpoint has no evaluation yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_json
+
+ACCURACY = "final_answer_accuracy"
+MAX_ACCURACY_LOSS = 0.01
+"""A checkpoint more than this far below the best accuracy is out, however well it reasons."""
+
+Evaluate = Callable[[Path, str], "dict[str, Any]"]
+_log = logging.getLogger(__name__)
+
+
+class NoCheckpointError(ValueError):
+    """There is no checkpoint to choose, or none that can be compared. The message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A checkpoint in the ranking."""
+
+    checkpoint: str
+    step: int
+    metrics: dict[str, float | None]
+    eligible: bool
+    reason: str | None
+    """Why it is not eligible."""
+
+
+def select_best_checkpoint(
+    checkpoints_dir: str | Path,
+    metric: str = "reasoning_consistency",
+    higher_is_better: bool = True,
+    evaluate: Evaluate | None = None,
+    *,
+    split: str = "val",
+) -> Path:
+    """Folder of the best complete checkpoint in `checkpoints_dir`.
+
+    Among checkpoints within one point of the best answer accuracy the one with the best `metric` wins, then the more
+    accurate, then the later one: consistency alone can be had by never committing to an answer.
+    Args:
+        evaluate: called as `evaluate(path, split)` for a checkpoint without `evals/<split>.json`; returns what such a
+            file holds. Default: `embervlm.evaluation.evaluate.evaluate_checkpoint`, which also writes it.
+    Raises:
+        NoCheckpointError: no complete checkpoint, or none eligible.
+        ValueError: `metric` is in no evaluation, or a file is damaged.
+    """
+    ranking = rank_checkpoints(checkpoints_dir, metric, higher_is_better, evaluate, split=split)
+    return Path(_winner(ranking, metric).checkpoint)
+
+
+def rank_checkpoints(
+    checkpoints_dir: str | Path,
+    metric: str = "reasoning_consistency",
+    higher_is_better: bool = True,
+    evaluate: Evaluate | None = None,
+    *,
+    split: str = "val",
+) -> list[Ranked]:
+    """All complete checkpoints, the best first and those not eligible last; see `select_best_checkpoint`.
+
+    `checkpoint-final` stands for the numbered checkpoint of its step as well, which holds the same weights.
+    """
+    found = list_checkpoints(checkpoints_dir)
+    if not found:
+        raise NoCheckpointError(
+            f"{checkpoints_dir}: no complete checkpoint; looked for folders checkpoint-<step> and checkpoint-final "
+            f"that hold the file {COMPLETE}"
+        )
+    same_weights: dict[int, list[Checkpoint]] = {}
+    for checkpoint in reversed(found):  # of two at one step the final comes first
+        same_weights.setdefault(checkpoint.step, []).append(checkpoint)
+    evaluations = {group[0]: _evaluation(group, split, evaluate) for group in same_weights.values()}
+
+    known = sorted({name for evaluation in evaluations.values() for name in evaluation["metrics"]})
+    if metric not in known:
+        raise ValueError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
+    if len(sizes := {evaluation.get("num_samples") for evaluation in evaluations.values()}) > 1:
+        _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
+
+    accuracies = [_number(evaluation["metrics"].get(ACCURACY)) for evaluation in evaluations.values()]
+    best_accuracy = max((value for value in accuracies if value is not None), default=None)
+    ranking = []
+    for checkpoint, evaluation in evaluations.items():
+        metrics = {name: _number(value) for name, value in evaluation["metrics"].items()}
+        reason = _why_not_eligible(metrics, metric, best_accuracy)
+        ranking.append(Ranked(str(checkpoint.path), checkpoint.step, metrics, reason is None, reason))
+    sign = 1 if higher_is_better else -1
+
+    def worth(ranked: Ranked) -> tuple[bool, float, float, int]:
+        value, accuracy = ranked.metrics.get(metric), ranked.metrics.get(ACCURACY)
+        return (
+            ranked.eligible,
+            -math.inf if value is None else sign * value,
+            -math.inf if accuracy is None else accuracy,
+            ranked.step,
+        )
+
+    return sorted(ranking, key=worth, reverse=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m embervlm.select_best", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoints_dir", required=True, help="folder of a phase, such as outputs/stage4/phase2")
+    parser.add_argument("--metric", default="reasoning_consistency", help="name in the evaluation JSON's metrics")
+    parser.add_argument("--split", default="val", help="evaluation to compare; keep test for the final report")
+    parser.add_argument("--lower_is_better", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the whole ranking instead of the best path")
+    args = parser.parse_args(argv)
+    try:
+        ranking = rank_checkpoints(args.checkpoints_dir, args.metric, not args.lower_is_better, split=args.split)
+        if args.json:
+            print(json.dumps([asdict(ranked) for ranked in ranking], indent=2))
+        best = _winner(ranking, args.metric)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if not args.json:
+        print(f"Best checkpoint: {best.checkpoint}")
+    return 0
+
+
+def _winner(ranking: Sequence[Ranked], metric: str) -> Ranked:
+    if not ranking[0].eligible:
+        reasons = "; ".join(f"{ranked.checkpoint}: {ranked.reason}" for ranked in ranking)
+        raise NoCheckpointError(f"no checkpoint can be chosen by {metric}: {reasons}")
+    return ranking[0]
+
+
+def _evaluation(same_weights: Sequence[Checkpoint], split: str, evaluate: Evaluate | None) -> dict[str, Any]:
+    """What one of `same_weights` carries for `split`, or a new evaluation of the first."""
+    path = same_weights[0].path
+    carried = [eval_path(checkpoint.path, split) for checkpoint in same_weights]
+    source = next((file for file in carried if file.exists()), None)
+    if source is not None:
+        evaluation = read_json(source)
+    else:
+        evaluation = (evaluate or _evaluate_with_model)(path, split)
+    if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
+        raise ValueError(f"{source or path}: the evaluation has no 'metrics'; delete it to evaluate again")
+    return evaluation
+
+
+def _evaluate_with_model(path: Path, split: str) -> dict[str, Any]:
+    from embervlm.evaluation.evaluate import evaluate_checkpoint  # imports torch
+
+    evaluation: dict[str, Any] = evaluate_checkpoint(path, split=split)
+    return evaluation
+
+
+def _why_not_eligible(metrics: dict[str, float | None], metric: str, best_accuracy: float | None) -> str | None:
+    if metrics.get(metric) is None:
+        return f"{metric} is missing or not a number"
+    accuracy = metrics.get(ACCURACY)
+    if accuracy is None or best_accuracy is None:
+        return f"{ACCURACY} is missing or not a number"
+    if best_accuracy - accuracy > MAX_ACCURACY_LOSS + 1e-9:
+        return f"{ACCURACY} {accuracy:.4f} is more than {MAX_ACCURACY_LOSS} below the best, {best_accuracy:.4f}"
+    return None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
