@@ -1,0 +1,21 @@
+"""EmberVLM: a small vision-language model that reasons in steps before it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["EmberVLM", "select_best_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded on first use, so that light commands never import torch."""
+    if name == "EmberVLM":
+        from embervlm.model.embervlm import EmberVLM
+
+        return EmberVLM
+    if name == "select_best_checkpoint":
+        from embervlm.select_best import select_best_checkpoint
+
+        return select_best_checkpoint
+    raise AttributeError(f"module 'embervlm' has no attribute {name!r}")

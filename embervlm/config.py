@@ -30,6 +30,15 @@ class ConfigError(ValueError):
     """A setting that cannot be run with; the message says which, and what to write instead."""
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSamplingConfig:
     enabled: bool = True
@@ -202,21 +211,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ("deepspeed", "torch"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
+        _require(self.zero_stage in (1, 2, 3), f"zero_stage: {self.zero_stage} is not 1, 2 or 3")
         for name in ("save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples"):
             _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name}: {value} is less than 1")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
 
 
 def from_mapping(cls: type[Config], values: Any, where: str = "") -> Config:

@@ -47,31 +47,39 @@ def parse_chain(text: str) -> tuple[tuple[str, ...], list[str]]:
     steps: list[list[str]] = []
     conclusion: list[str] | None = None
     current: list[str] | None = None
+    num_filled = 0  # steps that hold text; an empty one is dropped, so it does not count
     closed = False  # a header after the conclusion: whatever follows is another chain, not this one
     for line in body.splitlines():
-        rest = _BOLD_HEADER.sub(r"\1 ", line.strip(), count=1) if "**" in line else line
-        rest = rest.strip()
+        rest = line.strip()
+        if "**" in rest:
+            rest = _BOLD_HEADER.sub(r"\1 ", rest, count=1).strip()
         while rest:
             if closed:
                 stray.append(rest)
                 break
-            if header := _STEP_HEADER.match(rest):
+            if rest[0] in "sS" and (header := _STEP_HEADER.match(rest)):
                 if conclusion is not None:
                     closed = True
                     continue
                 if current is None or current:  # else: reuse the step that is still empty
                     steps.append(current := [])
                 rest = rest[header.end() :]
-            elif header := _CONCLUSION_HEADER.match(rest):
+            elif rest[0] in "cC" and (header := _CONCLUSION_HEADER.match(rest)):
                 if conclusion:
                     closed = True
                     continue
                 current = conclusion = [] if conclusion is None else conclusion
                 rest = rest[header.end() :]
+            elif current is None:
+                stray.append(rest)
+                break
+            elif conclusion is not None:
+                conclusion.append(rest)
+                break
             else:
-                next_number = str(sum(map(bool, steps)) + (0 if current else 1) + 1)
-                cut = len(rest) if current is None or conclusion is not None else _inline_cut(rest, next_number)
-                (stray if current is None else current).append(rest[:cut].rstrip())
+                num_filled += not current
+                cut = _inline_cut(rest, str(num_filled + 1))
+                current.append(rest[:cut].rstrip())
                 rest = rest[cut:]
     found = ["\n".join(lines) for lines in steps if lines]
     if conclusion:
@@ -81,9 +89,10 @@ def parse_chain(text: str) -> tuple[tuple[str, ...], list[str]]:
 
 def _inline_cut(text: str, next_number: str) -> int:
     """Where the next step or the conclusion starts inside a line; the line's length where none does."""
-    for match in _INLINE_HEADER.finditer(text):
-        if match[1] in (None, next_number):
-            return match.start()
+    if "Step" in text or "Conclusion" in text:
+        for match in _INLINE_HEADER.finditer(text):
+            if match[1] in (None, next_number):
+                return match.start()
     return len(text)
 
 
@@ -97,14 +106,22 @@ def _between_markers(text: str) -> tuple[str, list[str]]:
     return _END.sub("\n", _START.sub("\n", body)), [part.strip() for part in outside if part.strip()]
 
 
+def _without_markers(text: str) -> str:
+    return _END.sub("", _START.sub("", text)) if "<" in text else text
+
+
+def _is_step_header(line: str) -> bool:
+    return line[:1] in ("s", "S", "*", "#") and bool(_STEP_HEADER.match(_BOLD_HEADER.sub(r"\1 ", line)))
+
+
 def number_lines(lines: Sequence[str]) -> str:
     """A list of lines or of steps as one text.
 
     Without any "Step N:" line each element is a step, except that a bullet belongs to the step before it (unless all
     are bullets).
     """
-    bare = [_END.sub("", _START.sub("", text)).strip() for text in lines]
-    if any(_STEP_HEADER.match(_BOLD_HEADER.sub(r"\1 ", part.strip())) for text in bare for part in text.splitlines()):
+    bare = [_without_markers(text).strip() for text in lines]
+    if any(_is_step_header(part.strip()) for text in bare for part in text.splitlines()):
         return "\n".join(lines)
     joins = any(text and not _BULLET.match(text) and not _CONCLUSION_HEADER.match(text) for text in bare)
     numbered: list[str] = []

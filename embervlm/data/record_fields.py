@@ -40,8 +40,7 @@ class FieldRules:
 
 
 _OWN_FIELDS = frozenset(
-    ["id", "record_id", "image", "instruction", "question", "reasoning", "reasoning_steps"]
-    + ["answer", "confidence", "metadata", "num_steps"]
+    "id record_id image instruction question reasoning reasoning_steps answer confidence metadata num_steps".split()
 )
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
 Report = Callable[[str], None]

@@ -134,10 +134,12 @@ def logical_flow_score(steps: Sequence[str], context: ChainContext, *, order_sco
 
     order: share of random reorderings that are less usual than this one (`OrderScorer.order_score`).
     conclusion follows: 1 when the last conclusion names exactly the answer's candidates, and these are the ones that
-        earlier steps called suitable, where steps call candidates suitable or not at all; else 0.
+        earlier steps called suitable, where steps call candidates suitable or not at all; else 0. A candidate judged
+        only after the conclusion makes it 0 too.
 
     The weights are the guide's. It leaves its three terms open; "smooth transitions" is read as order, since
-    smoothness measured as similarity would reward repetition again.
+    smoothness measured as similarity would reward repetition again. Order is coarse: two swapped neighbours in a long
+    chain still beat a random order.
     """
     return _flow(steps, judge_steps(steps, context), context, order_scorer)
 
@@ -263,14 +265,13 @@ def _conclusion_follows(steps: Sequence[str], context: ChainContext) -> float:
     reader, candidates = context.reader, context.verdict_names
     suitable_values = {value.casefold() for value in context.suitable_values}
     verdicts: dict[str, bool] = {}
-    any_verdict = False
     for index, step in enumerate(steps):
         for claim in reader.read(step):
             if claim.name in candidates and index not in conclusions:
-                any_verdict = True
-                if index < last:
-                    verdicts[claim.name] = (claim.value.casefold() in suitable_values) != claim.negated
-    return float(not any_verdict or _as_set(n for n, suitable in verdicts.items() if suitable) == named)
+                if index > last and claim.name not in verdicts:
+                    return 0.0  # concluded before this candidate was judged
+                verdicts[claim.name] = (claim.value.casefold() in suitable_values) != claim.negated
+    return float(not verdicts or _as_set(n for n, suitable in verdicts.items() if suitable) == named)
 
 
 @lru_cache(maxsize=1 << 14)

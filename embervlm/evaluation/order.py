@@ -31,9 +31,7 @@ class OrderScorer:
         self._reader = reader
 
     @classmethod
-    def fit(
-        cls, chains: Iterable[Sequence[str]], domains: Mapping[str, Collection[str]] | None = None
-    ) -> OrderScorer:
+    def fit(cls, chains: Iterable[Sequence[str]], domains: Mapping[str, Collection[str]] | None = None) -> OrderScorer:
         """Learn from training chains, never from those to be scored.
 
         Args:

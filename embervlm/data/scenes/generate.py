@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from embervlm.config import ConfigError
+from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
 from embervlm.data.splits import split_of
@@ -22,6 +24,8 @@ from embervlm.data.teachers.rules import KINDS, TASKS, TaughtChain, Task, captio
 
 KIND_SHARES = {"now": 0.2, "walk": 0.25, "haul": 0.55}
 """Share of each question kind; the long chains are where reasoning can show."""
+MAX_ANSWER_SHARE = 0.2
+"""An answer that makes up more than this of its question's records is not asked for again until it does not."""
 JPEG_QUALITY = 90
 
 
@@ -38,8 +42,8 @@ class ScenePlan:
 def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> list[ScenePlan]:
     """Scenes uniform over the combinations of facts; questions so that every answer is as frequent as the next.
 
-    For each scene the questions are taken whose answer has so far been given least for that question, so that the
-    instruction alone says little about the answer.
+    For each scene, questions whose answer there has been given often are passed over, so that the instruction alone
+    says little about the answer.
     """
     if num_pictures < 1 or not 1 <= questions_per_picture <= len(TASKS):
         raise ConfigError(f"need at least 1 picture and 1 to {len(TASKS)} questions per picture")
@@ -47,6 +51,8 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
     combinations = list(all_facts())
     counts: Counter[tuple[Task, tuple[str, ...]]] = Counter()
     per_task: Counter[Task] = Counter()
+    kinds_of_answer = {task: len({teach(facts, task).answer for facts in combinations} - {()}) for task in TASKS}
+    caps = {task: max(MAX_ANSWER_SHARE, 1.1 / number) for task, number in kinds_of_answer.items()}
     plans = []
     for index in range(num_pictures):
         while True:
@@ -60,9 +66,9 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
             kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
             pool = [task for task in open_tasks if task not in chosen]
             pool = [task for task in pool if task.kind == kind] or pool
-            rarity = {task: counts[task, answers[task]] / (1 + per_task[task]) for task in pool}
-            least = min(rarity.values())
-            task = rng.choice([task for task in pool if rarity[task] <= least + 1e-9])
+            fullness = {task: counts[task, answers[task]] / (1 + per_task[task]) / caps[task] for task in pool}
+            wanted = [task for task in pool if fullness[task] < 1]  # the rarest question whose answer is not too common
+            task = min(wanted, key=lambda t: (per_task[t], rng.random())) if wanted else min(pool, key=fullness.__getitem__)
             counts[task, answers[task]] += 1
             per_task[task] += 1
             chosen.append(task)
@@ -113,7 +119,7 @@ def _records_of(job: tuple[ScenePlan, str]) -> list[dict[str, Any]]:
             "id": f"scene-{plan.index:06d}-{number}",
             "image": f"images/{name}",
             "instruction": task.instruction,
-            "reasoning": list(chain.steps),
+            "reasoning": f"{REASONING_START}{format_reasoning(chain.steps)}{REASONING_END}",
             "answer": ", ".join(chain.answer),
             "confidence": 1.0,
             "metadata": scene_metadata(plan.facts, task, chain, boxes, details),
@@ -133,7 +139,8 @@ def generate_scenes(
     records: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
         done: Iterable[list[dict[str, Any]]] = pool.map(_records_of, jobs, chunksize=32)
-        for group in tqdm(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress):
+        for group in tqdm(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress,
+                          mininterval=0.5 if sys.stderr.isatty() else 10):
             records.extend(group)
     records = records[:num_samples]
     write_dataset(path, records)

@@ -40,6 +40,7 @@ class Sky:
     disc_y: float
     """Height of sun or moon in the opening, from its top (0) to the horizon (1)."""
     disc_x: float = 0.3
+    """Its place from the opening's left (0) to its right (1)."""
     disc_radius: float
     """Relative to the height of the opening."""
     cloud: Color
@@ -218,9 +219,9 @@ def draw_wind(pen: Pen, opening: Box, rng: random.Random) -> None:
     mast, wind_y, length, half = left + width * 0.5, top + height * 0.22, 0.2, 0.042
     pen.line([(mast, wind_y - 0.06), (mast, bottom + 0.02)], (240, 240, 240), 0.022)
     pen.line([(mast, wind_y - 0.06), (mast, bottom + 0.02)], (60, 60, 70), 0.012)
-    tip, edge = mast + length + 0.01, 0.01
-    pen.poly([(mast - edge, wind_y - half - edge), (tip, wind_y - half * 0.45 - edge), (tip, wind_y + half * 0.45 + edge),
-              (mast - edge, wind_y + half + edge)], INK, outline=False)  # fmt: skip
+    back, tip, wide, slim = mast - 0.01, mast + length + 0.01, half + 0.01, half * 0.45 + 0.01
+    rim = [(back, wind_y - wide), (tip, wind_y - slim), (tip, wind_y + slim), (back, wind_y + wide)]
+    pen.poly(rim, INK, outline=False)
     for band in range(5):
         a, b = (mast + length * share / 5 for share in (band, band + 1))
         tall_a, tall_b = (half * (1 - 0.11 * share) for share in (band, band + 1))

@@ -1,0 +1,126 @@
+"""Steps that do not follow, for the step validator: what it has to tell from valid ones."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from embervlm.data.dataset import Sample, step_texts
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.tokenizer import ReasoningTokenizer
+
+NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
+MAX_PREVIOUS_TOKENS = 256
+"""Of the chain so far the validator reads this many tokens, from its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPair:
+    """A chain so far and a step that may or may not come next."""
+
+    kind: str
+    """`valid` or one of `NEGATIVE_KINDS`."""
+    previous: list[int]
+    step: list[int]
+
+    @property
+    def valid(self) -> bool:
+        return self.kind == "valid"
+
+
+def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+    """Fact name -> every value that `records` give it."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in (record.metadata.get("facts") or {}).items():
+            values[name].add(value)
+    return {name: frozenset(found) for name, found in values.items()}
+
+
+def contradict(step: str, facts: Mapping[str, str], domains: Mapping[str, frozenset[str]], rng: random.Random) -> str:
+    """`step` with the value of one fact replaced by another of its domain; unchanged where it states none."""
+    stated = [
+        (f"{name} is {value}", name)
+        for name, value in facts.items()
+        if f"{name} is {value}" in step and len(domains.get(name, ())) > 1
+    ]
+    if not stated:
+        return step
+    phrase, name = rng.choice(stated)
+    other = rng.choice(sorted(domains[name] - {facts[name]}))
+    return step.replace(phrase, f"{name} is {other}")
+
+
+class PairMaker:
+    """Draws valid and invalid steps for records; same random state, same pairs."""
+
+    def __init__(
+        self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], tokenizer: ReasoningTokenizer
+    ) -> None:
+        self._records, self._tokenizer = records, tokenizer
+        self._samples = {sample.record: sample for sample in samples}
+        self._domains = fact_domains(records)
+        self._same_question: dict[str, list[int]] = defaultdict(list)
+        for sample in samples:
+            self._same_question[records[sample.record].instruction].append(sample.record)
+        self._everyone = [sample.record for sample in samples]
+
+    def pairs(self, sample: Sample, rng: random.Random, kinds: Sequence[str] = ()) -> list[StepPair]:
+        """A valid step of the chain, and one invalid one for each of `kinds` that can be made (one drawn if empty)."""
+        steps = self._step_ids(sample)
+        index = rng.randrange(len(steps))
+        pairs = [StepPair(kind="valid", previous=self._previous(steps, index), step=steps[index])]
+        wanted = list(kinds) or rng.sample(NEGATIVE_KINDS, len(NEGATIVE_KINDS))
+        for kind in wanted:
+            made = self._negative(kind, sample, steps, index, rng)
+            if made is not None:
+                pairs.append(made)
+                if not kinds:
+                    break
+        return pairs
+
+    def _negative(
+        self, kind: str, sample: Sample, steps: list[list[int]], index: int, rng: random.Random
+    ) -> StepPair | None:
+        record = self._records[sample.record]
+        if kind == "other_picture":
+            same = self._same_question[record.instruction]
+            for pool in (same, same, same, self._everyone, self._everyone):
+                other = rng.choice(pool)
+                other_steps = self._step_ids(self._samples[other])
+                if self._records[other].image != record.image or record.image is None:
+                    step = other_steps[min(index, len(other_steps) - 1)]
+                    if step not in steps:
+                        return StepPair(kind=kind, previous=self._previous(steps, index), step=step)
+            return None
+        if kind == "repeated":
+            if index == 0:
+                index = rng.randrange(1, len(steps)) if len(steps) > 1 else 0
+            if index == 0:
+                return None
+            return StepPair(kind=kind, previous=self._previous(steps, index), step=rng.choice(steps[:index]))
+        if kind == "wrong_order":
+            types = record.metadata.get("step_types") or ()
+            later = [
+                i for i in range(index + 1, len(steps)) if len(types) != len(steps) or types[i] != types[index]
+            ]  # fmt: skip
+            if not later:
+                return None
+            return StepPair(kind=kind, previous=self._previous(steps, index), step=steps[rng.choice(later)])
+        texts, conclusion = step_texts(record)
+        text = (texts if conclusion is None else [*texts, conclusion])[index]
+        wrong = contradict(text, record.metadata.get("facts") or {}, self._domains, rng)
+        if wrong == text:
+            return None
+        return StepPair(kind=kind, previous=self._previous(steps, index), step=self._tokenizer.encode(wrong))
+
+    @staticmethod
+    def _step_ids(sample: Sample) -> list[list[int]]:
+        text = [*sample.prompt, *sample.target]
+        return [text[start:end] for start, end in sample.step_spans]
+
+    @staticmethod
+    def _previous(steps: list[list[int]], index: int) -> list[int]:
+        return [token for step in steps[:index] for token in step][-MAX_PREVIOUS_TOKENS:]

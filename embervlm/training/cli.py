@@ -1,0 +1,114 @@
+"""Command line of `launch/train.py`: flags over a YAML, then the stages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from typing import Any
+
+from embervlm.config import REPOSITORY, ConfigError, load_train_config
+
+FLAGS: dict[str, tuple[str, type, str]] = {
+    "model": ("model", str, "preset in configs/model/, or a YAML"),
+    "output_dir": ("output_dir", str, "where stage3/, stage4/ and results/ go"),
+    "reasoning_data": ("reasoning_data", str, "JSON, JSONL or Parquet file of reasoning records"),
+    "image_root": ("image_root", str, "folder that picture paths are relative to"),
+    "resume_from": ("resume_from", str, "checkpoint whose weights the first phase starts from"),
+    "seed": ("seed", int, "seed of everything"),
+    "engine": ("engine", str, "deepspeed or torch"),
+    "precision": ("precision", str, "auto, fp32, bf16 or fp16"),
+    "zero_stage": ("zero_stage", int, "ZeRO stage 1, 2 or 3"),
+    "deepspeed_config": ("deepspeed_config", str, "a DeepSpeed JSON of your own"),
+    "batch_size": ("stage4.batch_size", int, "records per device and micro-batch"),
+    "gradient_accumulation_steps": ("stage4.gradient_accumulation_steps", int, "micro-batches per update"),
+    "max_reasoning_length": ("stage4.max_reasoning_length", int, "tokens of chain and answer"),
+    "phase1_epochs": ("stage4.phase1.epochs", int, "epochs of phase 1"),
+    "phase2_epochs": ("stage4.phase2.epochs", int, "epochs of phase 2"),
+    "phase1_learning_rate": ("stage4.phase1.learning_rate", float, "peak rate of phase 1"),
+    "phase2_learning_rate": ("stage4.phase2.learning_rate", float, "peak rate of phase 2"),
+    "phase1_warmup_steps": ("stage4.phase1.warmup_steps", int, "warmup of phase 1"),
+    "phase2_warmup_steps": ("stage4.phase2.warmup_steps", int, "warmup of phase 2"),
+    "stage3_epochs": ("stage3.epochs", int, "epochs of Stage 3"),
+    "max_steps": ("max_steps", int, "stop each phase after this many updates"),
+    "save_steps": ("save_steps", int, "updates between checkpoints"),
+    "eval_steps": ("eval_steps", int, "updates between evaluations on val"),
+    "keep_last": ("keep_last", int, "numbered checkpoints to keep"),
+    "log_steps": ("log_steps", int, "updates between log lines"),
+    "wandb_project": ("wandb_project", str, "Weights & Biases project; offline without an API key"),
+    "wandb_run_name": ("wandb_run_name", str, "name of the run there"),
+}
+"""Flag -> (key in the YAML, type, help)."""
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="launch/train.py", description=__doc__, allow_abbrev=False)
+    out.add_argument("--config", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML")
+    out.add_argument("--stages", nargs="+", default=["4"], help="3, 4, baseline; several in order")
+    out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4")
+    out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
+    out.add_argument("--gradient_checkpointing", action="store_true", default=None, help="recompute activations")
+    out.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
+    out.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML")
+    out.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    for flag, (_, kind, text) in FLAGS.items():
+        out.add_argument(f"--{flag}", type=kind, help=text)
+    return out
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Dotted key -> value of every flag that was given."""
+    import yaml
+
+    out = {key: getattr(args, flag) for flag, (key, _, _) in FLAGS.items() if getattr(args, flag) is not None}
+    if args.gradient_checkpointing:
+        out["stage4.gradient_checkpointing"] = True
+    if args.allow_outside:
+        out["allow_outside"] = True
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: write KEY=VALUE")
+        out[key] = yaml.safe_load(value)
+    return out
+
+
+def stages_of(args: argparse.Namespace) -> list[str]:
+    stages = [stage for item in args.stages for stage in item.split(",") if stage]
+    if wrong := [stage for stage in stages if stage not in ("3", "4", "baseline")]:
+        raise ConfigError(f"--stages: {', '.join(wrong)}: this program trains 3, 4 and baseline")
+    if args.phase and args.run_both_phases:
+        raise ConfigError("--phase and --run_both_phases contradict each other; give one of them")
+    return stages
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from embervlm.data.records import DataError
+    from embervlm.model.storage import CheckpointError
+    from embervlm.run_dir import DamagedCheckpointError
+    from embervlm.training.engine import NonFiniteLossError, World
+    from embervlm.training.phases import Run
+
+    world = World.join()
+    try:
+        Run(config, world).go(stages, args.phase)
+    except (ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}" if world.rank == 0 else 1)
+    finally:
+        _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Loss terms: tensors in, sums out. The caller divides by the counts of the whole step, over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from embervlm.model.embervlm import EmberVLMOutput
+
+CONTRAST_TEMPERATURE = 0.1
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy in nats, `[scored]`, computed in float32. `labels` `[scored]` are already shifted."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
+    """Summed `-log` of the attention that rests on the right patches.
+
+    Attention supervision: tokens of a step that reads something off the picture should look where it is.
+
+    Args:
+        attention: `[grounded, num_visual_tokens]`, at most 1 in sum.
+        target: the same shape, bool.
+    """
+    inside = (attention * target).sum(-1)
+    return -(inside.clamp_min(1e-6)).log().sum()
+
+
+def contrastive_loss_sum(text: Tensor, visual: Tensor, usable: Tensor) -> Tensor:
+    """Symmetric InfoNCE between chains and pictures of the batch (van den Oord et al. 2018), summed over usable rows.
+
+    Used where no boxes are known. `text`, `visual`: `[batch, hidden]`; `usable`: `[batch]` bool.
+    """
+    scores = F.normalize(text.float(), dim=-1) @ F.normalize(visual.float(), dim=-1).T / CONTRAST_TEMPERATURE
+    scores = scores.masked_fill(~(usable[:, None] & usable[None, :]), -1e4)
+    labels = torch.arange(len(scores), device=scores.device)
+    both = F.cross_entropy(scores, labels, reduction="none") + F.cross_entropy(scores.T, labels, reduction="none")
+    return (both * usable).sum() / 2
+
+
+def dense_loss_sum(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+    """Summed cross-entropy of what is in each patch.
+
+    Args:
+        logits: `[batch, num_visual_tokens, sum(sizes)]`, the classes of each kind side by side.
+        labels: `[batch, num_visual_tokens, len(sizes)]` int64; -1 is not scored.
+    """
+    parts = logits.float().split(sizes, dim=-1)
+    sums = [
+        F.cross_entropy(part.flatten(0, 1), labels[..., kind].flatten(), ignore_index=-1, reduction="sum")
+        for kind, part in enumerate(parts)
+    ]
+    return torch.stack(sums).sum()
+
+
+def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum of every loss term that the outputs allow, under the names of `embervlm.config.LOSS_TERMS`."""
+    sums: dict[str, Tensor] = {}
+    if out.token_logits is not None:
+        losses = token_losses(out.token_logits, targets["labels"])
+        direct = targets["direct"]
+        sums["direct"] = (losses * direct).sum()
+        sums["reasoning"] = (losses * ~direct).sum()
+    if out.answer_logits is not None:
+        losses = F.binary_cross_entropy_with_logits(out.answer_logits, targets["answers"], reduction="none")
+        sums["answer"] = (losses * targets["answers_real"]).sum()
+    if out.validator_logits is not None:
+        sums["consistency"] = F.binary_cross_entropy_with_logits(
+            out.validator_logits, targets["valid"], reduction="sum"
+        )
+    if out.grounding_attention is not None:
+        sums["multimodal"] = grounding_loss_sum(out.grounding_attention, targets["ground"])
+    elif out.pooled_text is not None and out.pooled_visual is not None:
+        sums["multimodal"] = contrastive_loss_sum(out.pooled_text, out.pooled_visual, targets["contrast"])
+    return sums

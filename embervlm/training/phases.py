@@ -1,0 +1,269 @@
+"""The stages of a run: Stage 3, phase 1, phase 2, baselines. Each is a `PhaseJob` built from config and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embervlm import run_dir
+from embervlm.config import COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.data.collate import Collator, DenseLabels
+from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_reasoning
+from embervlm.data.images import PictureCache
+from embervlm.data.negatives import PairMaker
+from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
+from embervlm.data.splits import split_records
+from embervlm.data.teachers.rules import glossary
+from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.model.config import STAGE3, STAGE4
+from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.training.engine import World
+from embervlm.training.loop import PhaseJob, train_phase
+
+STAGES = ("3", "4", "baseline")
+
+
+@dataclass(kw_only=True)
+class RunData:
+    """The records of a run and their pictures at the model's size."""
+
+    splits: dict[str, list[ReasoningRecord]]
+    pictures: PictureCache
+
+    @property
+    def train(self) -> list[ReasoningRecord]:
+        return self.splits["train"]
+
+
+def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
+    """Read, split and decode the data of a run; every problem of the file is reported before training."""
+    path = Path(config.reasoning_data)
+    if not path.exists():
+        raise ConfigError(
+            f"--reasoning_data {path}: no such file; make one with `embervlm data generate --teacher_model rules "
+            f"--output_file {path} --num_samples 50000`"
+        )
+    records = read_records(path, image_root=config.image_root, allow_outside=config.allow_outside)
+    splits: dict[str, list[ReasoningRecord]] = dict(split_records(records))
+    if not splits.get("train"):
+        raise ConfigError(f"{path}: none of its {len(records)} records falls into the train split; it needs more records")
+    images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
+    if world.rank == 0:
+        PictureCache(images, image_size, Path(config.output_dir) / "cache")
+    world.barrier()
+    return RunData(splits=splits, pictures=PictureCache(images, image_size, Path(config.output_dir) / "cache"))
+
+
+class Run:
+    """One call of `launch/train.py`: which stages, in order."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.output = Path(config.output_dir)
+        self._data: RunData | None = None
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def stage3(self) -> Path:
+        """Train the stand-in for a Stage 3 checkpoint: captions, direct answers and the dense target, no reasoning."""
+        config, folder = self.config, run_dir.stage3_dir(self.config.output_dir)
+        if (done := self._finished(folder)) is not None:
+            return done
+        settings = model_preset(config.model)
+        model = build_model({**settings, "stage": STAGE3, "candidates": ROBOTS})
+        data = self._load_data(model)
+        model.attach_tokenizer(self._tokenizer(settings, model, data.train))
+        labels = DenseLabels(data.train, model.vision_encoder.grid)
+        tokenizer = _tokenizer_of(model)
+        captions = encode_captions(data.train, glossary(), tokenizer)
+        plan = EpochPlan(
+            main=encode_direct(data.train, tokenizer),
+            mixed=((captions, config.stage3.caption_records_ratio),),
+            global_batch=config.stage3_batch_size * self.world.size, seed=config.seed,
+        )  # fmt: skip
+        job = PhaseJob(
+            name="stage 3", folder=folder, phase=_without_reasoning(config.stage3), model=model, plan=plan,
+            collator=self._collator(model, data, dense=labels if labels.classes else None, use_reasoning=False),
+            pictures=data.pictures, batch_size=config.stage3_batch_size, dense_sizes=labels.sizes,
+        )  # fmt: skip
+        return train_phase(job, config, self.world)
+
+    def phase(self, number: int, start: Path) -> Path:
+        """Train phase 1 or 2 of Stage 4 from the weights in `start`."""
+        config, stage = self.config, self.config.stage4
+        folder = run_dir.phase_dir(config.output_dir, number)
+        if (done := self._finished(folder)) is not None:
+            return done
+        phase = stage.phase1 if number == 1 else stage.phase2
+        model = self._start_from(start, STAGE4)
+        data = self._load_data(model)
+        tokenizer = _tokenizer_of(model)
+        samples = encode_reasoning(data.train, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length)
+        plan = EpochPlan(
+            main=samples,
+            mixed=((encode_direct(data.train, tokenizer), phase.direct_records_ratio),),
+            global_batch=stage.batch_size * stage.gradient_accumulation_steps * self.world.size,
+            seed=config.seed + number,
+        )  # fmt: skip
+        collator = self._collator(
+            model, data, pair_maker=PairMaker(data.train, samples, tokenizer), grounding=phase.multimodal_loss_weight > 0
+        )  # fmt: skip
+        first_epoch = stage.phase1.epochs if number == 2 else 0
+        job = PhaseJob(
+            name=f"phase {number}", folder=folder, phase=phase, model=model, plan=plan, collator=collator,
+            pictures=data.pictures, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation_steps,
+            scheduled_sampling=stage.scheduled_sampling, gradient_checkpointing=stage.gradient_checkpointing,
+            after_epoch=lambda trained, epoch: self._write_samples(trained, data, first_epoch + epoch),
+            after_save=self._evaluate,
+        )  # fmt: skip
+        return train_phase(job, config, self.world)
+
+    def baselines(self, start: Path) -> list[Path]:
+        """Train Stage 3 on with direct answers: for as many samples as both phases saw, and for as long."""
+        spent = [run_dir.read_json(self._required(number) / "state.json") for number in (1, 2)]
+        samples, seconds = (sum(state[key] for state in spent) for key in ("samples", "elapsed_s"))
+        wanted = [("same_samples", samples, None)]
+        if self.config.baseline.same_time:
+            wanted.append(("same_time", None, seconds / 60))
+        return [self._baseline(start, name, count, minutes) for name, count, minutes in wanted]
+
+    def _baseline(self, start: Path, name: str, samples: int | None, minutes: float | None) -> Path:
+        config, baseline = self.config, self.config.baseline
+        folder = self.output / "baseline" / name
+        if (done := self._finished(folder)) is not None:
+            return done
+        model = self._start_from(start, STAGE3)
+        data = self._load_data(model)
+        phase = PhaseConfig(
+            name=name, learning_rate=baseline.learning_rate, warmup_steps=baseline.warmup_steps,
+            direct_loss_weight=1.0, max_minutes=minutes, epochs=1,
+        )  # fmt: skip
+        plan = EpochPlan(
+            main=encode_direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
+            seed=config.seed + 3,
+        )  # fmt: skip
+        job = PhaseJob(
+            name=f"baseline {name}", folder=folder, phase=_without_reasoning(phase), model=model, plan=plan,
+            collator=self._collator(model, data, use_reasoning=False), pictures=data.pictures,
+            batch_size=baseline.batch_size, samples_wanted=samples,
+        )  # fmt: skip
+        return train_phase(job, config, self.world)
+
+    # -- pieces ------------------------------------------------------------------------------------------------------
+
+    def _finished(self, folder: Path) -> Path | None:
+        path = run_dir.checkpoint_path(folder, None)
+        if not any(found.path == path for found in run_dir.list_checkpoints(folder)):
+            return None
+        if self.world.rank == 0:
+            print(f"already finished: {path}")
+        return path
+
+    def _required(self, number: int) -> Path:
+        path = run_dir.checkpoint_path(run_dir.phase_dir(self.output, number), None)
+        if not path.is_dir():
+            raise ConfigError(f"the baseline is matched to both phases, but {path} is not there; train Stage 4 first")
+        return path
+
+    def _load_data(self, model: EmberVLM) -> RunData:
+        if self._data is None:
+            self._data = load_data(self.config, model.config.image_size, self.world)
+        return self._data
+
+    def _tokenizer(
+        self, settings: dict[str, Any], model: EmberVLM, records: Sequence[ReasoningRecord]
+    ) -> ReasoningTokenizer:  # fmt: skip
+        language = settings["language"]
+        if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
+            return ReasoningTokenizer.from_folder(language["name_or_path"])
+        texts = [
+            text
+            for record in records
+            for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
+        ]
+        texts += [" " + record.metadata["caption"] for record in records if record.metadata.get("caption")]
+        return ReasoningTokenizer(train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size))
+
+    def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
+        """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
+        if not checkpoint.is_dir():
+            hint = (
+                "train a stand-in with `python launch/train.py --stages 3` (the same flags as here)"
+                if "stage3" in checkpoint.parts
+                else "train it first, or name another with --resume_from"
+            )
+            raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint; {hint}")
+        if (checkpoint / "COMPLETE").is_file():
+            run_dir.verify_checkpoint(checkpoint)
+        settings = {**model_preset(self.config.model), "stage": stage, "candidates": ROBOTS}
+        model = build_model(settings, load_pretrained=False)
+        of_stage4 = (checkpoint / "reasoning_module.bin").exists()
+        try:
+            load_checkpoint_into(model, checkpoint, COMPONENTS if of_stage4 else COMPONENTS[:-1])
+        except CheckpointError as error:
+            raise ConfigError(f"{error} (this run's preset is {self.config.model!r}; choose with --model)") from error
+        model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
+        return model
+
+    def _collator(self, model: EmberVLM, data: RunData, **options: Any) -> Collator:
+        dense = options.pop("dense", None)
+        return Collator(
+            data.train, _tokenizer_of(model), data.pictures, candidates=ROBOTS, seed=self.config.seed,
+            image_size=model.config.image_size, dense_labels=dense, **options,
+        )  # fmt: skip
+
+    def _write_samples(self, model: EmberVLM, data: RunData, epoch: int) -> None:
+        """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
+        records = (data.splits["val"] or data.train)[: self.config.sample_records]
+        images = [data.pictures[record.image] if record.image else None for record in records]
+        results = model.generate_with_reasoning(
+            images, [record.instruction for record in records], max_new_tokens=self.config.stage4.max_reasoning_length
+        )
+        if self.world.rank == 0:
+            samples = [
+                {"id": record.record_id, "image": record.image, "instruction": record.instruction,
+                 "gold_answer": list(record.answer), "gold_steps": list(record.steps), **result}
+                for record, result in zip(records, results)
+            ]  # fmt: skip
+            run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+
+    def _evaluate(self, checkpoint: Path) -> None:
+        if self.world.rank == 0:
+            from embervlm.evaluation.evaluate import evaluate_checkpoint
+
+            evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
+        self.world.barrier()
+
+    def go(self, stages: Sequence[str], phase: int | None) -> None:
+        """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder."""
+        resume = Path(self.config.resume_from) if self.config.resume_from else None
+        stage3 = run_dir.checkpoint_path(run_dir.stage3_dir(self.output), None)
+        if "3" in stages:
+            stage3 = self.stage3()
+            resume = None
+        if "4" in stages:
+            start = resume or stage3
+            if phase in (None, 1):
+                start = self.phase(1, start)
+            if phase in (None, 2):
+                first = run_dir.checkpoint_path(run_dir.phase_dir(self.output, 1), None)
+                self.phase(2, start if phase is None else (resume or first))
+        if "baseline" in stages:
+            self.baselines(resume or stage3)
+
+
+def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
+    """`phase` with the reasoning module left alone, for models that have none yet."""
+    factors = {**phase.learning_rate_multipliers, "reasoning_module": 0.0}
+    return dataclasses.replace(phase, learning_rate_multipliers=factors)
+
+
+def _tokenizer_of(model: EmberVLM) -> ReasoningTokenizer:
+    assert model.tokenizer is not None
+    return model.tokenizer
+
+

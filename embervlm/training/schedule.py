@@ -1,0 +1,34 @@
+"""Learning rate and teacher forcing as functions of the step; the trainer owns them, not the engine."""
+
+from __future__ import annotations
+
+import math
+
+from embervlm.config import ScheduledSamplingConfig
+
+
+def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps: float, final_ratio: float) -> float:
+    """Factor on the peak rate: linear warmup from 1/warmup, then a cosine down to `final_ratio` at `total_steps`.
+
+    Args:
+        progress_steps: Optimizer steps done so far; 0 is the first step.
+        warmup_steps: Where this is not less than `total_steps`, a tenth of the run warms up instead.
+    """
+    if warmup_steps >= total_steps:
+        warmup_steps = total_steps / 10
+    if progress_steps < warmup_steps:
+        return (progress_steps + 1) / (warmup_steps + 1)
+    done = min(1.0, (progress_steps - warmup_steps) / max(1.0, total_steps - warmup_steps))
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def teacher_forcing_ratio(epoch: int, num_epochs: int, config: ScheduledSamplingConfig) -> float:
+    """Share of gold inputs in `epoch` (from 0) of a phase of `num_epochs`.
+
+    Linear from the first epoch's value to the last's. The guide's formula cannot give its own words (1.0 in epoch 1,
+    0.5 in epoch 5), so the words are what is implemented.
+    """
+    if not config.enabled or num_epochs < 2:
+        return config.initial_teacher_forcing if config.enabled else 1.0
+    share = min(1.0, epoch / (num_epochs - 1))
+    return config.initial_teacher_forcing + share * (config.final_teacher_forcing - config.initial_teacher_forcing)

@@ -1,0 +1,71 @@
+"""Where a run's numbers go: progress bar, `metrics.jsonl`, and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Tracker:
+    """Rank 0's log of one phase; on other ranks everything is a no-op.
+
+    Without an API key W&B runs offline. A resumed phase goes on under the same run id.
+    """
+
+    def __init__(
+        self, folder: Path, *, active: bool, name: str, first_step: int, total_steps: int | None,
+        project: str | None = None, run_name: str | None = None, settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._active = active
+        self._run: Any = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        self._drop_after(first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True)
+        if project:
+            import wandb
+
+            id_file = folder / "wandb_run_id"
+            run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+            id_file.write_text(run_id)
+            online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
+            self._run = wandb.init(
+                project=project, name=run_name or name, id=run_id, resume="allow", dir=str(folder),
+                mode="online" if online else "offline", config=dict(settings or {}),
+            )  # fmt: skip
+
+    def _drop_after(self, step: int) -> None:
+        """Lines of steps that a resume does again."""
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def advance(self, step: int, values: Mapping[str, Any] | None) -> None:
+        """Count a step; with `values` also log it."""
+        if not self._active:
+            return
+        self._bar.update(step - self._bar.n)
+        if values is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        shown = {key: f"{value:.3f}" for key, value in values["loss"].items()}
+        self._bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
+        if self._run is not None:
+            flat = {f"loss/{key}": value for key, value in values["loss"].items()}
+            flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
+            self._run.log(flat | {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}, step=step)
+
+    def close(self) -> None:
+        if self._active:
+            self._bar.close()
+            if self._run is not None:
+                self._run.finish(quiet=True)

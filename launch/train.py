@@ -1,0 +1,11 @@
+"""Train: `deepspeed launch/train.py`, `torchrun launch/train.py`, `srun python launch/train.py` or plain `python`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from embervlm.training.cli import main
+
+if __name__ == "__main__":
+    main()

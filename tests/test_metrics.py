@@ -1,0 +1,418 @@
+"""Each metric on chains a person would accept, and on the same chains damaged in one way."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+
+from embervlm.evaluation.claims import Claim, ClaimReader
+from embervlm.evaluation.metrics import (
+    TARGETS,
+    ChainContext,
+    OrderScorer,
+    adjacent_similarity,
+    balanced_accuracy,
+    bootstrap_interval,
+    compare_with_targets,
+    final_answer_accuracy,
+    fit_term_weights,
+    identify_step_types,
+    logical_flow_score,
+    per_candidate_precision_recall,
+    reasoning_consistency,
+    score_chain,
+    step_completeness,
+)
+from embervlm.report.table import metrics_table
+
+ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
+ROBOT_DOMAINS = {
+    "job": {"repair", "carry", "film"},
+    "need": {"hands", "payload", "camera"},
+    "place": {"stairs", "flooded tunnel", "open water", "warehouse", "cliff"},
+    "weather": {"clear", "rain", "wind"},
+    "load": {"light", "medium", "heavy"},
+    "flag": {"near", "middle", "far"},
+    "trip": {"six hours", "eighteen hours", "one day"},
+    "sky": {"dawn", "noon", "dusk", "night"},
+    "arrival": {"dawn", "noon", "dusk", "night"},
+    "light": {"day", "dark"},
+    "ground": {"firm", "slippery", "steps", "deep water", "shallow water"},
+    **{robot: {"yes", "no"} for robot in ROBOTS},
+}
+SCIENCE_DOMAINS = {
+    "material": {"iron", "copper", "wood"},
+    "conducts": {"well", "badly"},
+    "switch": {"open", "closed"},
+    "lamp": {"on", "off"},
+}
+P, C, S, END = "problem_analysis", "constraint_checking", "solution_selection", "conclusion"
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A chain that deserves full marks, with what is known about its question."""
+
+    steps: list[str]
+    context: ChainContext
+
+
+def gold(instruction, lines, facts, answer, domains, candidates=()) -> Gold:
+    types, steps = zip(*lines, strict=True)
+    context = ChainContext(
+        instruction=instruction, facts=facts, domains=domains, reference_steps=steps, step_types=types,
+        answer=answer, gold_answer=answer, candidates=candidates,
+    )  # fmt: skip
+    return Gold(list(steps), context)
+
+
+def robot_gold(job, need, place, load, flag, trip, sky, arrival, light, weather, ground, suited) -> Gold:
+    """A chain in the style of the rule teacher."""
+    verdict = {robot: "yes" if robot in suited else "no" for robot in ROBOTS}
+    lines = [
+        (P, f"The job is {job}, so the need is {need}. The place is {place}."),
+        (C, f"The load is {load} and the flag is {flag}, so the trip is {trip}."),
+        (C, f"The sky is {sky}, plus {trip} the arrival is {arrival}, so the light is {light}."),
+        (C, f"The arrival is {arrival}, weather is {weather}, so the ground is {ground}."),
+        (S, f"Drone: weather is {weather}, light is {light}, load is {load}, so Drone is {verdict['Drone']}."),
+        (S, f"Underwater Robot: ground is {ground}, so Underwater Robot is {verdict['Underwater Robot']}."),
+        (S, f"Humanoid: ground is {ground}, trip is {trip}, so Humanoid is {verdict['Humanoid']}."),
+        (S, f"Robot with Wheels: ground is {ground}, so Robot with Wheels is {verdict['Robot with Wheels']}."),
+        (S, f"Robot with Legs: ground is {ground}, so Robot with Legs is {verdict['Robot with Legs']}."),
+        (END, f"Conclusion: {', '.join(suited)}."),
+    ]
+    facts = dict(
+        job=job, need=need, place=place, load=load, flag=flag, trip=trip, sky=sky, arrival=arrival, light=light,
+        weather=weather, ground=ground, **verdict,
+    )  # fmt: skip
+    instruction = f"Take the load to the flag and {job} there. Which robots are suited?"
+    return gold(instruction, lines, facts, frozenset(suited), ROBOT_DOMAINS, ROBOTS)
+
+
+def science_gold(material, conducts, switch, lamp, answer) -> Gold:
+    lines = [
+        (P, f"The question asks about the circuit: the material is {material}, and the switch is {switch}."),
+        (C, f"Because the material is {material}, it conducts {conducts}."),
+        (S, f"It conducts {conducts} and the switch is {switch}, therefore the lamp is {lamp}."),
+        (END, f"Conclusion: {answer}."),
+    ]
+    facts = {"material": material, "conducts": conducts, "switch": switch, "lamp": lamp}
+    return gold("Does the lamp in this circuit shine?", lines, facts, {answer}, SCIENCE_DOMAINS)
+
+
+STAIRS = robot_gold(
+    "repair", "hands", "stairs", "heavy", "far", "eighteen hours", "dusk", "noon", "day", "rain", "slippery",
+    ["Robot with Legs"],
+)  # fmt: skip
+ROBOT_CHAINS = [
+    STAIRS,
+    robot_gold(
+        "carry", "payload", "warehouse", "light", "middle", "six hours", "dawn", "noon", "day", "clear", "firm",
+        ["Drone", "Humanoid", "Robot with Wheels", "Robot with Legs"],
+    ),
+    robot_gold(
+        "film", "camera", "open water", "medium", "far", "eighteen hours", "night", "dusk", "dark", "wind",
+        "deep water", ["Underwater Robot"],
+    ),
+    robot_gold(
+        "film", "camera", "stairs", "light", "near", "six hours", "noon", "dusk", "dark", "clear", "steps",
+        ["Humanoid", "Robot with Legs"],
+    ),
+]  # fmt: skip
+SCIENCE_CHAINS = [
+    science_gold("iron", "well", "closed", "on", "Yes"),
+    science_gold("wood", "badly", "closed", "off", "No"),
+    science_gold("copper", "well", "open", "off", "No"),
+]
+GUIDE = gold(
+    "Which robot should pick boxes from high shelves?",
+    [
+        (P, "Analyze the task requirements\n- The task involves picking boxes from HIGH shelves\n"
+            "- This requires significant reach capability\n- The robot must be able to lift heavy boxes"),
+        (C, "Evaluate robot capabilities\n- Humanoid robots have arms with good reach (2m+)\n"
+            "- Drones cannot carry heavy boxes reliably\n- Wheeled robots have limited vertical reach"),
+        (S, "Consider stability and safety\n- Humanoid robots provide stable lifting platform\n"
+            "- Can maintain balance while reaching high\n- Safety mechanisms prevent accidents"),
+        (END, "Conclusion: Humanoid robot is the best choice"),
+    ],
+    {}, {"Humanoid"}, {}, ROBOTS,
+)  # fmt: skip
+CHAINS = [*ROBOT_CHAINS, *SCIENCE_CHAINS, GUIDE]
+
+
+@pytest.fixture(scope="module")
+def order() -> OrderScorer:
+    return OrderScorer.fit([chain.steps for chain in CHAINS], {**ROBOT_DOMAINS, **SCIENCE_DOMAINS})
+
+
+def claims(step: str, **domains) -> list[str]:
+    return [str(claim) for claim in ClaimReader(domains).read(step)]
+
+
+# --- what good chains score ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.steps[-1][:40])
+def test_a_gold_chain_gets_full_marks(chain, order):
+    scores = score_chain(chain.steps, chain.context, order)
+    assert scores.pop("reasons") == []
+    assert {name: scores[name] for name in TARGETS} == dict.fromkeys(TARGETS, 1.0)
+
+
+def test_an_unseen_gold_chain_gets_full_marks_for_its_order():
+    scorer = OrderScorer.fit([chain.steps for chain in ROBOT_CHAINS[1:]], ROBOT_DOMAINS)
+    assert scorer.order_score(STAIRS.steps) == 1.0
+
+
+# --- what damage costs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.steps[-1][:40])
+def test_a_repeated_step_lowers_consistency(chain):
+    steps = [*chain.steps[:2], chain.steps[1], *chain.steps[2:]]
+    assert reasoning_consistency(steps, chain.context) == pytest.approx(1 - 1 / len(steps))
+
+
+@pytest.mark.parametrize("again", ["Step 7: {}", "7. {}", "Next, {}", "- {}!"])
+def test_a_step_repeated_under_another_number_is_still_redundant(again, order):
+    steps = [*STAIRS.steps[:2], again.format(STAIRS.steps[0].upper()), *STAIRS.steps[2:]]
+    assert score_chain(steps, STAIRS.context, order)["reasons"] == ["step 3 repeats step 1"]
+
+
+def test_the_same_words_and_claims_in_another_order_are_redundant(order):
+    steps = [*STAIRS.steps[:2], "So the trip is eighteen hours, the flag is far and the load is heavy."]
+    assert score_chain(steps, STAIRS.context, order)["reasons"] == ["step 3 says the same as step 2"]
+
+
+def test_the_first_conclusion_may_repeat_a_step_and_the_second_may_not():
+    context = ChainContext(instruction="Which robot?")
+    assert reasoning_consistency(["Look at each robot", "Robot Humanoid", "Conclusion: Robot Humanoid"], context) == 1
+    twice = ["Look at each robot", "Conclusion: Robot Humanoid", "Conclusion: Robot Humanoid"]
+    assert reasoning_consistency(twice, context) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.steps[-1][:40])
+def test_shuffled_steps_lower_logical_flow(chain, order):
+    rng = random.Random(0)
+    shuffled = [rng.sample(chain.steps, len(chain.steps)) for _ in range(20)]
+    shuffled = [steps for steps in shuffled if steps != chain.steps]
+    scores = [logical_flow_score(steps, chain.context, order_scorer=order) for steps in shuffled]
+    assert max(scores) < 1
+    assert sum(scores) / len(scores) < 0.8  # a random order beats half the random orders: 0.4 / 2 + 0.6 by chance
+
+
+def test_reversed_steps_get_nothing_for_their_order(order):
+    assert order.order_score(STAIRS.steps[::-1]) == 0.0
+
+
+def test_a_wrong_fact_lowers_consistency_and_flow_and_names_the_truth(order):
+    steps = [STAIRS.steps[0].replace("stairs", "cliff"), *STAIRS.steps[1:]]
+    scores = score_chain(steps, STAIRS.context, order)
+    assert scores["reasons"] == ["step 1 says 'place is cliff', but place is stairs"]
+    assert scores["reasoning_consistency"] == pytest.approx(0.9)
+    assert scores["logical_flow_score"] == pytest.approx(1 - 0.3 * 0.1)
+
+
+def test_a_later_step_that_corrects_an_earlier_mistake_is_sound():
+    steps = [STAIRS.steps[0].replace("stairs", "cliff"), "The place is stairs.", *STAIRS.steps[1:]]
+    assert reasoning_consistency(steps, STAIRS.context) == pytest.approx(10 / 11)
+
+
+def test_steps_that_disagree_are_a_contradiction_when_no_fact_is_known(order):
+    context = ChainContext(instruction="Does the switch light the lamp?", domains=SCIENCE_DOMAINS)
+    steps = ["The switch is open.", "The switch is closed, so the lamp is on."]
+    reasons = score_chain(steps, context, order)["reasons"]
+    assert reasons == ["step 2 says 'switch is closed', but an earlier step says 'switch is open'"]
+
+
+def test_a_wrong_conclusion_lowers_flow_and_consistency(order):
+    steps = [*STAIRS.steps[:-1], "Conclusion: Drone."]
+    wrong = replace(STAIRS.context, answer={"Drone"})
+    assert logical_flow_score(steps, wrong, order_scorer=order) <= 0.7
+    assert reasoning_consistency(steps, wrong) == pytest.approx(0.9)
+
+
+def test_a_right_conclusion_that_the_steps_do_not_support_lowers_flow(order):
+    steps = [step.replace("Robot with Legs is yes", "Robot with Legs is no") for step in STAIRS.steps]
+    assert logical_flow_score(steps, STAIRS.context, order_scorer=order) <= 0.7
+
+
+def test_a_conclusion_other_than_the_answer_lowers_flow(order):
+    elsewhere = replace(GUIDE.context, answer={"Drone"})
+    assert logical_flow_score(GUIDE.steps, elsewhere, order_scorer=order) == pytest.approx(0.7)
+
+
+def test_a_conclusion_does_not_name_what_it_excludes(order):
+    steps = [*GUIDE.steps[:-1], "Conclusion: Humanoid robot rather than Drone, not Robot with Legs"]
+    assert logical_flow_score(steps, GUIDE.context, order_scorer=order) > 0.9
+
+
+@pytest.mark.parametrize("steps", [[], ["", "  "], ["."]])
+def test_an_empty_chain_scores_zero(steps, order):
+    scores = score_chain(steps, STAIRS.context, order)
+    assert (scores["reasoning_consistency"], scores["step_completeness"], scores["logical_flow_score"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("steps", [["The place is stairs."], ["The place is stairs."] * 5])
+def test_fewer_than_two_distinct_steps_are_not_consistent(steps):
+    assert reasoning_consistency(steps, STAIRS.context) == 0
+
+
+@pytest.mark.parametrize("own, other", [(STAIRS, ROBOT_CHAINS[2]), (SCIENCE_CHAINS[0], SCIENCE_CHAINS[1])])
+def test_the_chain_of_another_question_of_its_kind_is_contradicted(own, other):
+    assert reasoning_consistency(other.steps, own.context) <= 0.25
+
+
+@pytest.mark.parametrize("own, other", [(STAIRS, SCIENCE_CHAINS[0]), (SCIENCE_CHAINS[0], STAIRS), (STAIRS, GUIDE)])
+def test_the_chain_of_another_domain_is_unsupported_and_incomplete(own, other):
+    assert reasoning_consistency(other.steps, own.context) <= 0.25
+    assert step_completeness(other.steps, own.context) <= 0.25
+
+
+def test_without_facts_a_chain_about_something_else_does_not_support_itself():
+    context = ChainContext(instruction="Which robot should pick boxes?")
+    steps = ["Photosynthesis turns sunlight to sugar.", "Sugar feeds leaves.", "Leaves need sunlight."]
+    assert reasoning_consistency(steps, context) == 0
+
+
+def test_a_claim_about_something_this_question_does_not_have_is_unsupported(order):
+    facts = {name: value for name, value in STAIRS.context.facts.items() if name != "trip"}
+    reasons = score_chain(STAIRS.steps, replace(STAIRS.context, facts=facts), order)["reasons"]
+    assert "step 2 claims something about trip, which this question does not have" in reasons
+
+
+# --- completeness -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_step_costs_its_share_of_its_type():
+    assert step_completeness([*STAIRS.steps[:1], *STAIRS.steps[2:]], STAIRS.context) == pytest.approx(1 - 1 / 3 / 4)
+
+
+def test_a_missing_type_costs_a_quarter():
+    assert step_completeness(GUIDE.steps[:-1], GUIDE.context) == pytest.approx(0.75)
+
+
+def test_a_step_with_wrong_values_still_fills_its_slot():
+    steps = [STAIRS.steps[0].replace("stairs", "cliff").replace("hands", "camera"), *STAIRS.steps[1:]]
+    assert step_completeness(steps, STAIRS.context) == 1.0
+
+
+def test_one_step_repeated_fills_one_slot():
+    assert step_completeness([STAIRS.steps[1]] * 10, STAIRS.context) == pytest.approx(1 / 3 / 4)
+
+
+def test_one_step_with_every_key_word_fills_one_slot_without_a_gold_chain():
+    step = "Analyze the task, evaluate each constraint, compare and select the best option"
+    assert step_completeness([step], ChainContext()) == 0.25
+
+
+def test_the_guides_example_is_complete_without_a_gold_chain():
+    assert step_completeness(GUIDE.steps, ChainContext()) == 1.0
+
+
+def test_a_key_word_alone_is_no_step_type():
+    assert identify_step_types(["Analyze.", "Conclusion:", "Conclusion: Drone"]) == [
+        frozenset(), frozenset(), frozenset({"conclusion"}),
+    ]  # fmt: skip
+
+
+# --- claims -------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_word_that_is_also_a_name_is_read_as_the_value():
+    step = "Drone: light is day, load is light, so Drone is yes."
+    domains = {"light": {"day", "dark"}, "load": {"light", "heavy"}, "Drone": {"yes", "no"}}
+    assert claims(step, **domains) == ["light is day", "load is light", "Drone is yes"]
+
+
+def test_the_longest_value_is_read_first():
+    assert claims("The place is open water.", place={"open", "open water"}) == ["place is open water"]
+
+
+def test_a_value_directly_before_its_name_is_a_claim():
+    assert claims("With a heavy load it is slow.", load={"light", "heavy"}) == ["load is heavy"]
+
+
+def test_a_value_after_the_next_name_or_sentence_is_no_claim():
+    assert claims("The load and the flag are far. Heavy.", load={"heavy", "far"}, flag={"far"}) == ["flag is far"]
+
+
+def test_a_negated_claim_contradicts_the_value_it_denies(order):
+    assert ClaimReader({"weather": {"rain"}}).read("The weather is not rain.") == (Claim("weather", "rain", True),)
+    context = ChainContext(instruction="What weather?", facts={"weather": "rain"}, domains={"weather": {"rain", "sun"}})
+    reasons = score_chain(["The weather is not rain.", "The weather isn't sun."], context, order)["reasons"]
+    assert reasons == ["step 1 says 'weather is not rain', but weather is rain"]
+
+
+def test_verdicts_in_other_words_are_understood(order):
+    domains = {"Drone": {"suited", "unsuited"}, "Humanoid": {"suited", "unsuited"}}
+    context = ChainContext(instruction="Which robot?", domains=domains, answer={"Drone"})
+    steps = ["The robot Drone is unsuited.", "The robot Humanoid is suited.", "Conclusion: Drone."]
+    reasons = score_chain(steps, context, order)["reasons"]
+    assert reasons == ["step 3 says 'Drone is suited', but an earlier step says 'Drone is unsuited'"]
+
+
+# --- plain numbers ------------------------------------------------------------------------------------------------
+
+
+def test_adjacent_similarity_matches_a_hand_worked_case():
+    # {a, b, "a b"} and {a, c, "a c"} share one of three terms each; the same sentence again is 1
+    assert adjacent_similarity(["a b", "a c", "a c"]) == pytest.approx((1 / 3 + 1) / 2)
+    assert adjacent_similarity(["a b"]) == 0.0
+
+
+def test_adjacent_similarity_with_term_weights_counts_common_words_less():
+    weights = fit_term_weights(["the cat", "the dog", "the sun"])
+    assert adjacent_similarity(["the cat", "the dog"], weights) < adjacent_similarity(["the cat", "the dog"])
+
+
+def test_final_answer_accuracy_is_set_equality():
+    assert final_answer_accuracy(["humanoid ", "Drone"], ["Drone", "Humanoid"]) == 1.0
+    assert final_answer_accuracy(["Drone"], ["Drone", "Humanoid"]) == 0.0
+
+
+def test_precision_and_recall_are_none_where_nothing_was_counted():
+    table = per_candidate_precision_recall([{"A"}, {"A"}], [{"A"}, {"B"}])
+    assert table == {
+        "A": {"precision": 0.5, "recall": 1.0, "support": 1.0},
+        "B": {"precision": None, "recall": 0.0, "support": 1.0},
+    }
+
+
+def test_balanced_accuracy_of_a_constant_guess_is_one_half():
+    assert balanced_accuracy([1, 1, 1, 0], [1, 1, 1, 1]) == 0.5
+
+
+def test_the_bootstrap_interval_holds_the_mean_and_repeats_with_its_seed():
+    values = [0.0, 1.0] * 50
+    low, high = bootstrap_interval(values)
+    assert 0.38 < low < 0.43 and 0.57 < high < 0.62
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_a_metric_at_its_target_does_not_meet_it():
+    metrics = {"reasoning_consistency": 0.85, "step_completeness": 0.91, "logical_flow_score": None}
+    compared = compare_with_targets(metrics)
+    assert [entry["met"] for entry in compared.values()] == [False, True, None, None]
+    assert compared["reasoning_consistency"]["target"] == ">0.85"
+
+
+def test_the_table_fits_80_columns_and_shows_missing_values():
+    metrics = {"reasoning_consistency": 0.8499, "no_reasoning_same_time_accuracy": None}
+    text = metrics_table(
+        {"checkpoint": "/x" * 60, "split": "val", "metrics": metrics, "targets": compare_with_targets(metrics)}
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert next(line for line in text.splitlines() if "consistency" in line).split()[1:] == ["0.8499", ">0.85", "no"]
+    assert next(line for line in text.splitlines() if "same_time" in line).split()[1:] == ["n/a", "-", "-"]
+
+
+def test_a_thousand_chains_are_scored_in_three_seconds(order):
+    started = time.process_time()
+    for index in range(1000):
+        steps = [step.replace("rain", f"rain {index}") for step in STAIRS.steps[1:]]  # no step is in a cache
+        score_chain(steps, STAIRS.context, order)
+    assert time.process_time() - started < 3
