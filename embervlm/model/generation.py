@@ -30,8 +30,8 @@ class Decoding:
     """0 takes the likeliest token."""
     top_p: float = 1.0
     seed: int = 0
-    reasoning: bool = True
-    """False asks for the answer alone."""
+    form: str = "reasoning"
+    """`reasoning`: chain and answer; `direct`: the answer alone; `text`: go on from the instruction as it stands."""
     candidates: tuple[str, ...] = ()
     """Answers to choose among; empty means those of the model's config."""
 
@@ -40,6 +40,12 @@ class Decoding:
             raise ConfigError("max_reasoning_steps and max_new_tokens must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must be at least 0 and top_p in (0, 1]")
+        if self.form not in ("reasoning", "direct", "text"):
+            raise ConfigError(f"form: {self.form!r} is not reasoning, direct or text")
+
+    @property
+    def reasoning(self) -> bool:
+        return self.form == "reasoning"
 
 
 def pictures_tensor(model: EmberVLM, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -84,7 +90,8 @@ def generate_from_visual(
     if decoding.reasoning:
         prompts = [[*tokenizer.encode(text), tokenizer.ids["<|reasoning_start|>"]] for text in instructions]
     else:
-        prompts = [tokenizer.encode(text + DIRECT_PROMPT) for text in instructions]
+        suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
+        prompts = [tokenizer.encode(text + suffix) for text in instructions]
     writer = _Writer(model, visual, image_mask, prompts, decoding)
     generated, log_probs = writer.run()
     head = writer.head_probabilities(candidates)
@@ -100,6 +107,7 @@ def generate_from_visual(
             "reasoning_steps": steps,
             "answer": ", ".join(answer) if answer else (text or ""),
             "answer_set": list(answer),
+            "text": text or "",
             "confidence": float(torch.tensor(log_probs[row]).exp()),
             "num_tokens": len(ids),
         }

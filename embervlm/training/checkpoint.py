@@ -72,7 +72,7 @@ def best_checkpoints(folder: Path) -> list[Path]:
     """The best checkpoint by the evaluations that stand in `folder`, if there are any; pruning spares it."""
     from embervlm.select_best import rank_checkpoints
 
-    if not run_dir.list_checkpoints(folder):
+    if not any(run_dir.eval_path(found.path, "val").exists() for found in run_dir.list_checkpoints(folder)):
         return []
     ranked = rank_checkpoints(folder, evaluate=lambda path, split: {"metrics": {}})
     return [entry.checkpoint for entry in ranked if entry.eligible][:1]

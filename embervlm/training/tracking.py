@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from embervlm.progress import progress_bar
 
 
 class Tracker:
@@ -28,7 +28,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._drop_after(first_step)
-        self._bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True)
+        self._bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
         if project:
             import wandb
 

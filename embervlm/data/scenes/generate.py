@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,19 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from embervlm.progress import progress_bar
 
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
 from embervlm.data.splits import split_of
+from embervlm.data.teachers.real_tasks import scene_for, task_record
 from embervlm.data.teachers.rules import KINDS, TASKS, TaughtChain, Task, caption, teach
 
-KIND_SHARES = {"now": 0.2, "walk": 0.25, "haul": 0.55}
+KIND_SHARES = {"now": 0.15, "walk": 0.2, "haul": 0.65}
 """Share of each question kind; the long chains are where reasoning can show."""
 MAX_ANSWER_SHARE = 0.2
 """An answer that makes up more than this of its question's records is not asked for again until it does not."""
+MAX_SCENE_DRAWS = 20
+"""Scenes tried for one whose answer is not too common."""
 JPEG_QUALITY = 90
 
 
@@ -55,23 +57,25 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
     caps = {task: max(MAX_ANSWER_SHARE, 1.1 / number) for task, number in kinds_of_answer.items()}
     plans = []
     for index in range(num_pictures):
-        while True:
+        chosen: list[Task] = []
+        kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
+        for attempt in range(MAX_SCENE_DRAWS):
             facts = rng.choice(combinations)
             answers = {task: teach(facts, task).answer for task in TASKS}
+            fullness = {task: counts[task, answers[task]] / (1 + per_task[task]) / caps[task] for task in TASKS}
             open_tasks = [task for task in TASKS if answers[task]]
-            if len(open_tasks) >= questions_per_picture:
+            good = [task for task in open_tasks if task.kind == kind and fullness[task] < 1]
+            if len(open_tasks) >= questions_per_picture and (good or attempt == MAX_SCENE_DRAWS - 1):
                 break
-        chosen: list[Task] = []
         for _ in range(questions_per_picture):
-            kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
             pool = [task for task in open_tasks if task not in chosen]
             pool = [task for task in pool if task.kind == kind] or pool
-            fullness = {task: counts[task, answers[task]] / (1 + per_task[task]) / caps[task] for task in pool}
             wanted = [task for task in pool if fullness[task] < 1]  # the rarest question whose answer is not too common
             task = min(wanted, key=lambda t: (per_task[t], rng.random())) if wanted else min(pool, key=fullness.__getitem__)
             counts[task, answers[task]] += 1
             per_task[task] += 1
             chosen.append(task)
+            kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
         plans.append(ScenePlan(index, facts, rng.getrandbits(48), tuple(chosen)))
     return plans
 
@@ -139,8 +143,7 @@ def generate_scenes(
     records: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
         done: Iterable[list[dict[str, Any]]] = pool.map(_records_of, jobs, chunksize=32)
-        for group in tqdm(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress,
-                          mininterval=0.5 if sys.stderr.isatty() else 10):
+        for group in progress_bar(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress):
             records.extend(group)
     records = records[:num_samples]
     write_dataset(path, records)
@@ -184,3 +187,20 @@ def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     fitted = sum(counter[best[text]] for text, counter in answers["test"].items() if text in best)
     hindsight = sum(counter.most_common(1)[0][1] for counter in answers["test"].values())
     return {"fitted_on_train": fitted / total, "in_hindsight": hindsight / total}
+
+
+def generate_for_tasks(
+    tasks: Sequence[tuple[str, tuple[str, ...]]], output_file: str | Path, *, num_samples: int | None = None
+) -> list[dict[str, Any]]:
+    """Scenes and chains for tasks that others wrote; at most `num_samples` records, one for each task."""
+    path = Path(output_file)
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, (text, gold) in enumerate(tasks[:num_samples]):
+        facts, task, chain = scene_for(text, gold)
+        name = f"images/task-{index:06d}.jpg"
+        boxes, details = render_to_file(facts, index, path.parent / name)
+        metadata = scene_metadata(facts, task, chain, boxes, details)
+        records.append(task_record(index, text, chain, metadata, name))
+    write_dataset(path, records)
+    return records

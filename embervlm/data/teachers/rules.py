@@ -9,8 +9,9 @@ every step on its own; the whole map from picture to answer is hard to learn wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
-from embervlm.data.scenes.facts import DISTANCES, FACT_DOMAINS, LOADS, SKIES, SceneFacts
+from embervlm.data.scenes.facts import DISTANCES, FACT_DOMAINS, LOADS, PLACES, SKIES, SceneFacts
 
 DRONE, UNDERWATER, HUMANOID, WHEELS, LEGS = (
     "Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs",
@@ -25,8 +26,8 @@ JOBS = {
 }  # fmt: skip
 """Job -> what a robot needs for it."""
 
-TRIPS = ("one hour", "six hours", "twelve hours", "eighteen hours", "one day")
-"""Trip time by the sum of the distance's and the load's place in their order; each place costs a quarter of a day."""
+TRIPS = ("one hour", "six hours", "twelve hours", "eighteen hours", "one day", "thirty hours")
+"""Trip time in quarters of a day: one for each step up in distance and in load, and one for a slow pace."""
 
 _OBJECTS = {
     "carry": "the load", "deliver": "the load", "repair": "the pump", "unlock": "the gate", "inspect": "the site",
@@ -36,11 +37,15 @@ _OBJECTS = {
 LIGHT_AT = {"dawn": "day", "noon": "day", "dusk": "dark", "night": "dark"}
 TIDE_AT = {"dawn": "high", "noon": "low", "dusk": "high", "night": "low"}
 """The tide turns every six hours."""
-TIDAL_PLACES = ("flooded tunnel", "open water")
+TIDAL_PLACES = ("flooded tunnel", "open water", "cliff")
+SLOW_PLACES = ("stairs", "rubble", "cliff", "crowd")
+"""Where every trip takes six hours more."""
+WEATHER_CYCLE = ("clear", "wind", "rain", "fog")
+"""Fronts pass in this order, one every twelve hours."""
 FIRM_GROUND = {
     HUMANOID: {"firm", "steps", "crowded"},
     WHEELS: {"firm"},
-    LEGS: {"firm", "steps", "slippery", "soft", "broken", "shallow water"},
+    LEGS: {"firm", "steps", "soft", "broken", "shallow water"},
     UNDERWATER: {"deep water"},
 }
 """Robot -> ground it can work on. The Drone does not touch the ground."""
@@ -48,8 +53,10 @@ FIRM_GROUND = {
 DERIVED_DOMAINS: dict[str, tuple[str, ...]] = {
     "job": tuple(JOBS),
     "need": ("payload", "hands", "camera"),
+    "pace": ("quick", "slow"),
     "trip": TRIPS,
     "arrival": SKIES,
+    "forecast": WEATHER_CYCLE,
     "light": ("day", "dark"),
     "tide": ("high", "low"),
     "ground": (
@@ -118,45 +125,63 @@ class TaughtChain:
 
 
 def ground_at(place: str, weather: str, hour: str) -> str:
-    """What a robot stands on at `hour`."""
-    if place in ("stairs", "field") and weather == "rain":
-        return "slippery" if place == "stairs" else "soft"
-    if place == "flooded tunnel":
-        return "deep water" if TIDE_AT[hour] == "high" else "shallow water"
-    if place == "crowd":
-        return "crowded" if hour in ("noon", "dusk") else "firm"
-    return {
-        "warehouse": "firm", "stairs": "steps", "rubble": "broken", "cliff": "steep", "open water": "deep water",
-        "field": "firm",
-    }[place]  # fmt: skip
+    """What a robot stands on at `place` in `weather` at `hour`."""
+    tide, wet, frost = TIDE_AT[hour], weather == "rain", hour == "night"
+    if place == "warehouse":  # under a roof; the day shift works until noon
+        return "crowded" if hour in ("dawn", "noon") else "firm"
+    if place == "stairs":
+        return "slippery" if wet or frost else "steps"
+    if place == "flooded tunnel":  # rain runs into it
+        return "deep water" if wet or tide == "high" else "shallow water"
+    if place == "rubble":
+        return "slippery" if wet or frost else "broken"
+    if place == "cliff":  # the sea comes up to its foot
+        return "deep water" if tide == "high" else "steep"
+    if place == "open water":
+        return "deep water" if tide == "high" else "shallow water"
+    if place == "field":  # dew at dawn
+        return "soft" if wet or hour == "dawn" else "firm"
+    return "crowded" if hour in ("noon", "dusk") and not wet else "firm"  # rain sends a crowd home
+
+
+def arrival_after(sky: str, quarters: int) -> str:
+    """Time of day `quarters` of a day after `sky`."""
+    return SKIES[(SKIES.index(sky) + quarters) % len(SKIES)]
+
+
+def forecast_after(weather: str, quarters: int) -> str:
+    """Weather `quarters` of a day later."""
+    return WEATHER_CYCLE[(WEATHER_CYCLE.index(weather) + quarters // 2) % len(WEATHER_CYCLE)]
 
 
 def derive(facts: SceneFacts, task: Task) -> dict[str, str]:
     """All that follows from the picture and the task, except the verdicts. Claim name -> value."""
     claims = {**facts.as_dict(), "job": task.job, "need": task.need}
-    hour = facts.sky
+    hour, weather = facts.sky, facts.weather
     if task.kind != "now":
-        quarters = DISTANCES.index(facts.flag) + (LOADS.index(facts.load) if task.kind == "haul" else 0)
-        hour = SKIES[(SKIES.index(facts.sky) + quarters) % len(SKIES)]
-        claims |= {"trip": TRIPS[quarters], "arrival": hour}
+        slow = facts.place in SLOW_PLACES
+        quarters = DISTANCES.index(facts.flag) + slow + (LOADS.index(facts.load) if task.kind == "haul" else 0)
+        hour, weather = arrival_after(hour, quarters), forecast_after(weather, quarters)
+        claims |= {"pace": "slow" if slow else "quick", "trip": TRIPS[quarters], "arrival": hour, "forecast": weather}
     claims["light"] = LIGHT_AT[hour]
     if facts.place in TIDAL_PLACES:
         claims["tide"] = TIDE_AT[hour]
-    return claims | {"ground": ground_at(facts.place, facts.weather, hour)}
+    return claims | {"ground": ground_at(facts.place, weather, hour)}
 
 
 def conditions_of(robot: str, claims: dict[str, str], task: Task) -> list[tuple[str, bool]]:
     """The claims that decide for `robot`, each with whether it is met, in the order in which a step names them."""
     on_ground = ("ground", claims["ground"] in FIRM_GROUND.get(robot, ()))
-    if robot == DRONE:  # weather dependent, flies by sight, limited payload, no hands
-        checks = [("weather", claims["weather"] == "clear"), ("light", claims["light"] == "day")]
+    if robot == DRONE:  # rain and wind ground it; flies by sight, limited payload, no hands
+        weather = "weather" if task.kind == "now" else "forecast"
+        checks = [(weather, claims[weather] in ("clear", "fog")), ("light", claims["light"] == "day")]
         if task.takes_load:
             checks.append(("load", claims["load"] == "light"))
         return [*checks, ("need", task.need != "hands")]
     if robot == UNDERWATER:
         return [on_ground]
     if robot == HUMANOID:  # high power consumption
-        trip = [("trip", TRIPS.index(claims["trip"]) <= 2)] if "trip" in claims else []
+        trip = [("trip", TRIPS.index(claims["trip"]) <= 3)] if "trip" in claims else []
         return [on_ground, *trip]
     if robot == WHEELS:
         return [on_ground, ("need", task.need != "hands")]
@@ -177,49 +202,45 @@ def teach(facts: SceneFacts, task: Task) -> TaughtChain:
         if suited:
             answer.append(robot)
         named = ", ".join(f"{name} is {claims[name]}" for name, _ in checks)
-        verdicts.append(f"{robot}: {named}, so {robot} is {claims[robot]}.")
+        verdicts.append(f"{named[0].upper()}{named[1:]}: {robot} is {claims[robot]}.")
 
-    hour = "sky" if task.kind == "now" else "arrival"
+    now = task.kind == "now"
+    hour, weather = ("sky", "weather") if now else ("arrival", "forecast")
     tide = f", tide is {claims['tide']}" if "tide" in claims else ""
     job = f"The job is {task.job}, so the need is {task.need}."
-    place = f"The place is {facts.place}."
     ground = (
-        f"The place is {facts.place}, weather is {facts.weather}, {hour} is {claims[hour]}{tide}, "
+        f"The place is {facts.place}, {weather} is {claims[weather]}, {hour} is {claims[hour]}{tide}, "
         f"so the ground is {claims['ground']}."
     )
-    load = f" The load is {facts.load}." if task.takes_load and task.kind != "haul" else ""
-    load_seen = ("load",) if load else ()
-    ground_seen = ("place", "weather")
     P, C, S = "problem_analysis", "constraint_checking", "solution_selection"
     steps: list[tuple[str, str, tuple[str, ...]]]
-    if task.kind == "now":
+    if now:
+        load, load_seen = (f" The load is {facts.load}.", ("load",)) if task.takes_load else ("", ())
         steps = [
             (P, f"{job}{load} The sky is {facts.sky}, so the light is {claims['light']}.", ("sky", *load_seen)),
-            (C, ground, ground_seen),
+            (C, ground, ("place", "weather")),
             (S, " ".join(verdicts), ()),
         ]
     else:
-        trip = f"the flag is {facts.flag}, so the trip is {claims['trip']}."
-        arrive = (
-            f"The sky is {facts.sky}, after {claims['trip']} the arrival is {claims['arrival']}, "
-            f"so the light is {claims['light']}."
-        )
-        if task.kind == "walk":
-            steps = [
-                (P, f"{job} {trip[0].upper()}{trip[1:]}", ("flag",)),
-                (C, arrive, ("sky",)),
-                (C, ground, ground_seen),
-                (S, " ".join(verdicts[:2]), ()),
-                (S, " ".join(verdicts[2:]), ()),
-            ]
-        else:
-            steps = [
-                (P, f"{job} {place}", ("place",)),
-                (C, f"The load is {facts.load} and {trip}", ("load", "flag")),
-                (C, arrive, ("sky",)),
-                (C, ground, ground_seen),
-                *((S, verdict, ()) for verdict in verdicts),
-            ]
+        load, load_seen = (f"load is {facts.load}, ", ("load",)) if task.kind == "haul" else ("", ())
+        steps = [
+            (P, f"{job} The place is {facts.place}, so the pace is {claims['pace']}.", ("place",)),
+            (
+                C,
+                f"The {load}flag is {facts.flag}, pace is {claims['pace']}, so the trip is {claims['trip']}.",
+                (*load_seen, "flag"),
+            ),
+            (
+                C,
+                f"The sky is {facts.sky}, after {claims['trip']} the arrival is {claims['arrival']}, so the light is "
+                f"{claims['light']}. The weather is {facts.weather}, after {claims['trip']} the forecast is "
+                f"{claims['forecast']}.",
+                ("sky", "weather"),
+            ),
+            (C, ground, ("place",)),
+        ]
+        grouped = [" ".join(verdicts)] if task.kind == "walk" else verdicts
+        steps += [(S, verdict, ()) for verdict in grouped]
     steps.append(("conclusion", f"Conclusion: {', '.join(answer)}.", ()))
     types, texts, seen = zip(*steps)
     return TaughtChain(steps=texts, step_types=types, seen=seen, claims=claims, answer=tuple(answer))
@@ -236,22 +257,26 @@ def caption(facts: SceneFacts) -> str:
 def glossary() -> tuple[str, ...]:
     """Every rule as a sentence of its own. Stage 3 reads these, so that it knows the words before it reasons."""
     lines = [f"The job is {job}, so the need is {need}." for job, need in JOBS.items()]
-    for flag in DISTANCES:
-        lines.append(f"The flag is {flag}, so the trip is {TRIPS[DISTANCES.index(flag)]}.")
-        for load in LOADS:
-            trip = TRIPS[DISTANCES.index(flag) + LOADS.index(load)]
-            lines.append(f"The load is {load} and the flag is {flag}, so the trip is {trip}.")
-    for sky in SKIES:
-        lines.append(f"The sky is {sky}, so the light is {LIGHT_AT[sky]}. The tide is {TIDE_AT[sky]}.")
-        for quarters, trip in enumerate(TRIPS):
-            arrival = SKIES[(SKIES.index(sky) + quarters) % len(SKIES)]
-            lines.append(
-                f"The sky is {sky}, after {trip} the arrival is {arrival}, so the light is {LIGHT_AT[arrival]}."
-            )
+    lines += [f"The place is {p}, so the pace is {'slow' if p in SLOW_PLACES else 'quick'}." for p in PLACES]
+    for (far, flag), (slow, pace) in product(enumerate(DISTANCES), enumerate(("quick", "slow"))):
+        lines.append(f"The flag is {flag}, pace is {pace}, so the trip is {TRIPS[far + slow]}.")
+        for heavy, load in enumerate(LOADS):
+            trip = TRIPS[far + slow + heavy]
+            lines.append(f"The load is {load}, flag is {flag}, pace is {pace}, so the trip is {trip}.")
+    for quarters, trip in enumerate(TRIPS):
+        for sky in SKIES:
+            arrival = arrival_after(sky, quarters)
+            lines.append(f"The sky is {sky}, after {trip} the arrival is {arrival}, so the light is {LIGHT_AT[arrival]}.")
+        for weather in WEATHER_CYCLE:
+            lines.append(f"The weather is {weather}, after {trip} the forecast is {forecast_after(weather, quarters)}.")
+    for place, weather, hour in product(PLACES, WEATHER_CYCLE, SKIES):
+        tide = f", tide is {TIDE_AT[hour]}" if place in TIDAL_PLACES else ""
+        ground = ground_at(place, weather, hour)
+        lines.append(f"The place is {place}, forecast is {weather}, arrival is {hour}{tide}, so the ground is {ground}.")
     for robot, grounds in FIRM_GROUND.items():
         for ground in DERIVED_DOMAINS["ground"]:
-            lines.append(f"{robot}: ground is {ground}, so {robot} is {VERDICTS[0 if ground in grounds else 1]}.")
-    lines.append("Drone: weather is clear, light is day, load is light, need is camera, so Drone is suited.")
-    lines.append("Drone: weather is rain, so Drone is unsuited. Drone: light is dark, so Drone is unsuited.")
+            lines.append(f"Ground is {ground}: {robot} is {VERDICTS[0 if ground in grounds else 1]}.")
+    lines.append("Weather is clear, light is day, load is light, need is camera: Drone is suited.")
+    lines.append("Forecast is rain: Drone is unsuited. Light is dark: Drone is unsuited.")
     lines.append("Conclusion: Drone, Underwater Robot, Humanoid, Robot with Wheels, Robot with Legs.")
     return tuple(lines)

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart smoke lint test test-fast clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "python3 has no venv: sudo apt-get install python3-venv python3-dev gcc"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	# torch first and alone: another package's range would take the newest build with its CUDA packages
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/embervlm quickstart --output_dir outputs/quickstart
+
+smoke: install
+	$(BIN)/embervlm quickstart --output_dir outputs/smoke --smoke
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-fast: install
+	$(BIN)/pytest -m "not slow"
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

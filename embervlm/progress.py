@@ -1,0 +1,14 @@
+"""The one progress bar: lively in a terminal, a line every ten seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(*args: Any, **options: Any) -> Any:
+    """A tqdm bar; takes what tqdm takes."""
+    interval = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(*args, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)
