@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embervlm.config import COMPONENTS, ConfigError, model_preset
+from embervlm.config import COMPONENTS, model_preset
 
 
 def underscored(argv: Sequence[str]) -> list[str]:

@@ -75,12 +75,16 @@ class PhaseConfig:
     multimodal_loss_weight: float = 0.0
     direct_loss_weight: float = 0.0
     """Weight of answering directly, without a chain; Phase 2 without it forgets how."""
+    validator_records_ratio: float = 1.0
+    """Share of the records whose steps the validator is asked about; less makes a step cheaper."""
     direct_records_ratio: float = 0.0
     """Direct-answer records per reasoning record in a batch."""
     dense_loss_weight: float = 0.0
     """Stage 3: what is in each patch, where the data know it."""
     caption_records_ratio: float = 0.0
-    """Stage 3: caption and glossary records per direct record."""
+    """Stage 3: captions per direct record."""
+    glossary_records_ratio: float = 0.0
+    """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
     max_minutes: float | None = None
     """Stop after this time on the clock, warmup and decay stretched over it; None trains `epochs`."""
     weight_decay: float = 0.01
@@ -94,8 +98,8 @@ class PhaseConfig:
         _require(self.gradient_clipping > 0, f"{where}gradient_clipping: {self.gradient_clipping} is not positive")
         if wrong := set(self.learning_rate_multipliers) - set(COMPONENTS):
             raise ConfigError(f"{where}learning_rate_multipliers: unknown {sorted(wrong)}; components are {COMPONENTS}")
-        if wrong := [name for name, factor in self.learning_rate_multipliers.items() if factor < 0]:
-            raise ConfigError(f"{where}learning_rate_multipliers: {wrong} are negative")
+        if negative := [name for name, factor in self.learning_rate_multipliers.items() if factor < 0]:
+            raise ConfigError(f"{where}learning_rate_multipliers: {negative} are negative")
         for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
         self._check_component_lists(where)

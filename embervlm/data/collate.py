@@ -72,6 +72,7 @@ class Collator:
         seed: int,
         image_size: int,
         pair_maker: PairMaker | None = None,
+        pair_records_ratio: float = 1.0,
         dense_labels: DenseLabels | None = None,
         grounding: bool = False,
         use_reasoning: bool = True,
@@ -79,6 +80,7 @@ class Collator:
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
         self.candidates, self.seed, self.image_size = list(candidates), seed, image_size
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
+        self.pair_records_ratio = pair_records_ratio
         self.grounding, self.use_reasoning = grounding, use_reasoning
         self._question_ids: dict[int, list[int]] = {}
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
@@ -158,9 +160,9 @@ class Collator:
             ids = [self.tokenizer.encode_many(names) for names in own]
             most, longest = max(map(len, ids)), max(len(name) for names in ids for name in names)
             candidate_ids = torch.full((len(ids), most, longest), -1)
-            for place, names in enumerate(ids):
-                for number, name in enumerate(names):
-                    candidate_ids[place, number, : len(name)] = torch.tensor(name)
+            for place, encoded_names in enumerate(ids):
+                for number, encoded in enumerate(encoded_names):
+                    candidate_ids[place, number, : len(encoded)] = torch.tensor(encoded)
         elif list(own[0]) == self.candidates and self._candidates is not None:
             candidate_ids, most = self._candidates, len(self.candidates)
         else:
@@ -186,7 +188,7 @@ class Collator:
         pairs = [
             (row, pair)
             for row, (sample, rng) in enumerate(zip(samples, rngs))
-            if sample.step_spans
+            if sample.step_spans and rng.random() < self.pair_records_ratio
             for pair in self.pair_maker.pairs(sample, rng)
         ]
         if not pairs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from embervlm.config import ConfigError
 
@@ -34,7 +35,9 @@ def generate(
             workers=workers,
         )  # fmt: skip
     answers = Counter(record["answer"] for record in records)
-    print(f"{output_file}: {len(records)} records, {len({r['image'] for r in records})} pictures, {len(answers)} answers")
+    print(
+        f"{output_file}: {len(records)} records, {len({r['image'] for r in records})} pictures, {len(answers)} answers"
+    )
     blind = blind_accuracy(records)
     print(
         "answering from the instruction alone, test split: "
@@ -42,7 +45,7 @@ def generate(
     )
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -117,26 +117,32 @@ def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokeni
     ]
 
 
-def encode_captions(
-    records: Sequence[ReasoningRecord], texts: Sequence[str], tokenizer: ReasoningTokenizer
-) -> list[Sample]:
-    """A caption for every picture that has one, and `texts` that belong to no picture (glossary)."""
+def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> list[Sample]:
+    """A caption for every picture that has one."""
     captioned: dict[str, int] = {}
     for index, record in enumerate(records):
         if record.image and record.metadata.get("caption"):
             captioned.setdefault(record.image, index)
     prompt = tokenizer.encode(CAPTION_PROMPT)
     captions = tokenizer.encode_many([" " + records[index].metadata["caption"] for index in captioned.values()])
-    samples = [
+    return [
         Sample(record=index, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
         for index, ids in zip(captioned.values(), captions)
     ]
+
+
+def encode_glossary(
+    lines: Sequence[str], tokenizer: ReasoningTokenizer, *, lines_per_text: int = 4, repeats: int = 8, seed: int = 0
+) -> list[Sample]:
+    """Texts without a picture, each of a few `lines` in random order; every line comes `repeats` times."""
+    rng = random.Random(f"glossary:{seed}")
+    order = [line for _ in range(repeats) for line in rng.sample(list(lines), len(lines))]
+    texts = [" ".join(order[start : start + lines_per_text]) for start in range(0, len(order), lines_per_text)]
     start = [tokenizer.end_of_text]
-    samples += [
+    return [
         Sample(record=-1, form=CAPTION, prompt=start, target=[*ids, tokenizer.end_of_text])
-        for ids in tokenizer.encode_many(list(texts))
+        for ids in tokenizer.encode_many(texts)
     ]
-    return samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from embervlm.progress import progress_bar
 
 from embervlm import run_dir
 from embervlm.config import ConfigError
@@ -30,6 +29,7 @@ from embervlm.evaluation.metrics import (
 )
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
+from embervlm.progress import progress_bar
 
 BATCH_SIZE = 64
 EVAL_FORMAT = 1
@@ -290,5 +290,3 @@ def perception_accuracy(model: EmberVLM, data: EvalData) -> dict[str, float]:
         for name, value in record.metadata["scene"].items():
             right.setdefault(name, []).append(float(f"{name} is {value}" in result["text"]))
     return {name: _mean(values) for name, values in right.items()}
-
-

@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: EmberVLMConfig, load_weights: bool = False) -> None:
         super().__init__()
-        self.backbone = _build("vision", AutoModel, config.vision, load_weights)
+        self.backbone: Any = _build("vision", AutoModel, config.vision, load_weights)
         if "add_pooling_layer" in inspect.signature(type(self.backbone).__init__).parameters:
             self.backbone.pooler = None  # its output is not used, so its weights would never learn
         self._wanted_tokens = config.num_visual_tokens
@@ -77,7 +77,7 @@ class VisionEncoder(nn.Module):
         return self._features(pixel_values)
 
     def _features(self, pixel_values: Tensor) -> Tensor:
-        features = self.backbone(pixel_values=pixel_values).last_hidden_state
+        features: Tensor = self.backbone(pixel_values=pixel_values).last_hidden_state
         if features.dim() == 4:
             features = features.flatten(2).transpose(1, 2)
         side = math.isqrt(features.shape[1])
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: EmberVLMConfig, load_weights: bool = False) -> None:
         super().__init__()
-        self.backbone = _build("language", AutoModelForCausalLM, config.language, load_weights)
+        self.backbone: Any = _build("language", AutoModelForCausalLM, config.language, load_weights)
         self.hidden_size = self.backbone.get_input_embeddings().weight.shape[1]
         self.vocab_size = self.backbone.get_input_embeddings().weight.shape[0]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-
 STAGE3 = 3
 STAGE4 = 4
 

@@ -179,9 +179,7 @@ class _Writer:
             step_ids = token[:, None]
             seen = num_visual + length + index + 1
             embeds = self.model.embed(step_ids).to(self.visual.dtype)
-            hidden = self.model.language_model(
-                embeds, mask[:, :seen].long(), positions[:, None], self.language_cache
-            )
+            hidden = self.model.language_model(embeds, mask[:, :seen].long(), positions[:, None], self.language_cache)
             hidden = self._refine(hidden, step_ids, mask[:, None, None, num_visual:seen])
             concludes = (token == self.ids["<|conclusion|>"]) & ~done
             self.conclusion_state = torch.where(concludes[:, None], hidden[:, 0], self.conclusion_state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -26,7 +28,7 @@ class ReasoningHead(nn.Module):
         self.input = nn.Linear(hidden_size, width)
         self.visual_input = nn.Linear(hidden_size, width)
         self.nothing_seen = nn.Parameter(torch.zeros(1, 1, width))
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             Block(width, config.reasoning_ffn, config.reasoning_heads, cross=True)
             for _ in range(config.reasoning_layers)
         )
@@ -95,7 +97,7 @@ class StepValidator(nn.Module):
         self.input = nn.Linear(hidden_size, width)
         self.segment = nn.Embedding(len(self.SEGMENTS), width)
         self.position = nn.Embedding(self.MAX_LENGTH, width)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             Block(width, config.validator_ffn, config.validator_heads, cross=False)
             for _ in range(config.validator_layers)
         )

@@ -75,7 +75,7 @@ def best_checkpoints(folder: Path) -> list[Path]:
     if not any(run_dir.eval_path(found.path, "val").exists() for found in run_dir.list_checkpoints(folder)):
         return []
     ranked = rank_checkpoints(folder, evaluate=lambda path, split: {"metrics": {}})
-    return [entry.checkpoint for entry in ranked if entry.eligible][:1]
+    return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:1]
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:

@@ -333,7 +333,10 @@ def deepspeed_settings(
     """The DeepSpeed config of a run: the JSON with `"auto"` filled in. A value that disagrees with ours is an error."""
     path = Path(
         config.deepspeed_config
-        or REPOSITORY / "configs" / "deepspeed" / f"zero{config.zero_stage}_{'fp16' if precision == 'fp16' else 'bf16'}.json"
+        or REPOSITORY
+        / "configs"
+        / "deepspeed"
+        / f"zero{config.zero_stage}_{'fp16' if precision == 'fp16' else 'bf16'}.json"
     )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from embervlm.config import PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
+from embervlm.config import COMPONENTS, PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import EpochPlan, Sample
 from embervlm.data.images import PictureCache
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.storage import load_checkpoint_into
-from embervlm.config import COMPONENTS
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, restore
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
@@ -66,7 +65,7 @@ def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tup
     parts = world.size * accumulation
     bounds = [len(samples) * part // parts for part in range(parts + 1)]
     ordered = sorted(range(len(samples)), key=lambda index: (index % parts, index))
-    shares = []
+    shares: list[tuple[int, Sequence[Sample]]] = []
     for micro in range(accumulation):
         part = world.rank * accumulation + micro
         mine = [index for index in ordered if index % parts == part]
@@ -85,7 +84,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
-    settings = {"phase": job.name, "config": as_dict(config)}
+    settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config)}
     tracker = Tracker(
         job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,
         total_steps=None if job.phase.max_minutes else total, project=config.wandb_project,
@@ -165,7 +164,9 @@ def _peak_rates(phase: PhaseConfig) -> dict[str, float]:
 def _rate_factor(job: PhaseJob, progress: Progress, total: int) -> float:
     phase = job.phase
     if phase.max_minutes is not None:  # the clock is the schedule: a thousandth of the time counts as a step
-        return learning_rate_factor(1000 * progress.elapsed_s / (60 * phase.max_minutes), 1000, 20, phase.final_lr_ratio)
+        return learning_rate_factor(
+            1000 * progress.elapsed_s / (60 * phase.max_minutes), 1000, 20, phase.final_lr_ratio
+        )
     return learning_rate_factor(progress.step, total, phase.warmup_steps, phase.final_lr_ratio)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from embervlm import run_dir
 from embervlm.config import COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.collate import Collator, DenseLabels
-from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_reasoning
+from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
@@ -48,9 +48,11 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
             f"--output_file {path} --num_samples 50000`"
         )
     records = read_records(path, image_root=config.image_root, allow_outside=config.allow_outside)
-    splits: dict[str, list[ReasoningRecord]] = dict(split_records(records))
+    splits = {str(name): found for name, found in split_records(records).items()}
     if not splits.get("train"):
-        raise ConfigError(f"{path}: none of its {len(records)} records falls into the train split; it needs more records")
+        raise ConfigError(
+            f"{path}: none of its {len(records)} records falls into the train split; it needs more records"
+        )
     images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
     if world.rank == 0:
         PictureCache(images, image_size, Path(config.output_dir) / "cache")
@@ -79,10 +81,12 @@ class Run:
         model.attach_tokenizer(self._tokenizer(settings, model, data.train))
         labels = DenseLabels(data.train, model.vision_encoder.grid)
         tokenizer = _tokenizer_of(model)
-        captions = encode_captions(data.train, glossary(), tokenizer)
         plan = EpochPlan(
             main=encode_direct(data.train, tokenizer),
-            mixed=((captions, config.stage3.caption_records_ratio),),
+            mixed=(
+                (encode_captions(data.train, tokenizer), config.stage3.caption_records_ratio),
+                (encode_glossary(glossary(), tokenizer), config.stage3.glossary_records_ratio),
+            ),
             global_batch=config.stage3_batch_size * self.world.size, seed=config.seed,
         )  # fmt: skip
         job = PhaseJob(
@@ -110,7 +114,8 @@ class Run:
             seed=config.seed + number,
         )  # fmt: skip
         collator = self._collator(
-            model, data, pair_maker=PairMaker(data.train, samples, tokenizer), grounding=phase.multimodal_loss_weight > 0
+            model, data, pair_maker=PairMaker(data.train, samples, tokenizer),
+            pair_records_ratio=phase.validator_records_ratio, grounding=phase.multimodal_loss_weight > 0,
         )  # fmt: skip
         first_epoch = stage.phase1.epochs if number == 2 else 0
         job = PhaseJob(
@@ -265,5 +270,3 @@ def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
 def _tokenizer_of(model: EmberVLM) -> ReasoningTokenizer:
     assert model.tokenizer is not None
     return model.tokenizer
-
-

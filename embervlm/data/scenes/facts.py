@@ -6,9 +6,9 @@ Every fact can be seen in the picture; nothing else about a scene matters to an 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Iterator
 
 PLACES = ("warehouse", "stairs", "flooded tunnel", "rubble", "cliff", "open water", "field", "crowd")
 WEATHERS = ("clear", "rain", "wind", "fog")

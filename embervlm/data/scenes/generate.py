@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.progress import progress_bar
-
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
 from embervlm.data.splits import split_of
 from embervlm.data.teachers.real_tasks import scene_for, task_record
-from embervlm.data.teachers.rules import KINDS, TASKS, TaughtChain, Task, caption, teach
+from embervlm.data.teachers.rules import KINDS, TASKS, Task, TaughtChain, caption, teach
+from embervlm.progress import progress_bar
 
 KIND_SHARES = {"now": 0.15, "walk": 0.2, "haul": 0.65}
 """Share of each question kind; the long chains are where reasoning can show."""
@@ -71,7 +70,11 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
             pool = [task for task in open_tasks if task not in chosen]
             pool = [task for task in pool if task.kind == kind] or pool
             wanted = [task for task in pool if fullness[task] < 1]  # the rarest question whose answer is not too common
-            task = min(wanted, key=lambda t: (per_task[t], rng.random())) if wanted else min(pool, key=fullness.__getitem__)
+            task = (
+                min(wanted, key=lambda t: (per_task[t], rng.random()))
+                if wanted
+                else min(pool, key=fullness.__getitem__)
+            )
             counts[task, answers[task]] += 1
             per_task[task] += 1
             chosen.append(task)

@@ -17,7 +17,7 @@ from typing import Any
 from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning, parse_answer
 from embervlm.data.records import DataError
 from embervlm.data.scenes.facts import SceneFacts, all_facts
-from embervlm.data.teachers.rules import ROBOT_ORDER, TASKS, VERDICTS, TaughtChain, Task, teach
+from embervlm.data.teachers.rules import ROBOT_ORDER, TASKS, VERDICTS, Task, TaughtChain, teach
 
 PLACE_WORDS = {
     "warehouse": r"warehouse|factory|hospital|office|building|indoor|supermarket|store|lab|corridor|facility|kitchen",

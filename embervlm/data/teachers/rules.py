@@ -266,13 +266,17 @@ def glossary() -> tuple[str, ...]:
     for quarters, trip in enumerate(TRIPS):
         for sky in SKIES:
             arrival = arrival_after(sky, quarters)
-            lines.append(f"The sky is {sky}, after {trip} the arrival is {arrival}, so the light is {LIGHT_AT[arrival]}.")
+            lines.append(
+                f"The sky is {sky}, after {trip} the arrival is {arrival}, so the light is {LIGHT_AT[arrival]}."
+            )
         for weather in WEATHER_CYCLE:
             lines.append(f"The weather is {weather}, after {trip} the forecast is {forecast_after(weather, quarters)}.")
     for place, weather, hour in product(PLACES, WEATHER_CYCLE, SKIES):
         tide = f", tide is {TIDE_AT[hour]}" if place in TIDAL_PLACES else ""
         ground = ground_at(place, weather, hour)
-        lines.append(f"The place is {place}, forecast is {weather}, arrival is {hour}{tide}, so the ground is {ground}.")
+        lines.append(
+            f"The place is {place}, forecast is {weather}, arrival is {hour}{tide}, so the ground is {ground}."
+        )
     for robot, grounds in FIRM_GROUND.items():
         for ground in DERIVED_DOMAINS["ground"]:
             lines.append(f"Ground is {ground}: {robot} is {VERDICTS[0 if ground in grounds else 1]}.")
