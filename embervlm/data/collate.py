@@ -200,8 +200,8 @@ class Collator:
         counts["consistency"] = float(len(pairs))
 
     def _ground(
-        self, samples: Sequence[Sample], rows: Sequence[int], length: int, inputs: dict[str, Any], targets: dict[str, Tensor],
-        counts: dict[str, float],
+        self, samples: Sequence[Sample], rows: Sequence[int], length: int, inputs: dict[str, Any],
+        targets: dict[str, Tensor], counts: dict[str, float],
     ) -> None:  # fmt: skip
         index: list[int] = []
         masks: list[Tensor] = []

@@ -58,9 +58,11 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
 class VisionEncoder(nn.Module):
     """Any Hugging Face vision backbone as `[batch, num_visual_tokens, vision_dim]`."""
 
+    backbone: Any
+
     def __init__(self, config: EmberVLMConfig, load_weights: bool = False) -> None:
         super().__init__()
-        self.backbone: Any = _build("vision", AutoModel, config.vision, load_weights)
+        self.backbone = _build("vision", AutoModel, config.vision, load_weights)
         if "add_pooling_layer" in inspect.signature(type(self.backbone).__init__).parameters:
             self.backbone.pooler = None  # its output is not used, so its weights would never learn
         self._wanted_tokens = config.num_visual_tokens
@@ -106,9 +108,11 @@ class Projection(nn.Module):
 class LanguageModel(nn.Module):
     """Any Hugging Face causal language model, fed with embeddings."""
 
+    backbone: Any
+
     def __init__(self, config: EmberVLMConfig, load_weights: bool = False) -> None:
         super().__init__()
-        self.backbone: Any = _build("language", AutoModelForCausalLM, config.language, load_weights)
+        self.backbone = _build("language", AutoModelForCausalLM, config.language, load_weights)
         self.hidden_size = self.backbone.get_input_embeddings().weight.shape[1]
         self.vocab_size = self.backbone.get_input_embeddings().weight.shape[0]
 

@@ -101,7 +101,7 @@ class EmberVLM(PreTrainedModel):
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the backbone's activations in the backward pass (non-reentrant, so frozen layers may stand below)."""
+        """Recompute the backbone's activations in the backward pass (non-reentrant: frozen layers may stand below)."""
         for part in (self.vision_encoder.backbone, self.language_model.backbone):
             if getattr(part, "supports_gradient_checkpointing", False):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,7 +162,7 @@ class EmberVLM(PreTrainedModel):
         return hidden
 
     def refine(self, hidden: Tensor, input_ids: Tensor, visual: Tensor, image_mask: Tensor, **kwargs: Any) -> Any:
-        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the (maybe frozen) language model."""
+        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the language model."""
         added, own = self._added(input_ids)
         hidden = hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
         return self.reasoning_module.reasoning_head(hidden, visual, image_mask, **kwargs)
@@ -208,7 +208,7 @@ class EmberVLM(PreTrainedModel):
             pictures: `[batch, image_size, image_size, 3]` uint8; or give `visual`, computed before.
             score_index: `[scored]`, positions whose next token is scored.
             answer_index: `[records]`, where the answer head reads; `candidate_ids`: `[(records,) candidates, length]`.
-            pair_ids, pair_segments, pair_mask: `[pairs, length]`, what the step validator reads; `pair_record` `[pairs]`.
+            pair_ids, pair_segments, pair_mask: `[pairs, length]`, what the validator reads; `pair_record` `[pairs]`.
             ground_index: `[grounded]`, tokens whose attention is supervised.
             sampled_index: `[sampled]`, inputs that are replaced by the model's own predictions (scheduled sampling;
                 Bengio et al. 2015, in two parallel passes after Mihaylova and Martins 2019).

@@ -1,4 +1,4 @@
-"""Loss terms: tensors in, sums out. The caller divides by the counts of the whole step, over ranks and micro-batches."""
+"""Loss terms: tensors in, sums out. The caller divides by the counts of the whole step over all ranks."""
 
 from __future__ import annotations
 
