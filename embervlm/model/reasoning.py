@@ -143,7 +143,7 @@ class AnswerHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.project = nn.Linear(2 * hidden_size, hidden_size)
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, state: Tensor, visual: Tensor, visual_mask: Tensor, candidates: Tensor) -> Tensor:
         """Logits `[batch, candidates]`; the probability of each being right is their sigmoid.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -122,6 +123,10 @@ class Engine(ABC):
 
     @abstractmethod
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it every process holds all parameters, so that the model can be used apart from training steps."""
+        return contextlib.nullcontext()
 
     @property
     @abstractmethod
@@ -257,10 +262,25 @@ class DeepSpeedEngine(Engine):
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=_adamw(groups, phase), config=config, dist_init_required=False
         )
-        for _, state in self._torch_state():
-            if "step" in state:
-                state["step"].zero_()  # DeepSpeed has run a dry step to make the state
+        self._make_state()
         self._dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+    def _make_state(self) -> None:
+        """Fresh AdamW state for every partition, before the first update, and DeepSpeed's links to it.
+
+        DeepSpeed links all groups' moments after the first group's first update, when the others have none yet; and
+        ZeRO-3 makes its state in a dry step, which counts as an update.
+        """
+        optimizer = self._optimizer.optimizer
+        for group in optimizer.param_groups:
+            for partition in group["params"]:
+                optimizer.state[partition] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(partition),
+                    "exp_avg_sq": torch.zeros_like(partition),
+                }
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _torch_state(self) -> list[tuple[Any, dict[str, Any]]]:
         return list(self._optimizer.optimizer.state.items())
@@ -294,6 +314,11 @@ class DeepSpeedEngine(Engine):
                     full = parameter.detach().clone()
             out[name] = full.detach().float().cpu().clone()
         return out
+
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._zero_stage == 3)
 
     def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -114,7 +114,8 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
         } if logs else None)  # fmt: skip
         ends_epoch = progress.step % job.plan.steps_per_epoch == 0 or progress.step == total
         if ends_epoch and job.after_epoch is not None:
-            job.after_epoch(model, epoch + 1)
+            with engine.whole():
+                job.after_epoch(model, epoch + 1)
             model.train()
         evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
         if progress.step < total and (progress.step % config.save_steps == 0 or evaluates):

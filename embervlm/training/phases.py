@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embervlm import run_dir
 from embervlm.config import COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.collate import Collator, DenseLabels
@@ -76,6 +78,7 @@ class Run:
         if (done := self._finished(folder)) is not None:
             return done
         settings = model_preset(config.model)
+        torch.manual_seed(config.seed)
         model = build_model({**settings, "stage": STAGE3, "candidates": ROBOTS})
         data = self._load_data(model)
         model.attach_tokenizer(self._tokenizer(settings, model, data.train))
@@ -205,6 +208,7 @@ class Run:
         if (checkpoint / "COMPLETE").is_file():
             run_dir.verify_checkpoint(checkpoint)
         settings = {**model_preset(self.config.model), "stage": stage, "candidates": ROBOTS}
+        torch.manual_seed(self.config.seed)
         model = build_model(settings, load_pretrained=False)
         of_stage4 = (checkpoint / "reasoning_module.bin").exists()
         try:

@@ -1,0 +1,338 @@
+"""Micro-batches: what is scored, what the heads are asked, and what is drawn at random."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from embervlm.data.collate import MAX_QUESTION_TOKENS, DenseLabels, validator_inputs
+from embervlm.data.dataset import boxes_to_mask, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.negatives import PairMaker
+from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.model.reasoning import StepValidator
+from embervlm.training.engine import World
+from embervlm.training.loop import deal
+
+
+@pytest.fixture
+def text_only(records):
+    """Eight of the records without their pictures."""
+    return [dataclasses.replace(record, image=None) for record in records[:8]]
+
+
+def record(**fields):
+    fields = {
+        "record_id": "r1", "image": None, "instruction": "Which?", "steps": ("Look.", "Conclusion: it."),
+        "answer": ("Drone",), **fields,
+    }  # fmt: skip
+    return ReasoningRecord(**fields)
+
+
+def texts_of(samples):
+    return [[*sample.prompt, *sample.target] for sample in samples]
+
+
+# ---- tokens
+
+
+def test_only_chain_and_answer_tokens_are_scored(samples, make_collator):
+    batch = make_collator()(samples[:5], step=0)
+    assert batch.targets["labels"].tolist() == [token for sample in samples[:5] for token in sample.target]
+
+
+def test_each_label_is_the_token_after_its_scored_position(samples, make_collator):
+    batch = make_collator()(samples[:5], step=0)
+    flat = batch.inputs["input_ids"].flatten()
+    assert torch.equal(flat[batch.inputs["score_index"] + 1], batch.targets["labels"])
+
+
+def test_counts_say_how_many_tokens_of_each_form_are_scored(records, samples, tokenizer, make_collator):
+    mixed = [*samples[:2], *encode_direct(records[:3], tokenizer)]
+    batch = make_collator()(mixed, step=0)
+    assert batch.counts["reasoning"] == sum(len(sample.target) for sample in mixed[:2])
+    assert batch.counts["direct"] == sum(len(sample.target) for sample in mixed[2:])
+    assert batch.targets["direct"].sum() == batch.counts["direct"]
+
+
+def test_the_text_mask_covers_the_text_and_no_padding(samples, make_collator):
+    batch = make_collator()(samples[:5], step=0)
+    texts = texts_of(samples[:5])
+    assert batch.inputs["text_mask"].sum(1).tolist() == list(map(len, texts))
+    for row, text in enumerate(texts):
+        assert batch.inputs["input_ids"][row, : len(text)].tolist() == text
+
+
+def test_a_batch_names_its_records(records, samples, make_collator):
+    assert make_collator()(samples[:3], step=0).record_ids == [record.record_id for record in records[:3]]
+
+
+# ---- pictures
+
+
+def test_each_row_has_the_picture_of_its_record(records, samples, pictures, make_collator):
+    batch = make_collator()(samples[2:5], step=0)
+    for row, sample in enumerate(samples[2:5]):
+        assert (batch.inputs["pictures"][row].numpy() == pictures[records[sample.record].image]).all()
+        assert batch.picture_index[row] == pictures.index(records[sample.record].image)
+
+
+def test_pictures_can_be_left_to_a_cache_of_visual_tokens(samples, make_collator):
+    assert "pictures" not in make_collator()(samples[:2], step=0, load_pictures=False).inputs
+
+
+def test_a_batch_of_records_without_pictures_is_marked_as_such(text_only, tokenizer, make_collator):
+    samples = encode_reasoning(text_only, tokenizer, grid=3, max_length=512)
+    batch = make_collator(text_only)(samples, step=0)
+    assert not batch.inputs["image_mask"].any()
+    assert batch.picture_index.tolist() == [-1] * len(samples)
+    assert not batch.inputs["pictures"].any()
+
+
+def test_texts_of_the_glossary_go_beside_captions(records, tokenizer, make_collator):
+    mixed = [*encode_captions(records, tokenizer)[:2], *encode_glossary(["A rule."], tokenizer)[:1]]
+    batch = make_collator(use_reasoning=False)(mixed, step=0)
+    assert batch.inputs["image_mask"].tolist() == [True, True, False]
+    assert batch.record_ids[-1] == "glossary"
+
+
+# ---- the answer head
+
+
+def test_the_answer_head_reads_where_the_conclusion_opens(samples, tokenizer, make_collator):
+    batch = make_collator()(samples[:4], step=0)
+    read = batch.inputs["input_ids"].flatten()[batch.inputs["answer_index"]]
+    assert read.tolist() == [tokenizer.ids["<|conclusion|>"]] * 4
+
+
+def test_no_token_of_the_conclusion_stands_before_the_answer_heads_position(samples, make_collator):
+    batch = make_collator()(samples[:4], step=0)
+    length = batch.inputs["input_ids"].shape[1]
+    for row, position in enumerate(batch.inputs["answer_index"].tolist()):
+        assert position - row * length < samples[row].step_spans[-1][0]
+
+
+def test_the_right_candidates_are_those_of_the_answer(records, samples, make_collator):
+    batch = make_collator()(samples[:6], step=0)
+    for row, sample in enumerate(samples[:6]):
+        expected = [float(robot in records[sample.record].answer) for robot in ROBOTS]
+        assert batch.targets["answers"][row].tolist() == expected
+    assert batch.counts["answer"] == 6 * len(ROBOTS)
+
+
+def test_direct_samples_ask_nothing_of_the_answer_head(records, samples, tokenizer, make_collator):
+    batch = make_collator()([*encode_direct(records[:2], tokenizer), samples[0]], step=0)
+    length = batch.inputs["input_ids"].shape[1]
+    assert (batch.inputs["answer_index"] // length).tolist() == [2]
+
+
+def test_records_may_bring_candidates_of_their_own(tokenizer, make_collator):
+    own = [record(metadata={"candidates": ["A", "B", "C"]}, answer=("B",)), record()]
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    assert batch.targets["answers"].tolist() == [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert batch.targets["answers_real"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.counts["answer"] == 8
+
+
+def test_candidates_of_their_own_that_all_records_share_are_encoded_once(tokenizer, make_collator):
+    own = [record(metadata={"candidates": ["Left turn", "Right"]}, answer=("Right",))] * 2
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    ids = batch.inputs["candidate_ids"]
+    assert [tokenizer.decode([t for t in row if t >= 0]) for row in ids.tolist()] == ["Left turn", "Right"]
+
+
+def test_candidate_ids_are_those_of_each_records_candidates(tokenizer, make_collator):
+    own = [record(metadata={"candidates": ["Left turn", "Right"]}, answer=("Right",)), record()]
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    rows = batch.inputs["candidate_ids"].tolist()
+    names = [[tokenizer.decode([t for t in ids if t >= 0]) for ids in row] for row in rows]
+    assert names == [["Left turn", "Right", "", "", ""], list(ROBOTS)]
+
+
+# ---- the step validator
+
+
+def test_the_validator_gets_question_previous_steps_and_step_apart(samples):
+    inputs = validator_inputs([([5, 6], [7], [8, 9]), ([5], [], [8])])
+    assert inputs["pair_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 8, 0, 0, 0]]
+    names = [StepValidator.SEGMENTS[index] for index in inputs["pair_segments"][0].tolist()]
+    assert names == ["question", "question", "previous", "step", "step"]
+    assert inputs["pair_mask"].sum(1).tolist() == [5, 2]
+
+
+def test_what_the_validator_reads_never_exceeds_its_length():
+    inputs = validator_inputs([([1] * 1000, [2] * 256, [3] * 1000)])
+    assert inputs["pair_ids"].shape[1] <= StepValidator.MAX_LENGTH
+    assert (inputs["pair_segments"] == StepValidator.SEGMENTS.index("question")).sum() == MAX_QUESTION_TOKENS
+
+
+def test_pairs_point_at_their_records_row(records, samples, tokenizer, make_collator):
+    maker = PairMaker(records, samples, tokenizer)
+    batch = make_collator(pair_maker=maker)(samples[:4], step=0)
+    assert batch.counts["consistency"] == len(batch.targets["valid"]) == len(batch.inputs["pair_record"])
+    assert set(batch.inputs["pair_record"].tolist()) == {0, 1, 2, 3}
+    for pair, row in enumerate(batch.inputs["pair_record"].tolist()):
+        prompt = samples[row].prompt
+        assert batch.inputs["pair_ids"][pair, : len(prompt)].tolist() == prompt
+
+
+def test_without_a_share_of_records_the_validator_is_asked_nothing(records, samples, tokenizer, make_collator):
+    maker = PairMaker(records, samples, tokenizer)
+    batch = make_collator(pair_maker=maker, pair_records_ratio=0.0)(samples[:4], step=0)
+    assert batch.counts["consistency"] == 0 and "pair_ids" not in batch.inputs
+
+
+# ---- grounding
+
+
+def test_grounded_tokens_are_those_of_the_steps_that_look(records, samples, tokenizer, make_collator):
+    (batch, sample) = (make_collator(grounding=True)(samples[:1], step=0), samples[0])
+    expected = [p for step, _ in sample.attend for p in range(*sample.step_spans[step])]
+    assert batch.inputs["ground_index"].tolist() == expected
+    assert batch.targets["ground"].shape == (len(expected), 9)
+    assert batch.counts["multimodal"] == len(expected)
+
+
+def test_without_boxes_chains_are_told_apart_by_picture(records, tokenizer, make_collator):
+    bare = [dataclasses.replace(r, metadata={}) for r in records[:6:3]]
+    batch = make_collator(bare, grounding=True)(encode_reasoning(bare, tokenizer, 3, 512), step=0)
+    assert batch.inputs["want_pooled"] is True
+    assert batch.targets["contrast"].tolist() == [True, True]
+
+
+def test_a_lone_chain_without_boxes_has_nothing_to_be_told_from(records, tokenizer, make_collator):
+    bare = [dataclasses.replace(records[0], metadata={})]
+    batch = make_collator(bare, grounding=True)(encode_reasoning(bare, tokenizer, 3, 512), step=0)
+    assert "want_pooled" not in batch.inputs and batch.counts["multimodal"] == 0
+
+
+# ---- scheduled sampling
+
+
+def test_scheduled_sampling_replaces_only_tokens_of_steps(samples, make_collator):
+    batch = make_collator()(samples[:4], step=0, teacher_forcing=0.0)
+    length = batch.inputs["input_ids"].shape[1]
+    expected = [row * length + p for row, s in enumerate(samples[:4]) for span in s.step_spans for p in range(*span)]
+    assert batch.inputs["sampled_index"].tolist() == expected
+
+
+def test_with_full_teacher_forcing_nothing_is_replaced(samples, make_collator):
+    assert "sampled_index" not in make_collator()(samples[:4], step=0, teacher_forcing=1.0).inputs
+
+
+def test_teacher_forcing_is_the_share_of_gold_tokens(samples, make_collator):
+    total = sum(end - start for s in samples for start, end in s.step_spans)
+    batch = make_collator()(samples, step=0, teacher_forcing=0.75)
+    assert len(batch.inputs["sampled_index"]) / total == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_model_replaces_no_structure_token_and_no_prompt(tiny_model, samples, make_collator):
+    batch = make_collator()(samples[:4], step=0, teacher_forcing=0.0)
+    gold = batch.inputs["input_ids"]
+    visual = tiny_model.see(tiny_model.normalise(batch.inputs["pictures"]))
+    sampled = tiny_model._sample_inputs(
+        visual, batch.inputs["image_mask"], gold, batch.inputs["text_mask"], batch.inputs["sampled_index"]
+    )
+    changed = (sampled != gold).flatten().nonzero().flatten()
+    assert len(changed)
+    assert set(changed.tolist()) <= set(batch.inputs["sampled_index"].tolist())
+    assert sampled.max() <= tiny_model.tokenizer.ids["<|answer_end|>"]
+
+
+# ---- random draws
+
+
+def test_the_same_step_draws_the_same(records, samples, tokenizer, make_collator):
+    one, other = (
+        make_collator(pair_maker=PairMaker(records, samples, tokenizer))(samples[:4], step=5, teacher_forcing=0.5)
+        for _ in range(2)
+    )
+    assert torch.equal(one.inputs["sampled_index"], other.inputs["sampled_index"])
+    assert torch.equal(one.inputs["pair_ids"], other.inputs["pair_ids"])
+
+
+def test_another_step_draws_anew(samples, make_collator):
+    one, other = (make_collator()(samples[:4], step=step, teacher_forcing=0.5) for step in (0, 1))
+    assert one.inputs["sampled_index"].tolist() != other.inputs["sampled_index"].tolist()
+
+
+def test_what_is_drawn_leaves_the_global_random_state_alone(samples, make_collator):
+    before = random.getstate()
+    make_collator()(samples[:4], step=0, teacher_forcing=0.5)
+    assert random.getstate() == before
+
+
+@pytest.mark.xfail(strict=True, reason="deal: a share's places do not name its samples' places in the global batch")
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_number_of_processes_draws_the_same_for_a_sample(world_size, samples, make_collator):
+    def drawn(size):
+        """Record -> tokens replaced in its text."""
+        found = {}
+        for rank in range(size):
+            world = World(rank=rank, size=size, device=torch.device("cpu"))
+            for first, share in deal(samples[:7], world, 1):
+                batch = make_collator()(share, step=0, first=first, teacher_forcing=0.5)
+                length = batch.inputs["input_ids"].shape[1]
+                for row, sample in enumerate(share):
+                    index = batch.inputs["sampled_index"]
+                    found[sample.record] = (index[index // length == row] - row * length).tolist()
+        return found
+
+    assert drawn(world_size) == drawn(1)
+
+
+# ---- labels of patches
+
+
+def test_dense_labels_of_a_hand_case():
+    """On a 2 x 2 grid: sky over the upper half, a flag in the lower right corner, clutter that is no fact."""
+    boxes = [
+        {"kind": "sky", "label": "noon", "box": [0, 0, 1, 0.5]},
+        {"kind": "flag", "label": "near", "box": [0.6, 0.6, 0.9, 0.9]},
+        {"kind": "clutter", "label": "bird", "box": [0, 0, 1, 1]},
+    ]
+    scene = {"sky": "noon", "flag": "near"}
+    other = record(metadata={"boxes": [{"kind": "sky", "label": "dawn", "box": [0, 0, 1, 1]}], "scene": scene})
+    labels = DenseLabels([record(metadata={"boxes": boxes, "scene": scene}), other], grid=2)
+    assert labels.classes == {"flag": ["near"], "sky": ["dawn", "noon"]}
+    assert labels.sizes == [2, 3]
+    assert labels.of({"boxes": boxes}).tolist() == [[0, 2], [0, 2], [0, 0], [1, 0]]
+
+
+def test_patches_without_ground_truth_are_not_scored():
+    labels = DenseLabels([record(metadata={"boxes": [{"kind": "sky", "label": "noon", "box": [0, 0, 1, 1]}],
+                                           "scene": {"sky": "noon"}})], grid=2)  # fmt: skip
+    assert (labels.of({}) == -1).all()
+
+
+def test_dense_labels_of_generated_records_lie_in_their_boxes(records):
+    labels = DenseLabels(records, grid=3)
+    kinds = list(labels.classes)
+    assert set(kinds) == {"place", "weather", "sky", "load", "flag"}
+    found = labels.of(records[0].metadata)
+    (flag,) = (box for box in records[0].metadata["boxes"] if box["kind"] == "flag")
+    marked = found[:, kinds.index("flag")] > 0
+    assert torch.equal(marked, boxes_to_mask([flag["box"]], 3))
+
+
+def test_dense_counts_leave_texts_without_a_picture_out(records, tokenizer, make_collator):
+    mixed = [*encode_captions(records, tokenizer)[:1], *encode_glossary(["A rule."], tokenizer)[:1]]
+    batch = make_collator(use_reasoning=False, dense_labels=DenseLabels(records, 3))(mixed, step=0)
+    assert batch.counts["dense"] == 9 * 5
+    assert batch.targets["dense"].shape == (2, 9, 5)
+
+
+# ---- batches
+
+
+def test_a_muted_batch_counts_nothing(samples, make_collator):
+    batch = make_collator()(samples[:1], step=0)
+    batch.mute()
+    assert batch.muted and not any(batch.counts.values())
+
+
+def test_a_batch_keeps_everything_when_it_moves(samples, make_collator):
+    batch = make_collator()(samples[:2], step=0)
+    moved = batch.to(torch.device("cpu"))
+    assert moved.inputs.keys() == batch.inputs.keys() and moved.targets.keys() == batch.targets.keys()
+    assert (moved.counts, moved.record_ids, moved.muted) == (batch.counts, batch.record_ids, batch.muted)

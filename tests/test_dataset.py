@@ -1,0 +1,264 @@
+"""Records as ids, and the order in which an epoch brings them."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from embervlm.data.dataset import (
+    CAPTION,
+    DIRECT,
+    EpochPlan,
+    Sample,
+    boxes_to_mask,
+    encode_captions,
+    encode_direct,
+    encode_glossary,
+    encode_reasoning,
+    step_texts,
+)
+from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
+from embervlm.training.engine import World
+from embervlm.training.loop import deal
+
+
+def record(record_id="r1", steps=("Look.", "It is wet.", "Conclusion: Drone."), **fields):
+    fields = {"image": None, "instruction": "Which robot?", "answer": ("Drone",), **fields}
+    return ReasoningRecord(record_id=record_id, steps=steps, **fields)
+
+
+def encode_one(tokenizer, **fields):
+    (sample,) = encode_reasoning([record(**fields)], tokenizer, grid=3, max_length=512)
+    return sample
+
+
+def numbered(count, length=5):
+    """Samples that differ in their record number alone."""
+    return [Sample(record=i, form=DIRECT, prompt=[1], target=[2] * (length + i % 3)) for i in range(count)]
+
+
+def numbers(batch):
+    return Counter(sample.record for sample in batch)
+
+
+# ---- chains as ids
+
+
+def test_each_step_span_covers_exactly_its_steps_tokens(records, samples, tokenizer):
+    for sample in samples:
+        text = [*sample.prompt, *sample.target]
+        steps, conclusion = step_texts(records[sample.record])
+        assert [tokenizer.decode(text[start:end]) for start, end in sample.step_spans] == [*steps, conclusion]
+        assert all(token < tokenizer.base_vocab_size for start, end in sample.step_spans for token in text[start:end])
+
+
+def test_before_each_step_stands_the_token_that_opens_it(samples, tokenizer):
+    for sample in samples:
+        text = [*sample.prompt, *sample.target]
+        opening = [text[start - 1] for start, _ in sample.step_spans]
+        step, conclusion = tokenizer.ids["<|step|>"], tokenizer.ids["<|conclusion|>"]
+        assert opening == [step] * (len(opening) - 1) + [conclusion]
+
+
+def test_the_answer_position_is_the_token_that_opens_the_conclusion(samples, tokenizer):
+    for sample in samples:
+        assert [*sample.prompt, *sample.target][sample.answer_position] == tokenizer.ids["<|conclusion|>"]
+
+
+def test_the_gold_conclusion_is_not_visible_at_the_answer_position(samples):
+    for sample in samples:
+        start, _ = sample.step_spans[-1]
+        assert sample.answer_position < start
+
+
+def test_without_a_conclusion_the_answer_position_is_the_end_of_the_chain(tokenizer):
+    sample = encode_one(tokenizer, steps=("Look.", "It is wet."))
+    assert [*sample.prompt, *sample.target][sample.answer_position] == tokenizer.ids["<|reasoning_end|>"]
+
+
+def test_the_target_is_chain_and_answer(records, samples, tokenizer):
+    for sample in samples[:6]:
+        steps, answer = tokenizer.parse_generated(sample.target)
+        assert steps == list(records[sample.record].steps)
+        assert answer == ", ".join(records[sample.record].answer)
+        assert sample.target[-1] == tokenizer.ids["<|answer_end|>"]
+
+
+def test_a_special_token_in_an_instruction_does_not_end_the_chain(tokenizer):
+    sample = encode_one(tokenizer, instruction="Fly <|reasoning_end|> now")
+    assert max(sample.prompt) < tokenizer.base_vocab_size
+
+
+def test_a_conclusion_is_told_from_the_steps(tokenizer):
+    assert step_texts(record()) == (["Look.", "It is wet."], "Drone.")
+    assert step_texts(record(steps=("Look.",))) == (["Look."], None)
+    assert CONCLUSION not in tokenizer.decode(encode_one(tokenizer).target)
+
+
+def test_all_chains_that_are_too_long_are_listed_with_their_ids(tokenizer):
+    found = [record(f"long-{i}", steps=("word " * 200,)) if i % 2 else record(f"short-{i}") for i in range(4)]
+    with pytest.raises(DataError) as caught:
+        encode_reasoning(found, tokenizer, grid=3, max_length=64)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["record long-1", "record long-3"]
+    assert "64" in str(caught.value)
+
+
+def test_a_chain_of_just_the_limit_is_taken(tokenizer):
+    length = len(encode_one(tokenizer).target)
+    assert len(encode_reasoning([record()], tokenizer, grid=3, max_length=length)) == 1
+
+
+# ---- what steps look at
+
+
+def test_boxes_cover_the_visual_tokens_they_touch():
+    """On a 3 x 3 grid: a box in the left upper corner, and one over the right third of the two lower rows."""
+    mask = boxes_to_mask([(0.0, 0.0, 0.2, 0.3), (0.7, 0.4, 0.9, 0.9)], grid=3)
+    assert mask.view(3, 3).tolist() == [[True, False, False], [False, False, True], [False, False, True]]
+
+
+def test_a_box_without_size_covers_the_visual_token_it_lies_in():
+    assert boxes_to_mask([(0.5, 0.5, 0.5, 0.5)], grid=3).nonzero().flatten().tolist() == [4]
+
+
+def test_a_box_of_the_whole_picture_covers_everything():
+    assert boxes_to_mask([(0.0, 0.0, 1.0, 1.0)], grid=4).all()
+
+
+def test_no_boxes_cover_nothing():
+    assert not boxes_to_mask([], grid=2).any()
+
+
+def test_a_step_looks_at_the_boxes_of_the_facts_it_reads(tokenizer):
+    metadata = {
+        "boxes": [{"kind": "sky", "box": [0, 0, 1, 0.3]}, {"kind": "flag", "box": [0.8, 0.8, 0.9, 0.9]}],
+        "seen": [["sky"], ["load"], []],
+    }
+    sample = encode_one(tokenizer, metadata=metadata)
+    assert [(step, mask.nonzero().flatten().tolist()) for step, mask in sample.attend] == [(0, [0, 1, 2])]
+
+
+def test_records_without_boxes_look_at_nothing_in_particular(tokenizer):
+    assert encode_one(tokenizer).attend == ()
+
+
+@pytest.mark.xfail(strict=True, reason="_attention_targets: TypeError for boxes of another spelling in user metadata")
+def test_boxes_of_another_spelling_are_left_alone(tokenizer):
+    assert encode_one(tokenizer, metadata={"boxes": [[0, 0, 1, 1]], "seen": [["sky"]]}).attend == ()
+
+
+# ---- the other forms
+
+
+def test_a_direct_sample_is_question_and_answer(tokenizer):
+    (sample,) = encode_direct([record(answer=("Drone", "Humanoid"))], tokenizer)
+    assert tokenizer.decode(sample.prompt) == "Which robot?" + DIRECT_PROMPT
+    assert tokenizer.decode(sample.target[:-1]) == " Drone, Humanoid"
+    assert sample.target[-1] == tokenizer.end_of_text
+
+
+def test_a_direct_sample_asks_nothing_of_the_reasoning_module(tokenizer):
+    (sample,) = encode_direct([record()], tokenizer)
+    assert (sample.answer_position, sample.step_spans, sample.attend) == (None, (), ())
+
+
+def test_every_picture_has_one_caption(records, tokenizer):
+    captions = encode_captions(records, tokenizer)
+    assert len(captions) == len({r.image for r in records})
+    for sample in captions:
+        assert tokenizer.decode(sample.target[:-1]).strip() == records[sample.record].metadata["caption"]
+
+
+def test_records_without_a_caption_give_none(tokenizer):
+    assert encode_captions([record()], tokenizer) == []
+
+
+def test_every_line_of_the_glossary_comes_as_often_as_asked(tokenizer):
+    lines = [f"Rule {letter} holds." for letter in "abcdefg"]
+    texts = [tokenizer.decode(s.target) for s in encode_glossary(lines, tokenizer, lines_per_text=3, repeats=2)]
+    assert len(texts) == 5
+    assert all(" ".join(texts).count(line) == 2 for line in lines)
+
+
+def test_a_text_of_the_glossary_belongs_to_no_record(tokenizer):
+    assert {(s.record, s.form) for s in encode_glossary(["A rule."], tokenizer)} == {(-1, CAPTION)}
+
+
+# ---- epochs
+
+
+@pytest.mark.parametrize(("count", "global_batch"), [(24, 6), (25, 6), (5, 8), (1, 1)])
+def test_every_sample_comes_once_in_an_epoch(count, global_batch):
+    plan = EpochPlan(main=numbered(count), global_batch=global_batch, seed=0)
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = sum((numbers(plan.batch(step)) for step in steps), Counter())
+        assert seen == Counter(range(count))
+
+
+def test_no_batch_is_larger_than_asked_for():
+    plan = EpochPlan(main=numbered(25), global_batch=6, seed=0)
+    assert sorted(len(plan.batch(step)) for step in range(plan.steps_per_epoch)) == [1, 6, 6, 6, 6]
+
+
+def test_the_next_epoch_has_another_order():
+    plan = EpochPlan(main=numbered(40), global_batch=4, seed=0)
+    assert [plan.batch(step) for step in range(10)] != [plan.batch(step) for step in range(10, 20)]
+
+
+def test_the_same_seed_plans_the_same_batches_wherever_one_starts():
+    whole = EpochPlan(main=numbered(40), global_batch=4, seed=7)
+    resumed = EpochPlan(main=numbered(40), global_batch=4, seed=7)
+    for step in range(12):
+        whole.batch(step)
+    assert [whole.batch(step) for step in (12, 3, 25)] == [resumed.batch(step) for step in (12, 3, 25)]
+
+
+def test_batches_hold_samples_of_like_length():
+    main = [Sample(record=i, form=DIRECT, prompt=[1], target=[2] * (1 + i % 50)) for i in range(400)]
+    plan = EpochPlan(main=main, global_batch=8, seed=0)
+    spreads = [max(map(len, batch)) - min(map(len, batch)) for batch in map(plan.batch, range(plan.steps_per_epoch))]
+    assert sum(spreads) / len(spreads) < 10  # about 40 in random order
+
+
+def test_mixed_in_samples_come_at_their_ratio_in_every_batch():
+    mixed = [Sample(record=100 + i, form=CAPTION, prompt=[1], target=[2]) for i in range(5)]
+    plan = EpochPlan(main=numbered(24), mixed=((mixed, 0.5),), global_batch=6, seed=0)
+    for step in range(plan.steps_per_epoch):
+        forms = Counter(sample.form for sample in plan.batch(step))
+        assert forms == {DIRECT: 6, CAPTION: 3}
+
+
+def test_mixed_in_samples_all_come_before_one_comes_again():
+    mixed = [Sample(record=100 + i, form=CAPTION, prompt=[1], target=[2]) for i in range(5)]
+    plan = EpochPlan(main=numbered(24), mixed=((mixed, 0.5),), global_batch=6, seed=0)
+    seen = Counter(s.record for step in range(plan.steps_per_epoch) for s in plan.batch(step) if s.form == CAPTION)
+    assert len(seen) == 5 and max(seen.values()) - min(seen.values()) <= 1
+
+
+@pytest.mark.parametrize("mixed", [((), 0.5), (numbered(3), 0.0)])
+def test_an_empty_list_or_a_ratio_of_zero_mixes_nothing_in(mixed):
+    plan = EpochPlan(main=numbered(12), mixed=(mixed,), global_batch=6, seed=0)
+    assert sum(len(plan.batch(step)) for step in range(2)) == 12
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [12, 13, 2])
+def test_every_number_of_processes_trains_on_the_same_samples_in_a_step(world_size, accumulation, count):
+    batch = EpochPlan(main=numbered(count), global_batch=count, seed=0).batch(0)
+    worlds = [World(rank=rank, size=world_size, device=torch.device("cpu")) for rank in range(world_size)]
+    shares = [share for world in worlds for _, share in deal(batch, world, accumulation)]
+    assert sum(map(numbers, shares), Counter()) == numbers(batch)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shares_of_a_batch_differ_by_one_sample_at_most(world_size):
+    batch = numbered(13)
+    sizes = [
+        len(share)
+        for rank in range(world_size)
+        for _, share in deal(batch, World(rank=rank, size=world_size, device=torch.device("cpu")), 2)
+    ]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,345 @@
+"""Every engine does the same step. Two real processes over gloo; one start runs all cases that cannot hang."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import run_case
+from training_helpers import (
+    BATCH_NORM_VISION,
+    CPU,
+    MULTIPLIERS,
+    PHASE1,
+    PHASE2,
+    REPOSITORY,
+    Bench,
+    changed_components,
+    command,
+    make_data,
+    ok,
+    phase_config,
+    run,
+)
+
+from embervlm.config import ConfigError, TrainConfig, from_mapping
+from embervlm.training.engine import (
+    NonFiniteLossError,
+    World,
+    build_engine,
+    deepspeed_settings,
+    resolve_precision,
+)
+from embervlm.training.module import TrainingModule
+from embervlm.training.schedule import learning_rate_factor
+
+ALONE = World(0, 1, CPU)
+STAGES = (1, 2, 3)
+STEPS = 3
+CASES: list[dict[str, Any]] = [
+    *({"name": f"zero{stage}", "zero_stage": stage, "phase": PHASE2, "steps": STEPS} for stage in STAGES),
+    {"name": "torch2", "engine": "torch", "phase": PHASE2, "steps": STEPS},
+    {"name": "phase1", "zero_stage": 2, "phase": PHASE1, "vision": BATCH_NORM_VISION, "steps": STEPS},
+    {"name": "phase1_bf16", "zero_stage": 2, "phase": PHASE1, "precision": "bf16", "steps": 1, "global_batch": 2},
+    {"name": "whole", "zero_stage": 2, "phase": PHASE2, "draws": False, "steps": 2},
+    {"name": "halves", "zero_stage": 2, "phase": PHASE2, "draws": False, "steps": 2, "accumulation": 2},
+    {"name": "nan_weight", "zero_stage": 2, "phase": PHASE2, "nan_in": "model.reasoning_module.answer_head.bias"},
+    {"name": "nan_record", "zero_stage": 2, "phase": PHASE2, "nan_on_rank": 1},
+    {"name": "torch_seed_by_rank", "engine": "torch", "phase": PHASE2, "steps": 0, "seed_by_rank": True},
+    *({"name": f"empty{stage}", "zero_stage": stage, "phase": PHASE2, "steps": 1, "global_batch": 1}
+      for stage in STAGES),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def drive(data: Path, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 150) -> dict[str, list[Any]]:
+    """Case name -> what rank 0 and rank 1 saw."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = REPOSITORY / "tests" / "engine_driver.py"
+    ok(run(command("torchrun", script, data, folder / "cases.json", folder), timeout_s=timeout_s))
+    return {
+        case["name"]: [torch.load(folder / f"{case['name']}-rank{rank}.pt") for rank in (0, 1)] for case in cases
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return drive(data, CASES, tmp_path_factory.mktemp("cases"))
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path) -> dict[str, Any]:
+    """Plain torch in one process, over the same global batches."""
+    case = {"name": "plain", "engine": "torch", "phase": PHASE2, "steps": STEPS, "accumulation": 2}
+    return run_case(case, data, ALONE)
+
+
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Softmax does not see a bias of the keys: its gradient is rounding noise, which Adam blows up to a full step."""
+    halved = {key: value.chunk(2)[1] for key, value in weights.items() if key.endswith("key_value.bias")}
+    return {
+        key: value for key, value in {**weights, **halved}.items() if not key.endswith((".key.bias", "k_proj.bias"))
+    }
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], rtol: float = 1e-4) -> None:
+    assert found.keys() == wanted.keys()
+    found = without_key_biases(found)
+    for key, value in without_key_biases(wanted).items():
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "torch2"])
+def test_two_processes_train_to_the_weights_of_plain_torch_alone(
+    name: str, seen: dict[str, list[Any]], plain: dict[str, Any]
+) -> None:
+    found = seen[name][0]
+    assert_same_weights(found["after"], plain["after"])
+    assert changed_components(plain["before"], plain["after"]) == set(MULTIPLIERS)  # there was something to compare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "torch2"])
+def test_the_optimizer_state_to_save_is_that_of_plain_torch_alone(
+    name: str, seen: dict[str, list[Any]], plain: dict[str, Any]
+) -> None:
+    found, wanted = seen[name][0]["optimizer"], plain["optimizer"]
+    assert found["updates"] == wanted["updates"] == STEPS
+    assert found["moments"].keys() == wanted["moments"].keys()
+    for parameter, moments in wanted["moments"].items():
+        for key, value in moments.items():
+            torch.testing.assert_close(found["moments"][parameter][key], value, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "torch2"])
+def test_loss_terms_and_counts_are_those_of_the_whole_batch_on_every_rank(
+    name: str, seen: dict[str, list[Any]], plain: dict[str, Any]
+) -> None:
+    for rank in (0, 1):
+        for terms, wanted in zip(seen[name][rank]["terms"], plain["terms"], strict=True):
+            assert terms == pytest.approx(wanted, rel=1e-4)
+        assert seen[name][rank]["counts"] == plain["counts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "phase", "steps"),
+    [("zero1", PHASE2, STEPS), ("zero2", PHASE2, STEPS), ("zero3", PHASE2, STEPS), ("phase1", PHASE1, STEPS)],
+)
+def test_the_rate_of_every_group_of_deepspeeds_optimizer_equals_the_closed_form(
+    name: str, phase: dict[str, Any], steps: int, seen: dict[str, list[Any]]
+) -> None:
+    config = phase_config(phase)
+    wanted = [
+        {
+            group: factor * config.learning_rate * learning_rate_factor(step, steps, config.warmup_steps, 0.1)
+            for group, factor in config.multipliers.items()
+            if factor > 0
+        }
+        for step in range(steps)
+    ]
+    for rank in (0, 1):
+        assert len(seen[name][rank]["rates"]) == steps
+        for found, rates in zip(seen[name][rank]["rates"], wanted, strict=True):
+            assert found == pytest.approx(rates, rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_wrapping_leaves_requires_grad_as_it_was(stage: int, seen: dict[str, list[Any]], plain: dict[str, Any]) -> None:
+    assert seen[f"zero{stage}"][0]["learning"] == plain["learning"]
+
+
+@pytest.mark.slow
+def test_wrapping_leaves_the_frozen_backbone_of_phase_1_frozen(seen: dict[str, list[Any]]) -> None:
+    assert {name.split(".")[1] for name in seen["phase1"][1]["learning"]} == {"reasoning_module"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_wrapping_leaves_the_weights_as_they_were(stage: int, seen: dict[str, list[Any]]) -> None:
+    found = seen[f"zero{stage}"][0]
+    assert changed_components(found["before"], found["wrapped"]) == set()
+
+
+@pytest.mark.slow
+def test_phase_1_steps_change_only_the_reasoning_module_buffers_included(seen: dict[str, list[Any]]) -> None:
+    found = seen["phase1"][0]
+    assert any("running_mean" in key for key in found["before"]), "the backbone of this case has no buffers to watch"
+    assert changed_components(found["before"], found["after"]) == {"reasoning_module"}
+
+
+@pytest.mark.slow
+def test_phase_1_in_bf16_saves_the_frozen_backbone_in_full_precision(seen: dict[str, list[Any]]) -> None:
+    found = seen["phase1_bf16"][0]
+    assert changed_components(found["before"], found["after"]) == {"reasoning_module"}
+
+
+@pytest.mark.slow
+def test_two_accumulated_micro_batches_equal_one_of_twice_the_size(seen: dict[str, list[Any]]) -> None:
+    assert_same_weights(seen["halves"][0]["after"], seen["whole"][0]["after"])
+
+
+@pytest.mark.slow
+def test_a_non_finite_weight_stops_every_rank_before_the_update(seen: dict[str, list[Any]]) -> None:
+    for rank in (0, 1):
+        found = seen["nan_weight"][rank]
+        assert "step 0" in found["error"] and "loss term answer" in found["error"]
+        assert any(name in found["error"] for name in found["records"])
+        assert not found["terms"]
+    for key, value in seen["nan_weight"][0]["before"].items():
+        torch.testing.assert_close(seen["nan_weight"][0]["after"][key], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_a_non_finite_loss_on_one_rank_stops_the_other_too(seen: dict[str, list[Any]]) -> None:
+    for rank in (0, 1):
+        assert "loss term answer" in seen["nan_record"][rank]["error"]
+    assert changed_components(seen["nan_record"][0]["before"], seen["nan_record"][0]["after"]) == set()
+
+
+@pytest.mark.slow
+def test_rank_0_names_the_records_of_the_rank_whose_loss_is_not_finite(seen: dict[str, list[Any]]) -> None:
+    on_rank_0, on_rank_1 = seen["nan_record"]
+    assert any(name in on_rank_0["error"] for name in set(on_rank_1["records"]) - set(on_rank_0["records"]))
+
+
+@pytest.mark.slow
+def test_ranks_that_drew_other_starting_weights_train_the_same_model(seen: dict[str, list[Any]]) -> None:
+    first, second = (seen["torch_seed_by_rank"][rank]["wrapped"] for rank in (0, 1))
+    assert changed_components(first, second) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_a_record_in_the_batch_takes_part_and_adds_nothing(
+    stage: int, data: Path, seen: dict[str, list[Any]]
+) -> None:
+    alone = run_case({"name": "one", "engine": "torch", "phase": PHASE2, "steps": 1, "global_batch": 1}, data, ALONE)
+    assert seen[f"empty{stage}"][1]["counts"] == alone["counts"]
+    assert_same_weights(seen[f"empty{stage}"][0]["after"], alone["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_with_direct_answers_only_beside_one_with_chains_does_not_hang(
+    stage: int, data: Path, tmp_path: Path
+) -> None:
+    """As in the last batch of an epoch: no answer head, validator or sampled inputs on one of the ranks."""
+    case = {
+        "name": "apart", "zero_stage": stage, "phase": PHASE2, "steps": 2, "forms_apart": True, "forcing": 0.5,
+    }  # fmt: skip
+    found = drive(data, [case], tmp_path, timeout_s=60)["apart"][0]
+    alone = run_case({**case, "engine": "torch", "accumulation": 2}, data, ALONE)
+    assert_same_weights(found["after"], alone["after"])
+
+
+# -- without processes -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_for_a_record_does_not_depend_on_the_number_of_ranks(data: Path) -> None:
+    bench = Bench.make(data, phase_config(PHASE2), global_batch=8)
+    inputs = {}
+    for size in (1, 2):
+        pairs = set()
+        for rank in range(size):
+            for batch in bench.batches(0, rank, size, 1):
+                ids = batch.inputs["pair_ids"], batch.inputs["pair_mask"], batch.inputs["pair_record"]
+                pairs |= {
+                    (batch.record_ids[record], tuple(row[mask].tolist())) for row, mask, record in zip(*ids)
+                }  # fmt: skip
+        inputs[size] = pairs
+    assert inputs[1] == inputs[2]
+
+
+def test_a_non_finite_loss_names_term_step_and_records(data: Path) -> None:
+    phase = phase_config(PHASE2)
+    bench = Bench.make(data, phase, global_batch=2, engine="torch")
+    module = TrainingModule(bench.model)
+    engine = build_engine(module, bench.config, phase, ALONE, batch_size=2, accumulation=1)
+    batch = bench.batches(0, 0, 1, 1)[0]
+    batch.targets["valid"] *= float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"step 7: loss term consistency is not finite") as error:
+        engine.train_step([batch], phase.loss_weights, dict.fromkeys(MULTIPLIERS, 1e-3), 7)
+    assert batch.record_ids[0] in str(error.value)
+
+
+def test_fp16_on_the_cpu_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="fp16 cannot train on cpu"):
+        resolve_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_building_an_engine_with_fp16_on_the_cpu_is_a_config_error(engine: str, data: Path) -> None:
+    phase = phase_config(PHASE2)
+    bench = Bench.make(data, phase, engine=engine, precision="fp16")
+    with pytest.raises(ConfigError, match="fp16"):
+        build_engine(TrainingModule(bench.model), bench.config, phase, ALONE, batch_size=1, accumulation=1)
+
+
+def test_auto_precision_on_the_cpu_is_fp32() -> None:
+    assert resolve_precision("auto", CPU) == "fp32"
+
+
+def settings_from(tmp_path: Path, values: dict[str, Any], **config: Any) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    run_config = from_mapping(TrainConfig, {"deepspeed_config": str(path), **config})
+    return deepspeed_settings(run_config, phase_config(PHASE2), "bf16", 4, 2, 2)
+
+
+COMPLETE = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_batch_size", 99), ("train_micro_batch_size_per_gpu", 3), ("gradient_accumulation_steps", 7),
+     ("gradient_clipping", 0.25)],
+)  # fmt: skip
+def test_a_number_in_the_deepspeed_json_that_disagrees_is_an_error(key: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is {value}, the run has"):
+        settings_from(tmp_path, {**COMPLETE, key: value})
+
+
+def test_numbers_in_the_deepspeed_json_that_agree_are_accepted(tmp_path: Path) -> None:
+    settings = settings_from(tmp_path, {**COMPLETE, "train_batch_size": 16, "gradient_clipping": 1.0})
+    assert settings["train_batch_size"] == 16 and settings["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.parametrize("owned", ["optimizer", "scheduler"])
+def test_an_optimizer_or_scheduler_in_the_deepspeed_json_is_an_error(owned: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=owned):
+        settings_from(tmp_path, {**COMPLETE, owned: {"type": "Adam"}})
+
+
+def test_a_precision_in_the_deepspeed_json_that_disagrees_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision is bf16"):
+        settings_from(tmp_path, {**COMPLETE, "bf16": {"enabled": False}, "fp16": {"enabled": True}})
+
+
+def test_a_zero_stage_in_the_deepspeed_json_that_disagrees_with_the_flag_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="zero_stage|stage"):
+        settings_from(tmp_path, {**COMPLETE, "zero_optimization": {"stage": 2}}, zero_stage=3)
+
+
+def test_a_deepspeed_json_without_a_zero_stage_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="zero_optimization"):
+        settings_from(tmp_path, {"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_every_shipped_deepspeed_json_fits_a_run(stage: int, precision: str) -> None:
+    config = from_mapping(TrainConfig, {"zero_stage": stage})
+    settings = deepspeed_settings(config, phase_config(PHASE2), precision, 4, 2, 2)
+    assert settings["zero_optimization"]["stage"] == stage and settings["train_batch_size"] == 16
+    assert "auto" not in [value for value in settings.values() if isinstance(value, str)]

@@ -1,0 +1,71 @@
+"""The newcomer's first command, in its smoke form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from smoke import Smoke, smoke_run
+
+pytestmark = pytest.mark.slow
+METRICS = {
+    "reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy",
+    "no_reasoning_accuracy", "no_reasoning_same_time_accuracy", "swapped_image_accuracy", "head_agreement",
+}  # fmt: skip
+TARGETS = {"reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    return smoke_run(tmp_path_factory)
+
+
+def test_the_smoke_run_ends_well_in_under_two_minutes(smoke: Smoke) -> None:
+    assert smoke.first.returncode == 0, smoke.first.stdout[-3000:] + smoke.first.stderr[-3000:]
+    assert smoke.seconds < 120
+
+
+def test_the_table_shows_every_target_of_the_guide(smoke: Smoke) -> None:
+    for name in TARGETS:
+        assert any(line.startswith(name) for line in smoke.first.stdout.splitlines()), name
+
+
+def test_the_best_checkpoint_is_the_last_line(smoke: Smoke) -> None:
+    last = smoke.first.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"Best checkpoint: {smoke.output / 'stage4' / 'phase2'}/checkpoint-")
+
+
+def test_the_evaluation_has_the_promised_keys(smoke: Smoke) -> None:
+    result = json.loads((smoke.output / "results" / "stage4_eval.json").read_text())
+    assert {"checkpoint", "split", "num_samples", "decoding", "metrics", "targets"} <= result.keys()
+    assert METRICS <= result["metrics"].keys() and TARGETS <= result["targets"].keys()
+    assert result["split"] == "test" and result["num_samples"] > 0
+
+
+def test_the_metrics_are_shares_and_none_is_missing(smoke: Smoke) -> None:
+    metrics = json.loads((smoke.output / "results" / "stage4_eval.json").read_text())["metrics"]
+    assert all(metrics[name] is not None and 0 <= metrics[name] <= 1 for name in METRICS), metrics
+
+
+def test_the_chains_lie_beside_the_evaluation(smoke: Smoke) -> None:
+    samples = json.loads((smoke.output / "results" / "stage4_eval_samples.json").read_text())
+    assert samples and {"instruction", "reasoning_steps", "answer", "gold_answer"} <= samples[0].keys()
+
+
+def test_the_output_says_that_its_figures_mean_nothing(smoke: Smoke) -> None:
+    assert "figures mean nothing" in smoke.first.stdout
+
+
+def test_a_second_run_skips_everything_that_is_finished(smoke: Smoke) -> None:
+    def stamps() -> dict[str, int]:
+        kept = ("*.bin", "*.pt", "COMPLETE", "metrics.jsonl", "reasoning_data.json", "*.jpg")
+        return {str(path): path.stat().st_mtime_ns for name in kept for path in smoke.output.rglob(name)}
+
+    before = stamps()
+    again = smoke.again()
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert stamps() == before
+    assert (
+        "already made" in again.stdout and again.stdout.count("already finished") >= 5
+    )  # 3, two phases, two baselines
+    assert again.stdout.strip().splitlines()[-1] == smoke.first.stdout.strip().splitlines()[-1]

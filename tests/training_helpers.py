@@ -1,0 +1,248 @@
+"""What the training tests share: a tiny model and its YAML, a few scenes, and starting real training processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from embervlm import run_dir
+from embervlm.config import PhaseConfig, TrainConfig, from_mapping
+from embervlm.data.collate import Batch, Collator
+from embervlm.data.dataset import EpochPlan, Sample, encode_direct, encode_reasoning
+from embervlm.data.images import PictureCache
+from embervlm.data.negatives import PairMaker
+from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
+from embervlm.data.splits import split_records
+from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.training.engine import World
+from embervlm.training.loop import deal
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+CPU = torch.device("cpu")
+VOCABULARY = 400
+TINY: dict[str, Any] = {
+    "vision": {"config": {
+        "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "image_size": 36, "patch_size": 12, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }},
+    "language": {"config": {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    }},
+    "image_size": 36, "projection_hidden_size": 24, "reasoning_width": 16, "reasoning_ffn": 24, "reasoning_heads": 2,
+    "validator_width": 16, "validator_ffn": 24, "validator_heads": 2,
+}  # fmt: skip
+BATCH_NORM_VISION: dict[str, Any] = {"config": {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
+}}  # fmt: skip
+"""A vision backbone with running statistics, which are buffers that move in train mode."""
+
+MULTIPLIERS = {"vision_encoder": 0.1, "projection": 0.5, "language_model": 0.5, "reasoning_module": 1.0}
+PHASE1 = {
+    "name": "train_reasoning_heads", "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 2, "freeze_backbone": True,
+    "reasoning_loss_weight": 0.4, "consistency_loss_weight": 0.3, "answer_loss_weight": 0.3,
+}  # fmt: skip
+PHASE2 = {
+    "name": "joint_finetuning", "epochs": 2, "learning_rate": 5e-4, "warmup_steps": 2,
+    "learning_rate_multipliers": MULTIPLIERS, "reasoning_loss_weight": 0.3, "consistency_loss_weight": 0.2,
+    "answer_loss_weight": 0.3, "multimodal_loss_weight": 0.2, "direct_loss_weight": 0.1, "direct_records_ratio": 0.33,
+}  # fmt: skip
+STAGE3 = {
+    "name": "perception", "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 1, "direct_loss_weight": 1.0,
+    "dense_loss_weight": 1.0, "caption_records_ratio": 0.5,
+}  # fmt: skip
+
+
+def phase_config(values: dict[str, Any]) -> PhaseConfig:
+    return from_mapping(PhaseConfig, values)
+
+
+def write_model_yaml(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return path
+
+
+def write_run_yaml(folder: Path, model: Path | str, data: Path, **changes: Any) -> Path:
+    """A run of the tiny model; `changes` are dotted keys of the YAML, dots written as double underscores."""
+    values: dict[str, Any] = {
+        "model": str(model), "output_dir": str(folder / "outputs"), "reasoning_data": str(data), "precision": "fp32",
+        "log_steps": 1, "keep_last": 9, "sample_records": 1, "stage3_batch_size": 4, "stage3": dict(STAGE3),
+        "stage4": {"batch_size": 4, "phase1": dict(PHASE1), "phase2": dict(PHASE2), "max_reasoning_length": 400},
+    }  # fmt: skip
+    for key, value in changes.items():
+        at = values
+        *parents, last = key.split("__")
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = value
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def make_data(folder: Path, num_samples: int = 36) -> Path:
+    """Rendered scenes with their records."""
+    from embervlm.data.scenes.generate import generate_scenes
+
+    path = folder / "reasoning_data.json"
+    generate_scenes(path, num_samples=num_samples, questions_per_picture=3, seed=0, workers=1, progress=False)
+    return path
+
+
+def make_tokenizer(records: Sequence[ReasoningRecord], size: int = VOCABULARY) -> ReasoningTokenizer:
+    texts = [text for record in records for text in (record.instruction, format_reasoning(record.steps))]
+    return ReasoningTokenizer(train_tokenizer(texts, size))
+
+
+def save_stage3(folder: Path, settings: dict[str, Any], records: Sequence[ReasoningRecord]) -> Path:
+    """An untrained model as the Stage 3 checkpoint that Stage 4 starts from."""
+    torch.manual_seed(1)
+    model = build_model({**settings, "stage": 3, "candidates": ROBOTS}, load_pretrained=False)
+    model.attach_tokenizer(make_tokenizer(records, model.language_model.vocab_size))
+    part = run_dir.new_tmp_dir(folder)
+    model.save_pretrained(part)
+    return run_dir.publish_checkpoint(part, run_dir.checkpoint_path(folder, None), step=0)
+
+
+@dataclasses.dataclass
+class Bench:
+    """Data and a freshly built tiny model; the same in every process that makes one of the same arguments."""
+
+    model: EmberVLM
+    collator: Collator
+    plan: EpochPlan
+    chains: list[Sample]
+    direct: list[Sample]
+    config: TrainConfig
+
+    @classmethod
+    def make(
+        cls, data: Path, phase: PhaseConfig, *, global_batch: int = 8, draws: bool = True, seed: int = 0,
+        vision: dict[str, Any] | None = None, **config: Any,
+    ) -> Bench:  # fmt: skip
+        """`draws`: also what is drawn at random, such as the validator's negatives."""
+        torch.manual_seed(seed)
+        records = split_records(read_records(data))["train"]
+        tokenizer = make_tokenizer(records)
+        settings = {**TINY, **({"vision": vision} if vision else {}), "candidates": ROBOTS}
+        model = build_model(settings, load_pretrained=False)
+        torch.nn.init.normal_(model.reasoning_module.reasoning_head.output.weight, std=0.02)  # an untrained head is 0
+        model.attach_tokenizer(tokenizer)
+        chains = encode_reasoning(records, tokenizer, model.vision_encoder.grid, 400)
+        direct = encode_direct(records, tokenizer)
+        pictures = PictureCache([record.image for record in records if record.image], model.config.image_size)
+        collator = Collator(
+            records, tokenizer, pictures, candidates=ROBOTS, seed=0, image_size=model.config.image_size,
+            pair_maker=PairMaker(records, chains, tokenizer) if draws else None,
+            grounding=phase.multimodal_loss_weight > 0,
+        )  # fmt: skip
+        mixed = ((direct, phase.direct_records_ratio),)
+        plan = EpochPlan(main=chains, mixed=mixed, global_batch=global_batch, seed=0)
+        return cls(model, collator, plan, chains, direct, from_mapping(TrainConfig, {"precision": "fp32", **config}))
+
+    def batches(self, step: int, rank: int, size: int, accumulation: int, forcing: float = 1.0) -> list[Batch]:
+        """Process `rank`'s micro-batches of step `step`, dealt as the loop deals them."""
+        samples = self.plan.batch(step)
+        out = []
+        for first, mine in deal(samples, World(rank, size, CPU), accumulation):
+            batch = self.collator(mine or samples[:1], step=step, first=first, teacher_forcing=forcing)
+            if not mine:
+                batch.mute()
+            out.append(batch)
+        return out
+
+
+# -- processes -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def command(launcher: str, script: str | Path, *args: str | Path, processes: int = 2) -> list[str]:
+    if launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                 "--master_port", free_port()]  # fmt: skip
+    elif launcher == "deepspeed":
+        start = [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", free_port()]
+    else:
+        start = [sys.executable]
+    return [*start, str(script), *map(str, args)]
+
+
+def run(
+    argv: Sequence[str], *, timeout_s: float = 120, cwd: Path = REPOSITORY, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; everything it started is killed when `timeout_s` is over."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
+             "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")}  # fmt: skip
+    clean |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    clean["PYTHONPATH"] = str(REPOSITORY)  # whatever the working folder
+    clean["PATH"] = f"{BIN}{os.pathsep}{clean['PATH']}"
+    process = subprocess.Popen(
+        list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=clean | env,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"still running after {timeout_s} s: {' '.join(argv)}\n{out[-2000:]}\n{err[-4000:]}"
+        ) from None
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def train(
+    launcher: str, *args: str | Path, processes: int = 2, timeout_s: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`launch/train.py` with `args`."""
+    return run(command(launcher, REPOSITORY / "launch" / "train.py", *args, processes=processes),
+               timeout_s=timeout_s, **env)  # fmt: skip
+
+
+def ok(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert result.returncode == 0, f"{' '.join(result.args)}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    return result
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+
+
+def unfinish(folder: Path, *, keep_step: int) -> None:
+    """Delete `checkpoint-final` and every checkpoint after `keep_step`, as if the run had been killed there."""
+    for found in run_dir.list_checkpoints(folder):
+        if found.is_final or found.step > keep_step:
+            shutil.rmtree(found.path)
+
+
+def changed_components(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Components with any parameter or buffer that is not the same, bit for bit."""
+    assert before.keys() == after.keys()
+    return {key.removeprefix("model.").partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
+
+
+def timed(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    began = time.monotonic()
+    return function(*args, **kwargs), time.monotonic() - began
