@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 from training_helpers import Bench, phase_config
 
 from embervlm.data.collate import Batch

@@ -37,9 +37,13 @@ def of_kind(drawn, kind):
     return found
 
 
+def joined(steps):
+    return [token for step in steps for token in step]
+
+
 def index_of(previous, steps):
     """How many steps stand before the one that is judged."""
-    return next(i for i in range(len(steps) + 1) if sum(steps[:i], [])[-MAX_PREVIOUS_TOKENS:] == previous)
+    return next(i for i in range(len(steps) + 1) if joined(steps[:i])[-MAX_PREVIOUS_TOKENS:] == previous)
 
 
 def test_a_valid_pair_is_a_step_of_the_chain_after_those_before_it(drawn):
@@ -58,7 +62,7 @@ def test_no_negative_is_the_step_that_comes_next(drawn):
 
 
 def test_a_step_of_another_picture_comes_from_another_picture(drawn, records, samples):
-    for sample, steps, _, negative in of_kind(drawn, "other_picture"):
+    for sample, _, _, negative in of_kind(drawn, "other_picture"):
         own = records[sample.record].image
         sources = {records[s.record].image for s in samples if negative.step in steps_of(s)}
         assert sources - {own}
@@ -97,7 +101,7 @@ def test_a_repeated_step_was_said_before(drawn):
 
 def test_a_contradicted_step_differs_from_the_valid_one_in_one_value(drawn, records, tokenizer):
     domains = fact_domains(records)
-    for sample, steps, valid, negative in of_kind(drawn, "contradicted"):
+    for sample, _, valid, negative in of_kind(drawn, "contradicted"):
         right, wrong = tokenizer.decode(valid.step), tokenizer.decode(negative.step)
         facts = records[sample.record].metadata["facts"]
         changes = [
@@ -152,7 +156,7 @@ def test_a_long_chain_is_read_from_its_end(tokenizer):
     (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=10**6)
     pairs = [PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(seed))[0] for seed in range(20)]
     assert max(len(pair.previous) for pair in pairs) == MAX_PREVIOUS_TOKENS
-    whole = sum(steps_of(sample), [])
+    whole = joined(steps_of(sample))
     for pair in pairs:
         index = steps_of(sample).index(pair.step)
         assert whole[: sum(map(len, steps_of(sample)[:index]))][-MAX_PREVIOUS_TOKENS:] == pair.previous

@@ -212,7 +212,7 @@ def test_a_full_size_preset_does_three_real_steps_in_each_phase(preset: str, ben
     shutil.rmtree(output)
 
 
-# -- what is wrong with a command, found before any process is joined ----------------------------------------------------
+# -- what is wrong with a command, found before any process is joined ---------------------------------------------
 
 
 def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
@@ -238,7 +238,7 @@ def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
         (["--stages", "5"], "--stages: 5: this program trains 3, 4 and baseline"),
         (["--stages", "3,4,all"], "--stages: all"),
         (["--phase", "1", "--run_both_phases"], "--phase and --run_both_phases contradict"),
-        (["--model", "embervlm-7b"], "no preset 'embervlm-7b'"),
+        (["--stages", "3", "--model", "embervlm-7b"], "no preset 'embervlm-7b'"),
         (["--set", "stage4.phase1.learnin_rate=1"], "did you mean learning_rate"),
         (["--set", "log_steps"], "write KEY=VALUE"),
         (["--lerning_rate", "1"], "--lerning_rate"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embervlm.data.dataset import CAPTION, DIRECT, REASONING, Sample
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker
+from embervlm.data.negatives import PairMaker, StepPair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.reasoning import StepValidator
@@ -25,6 +25,9 @@ MAX_QUESTION_TOKENS = 128
 @dataclass(kw_only=True)
 class Batch:
     """One micro-batch.
+
+    Every batch of a phase runs the same parts of the model, with weight 0 where it has nothing for one of them:
+    sharded engines match gradients up by the order in which they arrive, which must be alike on all processes.
 
     Attributes:
         inputs: Keyword arguments of `EmberVLM.forward`.
@@ -82,6 +85,7 @@ class Collator:
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio = pair_records_ratio
         self.grounding, self.use_reasoning = grounding, use_reasoning
+        self._has_boxes = any(record.metadata.get("boxes") for record in records)
         self._question_ids: dict[int, list[int]] = {}
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
 
@@ -118,6 +122,9 @@ class Collator:
             record_ids=[self.records[s.record].record_id if s.record >= 0 else "glossary" for s in samples],
         )  # fmt: skip
 
+    def _metadata(self, sample: Sample) -> Mapping[str, Any]:
+        return self.records[sample.record].metadata if sample.record >= 0 else {}
+
     def _row(self, sample: Sample) -> int:
         image = self.records[sample.record].image if sample.record >= 0 else None
         return self.pictures.index(image) if image is not None else -1
@@ -153,9 +160,9 @@ class Collator:
     ) -> None:  # fmt: skip
         asked = [(row, s) for row, s in enumerate(samples) if s.answer_position is not None]
         counts["answer"] = 0.0
-        if not asked:
-            return
-        own = [tuple(self.records[s.record].metadata.get("candidates") or self.candidates) for _, s in asked]
+        unasked = not asked
+        asked = asked or [(0, samples[0])]  # every process runs every part; see `Batch`
+        own = [tuple(self._metadata(s).get("candidates") or self.candidates) for _, s in asked]
         if any(names != own[0] for names in own):
             ids = [self.tokenizer.encode_many(names) for names in own]
             most, longest = max(map(len, ids)), max(len(name) for names in ids for name in names)
@@ -170,6 +177,8 @@ class Collator:
         right = torch.zeros(len(asked), most)
         real = torch.zeros(len(asked), most)
         for place, ((_, sample), names) in enumerate(zip(asked, own)):
+            if unasked:
+                break
             answer = self.records[sample.record].answer
             right[place, : len(names)] = torch.tensor([float(name in answer) for name in names])
             real[place, : len(names)] = 1
@@ -191,18 +200,27 @@ class Collator:
             if sample.step_spans and rng.random() < self.pair_records_ratio
             for pair in self.pair_maker.pairs(sample, rng)
         ]
+        counts["consistency"] = float(len(pairs))
+        targets["valid_weight"] = torch.ones(len(pairs))
         if not pairs:
-            return
+            pairs = [(0, StepPair(kind="valid", previous=[], step=samples[0].prompt))]
+            targets["valid_weight"] = torch.zeros(1)
         texts = [(samples[row].prompt, pair.previous, pair.step) for row, pair in pairs]
         inputs |= validator_inputs(texts)
         inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
-        counts["consistency"] = float(len(pairs))
 
     def _ground(
         self, samples: Sequence[Sample], rows: Sequence[int], length: int, inputs: dict[str, Any],
         targets: dict[str, Tensor], counts: dict[str, float],
     ) -> None:  # fmt: skip
+        """Tokens whose attention is supervised where the data know boxes, otherwise the rows to contrast."""
+        if not self._has_boxes:
+            chains = torch.tensor([row >= 0 and sample.form == REASONING for row, sample in zip(rows, samples)])
+            inputs["want_pooled"] = True
+            targets["contrast"] = chains
+            counts["multimodal"] = float(chains.sum()) if chains.sum() > 1 else 0.0
+            return
         index: list[int] = []
         masks: list[Tensor] = []
         for row, sample in enumerate(samples):
@@ -211,15 +229,9 @@ class Collator:
                 index.extend(range(row * length + start, row * length + end))
                 masks.append(mask.expand(end - start, -1))
         counts["multimodal"] = float(len(index))
-        if index:
-            inputs["ground_index"] = torch.tensor(index)
-            targets["ground"] = torch.cat(masks)
-            return
-        chains = torch.tensor([row >= 0 and sample.form == REASONING for row, sample in zip(rows, samples)])
-        if chains.sum() > 1:  # no boxes known: tell the batch's pictures apart by their chains
-            inputs["want_pooled"] = True
-            targets["contrast"] = chains
-            counts["multimodal"] = float(chains.sum())
+        inputs["ground_index"] = torch.tensor(index or [0])
+        # an empty mask counts nothing
+        targets["ground"] = torch.cat(masks) if masks else torch.zeros(1, 1, dtype=torch.bool)
 
     @staticmethod
     def _sample_inputs(
@@ -228,15 +240,15 @@ class Collator:
     ) -> None:  # fmt: skip
         if teacher_forcing >= 1:
             return
-        index = [
-            row * length + position
-            for row, (sample, rng) in enumerate(zip(samples, rngs))
-            for start, end in sample.step_spans
-            for position in range(start, end)
-            if rng.random() >= teacher_forcing
-        ]
-        if index:
-            inputs["sampled_index"] = torch.tensor(index)
+        chosen = []
+        for row, (sample, rng) in enumerate(zip(samples, rngs)):
+            if sample.step_spans:
+                positions = np.concatenate([np.arange(start, end) for start, end in sample.step_spans])
+                draws = np.random.default_rng(rng.getrandbits(64)).random(len(positions))
+                chosen.append(row * length + positions[draws >= teacher_forcing])
+        index = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+        if len(index):
+            inputs["sampled_index"] = torch.from_numpy(index)
 
     def _dense(self, samples: Sequence[Sample], targets: dict[str, Tensor], counts: dict[str, float]) -> None:
         assert self.dense_labels is not None

@@ -77,7 +77,7 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
 
 def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result and one sample per record, with picture, chain, answers and scores."""
-    model = EmberVLM.from_pretrained(job.checkpoint)
+    model = _load(job.checkpoint)
     data = load_eval_data(job, model.config.image_size)
     bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=not job.progress)
     results = _answer(model, data, data.records, job.decoding, bar)
@@ -100,7 +100,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         metrics["swapped_image_accuracy"] = _accuracy(model, data, swapped, job.decoding, bar) if swapped else None
         for key, name in (("no_reasoning_accuracy", "same_samples"), ("no_reasoning_same_time_accuracy", "same_time")):
             if (path := baseline_of(job.checkpoint, name)) is not None:
-                metrics[key] = _accuracy(EmberVLM.from_pretrained(path), data, data.records, direct, bar)
+                metrics[key] = _accuracy(_load(path), data, data.records, direct, bar)
     bar.close()
     result = {
         "format": EVAL_FORMAT,
@@ -114,6 +114,11 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "validator": validator_accuracy(model, data),
     }
     return result, samples
+
+
+def _load(checkpoint: Path) -> EmberVLM:
+    model = EmberVLM.from_pretrained(checkpoint)
+    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[no-any-return, arg-type]
 
 
 def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
@@ -264,8 +269,9 @@ def validator_accuracy(model: EmberVLM, data: EvalData, seed: int = 0) -> dict[s
             for row, sample in enumerate(part)
             for pair in maker.pairs(sample, random.Random(f"{seed}:{start + row}"), NEGATIVE_KINDS)
         ]
-        rows = torch.tensor([row for row, _, _ in pairs])
-        inputs = validator_inputs([(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs])
+        rows = torch.tensor([row for row, _, _ in pairs], device=visual.device)
+        texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs]
+        inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
         logits = model.reasoning_module.step_validator(
             visual[rows], seen[rows], model.embed(inputs["pair_ids"]), inputs["pair_segments"], inputs["pair_mask"]
         )

@@ -257,6 +257,8 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         super().__init__(module, world)
+        if world.device.type == "cpu":
+            _skip_compiled_collectives()
         self._accumulation = config["gradient_accumulation_steps"]
         self._zero_stage = config["zero_optimization"]["stage"]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -350,6 +352,16 @@ class DeepSpeedEngine(Engine):
     @property
     def rates(self) -> dict[str, float]:
         return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+
+def _skip_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling its own shared-memory collectives at the first start: gloo does, and needs no g++."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def deepspeed_settings(

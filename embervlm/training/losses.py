@@ -25,10 +25,10 @@ def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
 
     Args:
         attention: `[grounded, num_visual_tokens]`, at most 1 in sum.
-        target: the same shape, bool.
+        target: the same shape, bool; a row without any is not counted.
     """
     inside = (attention * target).sum(-1)
-    return -(inside.clamp_min(1e-6)).log().sum()
+    return -(inside.clamp_min(1e-6).log() * target.any(-1)).sum()
 
 
 def contrastive_loss_sum(text: Tensor, visual: Tensor, usable: Tensor) -> Tensor:
@@ -70,9 +70,8 @@ def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, T
         losses = F.binary_cross_entropy_with_logits(out.answer_logits, targets["answers"], reduction="none")
         sums["answer"] = (losses * targets["answers_real"]).sum()
     if out.validator_logits is not None:
-        sums["consistency"] = F.binary_cross_entropy_with_logits(
-            out.validator_logits, targets["valid"], reduction="sum"
-        )
+        losses = F.binary_cross_entropy_with_logits(out.validator_logits, targets["valid"], reduction="none")
+        sums["consistency"] = (losses * targets["valid_weight"]).sum()
     if out.grounding_attention is not None:
         sums["multimodal"] = grounding_loss_sum(out.grounding_attention, targets["ground"])
     elif out.pooled_text is not None and out.pooled_visual is not None:
