@@ -102,6 +102,18 @@ class PhaseConfig:
             raise ConfigError(f"{where}learning_rate_multipliers: {negative} are negative")
         for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
+        for name in ("direct_records_ratio", "caption_records_ratio", "glossary_records_ratio", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
+        for name in ("final_lr_ratio", "validator_records_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"{where}{name}: {getattr(self, name)} is not in [0, 1]")
+        if self.max_minutes is not None:
+            _require(self.max_minutes > 0, f"{where}max_minutes: {self.max_minutes} is not positive")
+        if self.freeze_backbone:
+            for component, factor in self.learning_rate_multipliers.items():
+                _require(
+                    component == "reasoning_module" or factor == 0,
+                    f"{where}learning_rate_multipliers.{component}: {factor:g} does nothing under freeze_backbone: true",
+                )
         self._check_component_lists(where)
 
     def _check_component_lists(self, where: str) -> None:
@@ -238,6 +250,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
         return None
     hints = typing.get_type_hints(cls)
     kwargs = {}
+    found_before = len(problems)
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in hints:
@@ -245,7 +258,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
             problems.append(f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
             continue
         kwargs[key] = _convert(hints[key], value, path, problems)
-    if problems:
+    if len(problems) > found_before:
         return None
     try:
         return cls(**kwargs)
@@ -300,16 +313,20 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `a.b.c` in nested mappings, in place."""
     *parents, last = dotted.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{dotted}: {parent} is {values!r} in the YAML, not a section with keys")
     values[last] = value
 
 
 def load_train_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """The run in YAML file `path`, with `overrides` (dotted key -> value) on top."""
     values = read_yaml(path)
-    for dotted, value in (overrides or {}).items():
-        override(values, dotted, value)
     try:
+        for dotted, value in (overrides or {}).items():
+            override(values, dotted, value)
         return from_mapping(TrainConfig, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

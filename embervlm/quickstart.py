@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from embervlm.config import REPOSITORY, ConfigError, read_yaml
 from embervlm.report.table import metrics_table
 
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
-NUM_SAMPLES, QUESTIONS_PER_PICTURE = 18_000, 3
+NUM_SAMPLES, QUESTIONS_PER_PICTURE = 8_000, 2
 SMOKE_SAMPLES = 360
 SMOKE_OVERRIDES = ("--max_steps", "2", "--save_steps", "1", "--set", "sample_records=2", "log_steps=1")
 
@@ -71,8 +72,8 @@ class Quickstart:
         if deepspeed is None:
             raise ConfigError("the deepspeed command is not installed; run `make install`")
         command = [
-            deepspeed, "--num_gpus", str(processes), str(REPOSITORY / "launch" / "train.py"),
-            "--config", str(CONFIG), "--output_dir", str(self.output_dir),
+            deepspeed, "--num_gpus", str(processes), "--master_port", str(_free_port()),
+            str(REPOSITORY / "launch" / "train.py"), "--config", str(CONFIG), "--output_dir", str(self.output_dir),
             "--reasoning_data", str(self.output_dir / "data" / "reasoning_data.json"),
             "--stages", *stages, *(SMOKE_OVERRIDES if self.smoke else ()),
         ]  # fmt: skip
@@ -118,6 +119,12 @@ class Quickstart:
         run_dir.write_json_atomic(self.output_dir / "results" / "timings.json", seconds)
         print(f"Evaluation: {path}")
         print(f"Best checkpoint: {self._best}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _figures(values: dict[str, float]) -> str:

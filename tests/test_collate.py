@@ -262,7 +262,6 @@ def test_what_is_drawn_leaves_the_global_random_state_alone(samples, make_collat
     assert random.getstate() == before
 
 
-@pytest.mark.xfail(strict=True, reason="deal: a share's places do not name its samples' places in the global batch")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_number_of_processes_draws_the_same_for_a_sample(world_size, samples, make_collator):
     def drawn(size):

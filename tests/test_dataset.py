@@ -143,7 +143,6 @@ def test_records_without_boxes_look_at_nothing_in_particular(tokenizer):
     assert encode_one(tokenizer).attend == ()
 
 
-@pytest.mark.xfail(strict=True, reason="_attention_targets: TypeError for boxes of another spelling in user metadata")
 def test_boxes_of_another_spelling_are_left_alone(tokenizer):
     assert encode_one(tokenizer, metadata={"boxes": [[0, 0, 1, 1]], "seen": [["sky"]]}).attend == ()
 

@@ -219,7 +219,6 @@ def test_read_tasks_reports_all_bad_records_together(tmp_path):
     assert "Helicopter" in str(caught.value) and "robots.json" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="read_tasks: AttributeError where a subtask is not an object")
 def test_read_tasks_reports_subtasks_that_are_no_objects(tmp_path):
     with pytest.raises(DataError, match="record 1"):
         read_tasks([{"input": "Fly", "subtasks": ["Drone"]}], tmp_path / "robots.json")

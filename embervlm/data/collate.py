@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embervlm.data.dataset import CAPTION, DIRECT, REASONING, Sample
+from embervlm.data.dataset import CAPTION, DIRECT, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker, StepPair
 from embervlm.data.records import ReasoningRecord
@@ -85,16 +85,17 @@ class Collator:
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio = pair_records_ratio
         self.grounding, self.use_reasoning = grounding, use_reasoning
-        self._has_boxes = any(record.metadata.get("boxes") for record in records)
+        self._has_boxes = any(known_boxes(record.metadata) for record in records)
         self._question_ids: dict[int, list[int]] = {}
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
 
     def __call__(
-        self, samples: Sequence[Sample], *, step: int, first: int = 0, teacher_forcing: float = 1.0,
-        load_pictures: bool = True,
+        self, samples: Sequence[Sample], *, step: int, places: Sequence[int] | None = None,
+        teacher_forcing: float = 1.0, load_pictures: bool = True,
     ) -> Batch:  # fmt: skip
-        """`first` is the place of `samples[0]` in its global batch."""
-        rngs = [random.Random(f"{self.seed}:{step}:{first + place}") for place in range(len(samples))]
+        """`places` are those of `samples` in their global batch; 0, 1, ... where left out."""
+        places = range(len(samples)) if places is None else places
+        rngs = [random.Random(f"{self.seed}:{step}:{place}") for place in places]
         texts = [[*sample.prompt, *sample.target] for sample in samples]
         length = max(map(len, texts))
         rows = [self._row(sample) for sample in samples]
@@ -247,8 +248,7 @@ class Collator:
                 draws = np.random.default_rng(rng.getrandbits(64)).random(len(positions))
                 chosen.append(row * length + positions[draws >= teacher_forcing])
         index = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-        if len(index):
-            inputs["sampled_index"] = torch.from_numpy(index)
+        inputs["sampled_index"] = torch.from_numpy(index)
 
     def _dense(self, samples: Sequence[Sample], targets: dict[str, Tensor], counts: dict[str, float]) -> None:
         assert self.dense_labels is not None
@@ -294,7 +294,7 @@ class DenseLabels:
     def __init__(self, records: Sequence[ReasoningRecord], grid: int) -> None:
         found: dict[str, set[str]] = {}
         for record in records:
-            for box in record.metadata.get("boxes") or ():
+            for box in known_boxes(record.metadata):
                 if box["kind"] in (record.metadata.get("scene") or {}):
                     found.setdefault(box["kind"], set()).add(box["label"])
         self.classes = {kind: sorted(labels) for kind, labels in sorted(found.items())}
@@ -309,16 +309,15 @@ class DenseLabels:
 
     def of(self, metadata: Mapping[str, Any]) -> Tensor:
         """`[num_visual_tokens, kinds]` int64; -1 is not scored (no ground truth)."""
-        boxes = metadata.get("boxes")
+        boxes = known_boxes(metadata)
         if not boxes:
             return self._nothing
-        if id(boxes) not in self._known:
-            self._known[id(boxes)] = self._draw(boxes)
-        return self._known[id(boxes)]
+        key = id(metadata["boxes"])
+        if key not in self._known:
+            self._known[key] = self._draw(boxes)
+        return self._known[key]
 
     def _draw(self, boxes: Sequence[Mapping[str, Any]]) -> Tensor:
-        from embervlm.data.dataset import boxes_to_mask
-
         out = torch.zeros_like(self._nothing)
         kinds = list(self.classes)
         for box in boxes:

@@ -87,20 +87,28 @@ def encode_reasoning(
         opens = spans[-1][0] - 1 if conclusion_ids is not None else len(prompt) + len(chain) - 1
         samples.append(Sample(
             record=index, form=REASONING, prompt=prompt, target=target, answer_position=opens,
-            step_spans=tuple(spans), attend=_attention_targets(record.metadata, grid),
+            step_spans=tuple(spans), attend=_attention_targets(record.metadata, grid, len(spans)),
         ))  # fmt: skip
     if problems:
         raise DataError.of(problems)
     return samples
 
 
-def _attention_targets(metadata: Mapping[str, Any], grid: int) -> tuple[tuple[int, Tensor], ...]:
+def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The ground-truth boxes of a record: `{"kind", "label", "box"}`; what is spelled otherwise is not ours."""
+    boxes = metadata.get("boxes")
+    if not isinstance(boxes, (list, tuple)):
+        return []
+    return [box for box in boxes if isinstance(box, Mapping) and {"kind", "label", "box"} <= set(box)]
+
+
+def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
     """From `boxes` and `seen` of the metadata, where a record has them."""
     by_kind: dict[str, list[Sequence[float]]] = {}
-    for box in metadata.get("boxes") or ():
+    for box in known_boxes(metadata):
         by_kind.setdefault(box["kind"], []).append(box["box"])
     out = []
-    for step, kinds in enumerate(metadata.get("seen") or ()):
+    for step, kinds in enumerate((metadata.get("seen") or ())[:num_steps]):
         boxes = [box for kind in kinds for box in by_kind.get(kind, ())]
         if boxes:
             out.append((step, boxes_to_mask(boxes, grid)))

@@ -137,6 +137,5 @@ class ReasoningTokenizer:
                 answer.append(token)
             elif part is not None:
                 part.append(token)
-        else:
-            close()
+        close()
         return steps, None if answer is None else self.decode(answer).strip()

@@ -17,6 +17,8 @@ from embervlm.model.config import EmberVLMConfig
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
     """The configuration that `spec` names: by id or local folder, or written out under `config`."""
+    if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config"}):
+        raise ConfigError(f"{part}: unknown keys {wrong}; there are name_or_path, pretrained and config")
     name = spec.get("name_or_path")
     if pretrained and not name:
         raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; name a model id or a local folder")
@@ -30,9 +32,13 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
     if not model_type:
         raise ConfigError(f"{part}: neither name_or_path nor config.model_type is given")
     try:
-        return AutoConfig.for_model(model_type, **settings)
+        known = AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
         raise ConfigError(f"{part}: config.model_type {model_type!r}: {error}") from error
+    if wrong := sorted(set(settings) - set(known.to_dict()) - set(known.attribute_map)):
+        raise ConfigError(f"{part}: config has keys that {model_type} does not know: {wrong}")
+    return config
 
 
 def _not_found(part: str, name: str, error: Exception) -> str:

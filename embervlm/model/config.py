@@ -24,7 +24,6 @@ class EmberVLMConfig(PretrainedConfig):
         projection_hidden_size: Hidden width of the two-layer projection.
         reasoning_width, reasoning_ffn, reasoning_layers, reasoning_heads: Shape of the reasoning head.
         validator_width, validator_ffn, validator_layers, validator_heads: Shape of the step validator.
-        answer_bias: Starting bias of the answer head's logits.
         candidates: Answers that are scored where the caller names none.
         stage: 3 for a backbone without reasoning, 4 with the reasoning module.
     """

@@ -18,7 +18,7 @@ from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.reasoning import ReasoningModule
-from embervlm.model.storage import load_checkpoint_into, resolve_folder, save_weights
+from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
 
 
 @dataclass
@@ -58,7 +58,7 @@ class EmberVLM(PreTrainedModel):
         self.language_model = LanguageModel(config, load_pretrained)
         hidden = self.language_model.hidden_size
         self.projection = Projection(self.vision_encoder.vision_dim, config.projection_hidden_size, hidden)
-        self.reasoning_module = ReasoningModule(config, hidden)
+        self.reasoning_module = ReasoningModule(config, hidden, self.vision_encoder.num_visual_tokens)
         self.tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
 
@@ -88,7 +88,10 @@ class EmberVLM(PreTrainedModel):
         self.tokenizer = tokenizer
 
     def freeze_backbone(self, frozen: bool) -> None:
-        """Run the backbone without gradients and in eval mode, so that its buffers do not move either."""
+        """Run the backbone without gradients and in eval mode, so that its buffers do not move either.
+
+        Which parameters learn is `build_param_groups`' business: a tied output embedding is used past the backbone.
+        """
         self.backbone_frozen = frozen
         self.train(self.training)
 
@@ -285,6 +288,8 @@ class EmberVLM(PreTrainedModel):
 
         single = isinstance(instruction, str)
         images, instructions = ([image], [instruction]) if single else (image, instruction)
+        if images is None:
+            images = [None] * len(instructions)
         settings = Decoding(max_reasoning_steps=max_reasoning_steps, **decoding)
         results = generate_answers(self, images, instructions, settings)
         if not return_reasoning:
@@ -302,7 +307,10 @@ class EmberVLM(PreTrainedModel):
             CheckpointError: names the file that is missing, damaged, or of another model size.
         """
         folder = resolve_folder(pretrained_model_name_or_path)
-        config = EmberVLMConfig.from_pretrained(str(folder))
+        try:
+            config = EmberVLMConfig.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
         model = cls(config)
         load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else COMPONENTS[:-1])
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))

@@ -65,6 +65,7 @@ def generate_answers(
     """One result per pair of picture and instruction; see `EmberVLM.generate_with_reasoning`."""
     if len(images) != len(instructions):
         raise ConfigError(f"{len(images)} pictures for {len(instructions)} instructions")
+    check_length(model, instructions, decoding)
     if empty := [index for index, text in enumerate(instructions) if not text.strip()]:
         raise ConfigError(f"instruction {empty[0]} is empty; say what the robots should do")
     device = model.projection.norm.weight.device
@@ -76,6 +77,20 @@ def generate_answers(
         return generate_from_visual(model, visual, image_mask.to(device), instructions, decoding)
     finally:
         model.train(was_training)
+
+
+def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decoding) -> None:
+    """ConfigError where picture, instruction and answer are longer than the language model's position table."""
+    limit = getattr(model.language_model.backbone.config, "max_position_embeddings", None)
+    if limit is None or model.tokenizer is None:
+        return
+    for index, text in enumerate(instructions):
+        length = model.num_visual_tokens + len(model.tokenizer.encode(text)) + decoding.max_new_tokens + 8
+        if length > limit:
+            raise ConfigError(
+                f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
+                f"tokens, the language model reads {limit}; shorten it or lower max_new_tokens"
+            )
 
 
 @torch.inference_mode()
@@ -159,14 +174,16 @@ class _Writer:
         mask = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         in_answer = torch.full_like(done, not self.decoding.reasoning)
+        concluded = torch.zeros_like(done)
         num_steps = torch.zeros(batch, dtype=torch.long, device=device)
         out = torch.full((batch, room), -1, dtype=torch.long, device=device)
         answer_log_prob = torch.zeros(batch, device=device)
         self.conclusion_state = hidden[:, 0].clone()
         for index in range(room):
             scores = self.model.token_logits(hidden[:, 0]).float()
-            full = num_steps >= self.decoding.max_reasoning_steps - 1
-            scores[:, self.ids["<|step|>"]] = scores[:, self.ids["<|step|>"]].masked_fill(full, -torch.inf)
+            full = concluded | (num_steps >= self.decoding.max_reasoning_steps - 1)
+            scores[:, self.ids["<|step|>"]].masked_fill_(full, -torch.inf)
+            scores[:, self.ids["<|conclusion|>"]].masked_fill_(concluded, -torch.inf)
             token = self._choose(scores)
             log_prob = scores.log_softmax(-1).gather(1, token[:, None])[:, 0]
             answer_log_prob += torch.where(in_answer & ~done, log_prob, 0.0)
@@ -181,7 +198,9 @@ class _Writer:
             embeds = self.model.embed(step_ids).to(self.visual.dtype)
             hidden = self.model.language_model(embeds, mask[:, :seen].long(), positions[:, None], self.language_cache)
             hidden = self._refine(hidden, step_ids, mask[:, None, None, num_visual:seen])
-            concludes = (token == self.ids["<|conclusion|>"]) & ~done
+            ends = token == self.ids["<|reasoning_end|>"]  # where the answer head reads a chain without conclusion
+            concludes = ((token == self.ids["<|conclusion|>"]) | ends) & ~done & ~concluded
+            concluded |= concludes
             self.conclusion_state = torch.where(concludes[:, None], hidden[:, 0], self.conclusion_state)
             positions = positions + 1
         rows = [[token for token in row if token >= 0] for row in out.tolist()]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embervlm.config import ConfigError
+
 
 class Attention(nn.Module):
     """Multi-head attention of `query` over `source`, both `[batch, length, width]`."""
@@ -13,7 +15,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} is not a multiple of the {num_heads} heads")
+            raise ConfigError(f"width {width} is not a multiple of the {num_heads} heads")
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)

@@ -91,12 +91,13 @@ class StepValidator(nn.Module):
     MAX_LENGTH = 512
     SEGMENTS = ("visual", "question", "previous", "step")
 
-    def __init__(self, config: EmberVLMConfig, hidden_size: int) -> None:
+    def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
         super().__init__()
         width = config.validator_width
         self.input = nn.Linear(hidden_size, width)
         self.segment = nn.Embedding(len(self.SEGMENTS), width)
         self.position = nn.Embedding(self.MAX_LENGTH, width)
+        self.visual_position = nn.Embedding(num_visual_tokens, width)
         self.layers: Any = nn.ModuleList(
             Block(width, config.validator_ffn, config.validator_heads, cross=False)
             for _ in range(config.validator_layers)
@@ -120,9 +121,10 @@ class StepValidator(nn.Module):
         states = torch.cat([visual, text], dim=1)
         visual_segment = segments.new_zeros(pairs, num_visual)
         kinds = torch.cat([visual_segment, segments], dim=1)
-        places = torch.arange(max(num_visual, text.shape[1]), device=text.device)
-        places = torch.cat([places[:num_visual], places[: text.shape[1]]])
-        states = self.input(states) + self.segment(kinds) + self.position(places)
+        places = torch.arange(text.shape[1], device=text.device)
+        seen = torch.arange(num_visual, device=text.device)
+        where = torch.cat([self.visual_position(seen), self.position(places)])
+        states = self.input(states) + self.segment(kinds) + where
         visible = torch.cat([visual_mask[:, None].expand(pairs, num_visual), mask], dim=1)[:, None, None, :]
         for layer in self.layers:
             normed = layer.self_norm(states)
@@ -165,8 +167,8 @@ class AnswerHead(nn.Module):
 class ReasoningModule(nn.Module):
     """The three parts together; its weights alone are `reasoning_module.bin`."""
 
-    def __init__(self, config: EmberVLMConfig, hidden_size: int) -> None:
+    def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
         super().__init__()
         self.reasoning_head = ReasoningHead(config, hidden_size)
-        self.step_validator = StepValidator(config, hidden_size)
+        self.step_validator = StepValidator(config, hidden_size, num_visual_tokens)
         self.answer_head = AnswerHead(hidden_size)

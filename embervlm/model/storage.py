@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,38 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+        struct.error,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: cut short or tampered with ({reason[:200]}); use another checkpoint") from error
+
+
+def _named_tensors(path: Path) -> dict[str, Tensor]:
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: does not hold named tensors")
+    return state
 
 
 def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[str]) -> None:
     """Load the weights of `components` from the checkpoint in `folder`, all of them or CheckpointError."""
     path = folder / WEIGHTS
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: does not hold named tensors")
-    load_state(model, state, components, path)
+    load_state(model, _named_tensors(path), components, path)
 
 
 def load_reasoning_module(model: nn.Module, path: Path) -> None:
     """Put the weights of a `reasoning_module.bin` onto `model`, whose backbone stays as it is."""
-    state = {REASONING_PREFIX + key: value for key, value in read_tensors(path).items()}
+    state = {REASONING_PREFIX + key: value for key, value in _named_tensors(path).items()}
     load_state(model, state, ("reasoning_module",), path)
 
 

@@ -50,7 +50,7 @@ class CheckpointStore:
         assert isinstance(module, TrainingModule)
         weights = engine.weights()
         optimizer = engine.optimizer_state()
-        rng = engine.world.gather(torch.get_rng_state())
+        rng = engine.world.gather(_random_state())
         target = run_dir.checkpoint_path(self.folder, None if final else progress.step)
         if engine.world.rank == 0:
             part = run_dir.new_tmp_dir(self.folder)
@@ -78,6 +78,11 @@ def best_checkpoints(folder: Path) -> list[Path]:
     return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:1]
 
 
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint, whose files are checked against their checksums first."""
     run_dir.verify_checkpoint(checkpoint)
@@ -91,5 +96,8 @@ def restore(engine: Engine, state: dict[str, Any]) -> Progress:
     """Put optimizer and random state back; weights are loaded before the engine wraps the module."""
     engine.load_optimizer_state(state["optimizer"])
     if len(state["rng"]) == engine.world.size:
-        torch.set_rng_state(state["rng"][engine.world.rank])
+        own = state["rng"][engine.world.rank]
+        torch.set_rng_state(own["cpu"])
+        if torch.cuda.is_available() and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"])
     return Progress(**state["progress"])

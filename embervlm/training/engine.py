@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -155,14 +156,15 @@ class Engine(ABC):
             loss = torch.stack([value * scale[term] for term, value in found.items()]).sum()
             self._backward(loss, index == len(batches) - 1)
             sums += _in_order(found, sums)
+        local = sums.clone()
         means = (self.world.sum(sums) / totals.clamp_min(1)).tolist()  # the one wait for the device in a step
         terms = dict(zip(TERMS, means))
-        if bad := [term for term, value in terms.items() if not torch.isfinite(torch.tensor(value))]:
-            here = [batch.record_ids for batch in batches]
+        if bad := [term for term, value in terms.items() if not math.isfinite(value)]:
+            mine = [] if bool(torch.isfinite(local).all()) else [name for b in batches for name in b.record_ids]
+            named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(mine)) if names]
             raise NonFiniteLossError(
-                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of rank "
-                f"{self.world.rank}: {', '.join(name for names in here for name in names)[:500]}. "
-                "Lower the learning rate, or look at these records"
+                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records in it: "
+                f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
         self._update(rates)
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
@@ -259,6 +261,12 @@ class DeepSpeedEngine(Engine):
         super().__init__(module, world)
         if world.device.type == "cpu":
             _skip_compiled_collectives()
+        # a half-precision engine rounds these, and has no float32 copy of what does not learn
+        self._unrounded = {
+            name: value.detach().float().cpu().clone()
+            for name, value in module.state_dict().items()
+            if name not in self.learning and value.is_floating_point()
+        }  # fmt: skip
         self._accumulation = config["gradient_accumulation_steps"]
         self._zero_stage = config["zero_optimization"]["stage"]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -305,16 +313,17 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = dict(self.module.named_parameters(remove_duplicate=False))
-        out = {
-            key: value.detach().cpu()
-            for key, value in self.module.state_dict().items() if key not in named
-        }  # fmt: skip
-        for name, parameter in named.items():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if full is None:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                    full = parameter.detach().clone()
-            out[name] = full.detach().float().cpu().clone()
+        out: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict().items():
+            parameter = named.get(name)
+            if parameter is not None and parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                if full is None:
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                        full = parameter.detach().clone()
+                out[name] = full.detach().float().cpu().clone()
+            else:
+                out[name] = self._unrounded[name] if name in self._unrounded else value.detach().cpu()
         return out
 
     def whole(self) -> contextlib.AbstractContextManager[Any]:
@@ -355,7 +364,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _skip_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its own shared-memory collectives at the first start: gloo does, and needs no g++."""
+    """Keep DeepSpeed from compiling its own collectives at the first start: gloo does, and needs no compiler."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -389,6 +398,11 @@ def deepspeed_settings(
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto" there')
         settings[key] = value
+    zero_stage = settings.get("zero_optimization", {}).get("stage")
+    if zero_stage is None:
+        raise ConfigError(f"{path}: zero_optimization.stage is missing; write 1, 2 or 3 there")
+    if zero_stage != config.zero_stage:
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage}, --zero_stage is {config.zero_stage}")
     for owned in ("optimizer", "scheduler"):
         if owned in settings:
             raise ConfigError(f"{path}: {owned} is set there; rates and optimizer come from the training YAML")
@@ -407,6 +421,10 @@ def build_engine(
 ) -> Engine:
     """Freeze, group and wrap `module` for one phase."""
     precision = resolve_precision(config.precision, world.device)
+    module.to(world.device)
+    if world.size > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, src=0)
     groups = build_param_groups(module, phase)
     expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if config.engine == "torch":

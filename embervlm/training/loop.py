@@ -56,20 +56,17 @@ class PhaseJob:
         return self.plan.steps_per_epoch * self.phase.epochs
 
 
-def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[int, Sequence[Sample]]]:
-    """This process's micro-batches of a global batch, each with its place in it.
+def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[list[int], list[Sample]]]:
+    """This process's micro-batches of a global batch, each with its samples' places in it.
 
     Every `world.size * accumulation`-th sample goes to the same micro-batch, so lengths stay alike. A share may be
     empty in the last batch of an epoch.
     """
     parts = world.size * accumulation
-    bounds = [len(samples) * part // parts for part in range(parts + 1)]
-    ordered = sorted(range(len(samples)), key=lambda index: (index % parts, index))
-    shares: list[tuple[int, Sequence[Sample]]] = []
+    shares = []
     for micro in range(accumulation):
-        part = world.rank * accumulation + micro
-        mine = [index for index in ordered if index % parts == part]
-        shares.append((bounds[part], [samples[index] for index in mine]))
+        places = list(range(world.rank * accumulation + micro, len(samples), parts))
+        shares.append((places, [samples[place] for place in places]))
     return shares
 
 
@@ -183,10 +180,10 @@ def _micro_batches(
     job: PhaseJob, samples: Sequence[Sample], step: int, forcing: float, world: World, cache: VisualCache | None
 ) -> list[Batch]:
     batches = []
-    for first, mine in deal(samples, world, job.accumulation):
+    for places, mine in deal(samples, world, job.accumulation):
         empty = not mine
         batch = job.collator(
-            mine or samples[:1], step=step, first=first, teacher_forcing=forcing, load_pictures=cache is None
+            mine or samples[:1], step=step, places=places or [0], teacher_forcing=forcing, load_pictures=cache is None
         )  # fmt: skip
         if empty:  # every process must take part in the step; this share counts nothing
             batch.mute()

@@ -164,6 +164,9 @@ class Run:
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _finished(self, folder: Path) -> Path | None:
+        if self.world.rank == 0:
+            run_dir.clean_leftovers(folder)
+        self.world.barrier()
         path = run_dir.checkpoint_path(folder, None)
         if not any(found.path == path for found in run_dir.list_checkpoints(folder)):
             return None

@@ -12,6 +12,14 @@ from typing import Any
 from embervlm.progress import progress_bar
 
 
+def _step_of(line: str) -> float:
+    """The step of a log line; infinity for one that a killed run left unfinished."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class Tracker:
     """Rank 0's log of one phase; on other ranks everything is a no-op.
 
@@ -46,7 +54,7 @@ class Tracker:
         """Lines of steps that a resume does again."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def advance(self, step: int, values: Mapping[str, Any] | None) -> None:

@@ -59,7 +59,11 @@ def read_tasks(values: Sequence[Any], path: Path) -> list[tuple[str, tuple[str, 
             given = str(value["output"])
         else:
             parts = value.get("subtasks")
-            given = ", ".join(str(part.get("assigned_robot", "")) for part in parts) if isinstance(parts, list) else ""
+            given = (
+                ", ".join(str(part.get("assigned_robot", "")) for part in parts if isinstance(part, Mapping))
+                if isinstance(parts, list)
+                else ""
+            )
         answer = parse_answer(given, ROBOT_ORDER)
         if not answer:
             problems.append(f"{path} record {number}: output: {given[:80]!r} names none of {', '.join(ROBOT_ORDER)}")
