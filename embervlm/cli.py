@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embervlm.config import COMPONENTS, model_preset
+from embervlm.config import BACKBONE, model_preset
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -79,9 +79,8 @@ def _describe(args: argparse.Namespace) -> None:
 
     model = build_model(model_preset(args.model), load_pretrained=False)
     parts = model.parameter_counts()
-    backbone = [name for name in COMPONENTS if name != "reasoning_module"]
     total = sum(parts.values())
-    phase1 = total - sum(parts[name] for name in backbone)
+    phase1 = total - sum(parts[name] for name in BACKBONE)
     report = {
         "model": args.model,
         "components": parts,

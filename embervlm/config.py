@@ -19,6 +19,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
 """Parts of the model that have a learning rate of their own; the first level of parameter names."""
+BACKBONE = COMPONENTS[:-1]
 REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
 LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
 _ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
@@ -109,11 +110,8 @@ class PhaseConfig:
         if self.max_minutes is not None:
             _require(self.max_minutes > 0, f"{where}max_minutes: {self.max_minutes} is not positive")
         if self.freeze_backbone:
-            for component, factor in self.learning_rate_multipliers.items():
-                _require(
-                    component == "reasoning_module" or factor == 0,
-                    f"{where}learning_rate_multipliers.{component}: {factor:g} does nothing under freeze_backbone: true",
-                )
+            idle = [name for name, factor in self.learning_rate_multipliers.items() if factor and name in BACKBONE]
+            _require(not idle, f"{where}learning_rate_multipliers: {idle} do nothing under freeze_backbone: true")
         self._check_component_lists(where)
 
     def _check_component_lists(self, where: str) -> None:

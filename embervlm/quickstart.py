@@ -10,15 +10,22 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
 from embervlm.report.table import metrics_table
 
+if TYPE_CHECKING:
+    from embervlm.model.generation import Decoding
+
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 NUM_SAMPLES, QUESTIONS_PER_PICTURE = 8_000, 2
 SMOKE_SAMPLES = 360
-SMOKE_OVERRIDES = ("--max_steps", "2", "--save_steps", "1", "--set", "sample_records=2", "log_steps=1")
+SMOKE_TOKENS = 160
+SMOKE_OVERRIDES = (
+    "--max_steps", "2", "--max_reasoning_length", str(SMOKE_TOKENS), "--set", "sample_records=2", "log_steps=1",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -38,9 +45,10 @@ class Quickstart:
         data = self.output_dir / "data" / "reasoning_data.json"
         parts = {
             "data": lambda: self._make_data(data),
-            "training": lambda: self._launch("3", "4"),
+            # a launch costs as much as a smoke run's training, so that one makes do with a single launch
+            "training": lambda: self._launch("3", "4", *(["baseline"] if self.smoke else [])),
             "best checkpoint": self._select,
-            "baselines": lambda: self._launch("baseline"),
+            "baselines": lambda: None if self.smoke else self._launch("baseline"),
             "evaluation": self._evaluate,
         }
         for name, part in parts.items():
@@ -92,17 +100,23 @@ class Quickstart:
         config = read_yaml(CONFIG)
 
         def evaluate(path: Path, split: str) -> dict[str, object]:
-            return evaluate_checkpoint(path, split, num_samples=8 if self.smoke else config["eval_samples"])
+            samples = 8 if self.smoke else config["eval_samples"]
+            return evaluate_checkpoint(path, split, num_samples=samples, decoding=self._decoding())
 
         self._best = select_best_checkpoint(run_dir.phase_dir(self.output_dir, 2), evaluate=evaluate)
         print(f"Best checkpoint: {self._best}")
+
+    def _decoding(self) -> Decoding:
+        from embervlm.model.generation import Decoding
+
+        return Decoding(max_new_tokens=SMOKE_TOKENS) if self.smoke else Decoding()
 
     def _evaluate(self) -> None:
         from embervlm.evaluation.commands import evaluate_to_file
 
         evaluate_to_file(
             self._best, split="test", output_file=run_dir.eval_results_path(self.output_dir),
-            num_samples=8 if self.smoke else self.num_test, save_samples=True,
+            num_samples=8 if self.smoke else self.num_test, save_samples=True, decoding=self._decoding(),
         )  # fmt: skip
 
     def _show(self, seconds: dict[str, float]) -> None:

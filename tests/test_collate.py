@@ -269,8 +269,8 @@ def test_every_number_of_processes_draws_the_same_for_a_sample(world_size, sampl
         found = {}
         for rank in range(size):
             world = World(rank=rank, size=size, device=torch.device("cpu"))
-            for first, share in deal(samples[:7], world, 1):
-                batch = make_collator()(share, step=0, first=first, teacher_forcing=0.5)
+            for places, share in deal(samples[:7], world, 1):
+                batch = make_collator()(share, step=0, places=places, teacher_forcing=0.5)
                 length = batch.inputs["input_ids"].shape[1]
                 for row, sample in enumerate(share):
                     index = batch.inputs["sampled_index"]

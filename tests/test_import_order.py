@@ -20,7 +20,6 @@ COMMANDS = {"embervlm.cli", "embervlm.quickstart"}
 READERS = {"embervlm.select_best"}
 """Reads an output folder; may import `base` alone."""
 EXCEPTIONS = {
-    ("embervlm.data.collate", "embervlm.model.reasoning"): "the validator's segment names and longest input",
     ("embervlm.evaluation.commands", "embervlm.report.table"): "`embervlm evaluate` prints what it has written",
 }
 """(importer, imported) -> why it may."""

@@ -161,8 +161,8 @@ class Bench:
         """Process `rank`'s micro-batches of step `step`, dealt as the loop deals them."""
         samples = self.plan.batch(step)
         out = []
-        for first, mine in deal(samples, World(rank, size, CPU), accumulation):
-            batch = self.collator(mine or samples[:1], step=step, first=first, teacher_forcing=forcing)
+        for places, mine in deal(samples, World(rank, size, CPU), accumulation):
+            batch = self.collator(mine or samples[:1], step=step, places=places or [0], teacher_forcing=forcing)
             if not mine:
                 batch.mute()
             out.append(batch)

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from embervlm.data.dataset import CAPTION, DIRECT, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker, StepPair
+from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.model.reasoning import StepValidator
 
 TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct"}
 MAX_QUESTION_TOKENS = 128
@@ -267,10 +266,10 @@ class Collator:
 def validator_inputs(texts: Sequence[tuple[list[int], list[int], list[int]]]) -> dict[str, Tensor]:
     """`pair_ids`, `pair_segments`, `pair_mask` of (question, previous steps, step), each given as ids."""
     rows, segments = [], []
-    names = StepValidator.SEGMENTS
+    names = PAIR_SEGMENTS
     for question, previous, step in texts:
         question = question[:MAX_QUESTION_TOKENS]
-        step = step[: StepValidator.MAX_LENGTH // 4]
+        step = step[: MAX_PAIR_TOKENS // 4]
         rows.append([*question, *previous, *step])
         segments.append(
             [names.index("question")] * len(question)

@@ -12,6 +12,10 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
+PAIR_SEGMENTS = ("visual", "question", "previous", "step")
+"""What the validator reads, in the order in which it stands before it."""
+MAX_PAIR_TOKENS = 512
+"""Longest question, previous steps and step together."""
 MAX_PREVIOUS_TOKENS = 256
 """Of the chain so far the validator reads this many tokens, from its end."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from embervlm.config import COMPONENTS, REASONING_PARTS, ConfigError
+from embervlm.config import BACKBONE, COMPONENTS, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
@@ -74,7 +74,7 @@ class EmberVLM(PreTrainedModel):
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per component; tied weights count once."""
         parts = {
-            **{name: getattr(self, name) for name in COMPONENTS if name != "reasoning_module"},
+            **{name: getattr(self, name) for name in BACKBONE},
             **{name: getattr(self.reasoning_module, name) for name in REASONING_PARTS},
         }
         return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
@@ -98,9 +98,8 @@ class EmberVLM(PreTrainedModel):
     def train(self, mode: bool = True) -> EmberVLM:
         super().train(mode)
         if getattr(self, "backbone_frozen", False):
-            for name in COMPONENTS:
-                if name != "reasoning_module":
-                    getattr(self, name).eval()
+            for name in BACKBONE:
+                getattr(self, name).eval()
         return self
 
     def enable_gradient_checkpointing(self) -> None:
@@ -312,7 +311,7 @@ class EmberVLM(PreTrainedModel):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
         model = cls(config)
-        load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else COMPONENTS[:-1])
+        load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
         return model.eval()
 

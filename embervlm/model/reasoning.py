@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS
 from embervlm.data.tokenizer import SPECIAL_TOKENS
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.layers import Block
@@ -88,8 +89,8 @@ class StepValidator(nn.Module):
     It reads all four: a validator that sees only the two steps accepts fluent chains of another picture.
     """
 
-    MAX_LENGTH = 512
-    SEGMENTS = ("visual", "question", "previous", "step")
+    MAX_LENGTH = MAX_PAIR_TOKENS
+    SEGMENTS = PAIR_SEGMENTS
 
     def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from embervlm.config import COMPONENTS, PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
+from embervlm.config import BACKBONE, COMPONENTS, PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import EpochPlan, Sample
 from embervlm.data.images import PictureCache
@@ -135,7 +135,7 @@ def _prepare(
     state = load_training_state(newest) if newest is not None else None
     module = TrainingModule(job.model, job.dense_sizes)
     if newest is not None and state is not None:
-        components = COMPONENTS if job.collator.use_reasoning else COMPONENTS[:-1]
+        components = COMPONENTS if job.collator.use_reasoning else BACKBONE
         load_checkpoint_into(job.model, newest, components)
         module.load_state_dict(state["auxiliary"], strict=False)
         if world.rank == 0:

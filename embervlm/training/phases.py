@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from embervlm import run_dir
-from embervlm.config import COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.images import PictureCache
@@ -215,7 +215,7 @@ class Run:
         model = build_model(settings, load_pretrained=False)
         of_stage4 = (checkpoint / "reasoning_module.bin").exists()
         try:
-            load_checkpoint_into(model, checkpoint, COMPONENTS if of_stage4 else COMPONENTS[:-1])
+            load_checkpoint_into(model, checkpoint, COMPONENTS if of_stage4 else BACKBONE)
         except CheckpointError as error:
             raise ConfigError(f"{error} (this run's preset is {self.config.model!r}; choose with --model)") from error
         model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
