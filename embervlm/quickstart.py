@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
 
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
-NUM_SAMPLES, QUESTIONS_PER_PICTURE = 8_000, 2
+NUM_SAMPLES, QUESTIONS_PER_PICTURE = 5_600, 2
 SMOKE_SAMPLES = 360
 SMOKE_TOKENS = 160
 SMOKE_OVERRIDES = (

@@ -63,10 +63,13 @@ def encode_reasoning(
 ) -> list[Sample]:
     """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens."""
     texts = [step_texts(record) for record in records]
-    flat = [text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))]
+    # a space in front, so that a word is the same token at a step's start as within
+    flat = [
+        " " + text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))
+    ]
     encoded = iter(tokenizer.encode_many(flat))
     prompts = tokenizer.encode_many([record.instruction for record in records])
-    answers = tokenizer.encode_many([", ".join(record.answer) for record in records])
+    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in records])
     samples, problems = [], []
     for index, (record, (steps, conclusion)) in enumerate(zip(records, texts)):
         step_ids = [next(encoded) for _ in steps]

@@ -118,7 +118,7 @@ class PairMaker:
         wrong = contradict(text, record.metadata.get("facts") or {}, self._domains, rng)
         if wrong == text:
             return None
-        return StepPair(kind=kind, previous=self._previous(steps, index), step=self._tokenizer.encode(wrong))
+        return StepPair(kind=kind, previous=self._previous(steps, index), step=self._tokenizer.encode(" " + wrong))
 
     @staticmethod
     def _step_ids(sample: Sample) -> list[list[int]]:

@@ -15,7 +15,7 @@ from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, Trai
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker
+from embervlm.data.negatives import PairMaker, fact_domains
 from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
 from embervlm.data.splits import split_records
 from embervlm.data.teachers.rules import glossary
@@ -197,7 +197,9 @@ class Run:
             for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
         ]
         texts += [" " + record.metadata["caption"] for record in records if record.metadata.get("caption")]
-        return ReasoningTokenizer(train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size))
+        atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
+        base = train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size, atoms)
+        return ReasoningTokenizer(base)
 
     def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
         """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
