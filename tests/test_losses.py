@@ -65,8 +65,14 @@ def test_padded_candidates_add_nothing_to_the_answer_term() -> None:
 
 def test_the_consistency_term_is_binary_cross_entropy_over_the_pairs() -> None:
     logits, valid = torch.tensor([1.5, -0.5, 0.0]), torch.tensor([1.0, 0.0, 1.0])
-    found = loss_sums(EmberVLMOutput(validator_logits=logits), {"valid": valid})["consistency"]
+    targets = {"valid": valid, "valid_weight": torch.ones(3)}
+    found = loss_sums(EmberVLMOutput(validator_logits=logits), targets)["consistency"]
     assert found.item() == pytest.approx(F.binary_cross_entropy_with_logits(logits, valid).item() * 3)
+
+
+def test_a_stand_in_pair_costs_nothing() -> None:
+    targets = {"valid": torch.ones(1), "valid_weight": torch.zeros(1)}
+    assert loss_sums(EmberVLMOutput(validator_logits=torch.tensor([-9.0])), targets)["consistency"].item() == 0
 
 
 def test_terms_whose_inputs_are_missing_are_left_out() -> None:

@@ -23,6 +23,7 @@ from embervlm.model.backbone import VisionEncoder
 from embervlm.model.config import STAGE3, EmberVLMConfig
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding, candidate_ids, generate_answers
+from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, load_reasoning_module
 from embervlm.training.losses import loss_sums
 from embervlm.training.param_groups import build_param_groups
@@ -485,7 +486,7 @@ def test_the_answer_head_reads_a_chain_without_conclusion_at_its_end(lively_mode
 
 
 def test_the_validator_takes_a_picture_of_more_visual_tokens_than_it_reads_text(lively_model):
-    validator = lively_model.reasoning_module.step_validator
+    validator = StepValidator(lively_model.config, 32, num_visual_tokens=576)
     ones = torch.ones(1, 4, dtype=torch.long)
     validator(torch.zeros(1, 576, 32), torch.tensor([True]), torch.zeros(1, 4, 32), 3 * ones, ones.bool())
 

@@ -294,7 +294,7 @@ class DenseLabels:
         found: dict[str, set[str]] = {}
         for record in records:
             for box in known_boxes(record.metadata):
-                if box["kind"] in (record.metadata.get("scene") or {}):
+                if "label" in box and box["kind"] in (record.metadata.get("scene") or {}):
                     found.setdefault(box["kind"], set()).add(box["label"])
         self.classes = {kind: sorted(labels) for kind, labels in sorted(found.items())}
         """Kind -> labels; class 0 is 'not here', class 1 + i the i-th label."""
@@ -320,7 +320,7 @@ class DenseLabels:
         out = torch.zeros_like(self._nothing)
         kinds = list(self.classes)
         for box in boxes:
-            if box["kind"] in self.classes and box["label"] in self.classes[box["kind"]]:
+            if box.get("label") in self.classes.get(box["kind"], ()):
                 value = 1 + self.classes[box["kind"]].index(box["label"])
                 out[boxes_to_mask([box["box"]], self.grid), kinds.index(box["kind"])] = value
         return out

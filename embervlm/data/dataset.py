@@ -98,11 +98,11 @@ def encode_reasoning(
 
 
 def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The ground-truth boxes of a record: `{"kind", "label", "box"}`; what is spelled otherwise is not ours."""
+    """The ground-truth boxes of a record: `{"kind", "box"}`, mostly with `label`; other spellings are not ours."""
     boxes = metadata.get("boxes")
     if not isinstance(boxes, (list, tuple)):
         return []
-    return [box for box in boxes if isinstance(box, Mapping) and {"kind", "label", "box"} <= set(box)]
+    return [box for box in boxes if isinstance(box, Mapping) and {"kind", "box"} <= set(box)]
 
 
 def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
