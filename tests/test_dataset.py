@@ -49,7 +49,7 @@ def test_each_step_span_covers_exactly_its_steps_tokens(records, samples, tokeni
     for sample in samples:
         text = [*sample.prompt, *sample.target]
         steps, conclusion = step_texts(records[sample.record])
-        assert [tokenizer.decode(text[start:end]) for start, end in sample.step_spans] == [*steps, conclusion]
+        assert [tokenizer.decode(text[start:end]).strip() for start, end in sample.step_spans] == [*steps, conclusion]
         assert all(token < tokenizer.base_vocab_size for start, end in sample.step_spans for token in text[start:end])
 
 
