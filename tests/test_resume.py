@@ -133,4 +133,4 @@ def test_a_truncated_training_state_is_named_in_the_error(resumed: Resumed, tmp_
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "training_state.pt" in errors[0] and f"checkpoint-{STOP}" in errors[0]
-    assert 'File "' not in result.stderr.replace(errors[0], "").split("torch.distributed")[0]
+    assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints one of its own
