@@ -163,7 +163,7 @@ class Engine(ABC):
             mine = [] if bool(torch.isfinite(local).all()) else [name for b in batches for name in b.record_ids]
             named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(mine)) if names]
             raise NonFiniteLossError(
-                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records in it: "
+                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of "
                 f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
         self._update(rates)

@@ -77,4 +77,4 @@ class Tracker:
         if self._active:
             self._bar.close()
             if self._run is not None:
-                self._run.finish(quiet=True)
+                self._run.finish()
