@@ -28,7 +28,7 @@ def drawn(maker, samples):
 
 def steps_of(sample):
     text = [*sample.prompt, *sample.target]
-    return [text[start:end] for start, end in sample.step_spans]
+    return [text[start - 1 : end] for start, end in sample.step_spans]
 
 
 def of_kind(drawn, kind):
@@ -43,7 +43,8 @@ def joined(steps):
 
 def index_of(previous, steps):
     """How many steps stand before the one that is judged."""
-    return next(i for i in range(len(steps) + 1) if joined(steps[:i])[-MAX_PREVIOUS_TOKENS:] == previous)
+    most = MAX_PREVIOUS_TOKENS - 1  # the first token opens the chain
+    return next(i for i in range(len(steps) + 1) if joined(steps[:i])[-most:] == previous[1:])
 
 
 def test_a_valid_pair_is_a_step_of_the_chain_after_those_before_it(drawn):
@@ -114,12 +115,12 @@ def test_a_contradicted_step_differs_from_the_valid_one_in_one_value(drawn, reco
 
 
 def test_contradicting_a_step_replaces_its_value_by_another_of_the_domain():
-    step = "The sky is noon, so the light is day."
+    step = "The sky is noon, so the daylight is present."
     found = {
         contradict(step, {"sky": "noon"}, {"sky": frozenset({"noon", "dusk", "dawn"})}, random.Random(seed))
         for seed in range(20)
     }
-    assert found == {"The sky is dusk, so the light is day.", "The sky is dawn, so the light is day."}
+    assert found == {"The sky is dusk, so the daylight is present.", "The sky is dawn, so the daylight is present."}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,10 @@ def test_a_long_chain_is_read_from_its_end(tokenizer):
     (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=10**6)
     pairs = [PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(seed))[0] for seed in range(20)]
     assert max(len(pair.previous) for pair in pairs) == MAX_PREVIOUS_TOKENS
-    whole = joined(steps_of(sample))
+    whole = [tokenizer.ids["<|reasoning_start|>"], *joined(steps_of(sample))]
     for pair in pairs:
         index = steps_of(sample).index(pair.step)
-        assert whole[: sum(map(len, steps_of(sample)[:index]))][-MAX_PREVIOUS_TOKENS:] == pair.previous
+        assert whole[: 1 + sum(map(len, steps_of(sample)[:index]))][-MAX_PREVIOUS_TOKENS:] == pair.previous
 
 
 def test_a_record_alone_without_facts_gets_only_the_negatives_that_can_be_made(tokenizer):

@@ -22,7 +22,7 @@ MAX_PREVIOUS_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class StepPair:
-    """A chain so far and a step that may or may not come next."""
+    """A chain so far and a step that may or may not come next, with the tokens that mark steps in a chain."""
 
     kind: str
     """`valid` or one of `NEGATIVE_KINDS`."""
@@ -118,13 +118,15 @@ class PairMaker:
         wrong = contradict(text, record.metadata.get("facts") or {}, self._domains, rng)
         if wrong == text:
             return None
-        return StepPair(kind=kind, previous=self._previous(steps, index), step=self._tokenizer.encode(" " + wrong))
+        step = [steps[index][0], *self._tokenizer.encode(" " + wrong)]
+        return StepPair(kind=kind, previous=self._previous(steps, index), step=step)
 
     @staticmethod
     def _step_ids(sample: Sample) -> list[list[int]]:
+        """Every step with the token that opens it."""
         text = [*sample.prompt, *sample.target]
-        return [text[start:end] for start, end in sample.step_spans]
+        return [text[start - 1 : end] for start, end in sample.step_spans]
 
-    @staticmethod
-    def _previous(steps: list[list[int]], index: int) -> list[int]:
-        return [token for step in steps[:index] for token in step][-MAX_PREVIOUS_TOKENS:]
+    def _previous(self, steps: list[list[int]], index: int) -> list[int]:
+        start = self._tokenizer.ids["<|reasoning_start|>"]
+        return [start, *(token for step in steps[:index] for token in step)][-MAX_PREVIOUS_TOKENS:]

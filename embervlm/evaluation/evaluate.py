@@ -272,9 +272,7 @@ def validator_accuracy(model: EmberVLM, data: EvalData, seed: int = 0) -> dict[s
         rows = torch.tensor([row for row, _, _ in pairs], device=visual.device)
         texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs]
         inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
-        logits = model.reasoning_module.step_validator(
-            visual[rows], seen[rows], model.embed(inputs["pair_ids"]), inputs["pair_segments"], inputs["pair_mask"]
-        )
+        logits = model.judge_steps(visual[rows], seen[rows], **inputs)
         for (_, _, pair), logit in zip(pairs, logits.tolist()):
             predictions.setdefault(pair.kind, []).append(logit > 0)
     valid = predictions.get("valid", [])

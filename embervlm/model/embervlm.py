@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -17,7 +18,7 @@ from embervlm.config import BACKBONE, COMPONENTS, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
-from embervlm.model.reasoning import ReasoningModule
+from embervlm.model.reasoning import ReasoningModule, StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
 
 
@@ -240,9 +241,9 @@ class EmberVLM(PreTrainedModel):
                 image_mask.index_select(0, record), self.candidate_embeddings(candidate_ids),
             )  # fmt: skip
         if pair_ids is not None and pair_record is not None and pair_segments is not None and pair_mask is not None:
-            out.validator_logits = self.reasoning_module.step_validator(
-                visual.index_select(0, pair_record), image_mask.index_select(0, pair_record),
-                self.embed(pair_ids).detach(), pair_segments, pair_mask,
+            out.validator_logits = self.judge_steps(
+                visual.index_select(0, pair_record), image_mask.index_select(0, pair_record), pair_ids, pair_segments,
+                pair_mask,
             )  # fmt: skip
         if ground_index is not None and attention is not None:
             out.grounding_attention = attention.flatten(0, 1).index_select(0, ground_index)
@@ -251,6 +252,28 @@ class EmberVLM(PreTrainedModel):
             out.pooled_text = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
             out.pooled_visual = visual.mean(1)
         return out
+
+    def judge_steps(
+        self, visual: Tensor, image_mask: Tensor, pair_ids: Tensor, pair_segments: Tensor, pair_mask: Tensor
+    ) -> Tensor:
+        """The step validator's logits `[pairs]`; for the arguments see `forward` and `validator_inputs`.
+
+        Its states are computed without gradient: the validator learns to judge the model and does not bend it.
+        """
+        step = StepValidator.SEGMENTS.index("step")
+        scored = ((pair_segments == step) & pair_mask).flatten().nonzero().squeeze(1)
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            hidden = self.read(visual, image_mask, pair_ids, pair_mask)
+            hidden, _ = self.refine(hidden, pair_ids, visual, image_mask)
+            logits = self.token_logits(hidden.flatten(0, 1).index_select(0, (scored - 1).clamp_min(0)))
+            losses = F.cross_entropy(logits.float(), pair_ids.flatten().index_select(0, scored), reduction="none")
+            surprise = losses.new_zeros(pair_ids.numel()).index_copy(0, scored, losses).view(pair_ids.shape)
+        self.train(was_training)
+        return self.reasoning_module.step_validator(
+            visual, image_mask, hidden, surprise, pair_segments, pair_mask
+        )  # fmt: skip
 
     @torch.no_grad()
     def _sample_inputs(

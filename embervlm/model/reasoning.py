@@ -86,7 +86,9 @@ class ReasoningHead(nn.Module):
 class StepValidator(nn.Module):
     """Binary classifier: is `step` a valid next step after `previous`, for this picture and question?
 
-    It reads all four: a validator that sees only the two steps accepts fluent chains of another picture.
+    It reads all four: a validator that sees only the two steps accepts fluent chains of another picture. Of the text it
+    reads the states of the model that reasons, and how surprising each token of the step is to it: what contradicts the
+    picture or the steps before is mostly what this model would not have said.
     """
 
     MAX_LENGTH = MAX_PAIR_TOKENS
@@ -96,6 +98,7 @@ class StepValidator(nn.Module):
         super().__init__()
         width = config.validator_width
         self.input = nn.Linear(hidden_size, width)
+        self.surprise = nn.Linear(1, width)
         self.segment = nn.Embedding(len(self.SEGMENTS), width)
         self.position = nn.Embedding(self.MAX_LENGTH, width)
         self.visual_position = nn.Embedding(num_visual_tokens, width)
@@ -106,13 +109,16 @@ class StepValidator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.score = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
-    def forward(self, visual: Tensor, visual_mask: Tensor, text: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, visual: Tensor, visual_mask: Tensor, text: Tensor, surprise: Tensor, segments: Tensor, mask: Tensor
+    ) -> Tensor:
         """Logits `[pairs]`; positive means valid.
 
         Args:
             visual: `[pairs, num_visual_tokens, hidden]`, projected.
             visual_mask: `[pairs]` bool.
-            text: `[pairs, length, hidden]` token embeddings of question, previous step and step.
+            text: `[pairs, length, hidden]` states of question, previous steps and step.
+            surprise: `[pairs, length]`, `-log p` of each token of the step in nats, 0 elsewhere.
             segments: `[pairs, length]` int64, index into `SEGMENTS`.
             mask: `[pairs, length]` bool, False at padding.
         """
@@ -126,6 +132,8 @@ class StepValidator(nn.Module):
         seen = torch.arange(num_visual, device=text.device)
         where = torch.cat([self.visual_position(seen), self.position(places)])
         states = self.input(states) + self.segment(kinds) + where
+        unexpected = self.surprise(surprise.to(states.dtype)[..., None])
+        states = states + torch.cat([torch.zeros_like(states[:, :num_visual]), unexpected], dim=1)
         visible = torch.cat([visual_mask[:, None].expand(pairs, num_visual), mask], dim=1)[:, None, None, :]
         for layer in self.layers:
             normed = layer.self_norm(states)

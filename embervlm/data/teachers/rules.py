@@ -1,9 +1,10 @@
 """The embedded teacher: from the facts of a scene and a task to a chain of steps and the suitable robots.
 
-The rules are few and serial on purpose. A load and a distance give a trip time, a trip time and the sky give the time
-of arrival, the arrival gives light, tide and ground, and those decide for each robot. Each step only needs what the
-picture shows or an earlier step has said, and it names a condition before its value, so that a small model can learn
-every step on its own; the whole map from picture to answer is hard to learn without the steps in between.
+The rules are few and serial on purpose. Place and load give the pace, pace and distance the trip time, trip time and
+sky the time of arrival, the arrival gives daylight, tide and ground, and those decide for each robot. Each step only
+needs what the picture shows or an earlier step has said, and it names a condition before its value, so that a small
+model can learn every step on its own; the whole map from picture to answer is hard to learn without the steps in
+between. The hour is counted on around the clock in words, because a small model is slow to learn sums modulo a day.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ JOBS = {
 }  # fmt: skip
 """Job -> what a robot needs for it."""
 
-TRIPS = ("one hour", "six hours", "twelve hours", "eighteen hours", "one day", "thirty hours")
-"""Trip time in quarters of a day: one for each step up in distance and in load, and one for a slow pace."""
+TRIPS = ("six hours", "twelve hours", "eighteen hours", "one day")
+"""Trip times: one, two, three, four quarters of a day. Farther flags take one more each, and a slow pace one more."""
+LONGEST_WALK = 2
+"""Quarters of a day that the Humanoid's battery lasts."""
 
 _OBJECTS = {
     "carry": "the load", "deliver": "the load", "repair": "the pump", "unlock": "the gate", "inspect": "the site",
     "film": "the site",
 }  # fmt: skip
 
-LIGHT_AT = {"dawn": "day", "noon": "day", "dusk": "dark", "night": "dark"}
+DAYLIGHT_AT = {"dawn": "present", "noon": "present", "dusk": "gone", "night": "gone"}
 TIDE_AT = {"dawn": "high", "noon": "low", "dusk": "high", "night": "low"}
 """The tide turns every six hours."""
 TIDAL_PLACES = ("flooded tunnel", "open water", "cliff")
 SLOW_PLACES = ("stairs", "rubble", "cliff", "crowd")
-"""Where every trip takes six hours more."""
+"""Where the pace is slow, with or without a load; a heavy load is slow everywhere."""
 WEATHER_CYCLE = ("clear", "wind", "rain", "fog")
 """Fronts pass in this order, one every twelve hours."""
 FIRM_GROUND = {
@@ -51,13 +54,12 @@ FIRM_GROUND = {
 """Robot -> ground it can work on. The Drone does not touch the ground."""
 
 DERIVED_DOMAINS: dict[str, tuple[str, ...]] = {
-    "job": tuple(JOBS),
     "need": ("payload", "hands", "camera"),
     "pace": ("quick", "slow"),
     "trip": TRIPS,
     "arrival": SKIES,
     "forecast": WEATHER_CYCLE,
-    "light": ("day", "dark"),
+    "daylight": ("present", "gone"),
     "tide": ("high", "low"),
     "ground": (
         "firm", "steps", "slippery", "soft", "broken", "crowded", "steep", "deep water", "shallow water",
@@ -144,6 +146,22 @@ def ground_at(place: str, weather: str, hour: str) -> str:
     return "crowded" if hour in ("noon", "dusk") and not wet else "firm"  # rain sends a crowd home
 
 
+def pace_of(place: str, load: str | None) -> str:
+    """`slow` or `quick` at `place`, with `load` on the way (None where it is left behind)."""
+    return "slow" if place in SLOW_PLACES or load == "heavy" else "quick"
+
+
+def quarters_of(flag: str, pace: str) -> int:
+    """Trip time to a `flag`, in quarters of a day."""
+    return 1 + DISTANCES.index(flag) + (pace == "slow")
+
+
+def clock_from(sky: str) -> str:
+    """The hours that follow `sky`, as a sentence."""
+    hours = ", ".join(f"{trip} on is {arrival_after(sky, number)}" for number, trip in enumerate(TRIPS, 1))
+    return f"The sky is {sky}: {hours}."
+
+
 def arrival_after(sky: str, quarters: int) -> str:
     """Time of day `quarters` of a day after `sky`."""
     return SKIES[(SKIES.index(sky) + quarters) % len(SKIES)]
@@ -156,14 +174,14 @@ def forecast_after(weather: str, quarters: int) -> str:
 
 def derive(facts: SceneFacts, task: Task) -> dict[str, str]:
     """All that follows from the picture and the task, except the verdicts. Claim name -> value."""
-    claims = {**facts.as_dict(), "job": task.job, "need": task.need}
+    claims = {**facts.as_dict(), "need": task.need}
     hour, weather = facts.sky, facts.weather
     if task.kind != "now":
-        slow = facts.place in SLOW_PLACES
-        quarters = DISTANCES.index(facts.flag) + slow + (LOADS.index(facts.load) if task.kind == "haul" else 0)
+        pace = pace_of(facts.place, facts.load if task.kind == "haul" else None)
+        quarters = quarters_of(facts.flag, pace)
         hour, weather = arrival_after(hour, quarters), forecast_after(weather, quarters)
-        claims |= {"pace": "slow" if slow else "quick", "trip": TRIPS[quarters], "arrival": hour, "forecast": weather}
-    claims["light"] = LIGHT_AT[hour]
+        claims |= {"pace": pace, "trip": TRIPS[quarters - 1], "arrival": hour, "forecast": weather}
+    claims["daylight"] = DAYLIGHT_AT[hour]
     if facts.place in TIDAL_PLACES:
         claims["tide"] = TIDE_AT[hour]
     return claims | {"ground": ground_at(facts.place, weather, hour)}
@@ -174,19 +192,19 @@ def conditions_of(robot: str, claims: dict[str, str], task: Task) -> list[tuple[
     on_ground = ("ground", claims["ground"] in FIRM_GROUND.get(robot, ()))
     if robot == DRONE:  # rain and wind ground it; flies by sight, limited payload, no hands
         weather = "weather" if task.kind == "now" else "forecast"
-        checks = [(weather, claims[weather] in ("clear", "fog")), ("light", claims["light"] == "day")]
+        checks = [(weather, claims[weather] in ("clear", "fog")), ("daylight", claims["daylight"] == "present")]
         if task.takes_load:
             checks.append(("load", claims["load"] == "light"))
         return [*checks, ("need", task.need != "hands")]
     if robot == UNDERWATER:
         return [on_ground]
-    if robot == HUMANOID:  # high power consumption
-        trip = [("trip", TRIPS.index(claims["trip"]) <= 3)] if "trip" in claims else []
-        return [on_ground, *trip]
+    if robot == HUMANOID:  # high power consumption; no heavy loads
+        trip = [("trip", claims["trip"] in TRIPS[:LONGEST_WALK])] if "trip" in claims else []
+        return [on_ground, *trip, *([("load", claims["load"] != "heavy")] if task.takes_load else [])]
     if robot == WHEELS:
         return [on_ground, ("need", task.need != "hands")]
     if task.need == "hands":  # limited manipulation: with legs only by daylight
-        return [on_ground, ("need", True), ("light", claims["light"] == "day")]
+        return [on_ground, ("need", True), ("daylight", claims["daylight"] == "present")]
     return [on_ground, ("need", True)]
 
 
@@ -207,7 +225,7 @@ def teach(facts: SceneFacts, task: Task) -> TaughtChain:
     now = task.kind == "now"
     hour, weather = ("sky", "weather") if now else ("arrival", "forecast")
     tide = f", tide is {claims['tide']}" if "tide" in claims else ""
-    job = f"The job is {task.job}, so the need is {task.need}."
+    need = f"The need is {task.need}."
     ground = (
         f"The place is {facts.place}, {weather} is {claims[weather]}, {hour} is {claims[hour]}{tide}, "
         f"so the ground is {claims['ground']}."
@@ -217,23 +235,20 @@ def teach(facts: SceneFacts, task: Task) -> TaughtChain:
     if now:
         load, load_seen = (f" The load is {facts.load}.", ("load",)) if task.takes_load else ("", ())
         steps = [
-            (P, f"{job}{load} The sky is {facts.sky}, so the light is {claims['light']}.", ("sky", *load_seen)),
+            (P, f"{need}{load} The sky is {facts.sky}, so the daylight is {claims['daylight']}.", ("sky", *load_seen)),
             (C, ground, ("place", "weather")),
             (S, " ".join(verdicts), ()),
         ]
     else:
-        load, load_seen = (f"load is {facts.load}, ", ("load",)) if task.kind == "haul" else ("", ())
+        load, load_seen = (f", load is {facts.load}", ("load",)) if task.kind == "haul" else ("", ())
+        trip, arrival = claims["trip"], claims["arrival"]
         steps = [
-            (P, f"{job} The place is {facts.place}, so the pace is {claims['pace']}.", ("place",)),
+            (P, f"{need} The place is {facts.place}{load}, so the pace is {claims['pace']}.", ("place", *load_seen)),
+            (C, f"The flag is {facts.flag}, pace is {claims['pace']}, so the trip is {trip}.", ("flag",)),
             (
                 C,
-                f"The {load}flag is {facts.flag}, pace is {claims['pace']}, so the trip is {claims['trip']}.",
-                (*load_seen, "flag"),
-            ),
-            (
-                C,
-                f"The sky is {facts.sky}, after {claims['trip']} the arrival is {claims['arrival']}, so the light is "
-                f"{claims['light']}. The weather is {facts.weather}, after {claims['trip']} the forecast is "
+                f"{clock_from(facts.sky)} So {trip} on is {arrival}, arrival is {arrival}, "
+                f"daylight is {claims['daylight']}. The weather is {facts.weather}, after {trip} the forecast is "
                 f"{claims['forecast']}.",
                 ("sky", "weather"),
             ),
@@ -256,21 +271,19 @@ def caption(facts: SceneFacts) -> str:
 
 def glossary() -> tuple[str, ...]:
     """Every rule as a sentence of its own. Stage 3 reads these, so that it knows the words before it reasons."""
-    lines = [f"The job is {job}, so the need is {need}." for job, need in JOBS.items()]
-    lines += [f"The place is {p}, so the pace is {'slow' if p in SLOW_PLACES else 'quick'}." for p in PLACES]
-    for (far, flag), (slow, pace) in product(enumerate(DISTANCES), enumerate(("quick", "slow"))):
-        lines.append(f"The flag is {flag}, pace is {pace}, so the trip is {TRIPS[far + slow]}.")
-        for heavy, load in enumerate(LOADS):
-            trip = TRIPS[far + slow + heavy]
-            lines.append(f"The load is {load}, flag is {flag}, pace is {pace}, so the trip is {trip}.")
-    for quarters, trip in enumerate(TRIPS):
-        for sky in SKIES:
-            arrival = arrival_after(sky, quarters)
-            lines.append(
-                f"The sky is {sky}, after {trip} the arrival is {arrival}, so the light is {LIGHT_AT[arrival]}."
-            )
-        for weather in WEATHER_CYCLE:
-            lines.append(f"The weather is {weather}, after {trip} the forecast is {forecast_after(weather, quarters)}.")
+    lines = [f"Who can {job} {_OBJECTS[job]}? The need is {need}." for job, need in JOBS.items()]
+    for place, load in product(PLACES, (None, *LOADS)):
+        with_load = f", load is {load}" if load else ""
+        lines.append(f"The place is {place}{with_load}, so the pace is {pace_of(place, load)}.")
+    for flag, pace in product(DISTANCES, ("quick", "slow")):
+        lines.append(f"The flag is {flag}, pace is {pace}, so the trip is {TRIPS[quarters_of(flag, pace) - 1]}.")
+    for sky, (quarters, trip) in product(SKIES, enumerate(TRIPS, 1)):
+        arrival = arrival_after(sky, quarters)
+        lines.append(
+            f"{clock_from(sky)} So {trip} on is {arrival}, arrival is {arrival}, daylight is {DAYLIGHT_AT[arrival]}."
+        )
+    for weather, (quarters, trip) in product(WEATHER_CYCLE, enumerate(TRIPS, 1)):
+        lines.append(f"The weather is {weather}, after {trip} the forecast is {forecast_after(weather, quarters)}.")
     for place, weather, hour in product(PLACES, WEATHER_CYCLE, SKIES):
         tide = f", tide is {TIDE_AT[hour]}" if place in TIDAL_PLACES else ""
         ground = ground_at(place, weather, hour)
@@ -280,7 +293,7 @@ def glossary() -> tuple[str, ...]:
     for robot, grounds in FIRM_GROUND.items():
         for ground in DERIVED_DOMAINS["ground"]:
             lines.append(f"Ground is {ground}: {robot} is {VERDICTS[0 if ground in grounds else 1]}.")
-    lines.append("Weather is clear, light is day, load is light, need is camera: Drone is suited.")
-    lines.append("Forecast is rain: Drone is unsuited. Light is dark: Drone is unsuited.")
+    lines.append("Weather is clear, daylight is present, load is light, need is camera: Drone is suited.")
+    lines.append("Forecast is rain: Drone is unsuited. Daylight is gone: Drone is unsuited.")
     lines.append("Conclusion: Drone, Underwater Robot, Humanoid, Robot with Wheels, Robot with Legs.")
     return tuple(lines)
