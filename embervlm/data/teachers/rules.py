@@ -4,7 +4,7 @@ The rules are few and serial on purpose. Place and load give the pace, pace and 
 sky the time of arrival, the arrival gives daylight, tide and ground, and those decide for each robot. Each step only
 needs what the picture shows or an earlier step has said, and it names a condition before its value, so that a small
 model can learn every step on its own; the whole map from picture to answer is hard to learn without the steps in
-between. The hour is counted on around the clock in words, because a small model is slow to learn sums modulo a day.
+between. The hours of a trip are counted down in words, because a small model is slow to learn sums modulo a day.
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ def quarters_of(flag: str, pace: str) -> int:
     return 1 + DISTANCES.index(flag) + (pace == "slow")
 
 
-def clock_from(sky: str) -> str:
-    """The hours that follow `sky`, as a sentence."""
-    hours = ", ".join(f"{trip} on is {arrival_after(sky, number)}" for number, trip in enumerate(TRIPS, 1))
-    return f"The sky is {sky}: {hours}."
+def countdown(sky: str, quarters: int) -> str:
+    """How a trip of `quarters` of a day that begins under `sky` goes by, in words; each part follows from the last."""
+    left = (f"{TRIPS[quarters - passed - 1]} at {arrival_after(sky, passed)}" for passed in range(quarters))
+    return f"To go: {', '.join(left)}."
 
 
 def arrival_after(sky: str, quarters: int) -> str:
@@ -241,15 +241,15 @@ def teach(facts: SceneFacts, task: Task) -> TaughtChain:
         ]
     else:
         load, load_seen = (f", load is {facts.load}", ("load",)) if task.kind == "haul" else ("", ())
-        trip, arrival = claims["trip"], claims["arrival"]
+        trip = claims["trip"]
         steps = [
             (P, f"{need} The place is {facts.place}{load}, so the pace is {claims['pace']}.", ("place", *load_seen)),
             (C, f"The flag is {facts.flag}, pace is {claims['pace']}, so the trip is {trip}.", ("flag",)),
             (
                 C,
-                f"{clock_from(facts.sky)} So {trip} on is {arrival}, arrival is {arrival}, "
-                f"daylight is {claims['daylight']}. The weather is {facts.weather}, after {trip} the forecast is "
-                f"{claims['forecast']}.",
+                f"The sky is {facts.sky}. {countdown(facts.sky, TRIPS.index(trip) + 1)} So the arrival is "
+                f"{claims['arrival']}, daylight is {claims['daylight']}. The weather is {facts.weather}, after {trip} "
+                f"the forecast is {claims['forecast']}.",
                 ("sky", "weather"),
             ),
             (C, ground, ("place",)),
@@ -277,10 +277,11 @@ def glossary() -> tuple[str, ...]:
         lines.append(f"The place is {place}{with_load}, so the pace is {pace_of(place, load)}.")
     for flag, pace in product(DISTANCES, ("quick", "slow")):
         lines.append(f"The flag is {flag}, pace is {pace}, so the trip is {TRIPS[quarters_of(flag, pace) - 1]}.")
-    for sky, (quarters, trip) in product(SKIES, enumerate(TRIPS, 1)):
+    for sky, quarters in product(SKIES, range(1, len(TRIPS) + 1)):
         arrival = arrival_after(sky, quarters)
         lines.append(
-            f"{clock_from(sky)} So {trip} on is {arrival}, arrival is {arrival}, daylight is {DAYLIGHT_AT[arrival]}."
+            f"The sky is {sky}. {countdown(sky, quarters)} So the arrival is {arrival}, "
+            f"daylight is {DAYLIGHT_AT[arrival]}."
         )
     for weather, (quarters, trip) in product(WEATHER_CYCLE, enumerate(TRIPS, 1)):
         lines.append(f"The weather is {weather}, after {trip} the forecast is {forecast_after(weather, quarters)}.")
