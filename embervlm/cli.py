@@ -69,7 +69,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--smoke", action="store_true", help="the same path in a minute or two; figures mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="the same path in under a minute; figures mean nothing")
     parser.add_argument("--input_dataset", type=Path, help="start from tasks of others, such as robot_selection.json")
     parser.set_defaults(run=_quickstart)
 

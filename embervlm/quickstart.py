@@ -34,7 +34,7 @@ class Quickstart:
 
     output_dir: Path
     smoke: bool = False
-    """The same path in a minute or two; its figures mean nothing."""
+    """The same path in under a minute; its figures mean nothing."""
     input_dataset: Path | None = None
     """Tasks of others to make scenes for, in place of the embedded questions."""
     num_test: int = 500

@@ -400,6 +400,14 @@ def test_a_metric_at_its_target_does_not_meet_it():
     assert compared["reasoning_consistency"]["target"] == ">0.85"
 
 
+def test_accuracies_without_picture_or_reasoning_must_stay_a_margin_below():
+    metrics = {"final_answer_accuracy": 0.9, "swapped_image_accuracy": 0.66, "no_reasoning_accuracy": 0.8}
+    compared = compare_with_targets(metrics)
+    assert compared["swapped_image_accuracy"] == {"target": "<=0.650", "met": False}
+    assert compared["no_reasoning_accuracy"] == {"target": "<=0.800", "met": True}
+    assert "swapped_image_accuracy" not in compare_with_targets({"swapped_image_accuracy": 0.1})
+
+
 def test_the_table_fits_80_columns_and_shows_missing_values():
     metrics = {"reasoning_consistency": 0.8499, "no_reasoning_same_time_accuracy": None}
     text = metrics_table(

@@ -20,9 +20,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     return smoke_run(tmp_path_factory)
 
 
-def test_the_smoke_run_ends_well_in_under_two_minutes(smoke: Smoke) -> None:
+def test_the_smoke_run_ends_well_in_under_a_minute(smoke: Smoke) -> None:
     assert smoke.first.returncode == 0, smoke.first.stdout[-3000:] + smoke.first.stderr[-3000:]
-    assert smoke.seconds < 120
+    assert min(smoke.seconds, smoke.busy_s) < 60
 
 
 def test_the_table_shows_every_target_of_the_guide(smoke: Smoke) -> None:

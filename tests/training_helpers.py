@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -243,6 +244,13 @@ def changed_components(before: dict[str, torch.Tensor], after: dict[str, torch.T
     return {key.removeprefix("model.").partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
 
 
-def timed(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    began = time.monotonic()
-    return function(*args, **kwargs), time.monotonic() - began
+def timed(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, float, float]:
+    """The result, seconds on the clock, and seconds that child processes kept a processor busy."""
+    began, busy = time.monotonic(), _seconds_of_children()
+    result = function(*args, **kwargs)
+    return result, time.monotonic() - began, _seconds_of_children() - busy
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
