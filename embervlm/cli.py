@@ -41,9 +41,9 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher_model", default="rules", help="rules is the embedded teacher")
-    parser.add_argument("--input_dataset", type=Path, help="tasks to make scenes for; none: the embedded questions")
+    parser.add_argument("--input_dataset", type=Path, help="tasks to make scenes for, several each if need be")
     parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; pictures go to images/ beside")
-    parser.add_argument("--num_samples", type=int, default=50_000)
+    parser.add_argument("--num_samples", type=int, help="default: 50000, or one for each task of --input_dataset")
     parser.add_argument("--questions_per_picture", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes that draw; default: one per core")

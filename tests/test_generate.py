@@ -191,6 +191,17 @@ def test_at_most_num_samples_tasks_are_taken(tmp_path):
     assert len(generate_for_tasks(TASKS_OF_OTHERS, tmp_path / "data.json", num_samples=2)) == 2
 
 
+def test_more_samples_than_tasks_give_every_task_several_pictures(tmp_path):
+    written = generate_for_tasks(TASKS_OF_OTHERS, tmp_path / "data.json", num_samples=2 * len(TASKS_OF_OTHERS) + 1)
+    given = Counter(record["instruction"] for record in written)
+    assert sorted(given.values()) == [2] * (len(TASKS_OF_OTHERS) - 1) + [3]
+    assert len({record["image"] for record in written}) == len({record["id"] for record in written}) == len(written)
+    golds = {f"{text} Which robots are suited?": set(gold) for text, gold in TASKS_OF_OTHERS}
+    assert all(set(record["answer"].split(", ")) == golds[record["instruction"]] for record in written)
+    scenes = {(record["instruction"], record["metadata"]["split_group"]) for record in written}
+    assert len(scenes) == len(TASKS_OF_OTHERS)  # all pictures of a task stand in one split
+
+
 def test_read_tasks_reads_outputs_and_subtasks(tmp_path):
     values = [
         {"instruction": "Select.", "input": "Task: Inspect the reef", "output": "Underwater Robot"},

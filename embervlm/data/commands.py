@@ -9,9 +9,11 @@ from typing import Any
 
 from embervlm.config import ConfigError
 
+DEFAULT_SAMPLES = 50_000
+
 
 def generate(
-    *, output_file: Path, num_samples: int, seed: int = 0, questions_per_picture: int = 1,
+    *, output_file: Path, num_samples: int | None = None, seed: int = 0, questions_per_picture: int = 1,
     input_dataset: Path | None = None, workers: int | None = None, teacher_model: str = "rules",
 ) -> None:  # fmt: skip
     """Write records by the rule teacher: for scenes of its own, or for the tasks in `input_dataset`."""
@@ -20,7 +22,7 @@ def generate(
 
     if teacher_model != "rules":
         raise ConfigError(f"--teacher_model {teacher_model}: only the embedded teacher, rules, is there yet")
-    if num_samples < 1:
+    if num_samples is not None and num_samples < 1:
         raise ConfigError(f"--num_samples {num_samples}: must be at least 1")
     if output_file.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
@@ -28,11 +30,12 @@ def generate(
         values = _read_json(input_dataset)
         if not is_task_file(values):
             raise ConfigError(f"--input_dataset {input_dataset}: needs a list of records with input and output")
-        records = generate_for_tasks(read_tasks(values, input_dataset), output_file, num_samples=num_samples)
+        tasks = read_tasks(values, input_dataset)
+        records = generate_for_tasks(tasks, output_file, num_samples=num_samples, workers=workers)
     else:
         records = generate_scenes(
-            output_file, num_samples=num_samples, questions_per_picture=questions_per_picture, seed=seed,
-            workers=workers,
+            output_file, num_samples=num_samples or DEFAULT_SAMPLES, questions_per_picture=questions_per_picture,
+            seed=seed, workers=workers,
         )  # fmt: skip
     answers = Counter(record["answer"] for record in records)
     print(

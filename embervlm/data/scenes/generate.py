@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reas
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
 from embervlm.data.splits import split_of
-from embervlm.data.teachers.real_tasks import scene_for, task_record
+from embervlm.data.teachers.real_tasks import scenes_for, task_record
 from embervlm.data.teachers.rules import KINDS, TASKS, Task, TaughtChain, caption, teach
 from embervlm.progress import progress_bar
 
@@ -46,25 +47,27 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
     For each scene, questions whose answer there has been given often are passed over, so that the instruction alone
     says little about the answer.
     """
-    if num_pictures < 1 or not 1 <= questions_per_picture <= len(TASKS):
-        raise ConfigError(f"need at least 1 picture and 1 to {len(TASKS)} questions per picture")
     rng = random.Random(f"scenes:{seed}")
     combinations = list(all_facts())
+    answers_in = {facts: {task: teach(facts, task).answer for task in TASKS} for facts in combinations}
+    most = max(sum(map(bool, answers.values())) for answers in answers_in.values())
+    if num_pictures < 1 or not 1 <= questions_per_picture <= most:
+        raise ConfigError(f"need at least 1 picture and 1 to {most} questions per picture")
     counts: Counter[tuple[Task, tuple[str, ...]]] = Counter()
     per_task: Counter[Task] = Counter()
-    kinds_of_answer = {task: len({teach(facts, task).answer for facts in combinations} - {()}) for task in TASKS}
+    kinds_of_answer = {task: len({answers[task] for answers in answers_in.values()} - {()}) for task in TASKS}
     caps = {task: max(MAX_ANSWER_SHARE, 1.1 / number) for task, number in kinds_of_answer.items()}
     plans = []
     for index in range(num_pictures):
         chosen: list[Task] = []
         kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
-        for attempt in range(MAX_SCENE_DRAWS):
+        for attempt in itertools.count(1):
             facts = rng.choice(combinations)
-            answers = {task: teach(facts, task).answer for task in TASKS}
+            answers = answers_in[facts]
             fullness = {task: counts[task, answers[task]] / (1 + per_task[task]) / caps[task] for task in TASKS}
             open_tasks = [task for task in TASKS if answers[task]]
             good = [task for task in open_tasks if task.kind == kind and fullness[task] < 1]
-            if len(open_tasks) >= questions_per_picture and (good or attempt == MAX_SCENE_DRAWS - 1):
+            if len(open_tasks) >= questions_per_picture and (good or attempt >= MAX_SCENE_DRAWS):
                 break
         for _ in range(questions_per_picture):
             pool = [task for task in open_tasks if task not in chosen]
@@ -193,17 +196,31 @@ def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def generate_for_tasks(
-    tasks: Sequence[tuple[str, tuple[str, ...]]], output_file: str | Path, *, num_samples: int | None = None
-) -> list[dict[str, Any]]:
-    """Scenes and chains for tasks that others wrote; at most `num_samples` records, one for each task."""
+    tasks: Sequence[tuple[str, tuple[str, ...]]], output_file: str | Path, *, num_samples: int | None = None,
+    workers: int | None = None, progress: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Scenes and chains for tasks that others wrote: `num_samples` records, by default one for each task.
+
+    More samples than tasks give each task several pictures, of other scenes in which its answer makes sense.
+    """
     path = Path(output_file)
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    records = []
-    for index, (text, gold) in enumerate(tasks[:num_samples]):
-        facts, task, chain = scene_for(text, gold)
-        name = f"images/task-{index:06d}.jpg"
-        boxes, details = render_to_file(facts, index, path.parent / name)
-        metadata = scene_metadata(facts, task, chain, boxes, details)
-        records.append(task_record(index, text, chain, metadata, name))
+    total = len(tasks) if num_samples is None else num_samples
+    jobs = [
+        (index + number * len(tasks), text, scene, str(path.parent))
+        for index, (text, gold) in enumerate(tasks[:total])
+        for number, scene in enumerate(scenes_for(text, gold, -(-(total - index) // len(tasks))))
+    ]
+    jobs.sort(key=lambda job: job[0])
+    with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        done = pool.map(_record_of_task, jobs, chunksize=32)
+        records = list(progress_bar(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress))
     write_dataset(path, records)
     return records
+
+
+def _record_of_task(job: tuple[int, str, tuple[SceneFacts, Task, TaughtChain], str]) -> dict[str, Any]:
+    index, text, (facts, task, chain), folder = job
+    name = f"images/task-{index:06d}.jpg"
+    boxes, details = render_to_file(facts, index, Path(folder) / name)
+    return task_record(index, text, chain, scene_metadata(facts, task, chain, boxes, details), name)

@@ -79,20 +79,27 @@ def _taught() -> list[tuple[SceneFacts, Task, frozenset[str]]]:
     return [(facts, task, frozenset(teach(facts, task).answer)) for facts in all_facts() for task in TASKS]
 
 
-def scene_for(text: str, gold: tuple[str, ...]) -> tuple[SceneFacts, Task, TaughtChain]:
-    """A scene, a question kind and a chain that ends in `gold`; the same for the same text."""
+def scenes_for(text: str, gold: tuple[str, ...], count: int) -> list[tuple[SceneFacts, Task, TaughtChain]]:
+    """`count` scenes, each with a question kind and a chain that ends in `gold`; the same for the same text.
+
+    They are drawn among those that fit best: first the answer, then the place, then the job; repeated only where there
+    are fewer than `count`.
+    """
     words = text.lower()
     job = max(JOB_WORDS, key=lambda name: len(re.findall(JOB_WORDS[name], words)))
     fits = {place: len(re.findall(pattern, words)) for place, pattern in PLACE_WORDS.items()}
-    rng = random.Random(f"task:{words}")
 
-    def rank(entry: tuple[SceneFacts, Task, frozenset[str]]) -> tuple[float, int, bool, float]:
+    def fit(entry: tuple[SceneFacts, Task, frozenset[str]]) -> tuple[float, int, bool]:
         facts, task, answer = entry
         overlap = len(answer & set(gold)) / len(answer | set(gold)) if answer else 0.0
-        return overlap, fits[facts.place], task.job == job, rng.random()
+        return overlap, fits[facts.place], task.job == job
 
-    facts, task, _ = max(_taught(), key=rank)
-    return facts, task, _end_in(teach(facts, task), gold)
+    ranks = [fit(entry) for entry in _taught()]
+    best = max(ranks)
+    pool = [(facts, task) for (facts, task, _), rank in zip(_taught(), ranks) if rank == best]
+    rng = random.Random(f"task:{words}")
+    chosen = [pair for _ in range(-(-count // len(pool))) for pair in rng.sample(pool, len(pool))][:count]
+    return [(facts, task, _end_in(teach(facts, task), gold)) for facts, task in chosen]
 
 
 def _end_in(chain: TaughtChain, gold: tuple[str, ...]) -> TaughtChain:
