@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the hub client: no test goes to the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost a tiny model more than they give
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # others slow a test down at any moment
+hypothesis.settings.load_profile("shared machine")
 
 VOCAB_SIZE = 600
 

@@ -298,7 +298,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(value=json_values, require_reasoning=st.booleans(), allow_outside=st.booleans())
 def test_any_json_gives_records_or_a_data_error(tmp_path, value, require_reasoning, allow_outside):
     for content in (value, [value, GOOD | value if isinstance(value, dict) else GOOD]):

@@ -28,13 +28,13 @@ def test_special_tokens_stay_text_when_many_texts_are_encoded():
 
 
 @given(plain_text)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back_unchanged(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 @given(st.lists(plain_text, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_encoding_many_texts_equals_encoding_each(texts):
     assert TOKENIZER.encode_many(texts) == [TOKENIZER.encode(text) for text in texts]
 
@@ -58,7 +58,7 @@ def test_decode_leaves_the_stage4_tokens_out():
 
 
 @given(steps, st.none() | plain_text.map(str.strip).filter(bool), plain_text.map(str.strip))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_parse_generated_inverts_chain_ids(texts, conclusion, answer):
     encoded = None if conclusion is None else TOKENIZER.encode(conclusion)
     chain = TOKENIZER.chain_ids([TOKENIZER.encode(text) for text in texts], encoded)
@@ -86,7 +86,7 @@ def test_no_ids_at_all_parse_to_nothing():
 
 
 @given(st.lists(st.integers(0, len(TOKENIZER) + 9) | st.sampled_from(list(TOKENIZER.ids.values())), max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_random_ids_parse_without_error(ids):
     found, answer = TOKENIZER.parse_generated(ids)
     assert all(isinstance(step, str) and step for step in found)
@@ -102,7 +102,7 @@ def test_saving_and_loading_keeps_all_ids(tmp_path):
 
 
 @given(text=plain_text)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_loaded_tokenizer_encodes_alike(loaded, text):
     assert loaded.encode(text + "<|step|>") == TOKENIZER.encode(text + "<|step|>")
 
