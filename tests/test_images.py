@@ -204,10 +204,10 @@ def test_wrong_size_is_refused(photo, size):
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(encoded(Image.new("1", (20_000, 10_001))))  # above Pillow's own error limit as well
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ImageError, match=r"bomb\.png: 20000 x 10001 pixels, more than 200,000,000; scale it down"):
         load_image(path, size=32)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert Image.MAX_IMAGE_PIXELS is not None
 
 

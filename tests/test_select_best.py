@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -155,16 +155,15 @@ def test_the_command_starts_within_a_second_and_without_torch(tmp_path):
         "import sys; from embervlm.select_best import main; rc = main(); "
         "heavy = {'torch', 'transformers', 'numpy', 'scipy'} & set(sys.modules); sys.exit(str(heavy) if heavy else rc)"
     )
-    durations = []
-    for _ in range(3):
-        started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--checkpoints_dir", str(tmp_path)],
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        durations.append(time.monotonic() - started)
-        assert done.returncode == 0, done.stderr
-    assert min(durations) < 1
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--checkpoints_dir", str(tmp_path)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # processor time: on a busy machine the clock says little
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_the_module_runs_as_a_command(tmp_path):
