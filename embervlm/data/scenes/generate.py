@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,20 @@ def plan_scenes(num_pictures: int, questions_per_picture: int, seed: int) -> lis
     combinations = list(all_facts())
     counts: Counter[tuple[Task, tuple[str, ...]]] = Counter()
     per_task: Counter[Task] = Counter()
-    kinds_of_answer = {task: len({teach(facts, task).answer for facts in combinations} - {()}) for task in TASKS}
+    taught = {facts: {task: teach(facts, task).answer for task in TASKS} for facts in combinations}
+    kinds_of_answer = {task: len({answers[task] for answers in taught.values()} - {()}) for task in TASKS}
     caps = {task: max(MAX_ANSWER_SHARE, 1.1 / number) for task, number in kinds_of_answer.items()}
     plans = []
     for index in range(num_pictures):
         chosen: list[Task] = []
         kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
-        for attempt in range(MAX_SCENE_DRAWS):
+        for attempt in count():  # the last one too may fall on a scene in which no robot suits any task
             facts = rng.choice(combinations)
-            answers = {task: teach(facts, task).answer for task in TASKS}
+            answers = taught[facts]
             fullness = {task: counts[task, answers[task]] / (1 + per_task[task]) / caps[task] for task in TASKS}
             open_tasks = [task for task in TASKS if answers[task]]
             good = [task for task in open_tasks if task.kind == kind and fullness[task] < 1]
-            if len(open_tasks) >= questions_per_picture and (good or attempt == MAX_SCENE_DRAWS - 1):
+            if len(open_tasks) >= questions_per_picture and (good or attempt >= MAX_SCENE_DRAWS - 1):
                 break
         for _ in range(questions_per_picture):
             pool = [task for task in open_tasks if task not in chosen]
