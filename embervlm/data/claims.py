@@ -246,6 +246,31 @@ def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]
     return faults
 
 
+def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
+    """The first two steps, counted from 1, of which one says a sentence of the other with a "not" in it; else None.
+
+    Needs neither facts nor domains: "The wall is too high." and "The wall is not too high." in any subject.
+    """
+    if not any(_NEGATION.search(step) or "cannot" in step.lower() for step in steps):
+        return None
+    said: dict[tuple[str, ...], tuple[int, bool]] = {}
+    for number, step in enumerate(steps, 1):
+        for sentence in _SENTENCE_END.split(step):
+            words = content_words(sentence)
+            bare = tuple(word for word in words if not _is_negation(word))
+            if len(bare) < 2 or sentence.rstrip().endswith("?"):
+                continue
+            negated = (len(words) - len(bare)) % 2 == 1
+            first, other = said.setdefault(bare, (number, negated))
+            if other != negated:
+                return first, number
+    return None
+
+
+def _is_negation(word: str) -> bool:
+    return word in ("not", "no", "never", "cannot", "without") or word.endswith(("n't", "n\u2019t"))
+
+
 def _repetition(
     said: tuple[tuple[str, ...], frozenset[str], frozenset[Claim]],
     earlier: Sequence[tuple[tuple[str, ...], frozenset[str], frozenset[Claim]]],
@@ -349,5 +374,6 @@ def _named(text: str, candidates: frozenset[str]) -> frozenset[str]:
     return frozenset(
         canonical[match[0].casefold()]
         for match in pattern.finditer(text)
-        if not _EXCLUDED.search(text[: match.start()])
+        # A one-letter choice is matched as written: "a robot" does not name choice A.
+        if (len(match[0]) > 1 or match[0] in candidates) and not _EXCLUDED.search(text[: match.start()])
     )
