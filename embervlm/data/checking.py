@@ -6,7 +6,6 @@ Nothing here knows robots: what can be answered comes from the records, what can
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from embervlm.data.claims import (
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.record_fields import kind
 from embervlm.data.records import ROBOTS, Reading, ReasoningRecord, no_records, read_each
-from embervlm.data.splits import SPLITS, normalised_text, picture_digests, splits_of
+from embervlm.data.splits import SPLITS, normalised_text, picture_digest, splits_of
 from embervlm.progress import progress_bar
 
 BYTES_PER_TOKEN = 4
@@ -257,7 +257,7 @@ def _is_box(value: Any) -> bool:
         and isinstance(value.get("label", ""), str)
         and isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in box)
+        and all(isinstance(edge, (int, float)) and math.isfinite(edge) for edge in box)
     )
 
 
@@ -277,7 +277,7 @@ _METADATA: dict[str, tuple[Callable[[Any, int], bool], str]] = {
     ),
     "boxes": (
         lambda value, _: not isinstance(value, list) or all(map(_is_box, value)),
-        "a list of {kind, label, box} with four numbers from 0 to 1",
+        "a list of {kind, label, box}, box with four numbers",
     ),
     "caption": (lambda value, _: isinstance(value, str), "a string"),
     "split": (lambda value, _: value in SPLITS, "train, val or test"),
@@ -310,30 +310,26 @@ class OpenedPicture:
     problem: str = ""
 
 
-def open_picture(path: str) -> OpenedPicture:
-    """Decode the picture as training does."""
+def open_picture(path: str, *, decode: bool = True) -> OpenedPicture:
+    """Read the picture, and decode it as training does."""
     from embervlm.data.images import ImageError, load_image
 
     try:
-        load_image(path)
-        with open(path, "rb") as file:
-            return OpenedPicture(digest=hashlib.file_digest(file, _digest).hexdigest())
-    except (ImageError, OSError, MemoryError) as error:
-        return OpenedPicture(problem=str(error) or "does not fit into memory; scale it down")
-
-
-def _digest() -> Any:
-    return hashlib.blake2b(digest_size=16)
+        if decode:
+            load_image(path)
+        return OpenedPicture(digest=picture_digest(path))
+    except ImageError as error:
+        return OpenedPicture(problem=str(error))
+    except OSError as error:
+        return OpenedPicture(problem=f"{path}: {error.strerror}; correct the path, or drop the record")
+    except MemoryError:
+        return OpenedPicture(problem=f"{path}: does not fit into memory; scale it down")
 
 
 def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
     paths = list(dict.fromkeys(record.image for record in data.records if record.image is not None))
     unreadable: dict[str, str] = {}
-    if not options.open_pictures:
-        problems: list[str] = []
-        data.pictures = picture_digests(data.records, problems)
-        return
-    for path, opened in zip(paths, _open_all(paths, options.workers)):
+    for path, opened in zip(paths, _open_all(paths, options)):
         if opened.problem:
             unreadable[path] = opened.problem
         else:
@@ -344,15 +340,16 @@ def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
             data.add("picture", number, "image", what, fix)
 
 
-def _open_all(paths: Sequence[str], workers: int | None) -> Iterator[OpenedPicture]:
+def _open_all(paths: Sequence[str], options: CheckOptions) -> Iterator[OpenedPicture]:
     bar = {"total": len(paths), "desc": "pictures", "unit": " pictures"}
-    workers = min(workers or os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
+    job = partial(open_picture, decode=options.open_pictures)
+    workers = min(options.workers or os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
     if workers < 2:
-        yield from progress_bar(map(open_picture, paths), **bar)
+        yield from progress_bar(map(job, paths), **bar)
         return
     # spawn: a forked process would carry a copy of all records
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from progress_bar(pool.map(open_picture, paths, chunksize=64), **bar)
+        yield from progress_bar(pool.map(job, paths, chunksize=64), **bar)
 
 
 def _drop_unusable(data: CheckedData) -> None:

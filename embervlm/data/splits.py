@@ -115,16 +115,21 @@ def picture_digests(records: Iterable[ReasoningRecord], problems: list[str]) -> 
     """Path -> hash over the content; each path is read once."""
     digests: dict[str, str] = {}
     for path in dict.fromkeys(record.image for record in records if record.image is not None):
-        digest = hashlib.blake2b(digest_size=16)
         try:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            digests[path] = picture_digest(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             problems.append(f"{os.fspath(path)}: {reason}; correct the path, or drop its records")
-        digests[path] = digest.hexdigest()
     return digests
+
+
+def picture_digest(path: str) -> str:
+    """Hash over the content of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _explicit_split(record: ReasoningRecord, problems: list[str]) -> Split | None:
