@@ -30,7 +30,7 @@ from embervlm.data.claims import (
 )
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.record_fields import kind
-from embervlm.data.records import ROBOTS, Reading, ReasoningRecord, no_records, read_each
+from embervlm.data.records import ROBOTS, Reading, ReasoningRecord, no_records, read_each, record_to_json
 from embervlm.data.splits import SPLITS, normalised_text, picture_digest, splits_of
 from embervlm.progress import progress_bar
 
@@ -355,6 +355,9 @@ def _open_all(paths: Sequence[str], options: CheckOptions) -> Iterator[OpenedPic
 def _drop_unusable(data: CheckedData) -> None:
     """What stops training is not looked at further: other checks would stumble over it."""
     bad = {problem.number for problem in data.problems if problem.stops_training}
+    for number, record in zip(data.numbers, data.records):
+        if number in bad:
+            data.values.setdefault(number, record_to_json(record))  # for the report's examples
     kept = [place for place, number in enumerate(data.numbers) if number not in bad]
     data.numbers = [data.numbers[place] for place in kept]
     data.records = [data.records[place] for place in kept]

@@ -117,7 +117,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["thumbnail"] = thumbnail
-    environment.filters["spread"] = _spread
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     bars = {name: count_bars(counts) for name, counts in report["counts"].items()}
     for name, histogram in report["histograms"].items():
         if histogram is not None:
