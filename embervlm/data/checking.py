@@ -430,7 +430,7 @@ def _check_chains(data: CheckedData) -> None:
                 data.add("contradiction", number, "reasoning", f"{step} {fault.contradicted}", fix)
             if fault.redundant:
                 data.add("repetition", number, "reasoning", f"{step} {fault.redundant}", "drop the step")
-            if fault.unsupported:
+            if fault.unsupported and not is_conclusion(record.steps[place - 1]):  # "Conclusion: five" names the answer
                 what = f"{step} {fault.unsupported}"
                 data.add("unsupported", number, "reasoning", what, "name what it is about, or drop the step")
         if (opposite := opposite_steps(record.steps)) is not None:
