@@ -123,7 +123,7 @@ def test_a_picture_that_is_cut_off_is_found_in_every_record_that_shows_it(scenes
 def test_pictures_are_opened_in_other_processes_as_in_this_one(scenes, tmp_path, check, monkeypatch):
     (tmp_path / scenes[0]["image"]).write_bytes(b"no picture")
     alone = check(scenes, workers=1)
-    monkeypatch.setattr("embervlm.data.checking.PICTURES_PER_WORKER", 4)
+    monkeypatch.setattr("embervlm.data.checking.ITEMS_PER_WORKER", 4)
     assert check(scenes, workers=2) == alone
     assert ("picture", 1) in alone
 

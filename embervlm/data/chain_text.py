@@ -94,11 +94,13 @@ def step_numbers(text: str) -> list[int]:
     """
     numbers: list[int] = []
     for line in _between_markers(text)[0].splitlines():
-        rest = _BOLD_HEADER.sub(r"\1 ", line.strip(), count=1).strip()
+        rest = line.strip()
+        if "**" in rest:
+            rest = _BOLD_HEADER.sub(r"\1 ", rest, count=1).strip()
         if header := _STEP_HEADER.match(rest):
             numbers.append(int(header[1][:9]))
             rest = rest[header.end() :]
-        for inline in _INLINE_HEADER.finditer(f" {rest}"):
+        for inline in _INLINE_HEADER.finditer(f" {rest}") if "Step" in rest else ():
             if inline[1] and int(inline[1][:9]) > (numbers[-1] if numbers else 0):
                 numbers.append(int(inline[1][:9]))
     return numbers

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from embervlm.data.chain_text import CONCLUSION, number_lines, step_numbers
 from embervlm.data.claims import (
@@ -42,8 +42,11 @@ MAX_DOMAINS = 300
 """Facts that chains are held against: the most common ones."""
 GUESSABLE_RECORDS, GUESSABLE_SHARE = 10, 0.9
 """An instruction asked this often about pictures, with the same answer in this share, needs no picture."""
-PICTURES_PER_WORKER = 200
-"""Fewer are opened faster in this process than another process starts."""
+ITEMS_PER_WORKER = 500
+"""Fewer pictures or chains are looked at faster in this process than another process starts."""
+ITEMS_PER_CHUNK = 128
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,7 @@ def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = F
         _check_pictures(data, options)
         _drop_unusable(data)
         _check_splits(data)
-        _check_chains(data)
+        _check_chains(data, options)
         _check_repeats(data)
         _check_instructions(data)
         _check_lengths(data, options)
@@ -329,7 +332,8 @@ def open_picture(path: str, *, decode: bool = True) -> OpenedPicture:
 def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
     paths = list(dict.fromkeys(record.image for record in data.records if record.image is not None))
     unreadable: dict[str, str] = {}
-    for path, opened in zip(paths, _open_all(paths, options)):
+    job = partial(open_picture, decode=options.open_pictures)
+    for path, opened in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
         if opened.problem:
             unreadable[path] = opened.problem
         else:
@@ -340,16 +344,18 @@ def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
             data.add("picture", number, "image", what, fix)
 
 
-def _open_all(paths: Sequence[str], options: CheckOptions) -> Iterator[OpenedPicture]:
-    bar = {"total": len(paths), "desc": "pictures", "unit": " pictures"}
-    job = partial(open_picture, decode=options.open_pictures)
-    workers = min(options.workers or os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
+def _in_processes(
+    job: Callable[[_Item], _Found], items: Sequence[_Item], desc: str, workers: int | None
+) -> Iterator[_Found]:
+    """`job` of each item, in order."""
+    bar = {"total": len(items), "desc": desc, "unit": f" {desc}"}
+    workers = min(workers or os.cpu_count() or 1, len(items) // ITEMS_PER_WORKER)
     if workers < 2:
-        yield from progress_bar(map(job, paths), **bar)
+        yield from progress_bar(map(job, items), **bar)
         return
     # spawn: a forked process would carry a copy of all records
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from progress_bar(pool.map(job, paths, chunksize=64), **bar)
+        yield from progress_bar(pool.map(job, items, chunksize=ITEMS_PER_CHUNK), **bar)
 
 
 def _drop_unusable(data: CheckedData) -> None:
@@ -414,45 +420,62 @@ def _checkable_facts(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[
     return {name: domains[name] for name in few_values[:MAX_DOMAINS]}
 
 
-def _check_chains(data: CheckedData) -> None:
+@dataclass(frozen=True)
+class ChainJob:
+    """What the check of one chain needs; small, since it goes to another process."""
+
+    instruction: str
+    steps: tuple[str, ...]
+    facts: dict[str, str]
+    candidates: tuple[str, ...]
+    answer: tuple[str, ...]
+
+
+def _check_chains(data: CheckedData, options: CheckOptions) -> None:
     domains = _checkable_facts(data.records)
-    pairs = zip(data.numbers, data.records)
-    for number, record in progress_bar(pairs, total=len(data.records), desc="chains", unit=" records"):
-        candidates = tuple(record.metadata.get("candidates") or ROBOTS)
+    jobs = []
+    for record in data.records:
         facts = {name: value for name, value in (record.metadata.get("facts") or {}).items() if name in domains}
-        context = ChainContext(
-            instruction=record.instruction, facts=facts, domains=domains, candidates=candidates, answer=record.answer
-        )
-        for place, fault in enumerate(judge_steps(record.steps, context), 1):
-            step = "conclusion" if record.conclusion and place == len(record.steps) else f"step {place}"
-            if fault.contradicted:
-                fix = "correct the step" if not facts else "correct the step, or metadata.facts"
-                data.add("contradiction", number, "reasoning", f"{step} {fault.contradicted}", fix)
-            if fault.redundant:
-                data.add("repetition", number, "reasoning", f"{step} {fault.redundant}", "drop the step")
-            if fault.unsupported and not is_conclusion(record.steps[place - 1]):  # "Conclusion: five" names the answer
-                what = f"{step} {fault.unsupported}"
-                data.add("unsupported", number, "reasoning", what, "name what it is about, or drop the step")
-        if (opposite := opposite_steps(record.steps)) is not None:
-            first, second = opposite
-            what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
-            data.add("contradiction", number, "reasoning", what, "correct one of the two")
-        _check_conclusion(data, number, record, candidates)
-        named = named_candidates(record.instruction, candidates)
-        if named and named == set(record.answer) and len(named) < len(candidates):
-            what = f"names {', '.join(record.answer)} and no other candidate"
-            data.add("given_away", number, "instruction", what, "ask without the answer, or name every candidate")
+        candidates = tuple(record.metadata.get("candidates") or ROBOTS)
+        jobs.append(ChainJob(record.instruction, record.steps, facts, candidates, record.answer))
+    found = _in_processes(partial(check_chain, domains=domains), jobs, "chains", options.workers)
+    for number, findings in zip(data.numbers, found):
+        for finding in findings:
+            data.add(finding[0], number, *finding[1:])
 
 
-def _check_conclusion(data: CheckedData, number: int, record: ReasoningRecord, candidates: Sequence[str]) -> None:
-    last = record.steps[-1]
-    if not is_conclusion(last):
-        return
-    named = named_candidates(last.removeprefix(CONCLUSION), candidates)
-    if named and named != set(record.answer):
-        listed = ", ".join(name for name in candidates if name in named)
-        what = f"the conclusion names {listed}, the answer is {', '.join(record.answer)}"
-        data.add("conclusion", number, "reasoning", what, "correct the one that is wrong")
+def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list[tuple[str, str, str, str]]:
+    """Kind, field, what and fix of each finding in one chain and its question."""
+    out: list[tuple[str, str, str, str]] = []
+    answer = ", ".join(job.answer)
+    context = ChainContext(
+        instruction=job.instruction, facts=job.facts, domains=domains, candidates=job.candidates, answer=job.answer
+    )
+    for place, (text, fault) in enumerate(zip(job.steps, judge_steps(job.steps, context)), 1):
+        step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"
+        if fault.contradicted:
+            fix = "correct the step, or metadata.facts" if job.facts else "correct the step"
+            out.append(("contradiction", "reasoning", f"{step} {fault.contradicted}", fix))
+        if fault.redundant:
+            out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
+        if fault.unsupported and not is_conclusion(text):  # "Conclusion: five" need only name the answer
+            fix = "name what it is about, or drop the step"
+            out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
+    if (opposite := opposite_steps(job.steps)) is not None:
+        first, second = opposite
+        what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
+        out.append(("contradiction", "reasoning", what, "correct one of the two"))
+    if is_conclusion(last := job.steps[-1]):
+        named = named_candidates(last.removeprefix(CONCLUSION), job.candidates)
+        if named and named != set(job.answer):
+            listed = ", ".join(name for name in job.candidates if name in named)
+            what = f"the conclusion names {listed}, the answer is {answer}"
+            out.append(("conclusion", "reasoning", what, "correct the one that is wrong"))
+    named = named_candidates(job.instruction, job.candidates)
+    if named and named == set(job.answer) and len(named) < len(job.candidates):
+        what = f"names {answer} and no other candidate"
+        out.append(("given_away", "instruction", what, "ask without the answer, or name every candidate"))
+    return out
 
 
 def _check_repeats(data: CheckedData) -> None:

@@ -251,7 +251,8 @@ def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
 
     Needs neither facts nor domains: "The wall is too high." and "The wall is not too high." in any subject.
     """
-    if not any(_NEGATION.search(step) or "cannot" in step.lower() for step in steps):
+    text = "\n".join(steps).casefold()
+    if not (_NEGATION.search(text) or "cannot" in text):
         return None
     said: dict[tuple[str, ...], tuple[int, bool]] = {}
     for number, step in enumerate(steps, 1):
