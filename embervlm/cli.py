@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_describe(commands.add_parser("describe", help="sizes of a model preset"))
     data = commands.add_parser("data", help="make reasoning data").add_subparsers(dest="action", required=True)
     _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
+    _add_validate(data.add_parser("validate", help="every problem of a data set, and what is in it"))
+    _add_filter(data.add_parser("filter", help="keep the records of at least a quality"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
@@ -48,6 +50,29 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes that draw; default: one per core")
     parser.set_defaults(run=_generate)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_file", type=Path, required=True, help=".json, .jsonl or .parquet")
+    parser.add_argument("--output_report", type=Path, required=True, help="text, or JSON by .json; a page goes beside")
+    parser.add_argument("--workers", type=int, help="processes that open pictures; default: one per core")
+    _add_check_options(parser)
+    parser.set_defaults(run=_validate)
+
+
+def _add_filter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help=".json, .jsonl or .parquet")
+    parser.add_argument("--min_quality_score", type=float, required=True, help="from 0 to 1; docs/data.md defines it")
+    parser.add_argument("--output", type=Path, required=True, help=".json or .jsonl; the others go beside")
+    _add_check_options(parser)
+    parser.set_defaults(run=_filter)
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image_root", help="folder that picture paths are relative to")
+    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
+    parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer that counts them; default: an estimate")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +128,38 @@ def _generate(args: argparse.Namespace) -> None:
 
     options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "run")}
     generate(**options)
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from embervlm.data.checking import CheckOptions
+    from embervlm.data.validate import validate
+    from embervlm.report.validation import summary, write_reports
+
+    options = CheckOptions(
+        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
+        tokenizer=args.tokenizer, workers=args.workers,
+    )  # fmt: skip
+    report = validate(args.data_file, options)
+    page = write_reports(report, args.output_report)
+    print(f"{summary(report)}\n{args.output_report}, {page}")
+    if not report["trains"]:
+        sys.exit(1)
+
+
+def _filter(args: argparse.Namespace) -> None:
+    from embervlm.data.checking import CheckOptions
+    from embervlm.data.quality import filter_file, rejected_path
+
+    options = CheckOptions(
+        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
+        tokenizer=args.tokenizer, open_pictures=False,
+    )  # fmt: skip
+    kept, rejected = filter_file(
+        args.input, output=args.output, min_quality_score=args.min_quality_score, options=options
+    )  # fmt: skip
+    print(f"{kept:,} records kept in {args.output}, {rejected:,} others with reasons in {rejected_path(args.output)}")
+    if args.output.resolve().parent != (root := Path(args.image_root or args.input.parent)).resolve():
+        print(f"their pictures lie where they were: read {args.output} with --image_root {root}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

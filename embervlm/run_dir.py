@@ -106,6 +106,12 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{path}: not written, {error}; write null for a value that is not finite") from error
+    write_text_atomic(path, text)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
     try:

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from embervlm.data.claims import fact_domains
 from embervlm.data.dataset import encode_reasoning, step_texts
-from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMaker, contradict, fact_domains
+from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMaker, contradict
 from embervlm.data.records import ReasoningRecord
 
 

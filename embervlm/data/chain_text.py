@@ -16,7 +16,7 @@ CONCLUSION = "Conclusion: "
 
 _START = re.compile(re.escape(REASONING_START) + r"|<reasoning>")
 _END = re.compile(re.escape(REASONING_END) + r"|</reasoning>")
-_STEP_HEADER = re.compile(r"step\s+\d+\s*(?::\s*|[.)\-]\s+|(?=\.\.\.)|$)", re.IGNORECASE)
+_STEP_HEADER = re.compile(r"step\s+(\d+)\s*(?::\s*|[.)\-]\s+|(?=\.\.\.)|$)", re.IGNORECASE)
 _CONCLUSION_HEADER = re.compile(r"conclusion\s*:\s*", re.IGNORECASE)
 _BOLD_HEADER = re.compile(r"^(?:#{1,6}\s+)?\*\*((?:step\s+\d+|conclusion)[^*]*)\*\*\s*", re.IGNORECASE)
 _INLINE_HEADER = re.compile(r"(?<=\s)(?:Step\s+(\d+)\s*(?::|\.\.\.)|Conclusion\s*:)")
@@ -85,6 +85,25 @@ def parse_chain(text: str) -> tuple[tuple[str, ...], list[str]]:
     if conclusion:
         found.append(CONCLUSION + "\n".join(conclusion))
     return tuple(found), stray
+
+
+def step_numbers(text: str) -> list[int]:
+    """The numbers of the steps as `text` writes them, for those who check them: `parse_chain` numbers anew.
+
+    Inside a line "Step N:" counts where N is above the numbers before it; a lower one refers back.
+    """
+    numbers: list[int] = []
+    for line in _between_markers(text)[0].splitlines():
+        rest = line.strip()
+        if "**" in rest:
+            rest = _BOLD_HEADER.sub(r"\1 ", rest, count=1).strip()
+        if header := _STEP_HEADER.match(rest):
+            numbers.append(int(header[1][:9]))
+            rest = rest[header.end() :]
+        for inline in _INLINE_HEADER.finditer(f" {rest}") if "Step" in rest else ():
+            if inline[1] and int(inline[1][:9]) > (numbers[-1] if numbers else 0):
+                numbers.append(int(inline[1][:9]))
+    return numbers
 
 
 def _inline_cut(text: str, next_number: str) -> int:

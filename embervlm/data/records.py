@@ -33,10 +33,12 @@ __all__ = [
     "REASONING_START",
     "ROBOTS",
     "DataError",
+    "Reading",
     "ReasoningRecord",
     "format_reasoning",
     "parse_answer",
     "parse_reasoning_text",
+    "read_each",
     "read_records",
     "record_to_json",
     "write_jsonl",
@@ -114,6 +116,59 @@ def read_records(
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`.
     """
     path = Path(path)
+    problems: list[str] = []
+    records: list[ReasoningRecord] = []
+    num_values = 0
+    for reading in read_each(
+        path, problems, image_root=image_root, candidates=candidates, require_reasoning=require_reasoning,
+        allow_outside=allow_outside, max_steps=max_steps,
+    ):  # fmt: skip
+        num_values += 1
+        if reading.record is not None:
+            records.append(reading.record)
+        problems += [f"{path} record {reading.number}: {problem}" for problem in reading.problems]
+    if problems:
+        raise DataError.of(problems)
+    if not num_values:
+        raise no_records(path)
+    return records
+
+
+def no_records(path: str | os.PathLike[str]) -> DataError:
+    return DataError(f"{path}: holds no records; write at least one, or drop the file from the configuration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One value of a file and what became of it."""
+
+    number: int
+    """Counted from 1; in JSONL the line."""
+    value: Any
+    """As it stands in the file."""
+    record: ReasoningRecord | None
+    """None where something is wrong with the value."""
+    problems: tuple[str, ...]
+    """Each as `<field>: <what>; <what to do>`."""
+
+
+def read_each(
+    path: str | os.PathLike[str],
+    file_problems: list[str],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    candidates: Sequence[str] = ROBOTS,
+    require_reasoning: bool = True,
+    allow_outside: bool = False,
+    max_steps: int = MAX_STEPS,
+) -> Iterator[Reading]:
+    """Each value of the file, good or bad; the arguments are those of `read_records`.
+
+    What is no value at all (a broken line) goes to `file_problems` and is passed over.
+    Raises:
+        DataError: the file, or `image_root`, cannot be read at all.
+    """
+    path = Path(path)
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
         raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
@@ -121,24 +176,16 @@ def read_records(
         image_root=root, candidates=tuple(candidates), require_reasoning=require_reasoning,
         allow_outside=allow_outside, max_steps=max_steps,
     )  # fmt: skip
-    problems: list[str] = []
-    records: list[ReasoningRecord] = []
-    num_values = 0
-    for number, value in _values(path, problems):
-        num_values += 1
+    for number, value in _values(path, file_problems):
         found: list[str] = []
+        record = None
         if isinstance(value, dict):
             fields = read_fields(value, f"{path.name}:{number}", rules, found.append)
             if not found:
-                records.append(ReasoningRecord(**fields))
+                record = ReasoningRecord(**fields)
         else:
             found.append(f"is {kind(value)}, not an object; write {{...}} with the fields of the Stage 4 guide")
-        problems += [f"{path} record {number}: {problem}" for problem in found]
-    if problems:
-        raise DataError.of(problems)
-    if not num_values:
-        raise DataError(f"{path}: holds no records; write at least one, or drop the file from the configuration")
-    return records
+        yield Reading(number=number, value=value, record=record, problems=tuple(found))
 
 
 def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from embervlm.data.records import DataError, ReasoningRecord
@@ -44,15 +44,34 @@ def split_records(
     """
     records = list(records)
     problems: list[str] = []
-    pictures = _picture_digests(records, problems)
+    pictures = picture_digests(records, problems)
+    found = splits_of(records, pictures, problems, val_ratio=val_ratio, test_ratio=test_ratio, seed=seed)
+    if problems:
+        raise DataError.of(problems)
+    splits: dict[Split, list[ReasoningRecord]] = {name: [] for name in SPLITS}
+    for record, split in zip(records, found, strict=True):
+        splits[split].append(record)
+    return splits
+
+
+def splits_of(
+    records: Sequence[ReasoningRecord], pictures: Mapping[str, str], problems: list[str], *, val_ratio: float = 0.1,
+    test_ratio: float = 0.1, seed: int = 0,
+) -> list[Split]:  # fmt: skip
+    """The split of each record as `split_records` finds it; what it raises goes to `problems` instead.
+
+    Args:
+        pictures: path -> digest over the picture's content, of `picture_digests`.
+    """
     parent: dict[Key, Key] = {}
     keys = [_keys(record, pictures) for record in records]
+    given = [_explicit_split(record, problems) for record in records]
     for own in keys:
         _union(parent, own[0], own[-1])
 
     explicit: dict[Key, dict[Split, ReasoningRecord]] = {}  # of a picture, and of a whole group under its smallest key
-    for record, own in zip(records, keys, strict=True):
-        if (split := _explicit_split(record, problems)) is None:
+    for record, own, split in zip(records, keys, given, strict=True):
+        if split is None:
             continue
         for key in own:
             if key[0] == _PICTURE:
@@ -64,50 +83,53 @@ def split_records(
                         )
         for key in {*own, _find(parent, own[0])}:
             explicit.setdefault(key, {}).setdefault(split, record)
-    if problems:
-        raise DataError.of(problems)
 
-    splits: dict[Split, list[ReasoningRecord]] = {name: [] for name in SPLITS}
-    for record, own in zip(records, keys, strict=True):
+    splits: list[Split] = []
+    for own, split in zip(keys, given, strict=True):
         smallest = _find(parent, own[0])
-        split = _explicit_split(record, problems)
         # A picture's own split first. Not its group's: another record of the picture may be in another group.
         for key in (own[-1], smallest) if own[-1][0] != _GROUP else (smallest,):
             if split is None and len(explicit.get(key, {})) == 1:
                 (split,) = explicit[key]
         if split is None:
             split = split_of(smallest[1], val_ratio=val_ratio, test_ratio=test_ratio, seed=seed)
-        splits[split].append(record)
+        splits.append(split)
     return splits
 
 
-def _keys(record: ReasoningRecord, pictures: dict[str, str]) -> list[Key]:
+def _keys(record: ReasoningRecord, pictures: Mapping[str, str]) -> list[Key]:
     keys: list[Key] = []
     if (group := record.metadata.get("split_group")) is not None:
         keys.append((_GROUP, str(group)))
-    if record.image in pictures:
+    if record.image is not None and record.image in pictures:
         keys.append((_PICTURE, pictures[record.image]))
-    return keys or [(_TEXT, _normalised(record.instruction))]
+    return keys or [(_TEXT, normalised_text(record.instruction))]
 
 
-def _normalised(text: str) -> str:
+def normalised_text(text: str) -> str:
+    """`text` without case, punctuation and doubled spaces; as it is where nothing else is in it."""
     return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
 
 
-def _picture_digests(records: list[ReasoningRecord], problems: list[str]) -> dict[str, str]:
+def picture_digests(records: Iterable[ReasoningRecord], problems: list[str]) -> dict[str, str]:
     """Path -> hash over the content; each path is read once."""
     digests: dict[str, str] = {}
     for path in dict.fromkeys(record.image for record in records if record.image is not None):
-        digest = hashlib.blake2b(digest_size=16)
         try:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            digests[path] = picture_digest(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             problems.append(f"{os.fspath(path)}: {reason}; correct the path, or drop its records")
-        digests[path] = digest.hexdigest()
     return digests
+
+
+def picture_digest(path: str) -> str:
+    """Hash over the content of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _explicit_split(record: ReasoningRecord, problems: list[str]) -> Split | None:

@@ -13,10 +13,11 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError
+from embervlm.data.claims import fact_domains
 from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import CAPTION_PROMPT, encode_reasoning
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker, fact_domains
+from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
 from embervlm.data.splits import SPLITS, split_records
 from embervlm.evaluation.metrics import (

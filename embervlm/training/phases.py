@@ -12,10 +12,11 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker, fact_domains
+from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
 from embervlm.data.splits import split_records
 from embervlm.data.teachers.rules import glossary

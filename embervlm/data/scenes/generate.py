@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
+from embervlm.data.blind import blind_guess
 from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
@@ -181,18 +182,10 @@ def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     `fitted_on_train` answers each instruction as the training split did most often; `in_hindsight` is the best that any
     guesser of one answer per instruction could have done on the test split itself.
     """
-    answers: dict[str, dict[str, Counter[str]]] = {"train": defaultdict(Counter), "test": defaultdict(Counter)}
-    for record in records:
-        split = split_of(record["metadata"]["split_group"])
-        if split in answers:
-            answers[split][record["instruction"]][record["answer"]] += 1
-    total = sum(sum(counter.values()) for counter in answers["test"].values())
-    if not total:
-        return {"fitted_on_train": float("nan"), "in_hindsight": float("nan")}
-    best = {text: counter.most_common(1)[0][0] for text, counter in answers["train"].items()}
-    fitted = sum(counter[best[text]] for text, counter in answers["test"].items() if text in best)
-    hindsight = sum(counter.most_common(1)[0][1] for counter in answers["test"].values())
-    return {"fitted_on_train": fitted / total, "in_hindsight": hindsight / total}
+    guessed = blind_guess(
+        (split_of(record["metadata"]["split_group"]), record["instruction"], record["answer"]) for record in records
+    )
+    return {name: guessed[name] for name in ("fitted_on_train", "in_hindsight")}
 
 
 def generate_for_tasks(

@@ -7,9 +7,12 @@ English function words.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+
+from embervlm.data.records import ReasoningRecord
 
 STOP_WORDS = frozenset(
     """a an the is are was were be been being am of to in on at for with by from as and or so that this these those it
@@ -166,6 +169,15 @@ class StepFaults:
         return bool(self.redundant or self.contradicted or self.unsupported)
 
 
+def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+    """Fact name -> every value that `records` give it."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in (record.metadata.get("facts") or {}).items():
+            values[name].add(value)
+    return {name: frozenset(found) for name, found in values.items()}
+
+
 def is_conclusion(step: str) -> bool:
     return _CONCLUSION.match(strip_numbering(step)) is not None
 
@@ -232,6 +244,32 @@ def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]
         earlier.append(said)
         concluded = concluded or concludes
     return faults
+
+
+def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
+    """The first two steps, counted from 1, of which one says a sentence of the other with a "not" in it; else None.
+
+    Needs neither facts nor domains: "The wall is too high." and "The wall is not too high." in any subject.
+    """
+    text = "\n".join(steps).casefold()
+    if not (_NEGATION.search(text) or "cannot" in text):
+        return None
+    said: dict[tuple[str, ...], tuple[int, bool]] = {}
+    for number, step in enumerate(steps, 1):
+        for sentence in _SENTENCE_END.split(step):
+            words = content_words(sentence)
+            bare = tuple(word for word in words if not _is_negation(word))
+            if len(bare) < 2 or sentence.rstrip().endswith("?"):
+                continue
+            negated = (len(words) - len(bare)) % 2 == 1
+            first, other = said.setdefault(bare, (number, negated))
+            if other != negated:
+                return first, number
+    return None
+
+
+def _is_negation(word: str) -> bool:
+    return word in ("not", "no", "never", "cannot", "without") or word.endswith(("n't", "n\u2019t"))
 
 
 def _repetition(
@@ -337,5 +375,6 @@ def _named(text: str, candidates: frozenset[str]) -> frozenset[str]:
     return frozenset(
         canonical[match[0].casefold()]
         for match in pattern.finditer(text)
-        if not _EXCLUDED.search(text[: match.start()])
+        # A one-letter choice is matched as written: "a robot" does not name choice A.
+        if (len(match[0]) > 1 or match[0] in candidates) and not _EXCLUDED.search(text[: match.start()])
     )
