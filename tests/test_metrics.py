@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from embervlm.evaluation.claims import Claim, ClaimReader
+from embervlm.data.claims import Claim, ClaimReader
 from embervlm.evaluation.metrics import (
     TARGETS,
     ChainContext,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from embervlm.data.claims import fact_domains
 from embervlm.data.dataset import Sample, step_texts
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer
@@ -32,15 +33,6 @@ class StepPair:
     @property
     def valid(self) -> bool:
         return self.kind == "valid"
-
-
-def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
-    """Fact name -> every value that `records` give it."""
-    values: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for name, value in (record.metadata.get("facts") or {}).items():
-            values[name].add(value)
-    return {name: frozenset(found) for name, found in values.items()}
 
 
 def contradict(step: str, facts: Mapping[str, str], domains: Mapping[str, frozenset[str]], rng: random.Random) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
 
-from embervlm.evaluation.claims import (
+from embervlm.data.claims import (
     ChainContext,
     ClaimReader,
     StepFaults,

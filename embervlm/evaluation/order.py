@@ -10,7 +10,7 @@ from math import factorial
 import numpy as np
 from numpy.typing import NDArray
 
-from embervlm.evaluation.claims import ClaimReader, content_words
+from embervlm.data.claims import ClaimReader, content_words
 
 NUM_PERMUTATIONS = 20
 _MAX_FEATURES = 2000

@@ -7,9 +7,12 @@ English function words.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+
+from embervlm.data.records import ReasoningRecord
 
 STOP_WORDS = frozenset(
     """a an the is are was were be been being am of to in on at for with by from as and or so that this these those it
@@ -97,6 +100,15 @@ class ChainContext:
     @cached_property
     def all_candidates(self) -> frozenset[str]:
         return self.verdict_names | set(self.candidates) | set(self.answer) | set(self.gold_answer)
+
+
+def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+    """Fact name -> every value that `records` give it."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in (record.metadata.get("facts") or {}).items():
+            values[name].add(value)
+    return {name: frozenset(found) for name, found in values.items()}
 
 
 class ClaimReader:
