@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_describe(commands.add_parser("describe", help="sizes of a model preset"))
     data = commands.add_parser("data", help="make reasoning data").add_subparsers(dest="action", required=True)
     _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
+    _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
@@ -48,6 +49,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes that draw; default: one per core")
     parser.set_defaults(run=_generate)
+
+
+def _add_augment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file of reasoning records")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; the report goes beside it")
+    parser.add_argument("--target_samples", type=int, default=50_000, help="records in all, the given ones included")
+    parser.add_argument("--validate_reasoning", action="store_true", default=True, help="check every chain (default)")
+    parser.add_argument("--no_validate_reasoning", action="store_false", dest="validate_reasoning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_augment)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +114,15 @@ def _generate(args: argparse.Namespace) -> None:
 
     options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "run")}
     generate(**options)
+
+
+def _augment(args: argparse.Namespace) -> None:
+    from embervlm.data.augment import augment_file
+
+    augment_file(
+        args.input, args.output_file, target_samples=args.target_samples,
+        validate_reasoning=args.validate_reasoning, seed=args.seed,
+    )  # fmt: skip
 
 
 def _evaluate(args: argparse.Namespace) -> None:

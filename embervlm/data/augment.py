@@ -6,22 +6,28 @@ data set: names and values come from `metadata.facts` and `metadata.scene`; wher
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import count, islice
+from itertools import chain, count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embervlm import run_dir
+from embervlm.config import AugmentationConfig, ConfigError
 from embervlm.data.chain_graph import POINTS_BACK, ChainGraph, join_units
 from embervlm.data.chain_text import CONCLUSION, ROBOTS, format_reasoning, parse_reasoning_text
 from embervlm.data.claims import ChainContext, ClaimReader, content_words, judge_steps, named_candidates
 from embervlm.data.paraphrase import OPENERS, RuleParaphraser
-from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
+from embervlm.data.scenes.generate import write_dataset
+from embervlm.data.splits import split_records
 from embervlm.progress import progress_bar
 
 SHARES = {"paraphrase": 0.3, "reorder": 0.2, "expand": 0.3, "simplify": 0.2}
@@ -31,6 +37,8 @@ NEAR_DUPLICATE_JACCARD = 0.95
 SHINGLE_WORDS = 3
 GIVE_UP_AFTER = 12
 """Draws refused in a row after which an origin is not asked for more by that strategy."""
+MAX_FROM_ONE = 256
+"""New records for each origin at most, on average: what is drawn beyond is a mix of what there is."""
 MAX_FACTS_ADDED = 3
 SIGHT_OPENERS = ("In the picture, {}", "We see that {}")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -49,8 +57,11 @@ class StrategyReport:
     made: int = 0
     distinct_chains: int = 0
     """Different chains among those made, whatever their picture and question; function words do not count."""
-    refused: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, int] = field(default_factory=dict)
     """Why draws were refused, or origins could not be drawn from, and how often."""
+
+    def refuse(self, reason: str) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + 1
 
 
 @dataclass(kw_only=True)
@@ -68,6 +79,20 @@ class AugmentationReport:
     strategies: dict[str, StrategyReport] = field(default_factory=lambda: {name: StrategyReport() for name in SHARES})
     refused_origins: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> ids of the records that nothing was made from."""
+
+    def text(self) -> str:
+        """The report as lines for people."""
+        lines = [
+            f"distinct chains: {self.distinct_chains}, of which {self.distinct_origins} were given",
+            f"{'strategy':<12}{'asked':>8}{'made':>8}{'distinct':>10}  refused",
+        ]
+        for name, one in self.strategies.items():
+            refused = ", ".join(f"{reason} {number}" for reason, number in sorted(one.refused.items())) or "-"
+            lines.append(f"{name:<12}{one.asked:>8}{one.made:>8}{one.distinct_chains:>10}  {refused}")
+        for reason, ids in sorted(self.refused_origins.items()):
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            lines.append(f"nothing made from {len(ids)} records, {reason}: {', '.join(ids[:5])}{more}")
+        return "\n".join(lines)
 
 
 class Origin:
@@ -344,13 +369,14 @@ def augment(
     rng = random.Random(f"augment:{seed}")
     open_to = {name: list(maker.origins) for name in SHARES}
     made: list[ReasoningRecord] = []
-    with progress_bar(total=report.wanted, desc="augmenting", unit="chain") as bar:
-        while len(made) < report.wanted and any(open_to.values()):
-            quotas = _split(report.wanted - len(made), {name: SHARES[name] for name, left in open_to.items() if left})
+    goal = min(report.wanted, MAX_FROM_ONE * len(maker.origins))
+    for name, asked in _split(report.wanted, SHARES).items():
+        report.strategies[name].asked = asked
+    with progress_bar(total=goal, desc="augmenting", unit="chain") as bar:
+        while len(made) < goal and any(open_to.values()):
+            quotas = _split(goal - len(made), {name: SHARES[name] for name, left in open_to.items() if left})
             wanted: dict[int, dict[str, int]] = defaultdict(dict)
             for name, quota in quotas.items():
-                if not made:
-                    report.strategies[name].asked = quota
                 rng.shuffle(open_to[name])
                 each, more = divmod(quota, len(open_to[name]))
                 for place, number in enumerate(open_to[name]):
@@ -432,7 +458,7 @@ class _Maker:
         while in_a_row < GIVE_UP_AFTER:
             rows = self._strategies[name](origin, rng)
             if isinstance(rows, str):
-                account.refused[rows] += 1
+                account.refuse(rows)
                 return
             steps = tuple(text for text, _ in (*rows, *origin.ending))
             reason = None
@@ -442,7 +468,7 @@ class _Maker:
                 reason = fault_of(origin, rows, name)
             reason = reason or index.refusal(steps)
             if reason is not None:
-                account.refused[reason] += 1
+                account.refuse(reason)
                 in_a_row += 1
                 continue
             in_a_row = 0
@@ -468,3 +494,80 @@ class _Maker:
             account.distinct_chains = len(said[name])
         self.report.made = len(made)
         self.report.distinct_chains = len(self._distinct.union(*said.values()))
+
+
+# ---- files
+
+
+def augment_file(
+    input: Path, output_file: Path, *, target_samples: int, validate_reasoning: bool = True, seed: int = 0
+) -> AugmentationReport:
+    """Write `input`'s records and new ones made from its train split, `target_samples` in all; print what they are.
+
+    Beside it goes `<output_file's stem>.augmentation.json`, the report. Validation and test records are kept as they
+    are: a metric over near copies of one question would say less than it seems to.
+    """
+    if output_file.suffix not in (".json", ".jsonl"):
+        raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
+    if target_samples < 1:
+        raise ConfigError(f"--target_samples {target_samples}: must be at least 1")
+    records = read_records(input)
+    train = split_records(records)["train"]
+    if not train:
+        raise DataError(f"{input}: none of its {len(records)} records falls into the train split; add records")
+    made, report = augment(train, target_samples - len(records), validate=validate_reasoning, seed=seed)
+    root = output_file.parent
+    if output_file.suffix == ".jsonl":
+        write_jsonl(output_file, chain(records, made))
+    else:
+        write_dataset(output_file, [record_to_json(record, root) for record in chain(records, made)])
+    path = output_file.with_name(f"{output_file.stem}.augmentation.json")
+    run_dir.write_json_atomic(path, asdict(report))
+    total = len(records) + len(made)
+    print(
+        f"{output_file}: {total} records, {len(records)} given and {len(made)} new from {len(train)} of the train split"
+    )
+    print(report.text())
+    if total < target_samples:
+        print(
+            f"stopped {target_samples - total} below --target_samples {target_samples}: these records give no more "
+            f"distinct chains, or {MAX_FROM_ONE} from each; bring more records"
+        )
+    print(f"Report: {path}")
+    return report
+
+
+def augment_cached(
+    records: Sequence[ReasoningRecord], config: AugmentationConfig, folder: Path, seed: int, *, make: bool
+) -> list[ReasoningRecord]:
+    """`records` and the new ones that `config` asks for, `config.target_samples` in all.
+
+    The new ones are kept in `folder` under a name that depends on the records and the settings. `make`: make them
+    where they are not there yet; without it they must be.
+    """
+    digest = hashlib.blake2b(repr((asdict(config), seed, SHARES)).encode(), digest_size=8)
+    for record in records:
+        digest.update(repr((record.record_id, record.image, record.instruction, record.steps, record.answer)).encode())
+    path = folder / f"augmented-{digest.hexdigest()}.jsonl"
+    if len(records) >= config.target_samples:
+        return list(records)
+    if make and not path.exists():
+        made, report = augment(
+            records, config.target_samples - len(records), validate=config.validate_reasoning, seed=seed
+        )
+        print(f"augmentation: {len(records)} training records and {len(made)} new ones\n{report.text()}")
+        if len(made) < report.wanted:
+            print(f"reasoning_augmentation.target_samples: {config.target_samples} is not reached with distinct chains")
+        # all else is the origin's; without it the file, and what reading it takes, stays small
+        write_jsonl(path, (replace(record, metadata=_own_metadata(record.metadata)) for record in made))
+    if not path.exists() or not path.stat().st_size:
+        return list(records)
+    origins = {record.record_id: record.metadata for record in records}
+    new = read_records(path, allow_outside=True)
+    inherited = ({k: v for k, v in origins[r.metadata["origin"]].items() if k not in _PARALLEL} for r in new)
+    return [*records, *(replace(r, metadata={**base, **r.metadata}) for r, base in zip(new, inherited, strict=True))]
+
+
+def _own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("origin", "augmentation", "validated", "candidates", *_PARALLEL)
+    return {key: metadata[key] for key in own if key in metadata}
