@@ -23,7 +23,15 @@ from embervlm import run_dir
 from embervlm.config import AugmentationConfig, ConfigError
 from embervlm.data.chain_graph import POINTS_BACK, ChainGraph, join_units
 from embervlm.data.chain_text import CONCLUSION, ROBOTS, format_reasoning, parse_reasoning_text
-from embervlm.data.claims import ChainContext, ClaimReader, content_words, judge_steps, named_candidates
+from embervlm.data.claims import (
+    ChainContext,
+    ClaimReader,
+    content_words,
+    judge_steps,
+    known_facts,
+    named_candidates,
+    reader_of,
+)
 from embervlm.data.paraphrase import OPENERS, RuleParaphraser
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
 from embervlm.data.scenes.generate import write_dataset
@@ -183,16 +191,6 @@ class Origin:
         if named and named != set(self.record.answer):
             return "the conclusion disagrees with the answer"
         return None
-
-
-def known_facts(record: ReasoningRecord) -> dict[str, str]:
-    """What is true of a record's scene: `metadata.scene` and `metadata.facts`, as far as they are text."""
-    out: dict[str, str] = {}
-    for key in ("scene", "facts"):
-        values = record.metadata.get(key)
-        if isinstance(values, Mapping):
-            out |= {name: value for name, value in values.items() if isinstance(value, str) and value.strip()}
-    return out
 
 
 def _kinds_of_fault(steps: Sequence[str], context: ChainContext) -> set[str]:
@@ -416,16 +414,13 @@ class _Maker:
             raise DataError.of([f"record {name}: id: stands {ids[name]} times; give each record its own"
                                 for name in repeated])  # fmt: skip
         self._taken = set(ids)
-        domains: dict[str, set[str]] = defaultdict(set)
         self._indices: dict[tuple[str | None, str], ChainIndex] = defaultdict(ChainIndex)
         self._distinct: set[int] = set()
         for record in records:
-            for name, value in known_facts(record).items():
-                domains[name].add(value)
             if record.steps:
                 self._indices[record.image, record.instruction].refusal(record.steps)
                 self._distinct.add(_said(record.steps))
-        self._reader = ClaimReader.of(domains)
+        self._reader = reader_of(records)
         self._max_steps = max((record.num_steps for record in records), default=0)
         self._strategies = {
             "paraphrase": _paraphraser(teacher, self._reader), "reorder": reorder, "expand": expand,
