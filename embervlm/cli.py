@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
     _add_validate(data.add_parser("validate", help="every problem of a data set, and what is in it"))
     _add_filter(data.add_parser("filter", help="keep the records of at least a quality"))
+    _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
@@ -73,6 +74,16 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
     parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that counts them; default: an estimate")
+
+
+def _add_augment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file of reasoning records")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; the report goes beside it")
+    parser.add_argument("--target_samples", type=int, default=50_000, help="records in all, the given ones included")
+    parser.add_argument("--validate_reasoning", action="store_true", default=True, help="check every chain (default)")
+    parser.add_argument("--no_validate_reasoning", action="store_false", dest="validate_reasoning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_augment)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +171,15 @@ def _filter(args: argparse.Namespace) -> None:
     print(f"{kept:,} records kept in {args.output}, {rejected:,} others with reasons in {rejected_path(args.output)}")
     if args.output.resolve().parent != (root := Path(args.image_root or args.input.parent)).resolve():
         print(f"their pictures lie where they were: read {args.output} with --image_root {root}")
+
+
+def _augment(args: argparse.Namespace) -> None:
+    from embervlm.data.augment import augment_file
+
+    augment_file(
+        args.input, args.output_file, target_samples=args.target_samples,
+        validate_reasoning=args.validate_reasoning, seed=args.seed,
+    )  # fmt: skip
 
 
 def _evaluate(args: argparse.Namespace) -> None:

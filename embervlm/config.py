@@ -147,8 +147,70 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
+    """Chains made from those of the training split, before training."""
+
     target_samples: int = 50000
+    """Training records in all, the given ones included; fewer where there are no more distinct chains."""
     validate_reasoning: bool = True
+    """Check the claims and the conclusion of every new chain."""
+
+    def __post_init__(self) -> None:
+        _require(self.target_samples >= 1, f"target_samples: {self.target_samples} is less than 1")
+
+
+COMPLEXITIES = ("simple", "medium", "complex")
+"""How complex a chain can be, the simplest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumStageConfig:
+    """What an epoch of this stage trains on."""
+
+    max_steps: int
+    """Most numbered steps of a chain, the conclusion not counted."""
+    complexity: str = "complex"
+    """One of `COMPLEXITIES`; simpler records are trained on as well."""
+    epochs: tuple[int, ...] = ()
+    """First and last epoch, counted from 1 over both phases; by default the guide's."""
+
+    def __post_init__(self) -> None:
+        _one_of("complexity", self.complexity, COMPLEXITIES)
+        _require(self.max_steps >= 1, f"max_steps: {self.max_steps} is less than 1")
+        if self.epochs:
+            ordered = len(self.epochs) == 2 and 1 <= self.epochs[0] <= self.epochs[1]
+            _require(ordered, f"epochs: {list(self.epochs)} is not [first, last], counted from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Short and simple chains first. The last stage goes on to the end of the run."""
+
+    stage1: CurriculumStageConfig = CurriculumStageConfig(max_steps=3, complexity="simple")
+    """Epochs 1 to 3."""
+    stage2: CurriculumStageConfig = CurriculumStageConfig(max_steps=5, complexity="medium")
+    """Epochs 4 to 7."""
+    stage3: CurriculumStageConfig = CurriculumStageConfig(max_steps=10, complexity="complex")
+    """Epochs 8 to 10."""
+
+    def __post_init__(self) -> None:
+        expected = 1
+        for name, (first, last) in self._epochs.items():
+            _require(
+                first == expected,
+                f"{name}.epochs: [{first}, {last}] does not start at epoch {expected}; stages follow each other "
+                "without a gap or an overlap, so give `epochs` to each",
+            )
+            expected = last + 1
+
+    @property
+    def _epochs(self) -> dict[str, tuple[int, ...]]:
+        guide = {"stage1": (1, 3), "stage2": (4, 7), "stage3": (8, 10)}
+        return {name: getattr(self, name).epochs or epochs for name, epochs in guide.items()}
+
+    def stage_of(self, epoch: int) -> tuple[str, CurriculumStageConfig]:
+        """Name and settings of the stage that `epoch`, from 1 over both phases, belongs to."""
+        name = next((name for name, (_, last) in self._epochs.items() if epoch <= last), "stage3")
+        return name, getattr(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +223,8 @@ class StageConfig:
     batch_size: int = 32
     """Records per device and micro-batch."""
     gradient_accumulation_steps: int = 1
-    reasoning_augmentation: AugmentationConfig = AugmentationConfig()
+    reasoning_augmentation: AugmentationConfig | None = None
+    """None trains on the records as they are."""
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
     max_reasoning_length: int = 512
     """Tokens of the chain and answer; longer chains are an error of the data, listed before training."""
@@ -208,6 +271,8 @@ class TrainConfig:
     stage3: PhaseConfig = PhaseConfig(name="perception_and_answers")
     stage3_batch_size: int = 64
     stage4: StageConfig = StageConfig()
+    curriculum: CurriculumConfig | None = None
+    """None trains on all records in every epoch."""
     baseline: BaselineConfig = BaselineConfig()
     save_steps: int = 500
     eval_steps: int | None = None

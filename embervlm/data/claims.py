@@ -102,6 +102,34 @@ class ChainContext:
         return self.verdict_names | set(self.candidates) | set(self.answer) | set(self.gold_answer)
 
 
+def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+    """Fact name -> every value that `records` give it."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in (record.metadata.get("facts") or {}).items():
+            values[name].add(value)
+    return {name: frozenset(found) for name, found in values.items()}
+
+
+def known_facts(record: ReasoningRecord) -> dict[str, str]:
+    """What is true of a record's scene: `metadata.scene` and `metadata.facts`, as far as they are text."""
+    out: dict[str, str] = {}
+    for key in ("scene", "facts"):
+        values = record.metadata.get(key)
+        if isinstance(values, Mapping):
+            out |= {name: value for name, value in values.items() if isinstance(value, str) and value.strip()}
+    return out
+
+
+def reader_of(records: Iterable[ReasoningRecord]) -> ClaimReader:
+    """Reads every name that the scenes and facts of `records` have."""
+    domains: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in known_facts(record).items():
+            domains[name].add(value)
+    return ClaimReader.of(domains)
+
+
 class ClaimReader:
     """Reads claims out of a step: a name and, before the next name or the sentence's end, one of its values.
 
@@ -167,15 +195,6 @@ class StepFaults:
     @property
     def any(self) -> bool:
         return bool(self.redundant or self.contradicted or self.unsupported)
-
-
-def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
-    """Fact name -> every value that `records` give it."""
-    values: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for name, value in (record.metadata.get("facts") or {}).items():
-            values[name].add(value)
-    return {name: frozenset(found) for name, found in values.items()}
 
 
 def is_conclusion(step: str) -> bool:

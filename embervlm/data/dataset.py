@@ -61,7 +61,10 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
 def encode_reasoning(
     records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int, max_length: int
 ) -> list[Sample]:
-    """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens."""
+    """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens.
+
+    An augmented record that is too long is left out instead: nobody wrote it, and its origin is there.
+    """
     texts = [step_texts(record) for record in records]
     # a space in front, so that a word is the same token at a step's start as within
     flat = [
@@ -76,6 +79,8 @@ def encode_reasoning(
         conclusion_ids = None if conclusion is None else next(encoded)
         chain = tokenizer.chain_ids(step_ids, conclusion_ids)
         target = [*chain, tokenizer.ids["<|answer_start|>"], *answers[index], tokenizer.ids["<|answer_end|>"]]
+        if len(target) > max_length and "augmentation" in record.metadata:
+            continue
         if len(target) > max_length:
             problems.append(
                 f"record {record.record_id}: reasoning: {len(target)} tokens with its answer, more than the "
@@ -160,13 +165,16 @@ def encode_glossary(
 class EpochPlan:
     """Which samples make up each global batch of an epoch: the same for every number of ranks.
 
-    The main samples all come once; of each mixed-in list as many as `mix` asks for, another part of it every epoch.
+    The main samples (of `epochs`, where given) all come once; of each mixed-in list as many as `mix` asks for, another
+    part of it every epoch.
     Batches are of like length, so that little is padding (sorted within `window` batches), and in random order.
     """
 
     main: Sequence[Sample]
     mixed: Sequence[tuple[Sequence[Sample], float]] = ()
     """(samples, how many per main sample)."""
+    epochs: Sequence[Sequence[int]] = ()
+    """For each epoch the places in `main` that it trains on, the last for all that follow; () trains on all."""
     global_batch: int
     """Main samples per optimizer step over all ranks and micro-batches."""
     seed: int
@@ -175,11 +183,31 @@ class EpochPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps of an epoch that trains on all."""
         return -(-len(self.main) // self.global_batch)
+
+    def _steps_in(self, epoch: int) -> int:
+        return -(-len(self._places(epoch)) // self.global_batch)
+
+    def _places(self, epoch: int) -> Sequence[int]:
+        return self.epochs[min(epoch, len(self.epochs) - 1)] if self.epochs else range(len(self.main))
+
+    def num_steps(self, num_epochs: int) -> int:
+        """Steps of the first `num_epochs`."""
+        return sum(map(self._steps_in, range(num_epochs)))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of optimizer step `step`, and the step within it, all counted from 0."""
+        epoch = 0
+        while epoch < len(self.epochs) - 1 and step >= self._steps_in(epoch):
+            step -= self._steps_in(epoch)
+            epoch += 1
+        more, index = divmod(step, self._steps_in(epoch))
+        return epoch + more, index
 
     def batch(self, step: int) -> list[Sample]:
         """Samples of optimizer step `step`, counted from 0 over all epochs."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = self.locate(step)
         if epoch not in self._orders:
             self._orders.clear()
             self._orders[epoch] = self._plan(epoch)
@@ -187,7 +215,7 @@ class EpochPlan:
 
     def _plan(self, epoch: int) -> list[list[Sample]]:
         rng = random.Random(f"epoch:{self.seed}:{epoch}")
-        order = list(range(len(self.main)))
+        order = list(self._places(epoch))
         rng.shuffle(order)
         span = self.window * self.global_batch
         for start in range(0, len(order), span):

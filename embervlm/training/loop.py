@@ -53,7 +53,7 @@ class PhaseJob:
     def total_steps(self) -> int:
         if self.samples_wanted is not None:
             return max(1, round(self.samples_wanted / self.plan.global_batch))
-        return self.plan.steps_per_epoch * self.phase.epochs
+        return self.plan.num_steps(self.phase.epochs)
 
 
 def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[list[int], list[Sample]]]:
@@ -94,7 +94,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     last_saved = progress.step
     while progress.step < total and not _out_of_time(job, progress, world):
         step = progress.step
-        epoch = step // job.plan.steps_per_epoch
+        epoch, _ = job.plan.locate(step)
         samples = job.plan.batch(step)
         forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
         batches = _micro_batches(job, samples, step, forcing, world, cache)
@@ -109,7 +109,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
             "samples_per_s": speed, "elapsed_s": progress.elapsed_s,
         } if logs else None)  # fmt: skip
-        ends_epoch = progress.step % job.plan.steps_per_epoch == 0 or progress.step == total
+        ends_epoch = job.plan.locate(progress.step)[1] == 0 or progress.step == total
         if ends_epoch and job.after_epoch is not None:
             with engine.whole():
                 job.after_epoch(model, epoch + 1)

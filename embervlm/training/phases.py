@@ -12,8 +12,10 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.data.augment import augment_cached
 from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Collator, DenseLabels
+from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
@@ -36,6 +38,10 @@ class RunData:
 
     splits: dict[str, list[ReasoningRecord]]
     pictures: PictureCache
+    reasoning: list[ReasoningRecord]
+    """The training records and, behind them, those that augmentation made."""
+    epochs: list[list[int]]
+    """For each epoch, over both phases, the `reasoning` records it trains on; [] without a curriculum."""
 
     @property
     def train(self) -> list[ReasoningRecord]:
@@ -57,10 +63,23 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
             f"{path}: none of its {len(records)} records falls into the train split; it needs more records"
         )
     images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
+    cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
+    reasoning = splits["train"]
     if world.rank == 0:
-        PictureCache(images, image_size, Path(config.output_dir) / "cache")
+        PictureCache(images, image_size, cache)
+        if augmentation is not None:
+            reasoning = augment_cached(reasoning, augmentation, cache, config.seed, make=True)
     world.barrier()
-    return RunData(splits=splits, pictures=PictureCache(images, image_size, Path(config.output_dir) / "cache"))
+    if world.rank != 0 and augmentation is not None:
+        reasoning = augment_cached(reasoning, augmentation, cache, config.seed, make=False)
+    epochs = []
+    if config.curriculum is not None:
+        num_epochs = config.stage4.phase1.epochs + config.stage4.phase2.epochs
+        epochs = records_of_epochs(reasoning, config.curriculum, num_epochs)
+        if world.rank == 0:
+            print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
+    pictures = PictureCache(images, image_size, cache)
+    return RunData(splits=splits, pictures=pictures, reasoning=reasoning, epochs=epochs)
 
 
 class Run:
@@ -82,7 +101,7 @@ class Run:
         torch.manual_seed(config.seed)
         model = build_model({**settings, "stage": STAGE3, "candidates": ROBOTS})
         data = self._load_data(model)
-        model.attach_tokenizer(self._tokenizer(settings, model, data.train))
+        model.attach_tokenizer(self._tokenizer(settings, model, data.reasoning))
         labels = DenseLabels(data.train, model.vision_encoder.grid)
         tokenizer = _tokenizer_of(model)
         plan = EpochPlan(
@@ -110,18 +129,28 @@ class Run:
         model = self._start_from(start, STAGE4)
         data = self._load_data(model)
         tokenizer = _tokenizer_of(model)
-        samples = encode_reasoning(data.train, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length)
+        samples = encode_reasoning(data.reasoning, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length)
+        if (left_out := len(data.reasoning) - len(samples)) and self.world.rank == 0:
+            print(f"{left_out} augmented records left out, longer than --max_reasoning_length")
+        first_epoch = stage.phase1.epochs if number == 2 else 0
+        place_of = {sample.record: place for place, sample in enumerate(samples)}
+        epochs = [
+            [place_of[record] for record in records if record in place_of]
+            for records in data.epochs[first_epoch : first_epoch + phase.epochs]
+        ]
+        if not all(epochs):
+            raise ConfigError(f"curriculum: an epoch of phase {number} has chains above --max_reasoning_length only")
         plan = EpochPlan(
             main=samples,
             mixed=((encode_direct(data.train, tokenizer), phase.direct_records_ratio),),
+            epochs=epochs,
             global_batch=stage.batch_size * stage.gradient_accumulation_steps * self.world.size,
             seed=config.seed + number,
         )  # fmt: skip
         collator = self._collator(
-            model, data, pair_maker=PairMaker(data.train, samples, tokenizer),
+            model, data, records=data.reasoning, pair_maker=PairMaker(data.reasoning, samples, tokenizer),
             pair_records_ratio=phase.validator_records_ratio, grounding=phase.multimodal_loss_weight > 0,
         )  # fmt: skip
-        first_epoch = stage.phase1.epochs if number == 2 else 0
         job = PhaseJob(
             name=f"phase {number}", folder=folder, phase=phase, model=model, plan=plan, collator=collator,
             pictures=data.pictures, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation_steps,
@@ -225,9 +254,9 @@ class Run:
         return model
 
     def _collator(self, model: EmberVLM, data: RunData, **options: Any) -> Collator:
-        dense = options.pop("dense", None)
+        dense, records = options.pop("dense", None), options.pop("records", data.train)
         return Collator(
-            data.train, _tokenizer_of(model), data.pictures, candidates=ROBOTS, seed=self.config.seed,
+            records, _tokenizer_of(model), data.pictures, candidates=ROBOTS, seed=self.config.seed,
             image_size=model.config.image_size, dense_labels=dense, **options,
         )  # fmt: skip
 
