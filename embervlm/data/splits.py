@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from embervlm.data.records import DataError, ReasoningRecord
@@ -44,7 +44,7 @@ def split_records(
     """
     records = list(records)
     problems: list[str] = []
-    pictures = _picture_digests(records, problems)
+    pictures = picture_digests(records, problems)
     parent: dict[Key, Key] = {}
     keys = [_keys(record, pictures) for record in records]
     for own in keys:
@@ -94,8 +94,8 @@ def _normalised(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
 
 
-def _picture_digests(records: list[ReasoningRecord], problems: list[str]) -> dict[str, str]:
-    """Path -> hash over the content; each path is read once."""
+def picture_digests(records: Sequence[ReasoningRecord], problems: list[str]) -> dict[str, str]:
+    """Path -> hash over the picture's content; each is read once. What cannot be read goes to `problems`."""
     digests: dict[str, str] = {}
     for path in dict.fromkeys(record.image for record in records if record.image is not None):
         digest = hashlib.blake2b(digest_size=16)
