@@ -172,7 +172,7 @@ def sentences(text: str) -> list[str]:
         line = _LIST_MARK.sub("", line.strip()).strip()
         start = 0
         for end in _SENTENCE_END.finditer(line):
-            if not _ABBREVIATION.search(line, start, end.start() + 1):
+            if not _NO_END.search(line[max(start, end.start() - 10) : end.start() + 1]):
                 out.append(line[start : end.end()])
                 start = end.end()
         out.append(line[start:])
@@ -180,9 +180,9 @@ def sentences(text: str) -> list[str]:
 
 
 _SENTENCE_END = re.compile("[.!?][\"')\\]]*(?=\\s+[\"'(\\[]*[A-Z0-9])|[\\u3002\\uff01\\uff1f\\u0964]")
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|etc|e\.g|i\.e|[A-Z])|^\d+)\.$")
+_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|etc|e\.g|i\.e|[A-Z])|^\s*\d+)\.$")
 _LIST_MARK = re.compile(
-    r"(?:[-*\u2022]\s+|#{1,6}\s+|\d+[.)]\s+|\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*)+",
+    r"^(?:[-*\u2022]\s+|#{1,6}\s+|\d+[.)]\s+|\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*)+",
     re.IGNORECASE,
 )
 _HEADING_INSIDE = re.compile(r"(?<=\s)(?:Step\s+\d+\s*(?::|\.\.\.)|Conclusion\s*:)")
@@ -314,6 +314,8 @@ def _robot_selection(value: dict[str, Any], at: Source) -> list[dict[str, Any]]:
     """
     found: list[str] = []
     task = _text(value, "input", found.append).removeprefix("Task:").strip()
+    if not task and not found:
+        found.append("input: is empty; write the task")
     fleet = _text(value, "instruction", found.append)
     if "subtasks" in value:
         parts, robots = _assignments(value["subtasks"], found.append)
@@ -534,9 +536,10 @@ _TAGS = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 
 
 def _read_tagged(reply: str, letters: Mapping[str, str], where: str, report: Report) -> Reply | None:
+    once = all(reply.count(f"<{tag}>") == reply.count(f"</{tag}>") == 1 for tag in _TAGS)
     pattern = r"\s*".join(rf"<{tag}>(?P<{tag}>.*?)</{tag}>" for tag in _TAGS)
-    match = re.fullmatch(pattern, reply.strip(), re.DOTALL)
-    if match is None or any(f"<{tag}>" in text for tag in _TAGS for text in match.groups()):
+    match = re.fullmatch(pattern, reply.strip(), re.DOTALL) if once else None
+    if match is None:
         report(f"{where}: is not {' '.join(f'<{tag}>...</{tag}>' for tag in _TAGS)}; write each once, in this order")
         return None
     summary, caption, reasoning, conclusion = (" ".join(text.split()) for text in match.groups())
