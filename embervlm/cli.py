@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_validate(data.add_parser("validate", help="every problem of a data set, and what is in it"))
     _add_filter(data.add_parser("filter", help="keep the records of at least a quality"))
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
+    _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
@@ -86,6 +87,20 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_augment)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from embervlm.data.convert import CONVERTERS
+
+    parser.add_argument("--from", dest="source", required=True, choices=tuple(CONVERTERS), help="format of the input")
+    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified spelling")
+    parser.add_argument(
+        "--image_root", type=Path, help="what picture paths are relative to; default: the input's folder"
+    )
+    parser.add_argument("--skip_bad", action="store_true", help="write the rest; list the skipped in a file beside")
+    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the image root")
+    parser.set_defaults(run=_convert)
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, default=4, choices=(3, 4))
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -96,6 +111,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
     parser.add_argument("--image_root")
+    parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
     parser.add_argument("--max_reasoning_steps", type=int, default=10)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -182,6 +198,16 @@ def _augment(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from embervlm.data.convert import convert_file, summary
+
+    made = convert_file(
+        args.input, args.output_file, source=args.source, image_root=args.image_root, skip_bad=args.skip_bad,
+        allow_outside=args.allow_outside,
+    )  # fmt: skip
+    print(summary(made, args.output_file))
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from embervlm.evaluation.commands import evaluate_to_file, print_result
     from embervlm.model.generation import Decoding
@@ -192,7 +218,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = evaluate_to_file(
         args.checkpoint, split=args.split, output_file=args.output_file, save_samples=args.save_reasoning_samples,
         reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
-        reasoning_data=args.reasoning_data, image_root=args.image_root, decoding=decoding,
+        reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
+        decoding=decoding,
     )  # fmt: skip
     print_result(result, args.output_file)
 

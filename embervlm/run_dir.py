@@ -12,6 +12,7 @@ a killed run; no reader looks at them. `evals/` is written after publishing and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,10 +20,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 COMPLETE = "COMPLETE"
 """The manifest's file name; a checkpoint folder without it does not exist."""
@@ -31,6 +33,7 @@ EVALS = "evals"
 FINAL_NAME = "checkpoint-final"
 MANIFEST_FORMAT = 1
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
@@ -39,6 +42,10 @@ _log = logging.getLogger(__name__)
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint whose files are not those of its manifest. The message names every damaged file."""
+
+
+class WriteError(ValueError):
+    """A file that could not be written, because the disk is full for one. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +118,43 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
+    with atomic_text(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def naming_unwritten(path: str | Path) -> Iterator[None]:
+    """An OSError inside becomes a `WriteError` that names `path`: for code that writes that file and reads none."""
     try:
-        with tmp.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
+        yield
+    except OSError as error:
+        full = error.errno in _DISK_FULL
+        advice = "the disk or its quota is full: free some space" if full else "check the path and its permissions"
+        raise WriteError(
+            f"{path}: not written ({error.strerror or error}); {advice}, then run the same command again"
+        ) from error
+
+
+@contextmanager
+def atomic_text(path: str | Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write to that takes `path`'s place at the end: a reader finds the old file or the new one.
+
+    Makes missing folders. `WriteError` where that fails, and the old file stays.
+    """
+    path = Path(path)
+    tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
+    with naming_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tmp.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
 
 
 def read_json(path: str | Path) -> Any:

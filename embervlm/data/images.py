@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from embervlm.data.records import DataError
+from embervlm.run_dir import naming_unwritten
 
 MAX_PIXELS = 200_000_000
 """Larger pictures are refused before they are decoded."""
@@ -257,10 +258,15 @@ class PictureCache:
         return array if array.shape == self.shape and array.dtype == np.uint8 else None
 
     def _build(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+        with naming_unwritten(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
+            with naming_unwritten(file):
+                array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash once pages are touched
+                    with open(partial, "r+b") as whole:
+                        os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
             self._decode_into(array)
             array.flush()
             os.replace(partial, file)

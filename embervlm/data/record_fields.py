@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,13 @@ from embervlm.data.chain_text import (
 
 MAX_STEPS = 64
 MAX_CHAIN_CHARACTERS = 100_000
+MAX_INSTRUCTION_CHARACTERS = 20_000
+MAX_ANSWER_CHARACTERS = 2_000
+"""Of all answers of a record together, and of one candidate."""
+MAX_CANDIDATES = 100
+MAX_ID_CHARACTERS = 200
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character: JSON can spell it, UTF-8 cannot, and tokenizers refuse it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """The start of `text` on one printable line, in double quotes."""
     short = text if len(text) <= 80 else text[:77] + "..."
     return json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
@@ -60,7 +68,7 @@ def _quote(text: str) -> str:
 def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, report: Report) -> dict[str, Any]:
     """The arguments of a `ReasoningRecord`; of use only if nothing was reported."""
     metadata = _read_metadata(value, report)
-    return {
+    fields: dict[str, Any] = {
         "record_id": _read_id(value, default_id, report),
         "image": _read_image(value.get("image"), rules, report),
         "instruction": _read_instruction(value, metadata, report),
@@ -69,6 +77,8 @@ def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, repor
         "confidence": _read_confidence(value.get("confidence"), report),
         "metadata": metadata,
     }
+    _check_metadata(metadata, len(fields["steps"]), report)
+    return fields
 
 
 def _read_metadata(value: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -81,15 +91,78 @@ def _read_metadata(value: dict[str, Any], report: Report) -> dict[str, Any]:
     for key, item in value.items():
         if key not in _OWN_FIELDS:
             if key in metadata and metadata[key] != item:
-                report(f"{_quote(key)}: differs from the same field in metadata; keep one of the two")
+                report(f"{quote(key)}: differs from the same field in metadata; keep one of the two")
             metadata[key] = item
     return metadata
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_string_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _is_caption(value: Any) -> bool:
+    return isinstance(value, str) and not _text_problem(value, MAX_INSTRUCTION_CHARACTERS)
+
+
+_METADATA_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "caption": (_is_caption, f"text of at most {MAX_INSTRUCTION_CHARACTERS} characters"),
+    "facts": (_is_string_map, "an object of strings"),
+    "scene": (_is_string_map, "an object of strings"),
+    "seen": (lambda value: isinstance(value, list) and all(map(_is_strings, value)), "a list of lists of strings"),
+    "step_types": (_is_strings, "a list of strings"),
+}
+"""Metadata that training and evaluation read: what it must be."""
+
+
+def _check_metadata(metadata: Mapping[str, Any], num_steps: int, report: Report) -> None:
+    """Reports metadata that training or evaluation would stumble over; whatever else is there is the user's own."""
+    for name, (fits, wanted) in _METADATA_KINDS.items():
+        if metadata.get(name) is not None and not fits(metadata[name]):
+            report(f"metadata.{name}: is not {wanted}; correct it, or give your own field another name")
+    types = metadata.get("step_types")
+    if isinstance(types, list) and num_steps and len(types) != num_steps:
+        report(
+            f"metadata.step_types: {len(types)} types for {num_steps} steps; name one for each, the conclusion "
+            "included, or leave it out"
+        )
+    boxes = metadata.get("boxes")
+    for box in boxes if isinstance(boxes, list) else ():
+        if isinstance(box, dict) and {"kind", "box"} <= set(box) and not _is_box(box):
+            report(
+                "metadata.boxes: a box is not {kind, label: text, box: [left, top, right, bottom] in [0, 1]}; correct"
+            )
+            break
+
+
+def _is_box(box: Mapping[str, Any]) -> bool:
+    edges = box["box"]
+    return (
+        isinstance(box["kind"], str) and isinstance(box.get("label", ""), str)
+        and isinstance(edges, list) and len(edges) == 4
+        and all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in edges)
+    )  # fmt: skip
+
+
+def _text_problem(text: str, limit: int) -> str:
+    """What keeps `text` from being used, or the empty string. Any other character is text like the next."""
+    if len(text) > limit:
+        return f"{len(text)} characters, more than {limit}; shorten it"
+    if SURROGATE.search(text):
+        return "holds half of a surrogate pair, which is no character; write the whole character or drop it"
+    return ""
 
 
 def _read_id(value: dict[str, Any], default: str, report: Report) -> str:
     found = next((value[key] for key in ("id", "record_id") if value.get(key) is not None), default)
     if isinstance(found, bool) or not isinstance(found, (str, int)) or found == "":
         report(f"id: is {kind(found) if found != '' else 'empty'}; give a string or a number, or leave the field out")
+        return default
+    if not str(found).isprintable() or len(str(found)) > MAX_ID_CHARACTERS:
+        report(f"id: is not {MAX_ID_CHARACTERS} printable characters at most; shorten it, or leave the field out")
         return default
     return str(found)
 
@@ -103,6 +176,8 @@ def _read_instruction(value: dict[str, Any], metadata: dict[str, Any], report: R
         report(f"{name}: is {kind(text)}, not a string; write the question as text")
     elif not text.strip():
         report(f"{name}: is empty; write the question")
+    elif problem := _text_problem(text, MAX_INSTRUCTION_CHARACTERS):
+        report(f"{name}: {problem}")
     else:
         other = value.get("question")
         if name == "instruction" and other is not None and other != text:
@@ -130,10 +205,10 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
     if wrong := [line for line in lines if not isinstance(line, str)]:
         report(f"{name}: its list holds {kind(wrong[0])}; give strings only")
         return ()
-    if (num_characters := sum(map(len, lines))) > MAX_CHAIN_CHARACTERS:
-        report(f"{name}: {num_characters} characters, more than {MAX_CHAIN_CHARACTERS}; shorten the chain")
-        return ()
     text = "\n".join(lines)
+    if problem := _text_problem(text, MAX_CHAIN_CHARACTERS):
+        report(f"{name}: {problem}")
+        return ()
     starts, ends = text.count(REASONING_START), text.count(REASONING_END)
     if starts != ends or starts > 1 or text.find(REASONING_START) > text.find(REASONING_END):
         report(
@@ -143,7 +218,7 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
         return ()
     steps, stray = parse_chain(text if isinstance(chain, str) else number_lines(lines))
     if stray:
-        report(f'{name}: {_quote(stray[0])} belongs to no step; write it behind "Step N:", or drop it')
+        report(f'{name}: {quote(stray[0])} belongs to no step; write it behind "Step N:", or drop it')
     elif not steps:
         report(f'{name}: the chain is empty; write "Step 1: ..." lines, or drop the record')
     elif (num_steps := len(steps) - steps[-1].startswith(CONCLUSION)) == 0:
@@ -162,6 +237,12 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
         if len({name.strip().casefold() for name in own}) < len(own):
             report("metadata.candidates: names a choice twice; keep each once")
             return ()
+        if len(own) > MAX_CANDIDATES:
+            report(f"metadata.candidates: {len(own)} choices, more than {MAX_CANDIDATES}; keep fewer")
+            return ()
+        if problem := next(filter(None, (_text_problem(name, MAX_ANSWER_CHARACTERS) for name in own)), ""):
+            report(f"metadata.candidates: {problem}")
+            return ()
         candidates = tuple(own)
     if answer is None:
         report("answer: is missing; add the right answer or answers")
@@ -173,6 +254,9 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
     if wrong := [text for text in texts if not isinstance(text, str)]:
         report(f"answer: its list holds {kind(wrong[0])}; give strings only")
         return ()
+    if problem := _text_problem(", ".join(texts), MAX_ANSWER_CHARACTERS):
+        report(f"answer: {problem}")
+        return ()
     known: set[str] = set()
     unknown: list[str] = []
     for text in texts:
@@ -180,7 +264,7 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
         known.update(names)
         unknown.extend(others)
     for name in unknown:
-        report(f"answer {_quote(name)} is not one of {_listing(candidates)}; {_advice(name, candidates)}")
+        report(f"answer {quote(name)} is not one of {_listing(candidates)}; {_advice(name, candidates)}")
     if not known and not unknown:
         report("answer: is empty; add the right answer or answers")
     return tuple(name for name in candidates if name in known)
@@ -193,7 +277,7 @@ def _listing(candidates: Sequence[str]) -> str:
 def _advice(name: str, candidates: Sequence[str]) -> str:
     folded = {candidate.casefold(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name[:100].casefold(), folded, n=1)
-    hint = f"did you mean {_quote(folded[close[0]])}? " if close else ""
+    hint = f"did you mean {quote(folded[close[0]])}? " if close else ""
     return f"{hint}correct it or drop the record"
 
 
@@ -228,7 +312,7 @@ def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
     if not image.strip():
         return None, "is empty; give the path of the picture, or leave the field out"
     if image.lower().startswith(("http://", "https://")):
-        return None, f"{_quote(image)} is a URL, which is not fetched; download it and give its path"
+        return None, f"{quote(image)} is a URL, which is not fetched; download it and give its path"
     folder, name = os.path.split(os.path.join(rules.image_root, image))
     try:
         if folder not in rules.folders:
@@ -241,11 +325,11 @@ def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
         mode, path = 0, os.path.join(rules.folders.get(folder, folder), name)
     if not rules.allow_outside and not is_inside(path, rules.image_root):
         advice = "move the picture there, or set image_root or allow_outside"
-        return None, f"{_quote(image)} leaves {rules.image_root}; {advice}"
+        return None, f"{quote(image)} leaves {rules.image_root}; {advice}"
     if mode == 0 or (stat.S_ISLNK(mode) and not os.path.exists(path)):
-        return None, f"{_quote(image)} is not in {rules.image_root}; correct the path, or set image_root"
+        return None, f"{quote(image)} is not in {rules.image_root}; correct the path, or set image_root"
     if not stat.S_ISREG(mode) and not os.path.isfile(path):
-        return None, f"{_quote(image)} is not a file; give the path of one picture"
+        return None, f"{quote(image)} is not a file; give the path of one picture"
     return path, ""
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from embervlm.data.chain_text import (
     CONCLUSION,
@@ -26,7 +25,8 @@ from embervlm.data.chain_text import (
     parse_answer,
     parse_reasoning_text,
 )
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, is_inside, kind, read_fields
+from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, is_inside, kind, quote, read_fields
+from embervlm.run_dir import atomic_text
 
 __all__ = [
     "REASONING_END",
@@ -35,12 +35,15 @@ __all__ = [
     "DataError",
     "Reading",
     "ReasoningRecord",
+    "file_values",
     "format_reasoning",
     "parse_answer",
     "parse_reasoning_text",
     "read_each",
+    "read_record",
     "read_records",
     "record_to_json",
+    "write_dataset",
     "write_jsonl",
 ]
 
@@ -113,7 +116,8 @@ def read_records(
         require_reasoning: False admits direct-answer records, which have no chain; `steps` is then `()`.
         max_steps: the most numbered steps a chain may have.
     Raises:
-        DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`.
+        DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`; two
+            records of one id are one.
     """
     path = Path(path)
     problems: list[str] = []
@@ -176,20 +180,37 @@ def read_each(
         image_root=root, candidates=tuple(candidates), require_reasoning=require_reasoning,
         allow_outside=allow_outside, max_steps=max_steps,
     )  # fmt: skip
-    for number, value in _values(path, file_problems):
+    numbers: dict[str, int] = {}
+    for number, value in file_values(path, file_problems):
         found: list[str] = []
-        record = None
-        if isinstance(value, dict):
-            fields = read_fields(value, f"{path.name}:{number}", rules, found.append)
-            if not found:
-                record = ReasoningRecord(**fields)
-        else:
-            found.append(f"is {kind(value)}, not an object; write {{...}} with the fields of the Stage 4 guide")
+        record = read_record(value, f"{path.name}:{number}", rules, found.append)
+        if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:
+            found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each record its own")
+            record = None
         yield Reading(number=number, value=value, record=record, problems=tuple(found))
 
 
-def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Each value of the file with its number, counted from 1; in JSONL that is the line."""
+def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) -> ReasoningRecord | None:
+    """The record that one parsed JSON value holds; None where something was reported. Never raises."""
+    if not isinstance(value, dict):
+        report(f"is {kind(value)}, not an object; write {{...}} with the fields of the Stage 4 guide")
+        return None
+    found: list[str] = []
+    try:
+        fields = read_fields(value, default_id, rules, found.append)
+    except RecursionError:
+        found = ["nested too deeply; a record is a flat object, drop what is inside"]
+    for problem in found:
+        report(problem)
+    return None if found else ReasoningRecord(**fields)
+
+
+def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iterator[tuple[int, Any]]:
+    """Each value of the file with its number, counted from 1; in JSONL that is the line.
+
+    Lines that are no JSON go to `problems`; a file that cannot be read at all is a DataError. With `keyed` the records
+    of a `.json` file may also be the values of one object, whose keys become their `id`.
+    """
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl", ".parquet"):
         raise DataError(f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl or .parquet')
@@ -207,6 +228,8 @@ def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
         value = _decode(data, str(path), 1, "correct it there; one record per line needs the suffix .jsonl", problems)
         if problems:
             return
+        if keyed and isinstance(value, dict):
+            value = [{"id": key, **item} if isinstance(item, dict) else item for key, item in value.items()]
         if not isinstance(value, list):
             raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
         yield from enumerate(value, start=1)
@@ -291,17 +314,31 @@ def write_jsonl(
     """
     path = Path(path)
     root = path.parent if image_root is None else image_root
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    with atomic_text(path) as file:
+        for record in records:
+            try:
+                file.write(json.dumps(record_to_json(record, root)) + "\n")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"record {record.record_id}: metadata: {error}; keep JSON values only") from error
+
+
+def write_dataset(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON objects as a list or, for a `.jsonl` path, one to a line; the file appears whole or not at all."""
+    path = Path(path)
+    lines = map(_json_line, records)
+    with atomic_text(path) as file:
+        if path.suffix == ".jsonl":
+            file.writelines(line + "\n" for line in lines)
+        else:
+            file.write("[\n")
+            file.writelines(f",\n{line}" if index else line for index, line in enumerate(lines))
+            file.write("\n]\n")
+
+
+def _json_line(value: Mapping[str, Any]) -> str:
     try:
-        with open(partial, "x", encoding="utf-8") as file:
-            for record in records:
-                try:
-                    file.write(json.dumps(record_to_json(record, root)) + "\n")
-                except (TypeError, ValueError) as error:
-                    raise DataError(f"record {record.record_id}: metadata: {error}; keep JSON values only") from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        line = json.dumps(value, ensure_ascii=False)
+    except RecursionError as error:
+        raise DataError(f"record {value.get('id')}: metadata: nested too deeply; drop what is inside") from error
+    # half a surrogate pair is no UTF-8; JSON can hold it as an escape only
+    return json.dumps(value) if SURROGATE.search(line) else line

@@ -111,8 +111,8 @@ def normalised_text(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
 
 
-def picture_digests(records: Iterable[ReasoningRecord], problems: list[str]) -> dict[str, str]:
-    """Path -> hash over the content; each path is read once."""
+def picture_digests(records: Sequence[ReasoningRecord], problems: list[str]) -> dict[str, str]:
+    """Path -> hash over the picture's content; each is read once. What cannot be read goes to `problems`."""
     digests: dict[str, str] = {}
     for path in dict.fromkeys(record.image for record in records if record.image is not None):
         try:

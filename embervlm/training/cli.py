@@ -94,14 +94,16 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     from embervlm.data.records import DataError
     from embervlm.model.storage import CheckpointError
-    from embervlm.run_dir import DamagedCheckpointError
+    from embervlm.run_dir import DamagedCheckpointError, WriteError
     from embervlm.training.engine import NonFiniteLossError, World
     from embervlm.training.phases import Run
 
     world = World.join()
     try:
         Run(config, world).go(stages, args.phase)
-    except (ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError) as error:
+    except (
+        ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError, WriteError
+    ) as error:  # fmt: skip
         sys.exit(f"error: {error}" if world.rank == 0 else 1)
     finally:
         _leave()

@@ -22,9 +22,12 @@ class VisualCache:
 
     @classmethod
     def build(cls, model: EmberVLM, pictures: PictureCache, world: World, chunk: int = 128) -> VisualCache | None:
-        """Each process sees its share of the pictures; None where the tokens would not fit. Call before wrapping."""
+        """Each process sees its share of the pictures; None without any, or where the tokens would not fit.
+
+        Call before wrapping.
+        """
         shape = (len(pictures.array), model.num_visual_tokens, model.language_model.hidden_size)
-        if 4 * shape[0] * shape[1] * shape[2] > MAX_BYTES:
+        if not 0 < 4 * shape[0] * shape[1] * shape[2] <= MAX_BYTES:
             return None
         tokens = torch.zeros(shape)
         model.to(world.device).eval()

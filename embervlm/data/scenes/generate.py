@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 from embervlm.config import ConfigError
 from embervlm.data.blind import blind_guess
 from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reasoning
+from embervlm.data.records import write_dataset
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
 from embervlm.data.splits import split_of
 from embervlm.data.teachers.real_tasks import scenes_for, task_record
 from embervlm.data.teachers.rules import KINDS, TASKS, Task, TaughtChain, caption, teach
 from embervlm.progress import progress_bar
+from embervlm.run_dir import naming_unwritten
 
 KIND_SHARES = {"now": 0.15, "walk": 0.2, "haul": 0.65}
 """Share of each question kind; the long chains are where reasoning can show."""
@@ -111,7 +112,8 @@ def scene_metadata(
 def render_to_file(facts: SceneFacts, seed: int, path: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Draw a scene into a JPEG; its boxes (each in [0, 1]) and numbers."""
     rendered = render_scene(facts, seed)
-    rendered.image.save(path, quality=JPEG_QUALITY)
+    with naming_unwritten(path):
+        rendered.image.save(path, quality=JPEG_QUALITY)
     boxes = [
         {"kind": item.kind, "label": item.label, "box": [round(edge, 4) for edge in item.box]}
         for item in rendered.objects
@@ -155,25 +157,6 @@ def generate_scenes(
     records = records[:num_samples]
     write_dataset(path, records)
     return records
-
-
-def write_dataset(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as JSON or, for a `.jsonl` path, one to a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with part.open("w", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        else:
-            file.write("[\n")
-            file.writelines(_array_lines(records))
-            file.write("]\n")
-    os.replace(part, path)
-
-
-def _array_lines(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for index, record in enumerate(records):
-        yield json.dumps(record, ensure_ascii=False) + (",\n" if index + 1 < len(records) else "\n")
 
 
 def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -117,12 +117,16 @@ def _end_in(chain: TaughtChain, gold: tuple[str, ...]) -> TaughtChain:
     return replace(chain, steps=tuple(steps), claims=claims, answer=gold)
 
 
+def task_group(text: str) -> str:
+    """The `split_group` of a task: the same for all spellings of it."""
+    return "task:" + re.sub(r"\W+", " ", text).casefold().strip()
+
+
 def task_record(index: int, text: str, chain: TaughtChain, metadata: dict[str, Any], image: str) -> dict[str, Any]:
     """The record of one real task in the unified spelling."""
-    group = re.sub(r"\W+", " ", text).casefold().strip()
     return {
         "id": f"task-{index:06d}", "image": image, "instruction": f"{text} Which robots are suited?",
         "reasoning": f"{REASONING_START}{format_reasoning(chain.steps)}{REASONING_END}",
         "answer": ", ".join(chain.answer), "confidence": 1.0,
-        "metadata": {**metadata, "source": "real_task", "split_group": f"task:{group}"},
+        "metadata": {**metadata, "source": "real_task", "split_group": task_group(text)},
     }  # fmt: skip
