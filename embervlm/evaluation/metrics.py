@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
 
+from embervlm.data.chain_text import STEP_TYPES
 from embervlm.evaluation.claims import (
     ChainContext,
     ClaimReader,
@@ -43,8 +44,6 @@ TARGETS = {
     "final_answer_accuracy": 0.75,
 }
 """The Stage 4 guide's targets; a metric must be above, not at, its target."""
-
-STEP_TYPES = ("problem_analysis", "constraint_checking", "solution_selection", "conclusion")
 
 MIN_WORDS_OF_A_TYPE = 4
 MIN_SHARED_NAMES = 0.5

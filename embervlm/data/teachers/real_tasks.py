@@ -74,6 +74,11 @@ def read_tasks(values: Sequence[Any], path: Path) -> list[tuple[str, tuple[str, 
     return tasks
 
 
+def normalised_task(text: str) -> str:
+    """The same for the same task in other letters or punctuation; splits are made over it."""
+    return re.sub(r"\W+", " ", text).casefold().strip()
+
+
 @lru_cache(maxsize=1)
 def _taught() -> list[tuple[SceneFacts, Task, frozenset[str]]]:
     return [(facts, task, frozenset(teach(facts, task).answer)) for facts in all_facts() for task in TASKS]
@@ -112,10 +117,9 @@ def _end_in(chain: TaughtChain, gold: tuple[str, ...]) -> TaughtChain:
 
 def task_record(index: int, text: str, chain: TaughtChain, metadata: dict[str, Any], image: str) -> dict[str, Any]:
     """The record of one real task in the unified spelling."""
-    group = re.sub(r"\W+", " ", text).casefold().strip()
     return {
         "id": f"task-{index:06d}", "image": image, "instruction": f"{text} Which robots are suited?",
         "reasoning": f"{REASONING_START}{format_reasoning(chain.steps)}{REASONING_END}",
         "answer": ", ".join(chain.answer), "confidence": 1.0,
-        "metadata": {**metadata, "source": "real_task", "split_group": f"task:{group}"},
+        "metadata": {**metadata, "source": "real_task", "split_group": f"task:{normalised_task(text)}"},
     }  # fmt: skip
