@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import mimetypes
 import os
 import signal
@@ -191,12 +190,12 @@ class _Run:
                 yield question, sample
 
     async def main(self) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAioHttpClient
 
         config = self.config
         self._client = AsyncOpenAI(
             base_url=config.url(), api_key=self._key or "none", timeout=config.request_timeout_s,
-            max_retries=config.max_retries,
+            max_retries=config.max_retries, http_client=DefaultAioHttpClient(timeout=config.request_timeout_s),
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -334,6 +333,7 @@ class _Run:
             _Unanswered: nothing usable came, in spite of the client's retries.
             ConfigError: no request of this run can succeed.
         """
+        from httpx2 import Response
         from openai import APIConnectionError, APIError, APIStatusError, OpenAIError
 
         picture = None
@@ -344,9 +344,10 @@ class _Run:
         for _ in range(MALFORMED_TRIES + len(_REPLACEMENTS)):
             sent = self._without_unsupported(request)
             try:
-                completion = await self._client.chat.completions.create(**sent)
-                return self._read_completion(completion, sent)
-            except (json.JSONDecodeError, UnicodeDecodeError, _Malformed) as error:
+                # Not chat.completions.create(): its typed copies of request and answer cost more than all the rest.
+                response = await self._client.post("/chat/completions", body=sent, cast_to=Response)
+                return self._read_completion(response.json(), sent)
+            except (ValueError, _Malformed) as error:
                 last = self._redact(f"not the protocol's JSON: {error}")
             except APIStatusError as error:
                 message = self._redact(f"{error.status_code} {error.message}")
@@ -398,25 +399,24 @@ class _Run:
         return True
 
     def _read_completion(self, completion: Any, sent: dict[str, Any]) -> tuple[Reply, dict[str, int]]:
-        choices = getattr(completion, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            raise _Malformed("there is no choices[0].message")
-        message = choices[0].message
-        content = message.content if isinstance(message.content, str) else ""
-        extra = message.model_extra or {}
-        thinking = extra.get("reasoning_content") or extra.get("reasoning")
+        try:
+            choice = completion["choices"][0]
+            message = choice["message"]
+            texts = {name: message.get(name) for name in ("content", "reasoning_content", "reasoning")}
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise _Malformed("there is no choices[0].message") from None
+        texts = {name: self._redact(text) for name, text in texts.items() if isinstance(text, str)}
         reply = Reply(
-            content=self._redact(content), thinking=self._redact(thinking) if isinstance(thinking, str) else "",
-            cut_off=choices[0].finish_reason == "length",
+            content=texts.get("content", ""), cut_off=choice.get("finish_reason") == "length",
+            thinking=texts.get("reasoning_content") or texts.get("reasoning") or "",
         )  # fmt: skip
-        usage = completion.usage
-        if usage is None:
+        usage = completion.get("usage") or {}
+        counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+        if not all(isinstance(count, int) for count in counts.values()):
             asked = sum(len(str(part["content"])) for part in sent["messages"])
-            return reply, {
-                "prompt_tokens": asked // CHARACTERS_PER_TOKEN,
-                "completion_tokens": (len(content) + len(reply.thinking)) // CHARACTERS_PER_TOKEN,
-            }
-        return reply, {"prompt_tokens": usage.prompt_tokens or 0, "completion_tokens": usage.completion_tokens or 0}
+            said = len(reply.content) + len(reply.thinking)
+            counts = {"prompt_tokens": asked // CHARACTERS_PER_TOKEN, "completion_tokens": said // CHARACTERS_PER_TOKEN}
+        return reply, counts
 
     def _redact(self, text: str) -> str:
         """`text` without the key, should a server or a library have put it there."""
