@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_describe(commands.add_parser("describe", help="sizes of a model preset"))
     data = commands.add_parser("data", help="make reasoning data").add_subparsers(dest="action", required=True)
-    _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
+    _add_generate(data.add_parser("generate", help="chains by a teacher, by the model itself, or by people"))
+    _add_merge(data.add_parser("merge", help="one data set from the shards of a job"))
     _add_validate(data.add_parser("validate", help="every problem of a data set, and what is in it"))
     _add_filter(data.add_parser("filter", help="keep the records of at least a quality"))
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
@@ -44,14 +45,48 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher_model", default="rules", help="rules is the embedded teacher")
-    parser.add_argument("--input_dataset", type=Path, help="tasks to make scenes for, several each if need be")
+    parser.add_argument("--source", choices=("teacher", "self", "human"), default="teacher", help="who writes chains")
+    parser.add_argument("--teacher_model", default="rules", help="rules is embedded; others are behind an endpoint")
+    parser.add_argument("--input_dataset", type=Path, help="records or tasks; rules needs none")
     parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; pictures go to images/ beside")
-    parser.add_argument("--num_samples", type=int, help="default: 50000, or one for each task of --input_dataset")
-    parser.add_argument("--questions_per_picture", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="processes that draw; default: one per core")
+    parser.add_argument(
+        "--num_samples", type=int, help="default: 50000; rules makes one for each task of --input_dataset"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="part I (from 0) of N, such as $SLURM_ARRAY_TASK_ID/8")
+    parser.add_argument("--image_root", type=Path, help="what the input's image paths are relative to")
+    parser.add_argument("--samples_per_record", type=int, help="chains for each question; teacher 1, self 4")
+    parser.add_argument("--temperature", type=float, help="endpoint: its own by default; self: 0.8")
+    rules = parser.add_argument_group("--teacher_model rules")
+    rules.add_argument("--questions_per_picture", type=int, default=1)
+    rules.add_argument("--seed", type=int, default=0)
+    rules.add_argument("--workers", type=int, help="processes that draw; default: one per core")
+    own = parser.add_argument_group("--source self")
+    own.add_argument("--checkpoint", type=Path)
+    own.add_argument("--max_reasoning_steps", type=int, default=10)
+    other = parser.add_argument_group("other teachers, behind an OpenAI-compatible endpoint")
+    other.add_argument("--teacher_base_url", dest="base_url", help="such as http://localhost:8000/v1")
+    other.add_argument("--teacher_api_key_env", dest="api_key_env", metavar="NAME", help="default: OPENAI_API_KEY")
+    other.add_argument("--teacher_sees_pictures", dest="sees_pictures", action="store_true", help="send the picture")
+    other.add_argument(
+        "--no_teacher_sees_pictures", dest="sees_pictures", action="store_false", help="tell the facts (default)"
+    )  # fmt: skip
+    other.add_argument("--concurrency", type=int, default=16, help="requests in flight")
+    other.add_argument("--attempts", type=int, default=3, help="answers asked for until one is accepted")
+    other.add_argument("--max_answer_tokens", type=int, default=4096)
+    other.add_argument("--request_timeout_s", type=float, default=600.0)
+    other.add_argument("--max_retries", type=int, default=6, help="of a request that failed")
+    other.add_argument("--max_tokens_total", type=int, help="stop before this many tokens, earlier runs included")
+    other.add_argument("--max_usd_total", type=float, help="stop before this cost, earlier runs included")
+    other.add_argument("--usd_per_million_input", type=float, default=0.0)
+    other.add_argument("--usd_per_million_output", type=float, default=0.0)
     parser.set_defaults(run=_generate)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
+    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--image_root", type=Path, help="of the shards and of the output; default: each file's folder")
+    parser.set_defaults(run=_merge)
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
@@ -151,10 +186,42 @@ def _describe(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    common = {name: getattr(args, name) for name in ("input_dataset", "output_file", "num_samples", "shard")}
+    if args.num_samples is None and (args.source != "teacher" or args.teacher_model != "rules"):
+        from embervlm.data.commands import DEFAULT_SAMPLES
+
+        common["num_samples"] = DEFAULT_SAMPLES
+    if args.source == "self":
+        from embervlm.evaluation.self_generated import SelfGeneration, generate_by_itself
+
+        settings = SelfGeneration(
+            checkpoint=args.checkpoint, seed=args.seed, max_reasoning_steps=args.max_reasoning_steps,
+            samples_per_record=4 if args.samples_per_record is None else args.samples_per_record,
+            temperature=0.8 if args.temperature is None else args.temperature,
+        )  # fmt: skip
+        return generate_by_itself(settings, image_root=args.image_root, **common)
+    if args.source == "human":
+        from embervlm.data.commands import convert_annotations
+
+        return convert_annotations(image_root=args.image_root, **common)
+    if args.teacher_model != "rules":
+        from dataclasses import fields
+
+        from embervlm.data.commands import generate_by_teacher
+        from embervlm.data.teachers.endpoint import EndpointConfig
+
+        args.samples_per_record = 1 if args.samples_per_record is None else args.samples_per_record
+        endpoint = EndpointConfig(**{field.name: getattr(args, field.name) for field in fields(EndpointConfig)})
+        return generate_by_teacher(endpoint, image_root=args.image_root, **common)
     from embervlm.data.commands import generate
 
-    options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "run")}
-    generate(**options)
+    generate(seed=args.seed, questions_per_picture=args.questions_per_picture, workers=args.workers, **common)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from embervlm.data.commands import merge
+
+    merge(shards=args.shards, output_file=args.output_file, image_root=args.image_root)
 
 
 def _validate(args: argparse.Namespace) -> None:

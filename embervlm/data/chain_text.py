@@ -11,6 +11,8 @@ ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot w
 REASONING_START = "<|reasoning_start|>"
 REASONING_END = "<|reasoning_end|>"
 CONCLUSION = "Conclusion: "
+STEP_TYPES = ("problem_analysis", "constraint_checking", "solution_selection", "conclusion")
+"""The Stage 4 guide's step types."""
 
 # ---- chains of thought as text
 

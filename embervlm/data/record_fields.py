@@ -43,6 +43,7 @@ class FieldRules:
     require_reasoning: bool
     allow_outside: bool
     max_steps: int
+    require_answer: bool = True
     folders: dict[str, str] = field(default_factory=dict)
     images: dict[str, tuple[str | None, str]] = field(default_factory=dict)
 
@@ -244,6 +245,8 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
             report(f"metadata.candidates: {problem}")
             return ()
         candidates = tuple(own)
+    if answer is None and not rules.require_answer:
+        return ()
     if answer is None:
         report("answer: is missing; add the right answer or answers")
         return ()

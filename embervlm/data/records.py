@@ -78,7 +78,7 @@ class ReasoningRecord:
     """Without the "Step i:" prefix; bullets of a step stay in it, one per line. A conclusion stands last and starts
     with "Conclusion: ". Empty for a direct-answer record."""
     answer: tuple[str, ...]
-    """The set of right answers, without repeats, in the order of the candidates."""
+    """The set of right answers, without repeats, in the order of the candidates. Empty for an open question."""
     confidence: float | None = None
     """In [0, 1], or None where the record gives none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -104,6 +104,7 @@ def read_records(
     image_root: str | os.PathLike[str] | None = None,
     candidates: Sequence[str] = ROBOTS,
     require_reasoning: bool = True,
+    require_answer: bool = True,
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
 ) -> list[ReasoningRecord]:
@@ -114,6 +115,7 @@ def read_records(
             ("..", an absolute path elsewhere, a link) is refused unless `allow_outside`.
         candidates: the answers a record may give, where it does not bring its own `metadata.candidates`.
         require_reasoning: False admits direct-answer records, which have no chain; `steps` is then `()`.
+        require_answer: False admits questions whose answer is not known; `answer` is then `()`.
         max_steps: the most numbered steps a chain may have.
     Raises:
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`; two
@@ -125,7 +127,7 @@ def read_records(
     num_values = 0
     for reading in read_each(
         path, problems, image_root=image_root, candidates=candidates, require_reasoning=require_reasoning,
-        allow_outside=allow_outside, max_steps=max_steps,
+        require_answer=require_answer, allow_outside=allow_outside, max_steps=max_steps,
     ):  # fmt: skip
         num_values += 1
         if reading.record is not None:
@@ -163,6 +165,7 @@ def read_each(
     image_root: str | os.PathLike[str] | None = None,
     candidates: Sequence[str] = ROBOTS,
     require_reasoning: bool = True,
+    require_answer: bool = True,
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
 ) -> Iterator[Reading]:
@@ -178,7 +181,7 @@ def read_each(
         raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
     rules = FieldRules(
         image_root=root, candidates=tuple(candidates), require_reasoning=require_reasoning,
-        allow_outside=allow_outside, max_steps=max_steps,
+        allow_outside=allow_outside, max_steps=max_steps, require_answer=require_answer,
     )  # fmt: skip
     numbers: dict[str, int] = {}
     for number, value in file_values(path, file_problems):
@@ -295,7 +298,8 @@ def record_to_json(record: ReasoningRecord, image_root: str | os.PathLike[str] |
     out["instruction"] = record.instruction
     if record.steps:
         out["reasoning"] = f"{REASONING_START}\n{format_reasoning(record.steps)}\n{REASONING_END}"
-    out["answer"] = record.answer[0] if len(record.answer) == 1 else list(record.answer)
+    if record.answer:
+        out["answer"] = record.answer[0] if len(record.answer) == 1 else list(record.answer)
     if record.confidence is not None:
         out["confidence"] = record.confidence
     out["metadata"] = {**record.metadata, "num_steps": record.num_steps}

@@ -78,7 +78,7 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
 
 def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result and one sample per record, with picture, chain, answers and scores."""
-    model = _load(job.checkpoint)
+    model = load_model(job.checkpoint)
     data = load_eval_data(job, model.config.image_size)
     bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=not job.progress)
     results = _answer(model, data, data.records, job.decoding, bar)
@@ -101,7 +101,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         metrics["swapped_image_accuracy"] = _accuracy(model, data, swapped, job.decoding, bar) if swapped else None
         for key, name in (("no_reasoning_accuracy", "same_samples"), ("no_reasoning_same_time_accuracy", "same_time")):
             if (path := baseline_of(job.checkpoint, name)) is not None:
-                metrics[key] = _accuracy(_load(path), data, data.records, direct, bar)
+                metrics[key] = _accuracy(load_model(path), data, data.records, direct, bar)
     bar.close()
     result = {
         "format": EVAL_FORMAT,
@@ -117,7 +117,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return result, samples
 
 
-def _load(checkpoint: Path) -> EmberVLM:
+def load_model(checkpoint: Path) -> EmberVLM:
     model = EmberVLM.from_pretrained(checkpoint)
     return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[no-any-return, arg-type]
 

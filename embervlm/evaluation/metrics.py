@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
 
+from embervlm.data.chain_text import STEP_TYPES
 from embervlm.data.claims import (
     ChainContext,
     ClaimReader,
@@ -46,8 +47,6 @@ TARGETS = {
 
 MARGINS = {"swapped_image_accuracy": 0.25, "no_reasoning_accuracy": 0.10}
 """How far another accuracy must stay below `final_answer_accuracy`: the picture is looked at, the reasoning helps."""
-
-STEP_TYPES = ("problem_analysis", "constraint_checking", "solution_selection", "conclusion")
 
 MIN_WORDS_OF_A_TYPE = 4
 MIN_SHARED_NAMES = 0.5

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from embervlm.data.chain_text import REASONING_END, REASONING_START, format_reas
 from embervlm.data.records import write_dataset
 from embervlm.data.scenes.facts import SceneFacts, all_facts
 from embervlm.data.scenes.render import render_scene
+from embervlm.data.shard import WHOLE, Shard
 from embervlm.data.splits import split_of
 from embervlm.data.teachers.real_tasks import scenes_for, task_record
 from embervlm.data.teachers.rules import KINDS, TASKS, Task, TaughtChain, caption, teach
@@ -142,19 +143,22 @@ def _records_of(job: tuple[ScenePlan, str]) -> list[dict[str, Any]]:
 
 def generate_scenes(
     output_file: str | Path, *, num_samples: int, questions_per_picture: int = 1, seed: int = 0,
-    workers: int | None = None, progress: bool = True,
+    workers: int | None = None, progress: bool = True, shard: Shard = WHOLE,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write `num_samples` records with their pictures (in `images/` beside the file); return what was written."""
+    """Write `num_samples` records with their pictures (in `images/` beside the file); return what was written.
+
+    The shards together write the records of the whole job, each those of its own pictures.
+    """
     path = Path(output_file)
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
     plans = plan_scenes(-(-num_samples // questions_per_picture), questions_per_picture, seed)
-    jobs = [(plan, str(path.parent)) for plan in plans]
+    plans[-1] = replace(plans[-1], tasks=plans[-1].tasks[: num_samples - (len(plans) - 1) * questions_per_picture])
+    jobs = [(plan, str(path.parent)) for plan in shard.of(plans)]
     records: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
         done: Iterable[list[dict[str, Any]]] = pool.map(_records_of, jobs, chunksize=32)
         for group in progress_bar(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress):
             records.extend(group)
-    records = records[:num_samples]
     write_dataset(path, records)
     return records
 
@@ -173,7 +177,7 @@ def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def generate_for_tasks(
     tasks: Sequence[tuple[str, tuple[str, ...]]], output_file: str | Path, *, num_samples: int | None = None,
-    workers: int | None = None, progress: bool = True,
+    workers: int | None = None, progress: bool = True, shard: Shard = WHOLE,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Scenes and chains for tasks that others wrote: `num_samples` records, by default one for each task.
 
@@ -189,7 +193,7 @@ def generate_for_tasks(
     ]
     jobs.sort(key=lambda job: job[0])
     with ProcessPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        done = pool.map(_record_of_task, jobs, chunksize=32)
+        done = pool.map(_record_of_task, jobs := list(shard.of(jobs)), chunksize=32)
         records = list(progress_bar(done, total=len(jobs), desc="scenes", unit="picture", disable=not progress))
     write_dataset(path, records)
     return records

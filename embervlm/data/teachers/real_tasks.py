@@ -74,6 +74,11 @@ def read_tasks(values: Sequence[Any], path: Path) -> list[tuple[str, tuple[str, 
     return tasks
 
 
+def normalised_task(text: str) -> str:
+    """The same for the same task in other letters or punctuation; splits are made over it."""
+    return re.sub(r"\W+", " ", text).casefold().strip()
+
+
 @lru_cache(maxsize=1)
 def _taught() -> list[tuple[SceneFacts, Task, frozenset[str]]]:
     return [(facts, task, frozenset(teach(facts, task).answer)) for facts in all_facts() for task in TASKS]

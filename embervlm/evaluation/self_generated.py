@@ -1,0 +1,198 @@
+"""Chains that the model writes itself, kept where the answer is right and validator and rules find no fault.
+
+The Stage 4 guide's third source. Sampling several chains and keeping those with the right answer is rejection sampling
+as in STaR (Zelikman et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embervlm.config import ConfigError
+from embervlm.data.chain_text import CONCLUSION, format_reasoning
+from embervlm.data.claims import ChainContext, judge_steps
+from embervlm.data.collate import validator_inputs
+from embervlm.data.commands import check_output
+from embervlm.data.images import PictureCache
+from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, fact_domains
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.shard import Shard
+from embervlm.data.teachers.answers import Rejected, candidates_of, checked
+from embervlm.data.teachers.collection import (
+    Answer,
+    Collection,
+    Question,
+    finished_record,
+    need_input,
+    read_questions,
+)
+from embervlm.evaluation.evaluate import BATCH_SIZE, load_model, see
+from embervlm.model.config import STAGE3
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.generation import Decoding, check_length, generate_from_visual
+from embervlm.progress import progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfGeneration:
+    """Which model writes, and how."""
+
+    checkpoint: Path | None
+    """A Stage 4 checkpoint."""
+    samples_per_record: int = 4
+    """Chains drawn for each question; of equal ones the first is kept."""
+    temperature: float = 0.8
+    seed: int = 0
+    max_reasoning_steps: int = 10
+    """Most steps of a chain, its conclusion included."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            raise ConfigError("--source self: needs the model; name its folder with --checkpoint")
+        if self.samples_per_record < 1:
+            raise ConfigError(f"--samples_per_record {self.samples_per_record}: must be at least 1")
+        if self.temperature == 0 and self.samples_per_record > 1:
+            raise ConfigError("--temperature 0: all samples would be the same; raise it, or use --samples_per_record 1")
+
+
+def generate_by_itself(
+    settings: SelfGeneration, *, input_dataset: Path | None, output_file: Path, num_samples: int,
+    image_root: Path | None = None, shard: str | None = None,
+) -> None:  # fmt: skip
+    """Write the model's own chains for the questions in `input_dataset`; the same call again continues."""
+    part = Shard.parse(shard)
+    check_output(output_file, num_samples)
+    path = need_input(input_dataset, "--source self")
+    questions = read_questions(path, image_root=image_root, shard=part, need_answers=True)
+    assert settings.checkpoint is not None
+    model = load_model(settings.checkpoint)
+    if model.config.stage == STAGE3:
+        raise ConfigError(f"--checkpoint {settings.checkpoint}: a Stage 3 model has no step validator; use Stage 4")
+    begun = {
+        "--source": "self", "--checkpoint": str(settings.checkpoint), "--seed": settings.seed, "--shard": str(part),
+    }  # fmt: skip
+    wanted = part.share_of(num_samples)
+    with Collection(output_file, questions, image_root=image_root or path.parent, settings=begun) as collection:
+        _Writer(model, settings, questions).fill(collection, wanted)
+        print(f"{len(questions)} questions, {len(collection.accepted)} accepted, {collection.rejections()}")
+        print(f"{output_file}: {collection.write(wanted)} records")
+
+
+class _Writer:
+    """The model with the questions it is to answer."""
+
+    def __init__(self, model: EmberVLM, settings: SelfGeneration, questions: Sequence[Question]) -> None:
+        self.model, self.settings, self.questions = model, settings, questions
+        self.domains = fact_domains(question.record for question in questions)
+
+    def fill(self, collection: Collection, num_samples: int) -> None:
+        """Sample for each question that has not been through, until `num_samples` chains are accepted."""
+        bar = progress_bar(total=len(self.questions), desc="own chains", unit="record")
+        step = max(1, BATCH_SIZE // self.settings.samples_per_record)
+        samples = range(self.settings.samples_per_record)
+        for start in range(0, len(self.questions), step):
+            if len(collection.accepted) >= num_samples:
+                break
+            part = self.questions[start : start + step]
+            keys = [f"{question.key}:{sample}" for question in part for sample in samples]
+            is_open = [key not in collection.accepted and not collection.num_rejected[key] for key in keys]
+            if any(is_open):
+                # The batch is drawn whole, so that a continued run draws what an uninterrupted one would have.
+                drawn = self._judged(part, keys, collection, is_open, seed=self.settings.seed + start)
+                collection.add(drawn)
+            bar.update(len(part))
+            bar.set_postfix(accepted=len(collection.accepted), rejected=collection.total_rejected)
+        bar.close()
+
+    @torch.inference_mode()
+    def _judged(
+        self, questions: Sequence[Question], keys: Sequence[str], collection: Collection, is_open: Sequence[bool],
+        seed: int,
+    ) -> list[Answer]:  # fmt: skip
+        rows = [question for question in questions for _ in range(self.settings.samples_per_record)]
+        decoding = Decoding(
+            temperature=self.settings.temperature, seed=seed, max_reasoning_steps=self.settings.max_reasoning_steps
+        )
+        check_length(self.model, [question.record.instruction for question in questions], decoding)
+        records = [question.record for question in questions]
+        pictures = PictureCache([record.image for record in records if record.image], self.model.config.image_size)
+        visual, seen = see(self.model, pictures, records)
+        visual = visual.repeat_interleave(self.settings.samples_per_record, 0)
+        seen = seen.repeat_interleave(self.settings.samples_per_record, 0)
+        instructions = [question.record.instruction for question in rows]
+        results = generate_from_visual(self.model, visual, seen, instructions, decoding)
+        out = []
+        for row, (question, key, result) in enumerate(zip(rows, keys, results)):
+            if not is_open[row]:
+                continue
+            steps = result["reasoning_steps"]
+            followed = step_probabilities(
+                self.model, visual[row : row + 1], seen[row : row + 1], question.record, steps
+            )
+            reason = self._fault(question, result, followed)
+            if not reason and not collection.is_new_chain(key, steps):
+                reason = "repeated: the question has this chain already"
+            sample = int(key.rpartition(":")[2])
+            record = None if reason else finished_record(
+                question, sample, source="self_generated", steps=steps, answer=question.record.answer,
+                confidence=result["confidence"],
+            )  # fmt: skip
+            details = {
+                "id": question.record.record_id, "text": result["text"], "steps": list(steps),
+                "gold_answer": list(question.record.answer),
+            }  # fmt: skip
+            out.append(Answer(key=key, record=record, reason=reason, details=details))
+        return out
+
+    def _fault(self, question: Question, result: Mapping[str, Any], followed: Sequence[float]) -> str:
+        """Why the chain is not kept; empty where it is."""
+        record, steps = question.record, result["reasoning_steps"]
+        if set(result["answer_set"]) != set(record.answer):
+            return f"wrong answer: {result['answer'][:80]} instead of {', '.join(record.answer)}"
+        if len(steps) < 2 or not steps[-1].startswith(CONCLUSION):
+            return f"incomplete: {len(steps)} steps" + (", no conclusion" if steps else "")
+        try:
+            read = checked({"reasoning": format_reasoning(steps), "answer": list(record.answer)}, question)
+            if list(read.steps) != steps:
+                return "steps: the text of one holds the beginning of another"
+        except Rejected as error:
+            return str(error)
+        context = ChainContext(
+            instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self.domains,
+            reference_steps=record.steps, answer=frozenset(record.answer), gold_answer=frozenset(record.answer),
+            candidates=frozenset(candidates_of(record)),
+        )  # fmt: skip
+        for number, fault in enumerate(judge_steps(steps, context), 1):
+            if found := fault.contradicted or fault.redundant or fault.unsupported:
+                return f"rules: step {number} {found}"
+        for number, probability in enumerate(followed, 1):
+            if probability <= 0.5:
+                return f"step validator: step {number} follows with probability {probability:.2f}"
+        return ""
+
+
+def step_probabilities(
+    model: EmberVLM, visual: Tensor, seen: Tensor, record: ReasoningRecord, steps: Sequence[str]
+) -> list[float]:
+    """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one record."""
+    tokenizer = model.tokenizer
+    if not steps or tokenizer is None:
+        return []
+    prompt = tokenizer.encode(record.instruction)
+    marks = [tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in steps]
+    texts = tokenizer.encode_many([" " + step.removeprefix(CONCLUSION) for step in steps])
+    ids = [[mark, *text] for mark, text in zip(marks, texts)]
+    start = tokenizer.ids["<|reasoning_start|>"]
+    previous = [[start, *(t for step in ids[:i] for t in step)][-MAX_PREVIOUS_TOKENS:] for i in range(len(ids))]
+    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)])
+    logits = model.judge_steps(
+        visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
+    )
+    probabilities: list[float] = logits.float().sigmoid().tolist()
+    return probabilities
