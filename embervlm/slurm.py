@@ -63,8 +63,8 @@ class Requeues:
         """Note where this start goes on. ConfigError where the job has been started too often, by whomever."""
         if self.restarts > self.limit:
             raise ConfigError(
-                f"job {self.job_id} was requeued {self.restarts} times, more than {MAX_REQUEUES_VARIABLE}={self.limit}; "
-                f"look into its log, and submit again to go on"
+                f"job {self.job_id} was requeued {self.restarts} times, more than "
+                f"{MAX_REQUEUES_VARIABLE}={self.limit}; look into its log, and submit again to go on"
             )
         run_dir.write_json_atomic(self._path, {"restarts": self.restarts, "step": self.newest_step()})
 

@@ -47,12 +47,14 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: str, holds: Callable[[], object], timeout_s: float, log: Callable[[], str] = str) -> float:
+def wait_for(
+    what: str, holds: Callable[[], object], timeout_s: float, log: Callable[[], str] = str, pause_s: float = 0.2
+) -> float:
     """Wait until `holds()` is true and return the seconds that took; fails with `what` and the end of `log()`."""
     began = time.monotonic()
     while not holds():
         assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}\n{log()[-6000:]}"
-        time.sleep(0.3)
+        time.sleep(pause_s)
     return time.monotonic() - began
 
 

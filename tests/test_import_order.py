@@ -114,16 +114,9 @@ def test_the_report_imports_neither_torch_nor_a_model() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "embervlm",
-        "embervlm.select_best",
-        "embervlm.cli",
-        "embervlm.run_dir",
-        "embervlm.config",
-        "embervlm.cluster",
-        "embervlm.slurm",
-    ],
-)
+    ["embervlm", "embervlm.select_best", "embervlm.cli", "embervlm.run_dir", "embervlm.config", "embervlm.cluster",
+     "embervlm.slurm"],
+)  # fmt: skip
 def test_light_modules_import_where_torch_is_not_installed(name: str) -> None:
     """A login node."""
     code = f"import sys; sys.modules.update(torch=None, transformers=None, deepspeed=None); import {name}"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from training_helpers import (
     REPOSITORY,
     TINY,
@@ -100,8 +101,6 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_same_command_ends
 
     for name in ("again", "straight"):
         ok(train("torchrun", *flags, "--output_dir", tmp_path / name))
-    again, straight = (
-        weights_of(run_dir.checkpoint_path(run_dir.phase_dir(tmp_path / name, 2), None))
-        for name in ("again", "straight")
-    )
-    assert all((again[key] == straight[key]).all() for key in straight)
+    finals = [run_dir.checkpoint_path(run_dir.phase_dir(tmp_path / name, 2), None) for name in ("again", "straight")]
+    again, straight = map(weights_of, finals)
+    assert all(torch.equal(again[key], straight[key]) for key in straight)
