@@ -51,7 +51,10 @@ class Requeues:
     def __init__(self, phase_dir: Path) -> None:
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        self.limit = int(os.environ.get(MAX_REQUEUES_VARIABLE) or MAX_REQUEUES)
+        limit = os.environ.get(MAX_REQUEUES_VARIABLE) or str(MAX_REQUEUES)
+        if not limit.isdecimal():
+            raise ConfigError(f"{MAX_REQUEUES_VARIABLE}={limit}: write a whole number in slurm/site.env")
+        self.limit = int(limit)
         self._phase_dir = phase_dir
         self._path = phase_dir / f"slurm-{self.job_id}.json"
 
