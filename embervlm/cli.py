@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
+    _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
     commands.add_parser("select-best", help="same as python -m embervlm.select_best", add_help=False)
     return parser
@@ -159,6 +160,10 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="the same path in under a minute; figures mean nothing")
     parser.add_argument("--input_dataset", type=Path, help="start from tasks of others, such as robot_selection.json")
     parser.set_defaults(run=_quickstart)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_cluster)
 
 
 def _describe(args: argparse.Namespace) -> None:
@@ -295,6 +300,12 @@ def _quickstart(args: argparse.Namespace) -> None:
     from embervlm.quickstart import Quickstart
 
     Quickstart(output_dir=args.output_dir, smoke=args.smoke, input_dataset=args.input_dataset).run()
+
+
+def _cluster(args: argparse.Namespace) -> None:
+    from embervlm.cluster import check_recipes
+
+    print(check_recipes())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,9 @@ import sys
 import warnings
 from typing import Any
 
+from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.training.signals import EXIT_REQUEUE, Preempted, listen
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
@@ -45,6 +47,11 @@ FLAGS: dict[str, tuple[str, type, str]] = {
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="launch/train.py", description=__doc__, allow_abbrev=False)
     out.add_argument("--config", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML")
+    out.add_argument(
+        "--cluster", default=os.environ.get(CLUSTER_VARIABLE) or None,
+        help=f"node recipe in configs/cluster/, or a YAML; its settings stand over --config, flags over it. "
+        f"Default: ${CLUSTER_VARIABLE}",
+    )  # fmt: skip
     out.add_argument("--stages", nargs="+", default=["4"], help="3, 4, baseline; several in order")
     out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4")
     out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
@@ -58,10 +65,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Dotted key -> value of every flag that was given."""
+    """Dotted key -> value of the node recipe and, over it, of every flag that was given."""
     import yaml
 
-    out = {key: getattr(args, flag) for flag, (key, _, _) in FLAGS.items() if getattr(args, flag) is not None}
+    out = load_recipe(args.cluster).train_settings if args.cluster else {}
+    out |= {key: getattr(args, flag) for flag, (key, _, _) in FLAGS.items() if getattr(args, flag) is not None}
     if args.gradient_checkpointing:
         out["stage4.gradient_checkpointing"] = True
     if args.allow_outside:
@@ -91,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    listen()
     warnings.filterwarnings("ignore", category=FutureWarning)
     from embervlm.data.records import DataError
     from embervlm.model.storage import CheckpointError
@@ -100,13 +109,27 @@ def main(argv: list[str] | None = None) -> None:
 
     world = World.join()
     try:
+        check_cluster(args.cluster, world.size)
         Run(config, world).go(stages, args.phase)
     except (
         ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError, WriteError
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}" if world.rank == 0 else 1)
+    except Preempted as stopped:
+        if world.rank == 0:
+            print(stopped, file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     finally:
         _leave()
+
+
+def check_cluster(name: str | None, num_processes: int) -> None:
+    """Raise ConfigError where this many processes are not the recipe's, whose global batch would be another."""
+    if name and num_processes != (wanted := load_recipe(name).num_gpus):
+        raise ConfigError(
+            f"--cluster {name} is for {wanted} processes, one per GPU; {num_processes} were started. "
+            f"Start {wanted}, or choose another recipe"
+        )
 
 
 def _leave() -> None:

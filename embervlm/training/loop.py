@@ -20,6 +20,7 @@ from embervlm.training.checkpoint import CheckpointStore, Progress, load_trainin
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor, teacher_forcing_ratio
+from embervlm.training.signals import Preempted, stop_wanted
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
 
@@ -115,9 +116,13 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
                 job.after_epoch(model, epoch + 1)
             model.train()
         evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
-        if progress.step < total and (progress.step % config.save_steps == 0 or evaluates):
+        stopping = stop_wanted(world)
+        if progress.step < total and (progress.step % config.save_steps == 0 or evaluates or stopping):
             saved = store.save(engine, progress, settings)
             last_saved = progress.step
+            if stopping:
+                tracker.close()
+                raise Preempted(progress.step)
             if evaluates and job.after_save is not None:
                 job.after_save(saved)
     if progress.step == last_saved == 0:

@@ -1,0 +1,118 @@
+"""Node recipes of `configs/cluster/`: what a job asks Slurm for, and how it trains there.
+
+Every shipped recipe has the same global batch, so that a run may move from one to another.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embervlm.config import REPOSITORY, ConfigError, from_mapping, read_yaml
+
+RECIPES = REPOSITORY / "configs" / "cluster"
+CLUSTER_VARIABLE = "EMBERVLM_CLUSTER"
+"""Environment variable that stands for `--cluster` where that is not given."""
+GPU_OPTIONS_VARIABLE = "EMBERVLM_SBATCH_GPU"
+"""How this site asks for GPUs; see `slurm/site.env`."""
+GPU_OPTIONS = "--gres=gpu:{count} --constraint={type}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecipe:
+    """Nodes and GPUs of a job, and the settings that fit them. One process per GPU."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_type: str
+    """What the site calls this kind: the constraint, or the type within the gres."""
+    precision: str
+    zero_stage: int
+    batch_size: int
+    """Records per GPU and micro-batch."""
+    gradient_accumulation_steps: int
+    """Micro-batches per update."""
+    cpus_per_task: int
+    """CPU cores per GPU."""
+    phase1_minutes: int
+    """Time limit of a phase 1 job; about twice what the guide expects. A job that reaches it is requeued."""
+    phase2_minutes: int
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "batch_size", "gradient_accumulation_steps", "cpus_per_task",
+                     "phase1_minutes", "phase2_minutes"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def global_batch(self) -> int:
+        """Records per update."""
+        return self.num_gpus * self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def train_settings(self) -> dict[str, Any]:
+        """Dotted key of the training YAML -> value."""
+        return {
+            "precision": self.precision,
+            "zero_stage": self.zero_stage,
+            "stage4.batch_size": self.batch_size,
+            "stage4.gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+
+    def sbatch_options(self, minutes: int | None) -> list[str]:
+        """Options of `sbatch` for a job on these nodes; `minutes` None leaves the time limit to the site."""
+        gpus = os.environ.get(GPU_OPTIONS_VARIABLE) or GPU_OPTIONS
+        try:
+            gpus = gpus.format(count=self.gpus_per_node, type=self.gpu_type)
+        except (KeyError, IndexError, ValueError):
+            raise ConfigError(f"{GPU_OPTIONS_VARIABLE}={gpus}: only {{count}} and {{type}} are filled in") from None
+        time = [f"--time={minutes}"] if minutes else []
+        return [
+            f"--nodes={self.nodes}", f"--ntasks-per-node={self.gpus_per_node}",
+            f"--cpus-per-task={self.cpus_per_task}", *gpus.split(), *time,
+        ]  # fmt: skip
+
+
+def load_recipe(name: str) -> ClusterRecipe:
+    """The recipe of that name in `configs/cluster/`, or in the YAML file of that path."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+        if not path.exists():
+            raise ConfigError(
+                f"--cluster: no recipe {name!r}; known are {', '.join(recipe_names())}, or give a path to a YAML"
+            )
+    values = read_yaml(path)
+    try:
+        if missing := sorted(set(ClusterRecipe.__dataclass_fields__) - set(values)):
+            raise ConfigError(f"{', '.join(missing)} missing; every key is needed")
+        return from_mapping(ClusterRecipe, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    """Shipped recipes, smallest first."""
+    found = {path.stem: load_recipe(str(path)) for path in RECIPES.glob("*.yaml")}
+    return sorted(found, key=lambda name: (found[name].num_gpus, name))
+
+
+def check_recipes() -> str:
+    """A table of the shipped recipes with the global batch of each; ConfigError where they differ."""
+    found = {name: load_recipe(name) for name in recipe_names()}
+    lines = [f"{'recipe':<10} {'nodes':>5} {'GPUs':>5}  {'precision':<9} {'ZeRO':>4} {'micro-batch':>11} "
+             f"{'accumulation':>12} {'global batch':>12}"]  # fmt: skip
+    for name, recipe in found.items():
+        lines.append(
+            f"{name:<10} {recipe.nodes:>5} {recipe.num_gpus:>5}  {recipe.precision:<9} {recipe.zero_stage:>4} "
+            f"{recipe.batch_size:>11} {recipe.gradient_accumulation_steps:>12} {recipe.global_batch:>12}"
+        )
+    if len({recipe.global_batch for recipe in found.values()}) > 1:
+        raise ConfigError("\n".join([*lines, f"the global batches differ; make them equal in {RECIPES}"]))
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Stopping on request: a signal sets a flag, and the processes agree on it between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embervlm.training.engine import World
+
+EXIT_REQUEUE = os.EX_TEMPFAIL
+"""Exit status of a run that was asked to stop, has saved, and goes on when it is started again."""
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+"""Time limit (`sbatch --signal`), preemption or `scancel`, and Ctrl-C."""
+
+_received: list[int] = []
+
+
+class Preempted(Exception):
+    """A signal asked this run to stop, and everything up to `step` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"asked to stop: saved at step {step}; the same command goes on from there")
+
+
+def listen() -> None:
+    """From now on the signals only set a flag, for the rest of this process's life. A second SIGINT kills.
+
+    The handlers stay until the end: the first process that leaves makes Slurm terminate the others, which may still
+    be closing.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop_wanted(world: World) -> bool:
+    """Whether any process got a signal. Collective: every process gets the same answer, so all save or none does."""
+    import torch  # here, so that `listen` can be called before the seconds that loading torch takes
+
+    return bool(world.sum(torch.tensor(float(bool(_received)), device=world.device)) > 0)
