@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make reasoning data").add_subparsers(dest="action", required=True)
     _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
+    _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
+    _add_cluster(commands.add_parser("cluster", help="the node recipes and the global batch of each"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
     commands.add_parser("select-best", help="same as python -m embervlm.select_best", add_help=False)
@@ -72,6 +74,39 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="the same path in a minute or two; figures mean nothing")
     parser.add_argument("--input_dataset", type=Path, help="start from tasks of others, such as robot_selection.json")
     parser.set_defaults(run=_quickstart)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", required=True, help="recipe in configs/cluster/, or a YAML")
+    parser.add_argument("--model", help="preset in configs/model/, or a YAML; default: the run's")
+    parser.add_argument("--config", help="the run's YAML; default: configs/training_stages.yaml")
+    parser.add_argument("--records", type=int, help="records of all splits together; default: target_samples")
+    parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: the most that count")
+    parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
+    parser.add_argument("--utilisation", type=float, default=0.15, help="share of the GPU's rated speed; default 0.15")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from embervlm.plan import run_plan
+
+    run_plan(
+        cluster=args.cluster, model=args.model, config=args.config, records=args.records,
+        question_tokens=args.question_tokens, chain_tokens=args.chain_tokens, utilisation=args.utilisation,
+        as_json=args.json,
+    )  # fmt: skip
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", required=True, help="an error where global batches differ")
+    parser.set_defaults(run=_cluster)
+
+
+def _cluster(args: argparse.Namespace) -> None:
+    from embervlm.cluster import check_recipes
+
+    print(check_recipes())
 
 
 def _describe(args: argparse.Namespace) -> None:

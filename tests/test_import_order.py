@@ -13,9 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "embervlm"
 ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands")
-BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress"}
+BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
 """Left of every folder."""
-COMMANDS = {"embervlm.cli", "embervlm.quickstart"}
+COMMANDS = {"embervlm.cli", "embervlm.quickstart", "embervlm.plan", "embervlm.submit"}
 """Right of every folder: they put everything together."""
 READERS = {"embervlm.select_best"}
 """Reads an output folder; may import `base` alone."""
