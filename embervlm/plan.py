@@ -205,7 +205,9 @@ def count_micro_batch(
     length = question_tokens + chain_tokens
     scored = chains * chain_tokens + (rows - chains) * ANSWER_TOKENS
     pairs = max(1, round(2 * chains * phase.validator_records_ratio))
-    pair_length = question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + min(chain_tokens, MAX_PAIR_TOKENS) // 4
+    pair_length = (
+        question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + min(chain_tokens, MAX_PAIR_TOKENS) // 4
+    )
     forcing = stage.scheduled_sampling.final_teacher_forcing if stage.scheduled_sampling.enabled else 1.0
     num_visual, hidden, side = model.num_visual_tokens, model.language_model.hidden_size, model.config.image_size
     grounded = phase.multimodal_loss_weight > 0
