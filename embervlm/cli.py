@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
+    _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
@@ -164,6 +165,28 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_cluster)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", required=True, help="recipe in configs/cluster/, or a YAML")
+    parser.add_argument("--model", help="preset in configs/model/, or a YAML; default: the run's")
+    parser.add_argument("--config", help="the run's YAML; default: configs/training_stages.yaml")
+    parser.add_argument("--records", type=int, help="records of all splits together; default: target_samples")
+    parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: the most that count")
+    parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
+    parser.add_argument("--utilisation", type=float, default=0.15, help="share of the GPU's rated speed; default 0.15")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from embervlm.plan import run_plan
+
+    run_plan(
+        cluster=args.cluster, model=args.model, config=args.config, records=args.records,
+        question_tokens=args.question_tokens, chain_tokens=args.chain_tokens, utilisation=args.utilisation,
+        as_json=args.json,
+    )  # fmt: skip
 
 
 def _describe(args: argparse.Namespace) -> None:
