@@ -318,12 +318,11 @@ def _plan_phase(
     phase: PhaseConfig, counted: MicroBatch, recipe: ClusterRecipe, gpu: Gpu, *, total: int, learning: int,
     records: int, tokens: int, utilisation: float,
 ) -> dict[str, Any]:  # fmt: skip
-    on = {"num_gpus": recipe.num_gpus, "precision": recipe.precision}
     memory = {}
     for zero_stage in ZERO_STAGES:
         names = ("parameters", "gradients", "optimizer")
-        values = dict(zip(names, state_bytes(total, learning, zero_stage=zero_stage, num_gpus=on["num_gpus"],
-                                             precision=on["precision"])))  # fmt: skip
+        values = dict(zip(names, state_bytes(total, learning, zero_stage=zero_stage, num_gpus=recipe.num_gpus,
+                                             precision=recipe.precision)))  # fmt: skip
         values["activations"] = float(counted.activation_bytes)
         memory[str(zero_stage)] = values | {"total": sum(values.values())}
     sent = bytes_sent(
@@ -440,8 +439,13 @@ def run_plan(
     overrides = load_recipe(cluster).train_settings | ({"model": model} if model else {})
     path = config or str(REPOSITORY / "configs" / "training_stages.yaml")
     settings = load_train_config(path, overrides)
+    augmentation = settings.stage4.reasoning_augmentation
+    if records is None:
+        if augmentation is None:
+            raise ConfigError(f"--records: say how many; {path} names no reasoning_augmentation.target_samples")
+        records = augmentation.target_samples
     found = {
-        "records": settings.stage4.reasoning_augmentation.target_samples if records is None else records,
+        "records": records,
         "question_tokens": MAX_QUESTION_TOKENS if question_tokens is None else question_tokens,
         "chain_tokens": settings.stage4.max_reasoning_length if chain_tokens is None else chain_tokens,
     }
