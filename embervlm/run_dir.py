@@ -33,6 +33,7 @@ MANIFEST_FORMAT = 1
 
 _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
+_DAMAGED = "damaged-"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
 _log = logging.getLogger(__name__)
 
@@ -101,11 +102,16 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
     NaN and infinity are no JSON: a ValueError asks for null instead, and the old file stays.
     """
-    path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{path}: not written, {error}; write null for a value that is not finite") from error
+    write_text_atomic(path, text)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
@@ -226,6 +232,15 @@ def prune_checkpoints(phase_dir: str | Path, keep_last: int, keep: Collection[Pa
         shutil.rmtree(doomed)
         removed.append(checkpoint.path)
     return removed
+
+
+def set_damaged_aside(checkpoint: str | Path) -> Path:
+    """Rename a damaged checkpoint to `damaged-<name>`, where no reader looks, and return that path."""
+    checkpoint = Path(checkpoint)
+    aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def clean_leftovers(phase_dir: str | Path) -> None:
