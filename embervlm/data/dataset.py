@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,8 +178,14 @@ class EpochPlan:
     def steps_per_epoch(self) -> int:
         return -(-len(self.main) // self.global_batch)
 
+    def digest(self) -> str:
+        """Changes with whatever the order of the samples depends on, apart from the global batch."""
+        parts = [(ratio, [(sample.record, sample.form, len(sample)) for sample in samples])
+                 for samples, ratio in ((self.main, 1.0), *self.mixed)]  # fmt: skip
+        return hashlib.blake2b(repr((self.seed, self.window, parts)).encode(), digest_size=16).hexdigest()
+
     def batch(self, step: int) -> list[Sample]:
-        """Samples of optimizer step `step`, counted from 0 over all epochs."""
+        """Samples of optimizer step `step`, counted from 0 over all epochs. It seeks: no step before it is replayed."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             self._orders.clear()
