@@ -28,6 +28,12 @@ def micro_batches(bench: Bench, case: dict[str, Any], world: World, step: int) -
     return bench.batches(step, world.rank, world.size, accumulation, forcing)
 
 
+def take_pictures_away(batch: Batch) -> None:
+    """As in a batch of text-only records."""
+    batch.inputs["image_mask"] = torch.zeros_like(batch.inputs["image_mask"])
+    batch.inputs["pictures"] = torch.zeros_like(batch.inputs["pictures"])
+
+
 def whole_state(engine: Engine) -> EngineState:
     """The state to save, on every rank."""
     return engine.world.broadcast(engine.snapshot().collect())
@@ -48,6 +54,8 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         with torch.no_grad():
             dict(module.named_parameters())[where].fill_(float("nan"))
     bench.model.freeze_backbone(phase.freeze_backbone)
+    if case.get("activation_checkpointing"):
+        bench.model.enable_gradient_checkpointing()
     bench.model.train()
     before = {key: value.detach().clone() for key, value in module.state_dict().items()}
     engine = build_engine(
@@ -66,6 +74,8 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         factor = learning_rate_factor(step, case.get("steps", 3), phase.warmup_steps, phase.final_lr_ratio)
         rates = {name: phase.learning_rate * scale * factor for name, scale in phase.multipliers.items()}
         batches = micro_batches(bench, case, world, step)
+        if case.get("last_share_without_pictures") and world.rank == world.size - 1:
+            take_pictures_away(batches[-1])
         if case.get("nan_on_rank") == world.rank:
             batches[0].targets["answers_real"] *= float("nan")
         out["records"] += [name for batch in batches for name in batch.record_ids]
