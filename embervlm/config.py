@@ -261,8 +261,11 @@ class TrainConfig:
     allow_outside: bool = False
     """Accept pictures outside that folder."""
     resume_from: str | None = None
-    """Checkpoint whose weights a phase starts from. A run that is under way resumes by itself."""
+    """Checkpoint whose weights a phase starts from. A run that is under way resumes by itself; see `resume`."""
+    resume: str = "auto"
+    """auto goes on from the newest sound checkpoint in `output_dir`; never makes such a checkpoint an error."""
     engine: str = "deepspeed"
+    """deepspeed, fsdp or torch; a checkpoint of one goes on under any other."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on the CPU."""
     zero_stage: int = 2
@@ -275,22 +278,35 @@ class TrainConfig:
     """None trains on all records in every epoch."""
     baseline: BaselineConfig = BaselineConfig()
     save_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    background_saves: bool = True
+    """Write checkpoints while training goes on; false waits for each."""
+    on_save_error: str = "stop"
+    """stop ends the run when a checkpoint cannot be written; continue warns and tries again at the next one."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations on the val split; None evaluates at the end of a phase only."""
     eval_samples: int = 64
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
     keep_last: int = 3
+    """Newest numbered checkpoints to keep."""
+    keep_best: int = 1
+    """Best evaluated checkpoints to keep besides."""
     log_steps: int = 10
+    log_records: bool = False
+    """Also log the ids of the records of every logged step."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
     wandb_project: str | None = None
     wandb_run_name: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("deepspeed", "torch"))
+        _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _require(self.zero_stage in (1, 2, 3), f"zero_stage: {self.zero_stage} is not 1, 2 or 3")
+        _one_of("resume", self.resume, ("auto", "never"))
+        _one_of("on_save_error", self.on_save_error, ("stop", "continue"))
+        _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
+        _require(self.keep_best >= 0, f"keep_best: {self.keep_best} is negative")
         for name in ("save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples"):
             _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
         for name in ("max_steps", "eval_steps"):

@@ -36,6 +36,7 @@ MANIFEST_FORMAT = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
+_DAMAGED = "damaged-"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
 _log = logging.getLogger(__name__)
 
@@ -108,7 +109,6 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
     NaN and infinity are no JSON: a ValueError asks for null instead, and the old file stays.
     """
-    path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
@@ -263,6 +263,15 @@ def prune_checkpoints(phase_dir: str | Path, keep_last: int, keep: Collection[Pa
         shutil.rmtree(doomed)
         removed.append(checkpoint.path)
     return removed
+
+
+def set_damaged_aside(checkpoint: str | Path) -> Path:
+    """Rename a damaged checkpoint to `damaged-<name>`, where no reader looks, and return that path."""
+    checkpoint = Path(checkpoint)
+    aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def clean_leftovers(phase_dir: str | Path) -> None:

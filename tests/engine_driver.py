@@ -14,7 +14,7 @@ import torch
 from training_helpers import Bench, phase_config
 
 from embervlm.data.collate import Batch
-from embervlm.training.engine import NonFiniteLossError, World, build_engine
+from embervlm.training.engine import Engine, EngineState, NonFiniteLossError, World, build_engine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
 
@@ -28,6 +28,17 @@ def micro_batches(bench: Bench, case: dict[str, Any], world: World, step: int) -
     return bench.batches(step, world.rank, world.size, accumulation, forcing)
 
 
+def take_pictures_away(batch: Batch) -> None:
+    """As in a batch of text-only records."""
+    batch.inputs["image_mask"] = torch.zeros_like(batch.inputs["image_mask"])
+    batch.inputs["pictures"] = torch.zeros_like(batch.inputs["pictures"])
+
+
+def whole_state(engine: Engine) -> EngineState:
+    """The state to save, on every rank."""
+    return engine.world.broadcast(engine.snapshot().collect())
+
+
 def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     """Weights before and after, per step rates and terms, what learns, and the error where there is one."""
     phase = phase_config(case["phase"])
@@ -36,13 +47,15 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         data, phase, global_batch=global_batch, draws=case.get("draws", True), vision=case.get("vision"),
         seed=world.rank if case.get("seed_by_rank") else 0,
         engine=case.get("engine", "deepspeed"), zero_stage=case.get("zero_stage", 2),
-        precision=case.get("precision", "fp32"),
+        precision=case.get("precision", "fp32"), deepspeed_config=case.get("deepspeed_config"),
     )  # fmt: skip
     module = TrainingModule(bench.model)
     if where := case.get("nan_in"):
         with torch.no_grad():
             dict(module.named_parameters())[where].fill_(float("nan"))
     bench.model.freeze_backbone(phase.freeze_backbone)
+    if case.get("activation_checkpointing"):
+        bench.model.enable_gradient_checkpointing()
     bench.model.train()
     before = {key: value.detach().clone() for key, value in module.state_dict().items()}
     engine = build_engine(
@@ -51,7 +64,8 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     )  # fmt: skip
     out: dict[str, Any] = {
         "before": before,
-        "wrapped": engine.weights(),
+        "wrapped": whole_state(engine).weights,
+        "own": {key: value.clone() for key, value in module.state_dict().items()} if case.get("seed_by_rank") else {},
         "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
         "rates": [], "terms": [], "counts": [], "error": None, "records": [],
     }  # fmt: skip
@@ -60,6 +74,8 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         factor = learning_rate_factor(step, case.get("steps", 3), phase.warmup_steps, phase.final_lr_ratio)
         rates = {name: phase.learning_rate * scale * factor for name, scale in phase.multipliers.items()}
         batches = micro_batches(bench, case, world, step)
+        if case.get("last_share_without_pictures") and world.rank == world.size - 1:
+            take_pictures_away(batches[-1])
         if case.get("nan_on_rank") == world.rank:
             batches[0].targets["answers_real"] *= float("nan")
         out["records"] += [name for batch in batches for name in batch.record_ids]
@@ -71,7 +87,8 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         out["terms"].append(terms)
         out["counts"].append(counts)
         out["rates"].append({group["name"]: group["lr"] for group in optimizer.param_groups})
-    out["after"], out["optimizer"] = engine.weights(), engine.optimizer_state()
+    state = whole_state(engine)
+    out["after"], out["optimizer"] = state.weights, state.optimizer
     return out
 
 

@@ -95,13 +95,16 @@ def test_what_only_reads_an_output_folder_imports_nothing_but_the_base(name: str
     assert {other for other in imported_by(name) if other in MODULES} <= BASE
 
 
-def test_only_the_engine_imports_deepspeed() -> None:
+@pytest.mark.parametrize(
+    ("package", "engine"), [("deepspeed", "engine_deepspeed"), ("torch.distributed.fsdp", "engine_fsdp")]
+)
+def test_only_its_own_engine_imports_deepspeed_or_fsdp(package: str, engine: str) -> None:
     users = {
         name
         for name in MODULES
-        if any(other.partition(".")[0] == "deepspeed" for other in imported_by(name, everywhere=True))
+        if any(f"{other}.".startswith(f"{package}.") for other in imported_by(name, everywhere=True))
     }
-    assert users == {"embervlm.training.engine"}
+    assert users == {f"embervlm.training.{engine}"}
 
 
 def test_the_report_imports_neither_torch_nor_a_model() -> None:

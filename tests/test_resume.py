@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import (
+    PHASE2,
     TINY,
+    assert_same_weights,
     make_data,
     ok,
+    phase_config,
     save_stage3,
     train,
     unfinish,
@@ -24,45 +27,65 @@ from training_helpers import (
 
 from embervlm import run_dir
 from embervlm.data.records import read_records
+from embervlm.training.schedule import learning_rate_factor
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3
-LAUNCH = {"torch": ("python", 1, ()), "zero2": ("torchrun", 2, ("--zero_stage", "2"))}
+LAUNCH = {
+    "torch": ("python", 1, ("--engine", "torch")),
+    "zero2": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "2")),
+    "fsdp": ("torchrun", 2, ("--engine", "fsdp")),
+}
+"""Launcher, processes and flags."""
+PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2", "torch"), ("zero2", "fsdp")]
+"""What saved, and what resumed."""
 
 
 @dataclass
 class Resumed:
     """One run of `STEPS` steps, and a copy of it that was cut back to step `STOP` and started again."""
 
-    engine: str
+    saved_by: str
+    resumed_by: str
     flags: tuple[str, ...]
     straight: Path
     again: Path
-    output: str
+    output: str = ""
 
-    def start(self, output: Path) -> subprocess.CompletedProcess[str]:
-        launcher, processes, extra = LAUNCH[self.engine]
+    def start(self, output: Path, engine: str) -> subprocess.CompletedProcess[str]:
+        launcher, processes, extra = LAUNCH[engine]
         return train(launcher, *self.flags, *extra, "--output_dir", output, processes=processes)
 
+    @property
+    def is_same(self) -> bool:
+        return self.saved_by == self.resumed_by
 
-@pytest.fixture(scope="module", params=sorted(LAUNCH))
-def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
-    folder = tmp_path_factory.mktemp(request.param)
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
     data = make_data(folder)
-    stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
-    config = write_run_yaml(folder, write_model_yaml(folder), data)
-    engine = "torch" if request.param == "torch" else "deepspeed"
+    save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    write_run_yaml(folder, write_model_yaml(folder), data, log_records=True, stage4__phase2__direct_records_ratio=0.0)
+    return folder
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def resumed(request: pytest.FixtureRequest, bench: Path) -> Resumed:
+    saved_by, resumed_by = request.param
     flags = (
-        "--config", str(config), "--stages", "4", "--phase", "2", "--resume_from", str(stage3), "--engine", engine,
+        "--config", str(bench / "run.yaml"), "--stages", "4", "--phase", "2",
+        "--resume_from", str(bench / "start" / "stage3" / "checkpoint-final"),
         "--max_steps", str(STEPS), "--save_steps", str(STOP),
     )  # fmt: skip
-    run = Resumed(request.param, flags, folder / "straight", folder / "again", "")
-    ok(run.start(run.straight))
+    run = Resumed(saved_by, resumed_by, flags, bench / saved_by, bench / f"{saved_by}-{resumed_by}")
+    if not run.straight.exists():
+        ok(run.start(run.straight, saved_by))
     shutil.copytree(run.straight, run.again)
     phase = run_dir.phase_dir(run.again, 2)
     unfinish(phase, keep_step=STOP)
     (run_dir.new_tmp_dir(phase) / "half.bin").write_bytes(b"half")  # a save that was killed
-    run.output = ok(run.start(run.again)).stdout
+    run.output = ok(run.start(run.again, resumed_by)).stdout
     return run
 
 
@@ -74,8 +97,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(resumed: Re
     straight, again = weights_of(final(resumed.straight)), weights_of(final(resumed.again))
     stopped = weights_of(run_dir.checkpoint_path(run_dir.phase_dir(resumed.straight, 2), STOP))
     assert straight.keys() == again.keys()
-    for key, value in straight.items():
-        torch.testing.assert_close(again[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    if resumed.is_same:
+        assert all(torch.equal(again[key], value) for key, value in straight.items())
+    else:
+        assert_same_weights(again, straight, rtol=1e-3)
     assert any(not torch.equal(stopped[key], value) for key, value in straight.items())  # there was something to do
 
 
@@ -87,7 +112,8 @@ def test_a_resumed_run_ends_with_the_optimizer_of_an_uninterrupted_one(resumed: 
     assert straight["updates"] == again["updates"] == STEPS
     for name, moments in straight["moments"].items():
         for key, value in moments.items():
-            torch.testing.assert_close(again["moments"][name][key], value, rtol=1e-4, atol=1e-9)
+            rtol, atol = (0, 0) if resumed.is_same else (1e-2, 1e-7)
+            torch.testing.assert_close(again["moments"][name][key], value, rtol=rtol, atol=atol)
 
 
 def test_a_resumed_run_says_where_it_goes_on(resumed: Resumed) -> None:
@@ -102,7 +128,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once_with_the_same_losses(resume
     for log in logs:
         assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     for straight, again in zip(*logs, strict=True):
-        assert again["loss"] == pytest.approx(straight["loss"], rel=1e-5)
+        assert again["loss"] == pytest.approx(straight["loss"], rel=1e-4)
         assert again["learning_rate"] == pytest.approx(straight["learning_rate"])
         assert again["teacher_forcing"] == straight["teacher_forcing"]
 
@@ -112,25 +138,80 @@ def test_a_resumed_run_has_seen_as_many_samples(resumed: Resumed) -> None:
     assert (again["step"], again["samples"]) == (straight["step"], straight["samples"])
 
 
+def test_a_resumed_run_sees_the_samples_of_an_uninterrupted_one_each_once_an_epoch(resumed: Resumed) -> None:
+    logs = [
+        [json.loads(line) for line in run_dir.metrics_log_path(run_dir.phase_dir(output, 2)).read_text().splitlines()]
+        for output in (resumed.straight, resumed.again)
+    ]  # fmt: skip
+    for straight, again in zip(*logs, strict=True):
+        assert sorted(again["records"]) == sorted(straight["records"])
+    in_epoch_1 = [name for line in logs[1] if line["epoch"] == 1 for name in line["records"]]
+    assert len(in_epoch_1) == len(set(in_epoch_1)) > 0
+
+
+def test_a_resume_on_fewer_processes_keeps_the_global_batch_and_says_so(resumed: Resumed) -> None:
+    assert ("the global batch stays 8" in resumed.output) == ((resumed.saved_by, resumed.resumed_by) == PAIRS[2])
+
+
 def test_leftovers_of_a_killed_save_are_cleaned_up_by_the_next_start(resumed: Resumed) -> None:
     assert not list(run_dir.phase_dir(resumed.again, 2).glob(".tmp-*"))
 
 
 def test_a_finished_run_that_is_started_again_says_so_and_changes_nothing(resumed: Resumed) -> None:
     before = {path: path.stat().st_mtime_ns for path in resumed.straight.rglob("*") if path.is_file()}
-    result = ok(resumed.start(resumed.straight))
+    result = ok(resumed.start(resumed.straight, resumed.saved_by))
     assert f"already finished: {final(resumed.straight)}" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in resumed.straight.rglob("*") if path.is_file()} == before
 
 
-def test_a_truncated_training_state_is_named_in_the_error(resumed: Resumed, tmp_path: Path) -> None:
+def test_a_run_whose_only_checkpoint_is_damaged_warns_and_starts_anew(resumed: Resumed, tmp_path: Path) -> None:
+    if not resumed.is_same:
+        pytest.skip("the same on every engine")
     output = tmp_path / "cut"
     shutil.copytree(resumed.straight, output)
     unfinish(run_dir.phase_dir(output, 2), keep_step=STOP)
     state = run_dir.checkpoint_path(run_dir.phase_dir(output, 2), STOP) / "training_state.pt"
     state.write_bytes(state.read_bytes()[:100])
-    result = resumed.start(output)
-    assert result.returncode != 0
+    result = ok(resumed.start(output, resumed.saved_by))
+    assert f"checkpoint-{STOP}: training_state.pt has 100 bytes" in result.stderr
+    again, straight = weights_of(final(output)), weights_of(final(resumed.straight))
+    assert all(torch.equal(again[key], value) for key, value in straight.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(("--resume", "never"), "--resume never: "), (("--seed", "5"), "set --seed, --reasoning_data")],
+)
+def test_a_resume_that_is_not_wanted_or_would_mix_up_the_samples_is_an_error(
+    flags: tuple[str, ...], expected: str, resumed: Resumed, tmp_path: Path
+) -> None:
+    if (resumed.saved_by, resumed.resumed_by) != PAIRS[0]:
+        pytest.skip("the same on every engine")
+    output = tmp_path / "cut"
+    shutil.copytree(resumed.straight, output)
+    unfinish(run_dir.phase_dir(output, 2), keep_step=STOP)
+    result = train("python", *resumed.flags, "--engine", "torch", "--output_dir", output, *flags)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "training_state.pt" in errors[0] and f"checkpoint-{STOP}" in errors[0]
-    assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints one of its own
+    assert result.returncode != 0 and len(errors) == 1
+    assert expected in errors[0] and f"checkpoint-{STOP}" in errors[0]
+
+
+def test_a_run_in_fp16_does_an_overflowed_step_again_with_its_own_batch_and_rate(bench: Path, tmp_path: Path) -> None:
+    """Plain torch on the CPU: what the loop does with an overflow, not how a GPU or DeepSpeed comes by one."""
+    ok(train("python", "--config", bench / "run.yaml", "--stages", "4", "--phase", "2", "--engine", "torch",
+             "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--max_steps", "4",
+             "--output_dir", tmp_path, "--precision", "fp16"))  # fmt: skip
+    phase = run_dir.phase_dir(tmp_path, 2)
+    log = [json.loads(line) for line in run_dir.metrics_log_path(phase).read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert log[0]["overflows"] >= 1  # the first scale of 65536 is too high for this model
+    assert log[-1]["loss_scale"] == 65536 / 2 ** log[-1]["overflows"]
+    seen = [name for line in log for name in line["records"]]
+    assert len(seen) == len(set(seen)) == 16
+    config = phase_config(PHASE2)
+    for step, line in enumerate(log):
+        factor = learning_rate_factor(step, 4, config.warmup_steps, config.final_lr_ratio)
+        assert line["learning_rate"]["reasoning_module"] == pytest.approx(config.learning_rate * factor)
+    state = torch.load(final(tmp_path) / "training_state.pt", weights_only=True)
+    assert state["optimizer"]["updates"] == 4
+    assert state["optimizer"]["loss_scale"] == {"scale": log[-1]["loss_scale"], "good_steps": 4}

@@ -238,9 +238,9 @@ def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--engine", "horovod"], "engine: 'horovod' is not one of deepspeed, torch"),
+        (["--engine", "horovod"], "engine: 'horovod' is not one of deepspeed, fsdp, torch"),
         (["--precision", "int8"], "precision: 'int8' is not one of"),
-        (["--zero_stage", "4"], "zero_stage: 4 is not 1, 2 or 3"),
+        (["--zero_stage", "4"], "zero_stage: 4 is not 0, 1, 2 or 3"),
         (["--batch_size", "0"], "batch_size: 0 is less than 1"),
         (["--batch_size", "many"], "--batch_size"),
         (["--max_steps", "0"], "max_steps: 0 is less than 1"),

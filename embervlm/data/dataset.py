@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,8 +206,14 @@ class EpochPlan:
         more, index = divmod(step, self._steps_in(epoch))
         return epoch + more, index
 
+    def digest(self) -> str:
+        """Changes with whatever the order of the samples depends on, apart from the global batch."""
+        parts = [(ratio, [(sample.record, sample.form, len(sample)) for sample in samples])
+                 for samples, ratio in ((self.main, 1.0), *self.mixed)]  # fmt: skip
+        return hashlib.blake2b(repr((self.seed, self.window, self.epochs, parts)).encode(), digest_size=16).hexdigest()
+
     def batch(self, step: int) -> list[Sample]:
-        """Samples of optimizer step `step`, counted from 0 over all epochs."""
+        """Samples of optimizer step `step`, counted from 0 over all epochs. It seeks: no step before it is replayed."""
         epoch, index = self.locate(step)
         if epoch not in self._orders:
             self._orders.clear()

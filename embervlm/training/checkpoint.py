@@ -1,20 +1,42 @@
-"""Saving a phase and picking it up again."""
+"""Saving a phase while it goes on, and picking it up again on any engine and any number of processes.
+
+A checkpoint's `training_state.pt`, read with `weights_only=True`, holds:
+
+    optimizer     moments by parameter name, updates done, loss scale (`EngineState.optimizer`)
+    auxiliary     weights that only training needs
+    progress      step, samples, seconds
+    data          `order` (`EpochPlan.digest`, seed included) and `global_batch`
+    wandb_run_id  or None
+
+The step is the cursor of everything else: rates, teacher forcing and the samples of a batch are functions of it, and
+random numbers are drawn anew for every step from seed, step and rank. So there is no further state to lose.
+"""
 
 from __future__ import annotations
 
+import logging
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from embervlm import run_dir
 from embervlm.model.storage import CheckpointError, read_tensors
-from embervlm.training.engine import Engine
+from embervlm.training.engine import Engine, EngineState, Snapshot, World
 from embervlm.training.module import TrainingModule
 
 TRAINING_STATE = "training_state.pt"
 MODEL_PREFIX = "model."
+_log = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written. The message names its path; the checkpoints before it stand."""
 
 
 @dataclass
@@ -27,77 +49,185 @@ class Progress:
     """Time spent training, over all resumes."""
     samples: int = 0
     """Records seen."""
+    overflows: int = 0
+    """Updates that were done again because an fp16 gradient was not finite."""
 
 
 class CheckpointStore:
-    """The checkpoints of one phase folder."""
+    """The checkpoints of one phase folder, written by a background thread.
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self._keep_last = folder, keep_last
+    Use as a context: leaving it waits for the checkpoint being written. All methods but `failed` are called by every
+    process at the same step.
+    """
 
-    def final(self) -> Path | None:
-        """`checkpoint-final` where the phase is finished."""
-        path = run_dir.checkpoint_path(self.folder, None)
-        return path if any(found.path == path for found in run_dir.list_checkpoints(self.folder)) else None
+    def __init__(
+        self, folder: Path, world: World, *, keep_last: int, keep_best: int = 0, on_error: str = "stop",
+        in_background: bool = True,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            on_error: `stop` raises SaveError at the step after; `continue` warns.
+            in_background: False waits in `save` until the checkpoint is on disk.
+        """
+        self.folder, self._world = folder, world
+        self._keep_last, self._keep_best, self._on_error = keep_last, keep_best, on_error
+        self._in_background = in_background
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self.stalled_s = 0.0
+        """Seconds that training has stood still for checkpoints so far."""
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def newest(self) -> Path | None:
-        found = run_dir.list_checkpoints(self.folder)
-        return found[-1].path if found else None
+    def __enter__(self) -> CheckpointStore:
+        return self
 
-    def save(self, engine: Engine, progress: Progress, settings: dict[str, Any], final: bool = False) -> Path:
-        """Write and publish the whole state; every process takes part, process 0 writes."""
-        module = engine.module
-        assert isinstance(module, TrainingModule)
-        weights = engine.weights()
-        optimizer = engine.optimizer_state()
-        rng = engine.world.gather(_random_state())
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.shutdown(wait=True)
+        if kind is not None and self.failed:  # the error under way goes first, but this one is not lost
+            assert self._writing is not None
+            _log.error("%s", self._writing.exception())
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not do its part of the last checkpoint."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def poll(self) -> None:
+        """Raise, or warn of, the error of a checkpoint on every process once one has met it. Call at every step."""
+        if self._world.any(self.failed):
+            self.wait()
+
+    def wait(self, required: bool = False) -> bool:
+        """Until the last checkpoint is on disk; False where it could not be written.
+
+        Raises:
+            SaveError: it could not be written, and `required` or `on_error` asks for the end.
+        """
+        error = self._writing.exception() if self._writing is not None else None
+        self._writing = None
+        if not self._world.any(error is not None):  # also a barrier: no process goes on before all are done
+            return True
+        first = next(text for text in self._world.gather(None if error is None else str(error)) if text is not None)
+        if required or self._on_error == "stop":
+            raise SaveError(first)
+        if self._world.rank == 0:
+            _log.warning("%s; training goes on (on_save_error: continue)", first)
+        return False
+
+    def save(
+        self, engine: Engine, progress: Progress, settings: dict[str, Any], extra: dict[str, Any], *,
+        final: bool = False,
+    ) -> Path:  # fmt: skip
+        """Copy the state and return; the path that is written now. The final checkpoint is on disk on return.
+
+        Args:
+            settings: Goes into `state.json`.
+            extra: Goes into the training state beside the engine's.
+        """
+        began = time.monotonic()
+        self.wait()
+        if (waited := time.monotonic() - began) > 1 and self._world.rank == 0:
+            _log.warning(
+                "%s: training waited %.1f s for the checkpoint before; raise save_steps or use a faster disk",
+                self.folder, waited,
+            )  # fmt: skip
+        assert isinstance(engine.module, TrainingModule)
         target = run_dir.checkpoint_path(self.folder, None if final else progress.step)
-        if engine.world.rank == 0:
-            part = run_dir.new_tmp_dir(self.folder)
-            model_state = {k.removeprefix(MODEL_PREFIX): v for k, v in weights.items() if k.startswith(MODEL_PREFIX)}
-            module.model.save_pretrained(part, state_dict=model_state)
-            rest = {key: value for key, value in weights.items() if not key.startswith(MODEL_PREFIX)}
-            torch.save(
-                {"optimizer": optimizer, "auxiliary": rest, "rng": rng, "progress": asdict(progress)},
-                part / TRAINING_STATE,
-            )
-            run_dir.write_json_atomic(part / "state.json", {**asdict(progress), "final": final, "settings": settings})
-            run_dir.publish_checkpoint(part, target, progress.step)
-            run_dir.prune_checkpoints(self.folder, self._keep_last, keep=best_checkpoints(self.folder))
-        engine.world.barrier()
+        content = {**extra, "progress": asdict(progress)}
+        about = {**asdict(progress), "final": final, "settings": settings}
+        self._writing = self._writer.submit(self._write, engine.module, engine.snapshot(), target, content, about)
+        if final or not self._in_background:
+            self.wait(required=final)
+        self.stalled_s += time.monotonic() - began
         return target
 
+    def _write(
+        self, module: TrainingModule, snapshot: Snapshot, target: Path, content: dict[str, Any], about: dict[str, Any]
+    ) -> None:
+        """In the background thread of every process; rank 0 writes."""
+        state = snapshot.collect()
+        if state is None:
+            return
+        part = None
+        try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"the folder {self.folder} has vanished")
+            part = run_dir.new_tmp_dir(self.folder)
+            self._write_files(part, module, state, content)
+            run_dir.write_json_atomic(part / "state.json", about)
+            run_dir.publish_checkpoint(part, target, about["step"])
+            kept = best_checkpoints(self.folder, self._keep_best)
+            run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
+        except (OSError, RuntimeError, run_dir.WriteError) as error:  # torch.save: RuntimeError for a full disk
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+            raise SaveError(f"{target}: not written: {_one_line(error)}{self._what_stands()}") from error
 
-def best_checkpoints(folder: Path) -> list[Path]:
-    """The best checkpoint by the evaluations that stand in `folder`, if there are any; pruning spares it."""
+    @staticmethod
+    def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:
+        model = {k.removeprefix(MODEL_PREFIX): v for k, v in state.weights.items() if k.startswith(MODEL_PREFIX)}
+        module.model.save_pretrained(part, state_dict=model)
+        rest = {key: value for key, value in state.weights.items() if not key.startswith(MODEL_PREFIX)}
+        torch.save({**content, "optimizer": state.optimizer, "auxiliary": rest}, part / TRAINING_STATE)
+
+    def _what_stands(self) -> str:
+        try:
+            free = shutil.disk_usage(self.folder).free
+            sound = run_dir.list_checkpoints(self.folder)
+        except OSError as error:
+            return f"; the folder cannot be read either ({_one_line(error)})"
+        last = f"the last good checkpoint is {sound[-1].path}" if sound else "there is no checkpoint before it"
+        return f" ({free / 1e9:.1f} GB free); {last}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def best_checkpoints(folder: Path, count: int) -> list[Path]:
+    """The `count` best checkpoints by the val evaluations that stand in `folder`; [] where none was evaluated."""
     from embervlm.select_best import rank_checkpoints
 
-    if not any(run_dir.eval_path(found.path, "val").exists() for found in run_dir.list_checkpoints(folder)):
+    if not count or not any(run_dir.eval_path(f.path, "val").exists() for f in run_dir.list_checkpoints(folder)):
         return []
     ranked = rank_checkpoints(folder, evaluate=lambda path, split: {"metrics": {}})
-    return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:1]
+    return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:count]
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+def is_finished(folder: Path, world: World) -> bool:
+    """Whether `folder` holds a sound `checkpoint-final`; cleans up after killed runs. Collective."""
+    finished = False
+    if world.rank == 0:
+        run_dir.clean_leftovers(folder)
+        path = run_dir.checkpoint_path(folder, None)
+        finished = any(found.path == path for found in run_dir.list_checkpoints(folder)) and _is_sound(path)
+    return bool(world.broadcast(finished))
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint of `folder` whose files are those of its manifest. Damaged ones are set aside, with a
+    warning that names the file."""
+    for found in reversed(run_dir.list_checkpoints(folder)):
+        if _is_sound(found.path):
+            return found.path
+    return None
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        run_dir.verify_checkpoint(checkpoint)
+    except run_dir.DamagedCheckpointError as error:
+        _log.warning("skipped: %s; it is now %s", error, run_dir.set_damaged_aside(checkpoint))
+        return False
+    return True
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
-    """The training state of a checkpoint, whose files are checked against their checksums first."""
-    run_dir.verify_checkpoint(checkpoint)
+    """The training state of a checkpoint."""
     state = read_tensors(checkpoint / TRAINING_STATE)
-    if not isinstance(state, dict) or not {"optimizer", "auxiliary", "rng", "progress"} <= set(state):
-        raise CheckpointError(f"{checkpoint / TRAINING_STATE}: is not the training state of a phase")
+    if not isinstance(state, dict) or not {"optimizer", "auxiliary", "progress", "data"} <= set(state):
+        raise CheckpointError(f"{checkpoint / TRAINING_STATE}: is not the training state of a phase of this version")
     return state
-
-
-def restore(engine: Engine, state: dict[str, Any]) -> Progress:
-    """Put optimizer and random state back; weights are loaded before the engine wraps the module."""
-    engine.load_optimizer_state(state["optimizer"])
-    if len(state["rng"]) == engine.world.size:
-        own = state["rng"][engine.world.rank]
-        torch.set_rng_state(own["cpu"])
-        if torch.cuda.is_available() and "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"])
-    return Progress(**state["progress"])

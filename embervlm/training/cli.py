@@ -19,9 +19,10 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "image_root": ("image_root", str, "folder that picture paths are relative to"),
     "resume_from": ("resume_from", str, "checkpoint whose weights the first phase starts from"),
     "seed": ("seed", int, "seed of everything"),
-    "engine": ("engine", str, "deepspeed or torch"),
+    "resume": ("resume", str, "auto: go on from the newest sound checkpoint of this run; never"),
+    "engine": ("engine", str, "deepspeed, fsdp or torch"),
     "precision": ("precision", str, "auto, fp32, bf16 or fp16"),
-    "zero_stage": ("zero_stage", int, "ZeRO stage 1, 2 or 3"),
+    "zero_stage": ("zero_stage", int, "ZeRO stage 0, 1, 2 or 3"),
     "deepspeed_config": ("deepspeed_config", str, "a DeepSpeed JSON of your own"),
     "batch_size": ("stage4.batch_size", int, "records per device and micro-batch"),
     "gradient_accumulation_steps": ("stage4.gradient_accumulation_steps", int, "micro-batches per update"),
@@ -36,7 +37,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "max_steps": ("max_steps", int, "stop each phase after this many updates"),
     "save_steps": ("save_steps", int, "updates between checkpoints"),
     "eval_steps": ("eval_steps", int, "updates between evaluations on val"),
-    "keep_last": ("keep_last", int, "numbered checkpoints to keep"),
+    "keep_last": ("keep_last", int, "newest checkpoints to keep"),
+    "keep_best": ("keep_best", int, "best evaluated checkpoints to keep besides"),
     "log_steps": ("log_steps", int, "updates between log lines"),
     "wandb_project": ("wandb_project", str, "Weights & Biases project; offline without an API key"),
     "wandb_run_name": ("wandb_run_name", str, "name of the run there"),
@@ -104,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     from embervlm.data.records import DataError
     from embervlm.model.storage import CheckpointError
     from embervlm.run_dir import DamagedCheckpointError, WriteError
+    from embervlm.training.checkpoint import SaveError
     from embervlm.training.engine import NonFiniteLossError, World
     from embervlm.training.phases import Run
 
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         check_cluster(args.cluster, world.size)
         Run(config, world).go(stages, args.phase)
     except (
-        ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError, WriteError
+        ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError, SaveError, WriteError
     ) as error:  # fmt: skip
         sys.exit(f"error: {error}" if world.rank == 0 else 1)
     except Preempted as stopped:

@@ -1,31 +1,33 @@
-"""What runs a training step: DeepSpeed ZeRO, or plain torch. The only file that names DeepSpeed."""
+"""What runs a training step: the `Engine` and plain torch. DeepSpeed and FSDP have files of their own."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embervlm.config import LOSS_TERMS, REPOSITORY, ConfigError, PhaseConfig, TrainConfig
+from embervlm.config import LOSS_TERMS, ConfigError, PhaseConfig, TrainConfig
 from embervlm.data.collate import Batch
 from embervlm.training.param_groups import build_param_groups
 
 TERMS = (*LOSS_TERMS, "dense")
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, under torch's own names."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss term became NaN or infinite; no rank has updated anything."""
+    """A loss term or gradient became NaN or infinite; no rank has updated anything."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+    background: Any = None
+    """A process group over gloo for the thread that writes checkpoints; None alone."""
+    control: Any = None
+    """The group that agrees on flags, over gloo so that nobody waits for a GPU; None is the default group."""
 
     @classmethod
     def join(cls) -> World:
@@ -58,13 +64,25 @@ class World:
             backend = "nccl" if device.type == "cuda" else "gloo"
             store = None if "MASTER_PORT" in env else dist.HashStore()  # alone: no port to collide on
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
-        return cls(rank, size, device)
+        if size == 1:
+            return cls(rank, size, device)
+        background = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        return cls(rank, size, device, background, control)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process; the same answer on all of them."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self.control)
+        return bool(flags)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -86,23 +104,142 @@ class World:
         return [value]
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(precision: str, device: torch.device, engine: str) -> str:
     """`fp32`, `bf16` or `fp16` on `device`; ConfigError for fp16 where it cannot run."""
     if precision == "auto":
         if device.type != "cuda":
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"precision: fp16 cannot train on {device.type}; use fp32 or bf16 here")
+    if precision == "fp16" and device.type != "cuda" and engine == "deepspeed":
+        raise ConfigError(f"precision: DeepSpeed cannot train in fp16 on {device.type}; use fp32 or bf16 here")
     return precision
 
 
-class Engine(ABC):
-    """Runs steps on wrapped modules. `module` is the unwrapped one, `model` its EmberVLM."""
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """A piece of one tensor of the training state, as an engine holds it in this process."""
 
-    def __init__(self, module: nn.Module, world: World) -> None:
-        self.module, self.world = module, world
-        self.learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    name: str
+    """The parameter."""
+    kind: str
+    """`weight`, or which of AdamW's moments."""
+    start: int
+    """The piece's first element, counted in the flattened tensor."""
+    values: Tensor
+    """`[elements]` float32, a view into the engine's memory: reading and writing it reads and writes the state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """The state of an engine, whole, on the CPU: independent of the engine and of the number of processes."""
+
+    weights: dict[str, Tensor]
+    """The wrapped module's state dict in float32."""
+    optimizer: dict[str, Any]
+    """`moments` (parameter -> exp_avg, exp_avg_sq), `updates` done, and under fp16 `loss_scale` (`scale`,
+    `good_steps` since the last overflow)."""
+
+
+class Snapshot:
+    """This process's share of the state between two steps, copied to the CPU."""
+
+    def __init__(self, engine: Engine, share: Tensor, buffers: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
+
+    def collect(self) -> EngineState | None:
+        """The whole state on rank 0, None elsewhere. Every process calls it, from the same kind of thread.
+
+        It uses a process group of its own, so training may go on meanwhile. The next snapshot overwrites this one.
+        """
+        engine, world = self._engine, self._engine.world
+        if world.rank != 0:
+            dist.send(self._share, 0, group=world.background)
+            return None
+        shares = [self._share]
+        for rank in range(1, world.size):
+            share = torch.empty(sum(size for *_, size in engine.layouts[rank]))
+            dist.recv(share, rank, group=world.background)
+            shares.append(share)
+        whole = {
+            (name, kind): torch.empty(shape) for name, shape in engine.shapes.items() for kind in (WEIGHT, *MOMENTS)
+        }  # fmt: skip
+        for layout, share in zip(engine.layouts, shares, strict=True):
+            pieces = share.split([size for *_, size in layout])
+            for (name, kind, start, size), piece in zip(layout, pieces, strict=True):
+                whole[name, kind].view(-1)[start : start + size] = piece
+        weights = dict(self._buffers)
+        for key, name in engine.names.items():
+            weights[key] = engine.frozen[name] if name in engine.frozen else whole[name, WEIGHT]
+        moments = {name: {kind: whole[name, kind] for kind in MOMENTS} for name in engine.shapes}
+        return EngineState(
+            weights={key: weights[key] for key in engine.keys}, optimizer={"moments": moments, **self._optimizer}
+        )
+
+
+class Engine(ABC):
+    """Runs steps on a module, which it wraps. `module` keeps its parameters' names."""
+
+    is_replicated = False
+    """Every process holds the whole state."""
+
+    def __init__(self, module: nn.Module, phase: PhaseConfig, world: World, precision: str) -> None:
+        self.module, self.world, self.precision = module, world, precision
+        self.overflowed = False
+        """Whether the last step updated nothing because an fp16 gradient was not finite; it is to be done again."""
+        self.keys = list(module.state_dict())
+        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._groups = [
+            {"name": group["name"], "params": [first_name[id(parameter)] for parameter in group["params"]]}
+            for group in build_param_groups(module, phase)
+        ]
+        self.learning = self._that_learn()
+        self.names = {key: first_name[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
+        """Key of the state dict -> the parameter's first name: tied parameters have several."""
+        self.shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        unrounded = {name: p.detach().float() for name, p in module.named_parameters()}
+        buffers = {key: value.detach().clone() for key, value in module.named_buffers() if key in self.keys}
+        self._optimizer = self._wrap(phase)
+        if self._that_learn() != self.learning:  # sharding code has unfrozen parameters before (torchtitan #4267)
+            raise RuntimeError(f"wrapping changed what learns: {sorted(self._that_learn() ^ self.learning)[:5]}")
+        self._fragments = self._find_fragments()
+        if precision != "fp32":  # wrapping may have rounded the weights that the optimizer works on
+            for fragment in self._fragments:
+                if fragment.kind == WEIGHT:
+                    _copy_piece(unrounded[fragment.name], fragment)
+        self.frozen: dict[str, Tensor] = {}
+        """Parameters that do not learn, unrounded; on rank 0."""
+        if world.rank == 0:
+            self.frozen = {name: value.cpu() for name, value in unrounded.items() if name not in self.learning}
+        wrapped = {key: value.clone() for key, value in module.named_buffers() if key in self.keys}
+        self._buffers = {key: (buffers[key].cpu(), value) for key, value in wrapped.items()}
+        self._saved = self._fragments if world.rank == 0 or not self.is_replicated else []
+        own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self._saved]
+        self.layouts: list[list[tuple[str, str, int, int]]] = world.gather(own)
+        """By rank: name, kind, start and size of every fragment that it contributes to a checkpoint."""
+        # touched now, so that the first checkpoint does not wait for memory
+        self._share = torch.zeros(sum(size for *_, size in own), pin_memory=world.device.type == "cuda").fill_(0)
+
+    def _that_learn(self) -> set[str]:
+        return {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def _adamw(self, phase: PhaseConfig) -> torch.optim.AdamW:
+        """The optimizer of every engine, over the module's present parameters."""
+        named = dict(self.module.named_parameters())
+        groups = [{**group, "params": [named[name] for name in group["params"]]} for group in self._groups]
+        # the rate is 0 until the first update sets it: an engine may run a dry step to make its state
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
+
+    @abstractmethod
+    def _wrap(self, phase: PhaseConfig) -> Any:
+        """Wrap the module for training; returns the optimizer, whose state exists."""
+
+    @abstractmethod
+    def _find_fragments(self) -> list[Fragment]: ...
+
+    @property
+    @abstractmethod
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside."""
 
     @abstractmethod
     def _forward(self, batch: Batch) -> dict[str, Tensor]: ...
@@ -111,33 +248,74 @@ class Engine(ABC):
     def _backward(self, loss: Tensor, is_last: bool) -> None: ...
 
     @abstractmethod
-    def _update(self, rates: Mapping[str, float]) -> None:
-        """Clip and update with `rates` (group name -> learning rate)."""
+    def _update(self, rates: Mapping[str, float]) -> bool:
+        """Clip and update with `rates` (group name -> learning rate). False where an overflow kept it from that."""
+
+    @property
+    @abstractmethod
+    def loss_scale(self) -> dict[str, float] | None:
+        """`scale` and `good_steps` of fp16's dynamic loss scaling."""
 
     @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """The whole module's state in float32 on the CPU, by name. Collective; only rank 0 need keep it."""
-
-    @abstractmethod
-    def optimizer_state(self) -> dict[str, Any]:
-        """Moments by parameter name and the update count, independent of the number of processes. Collective."""
-
-    @abstractmethod
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None: ...
+    def _set_loss_scale(self, state: Mapping[str, float]) -> None: ...
 
     def whole(self) -> contextlib.AbstractContextManager[Any]:
         """Within it every process holds all parameters, so that the model can be used apart from training steps."""
         return contextlib.nullcontext()
 
     @property
-    @abstractmethod
+    def compute_dtype(self) -> torch.dtype:
+        """What the module takes its floating-point inputs in."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @property
     def rates(self) -> dict[str, float]:
         """Group name -> learning rate of the last update."""
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+    def snapshot(self) -> Snapshot:
+        """Copy what this process holds. Not a collective; the copy before it must have been collected."""
+        for piece, fragment in zip(self._share.split([len(f.values) for f in self._saved]), self._saved, strict=True):
+            piece.copy_(fragment.values, non_blocking=True)
+        buffers = {}
+        if self.world.rank == 0:
+            found = dict(self.module.named_buffers())
+            for key, (original, wrapped) in self._buffers.items():  # one that has not moved is saved unrounded
+                moved = not torch.equal(found[key], wrapped)
+                value = found[key].detach().cpu().clone() if moved else original
+                buffers[key] = value.float() if value.is_floating_point() else value
+        steps = [int(state["step"]) for state in self._torch_optimizer.state.values()]
+        optimizer: dict[str, Any] = {"updates": max(steps, default=0)}
+        if self.loss_scale is not None:
+            optimizer["loss_scale"] = self.loss_scale
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return Snapshot(self, self._share, buffers, optimizer)
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Put `EngineState.optimizer` back, whichever engine and number of processes it came from.
+
+        Raises:
+            ConfigError: it is of other parameters than those that learn here.
+        """
+        if wrong := sorted(state["moments"].keys() ^ self.shapes.keys()):
+            raise ConfigError(
+                f"the checkpoint's optimizer is of other parameters than those that learn now ({', '.join(wrong[:3])}"
+                f"{', ...' if len(wrong) > 3 else ''}); set learning_rate_multipliers and freeze_backbone back, or "
+                f"start in another --output_dir"
+            )
+        for fragment in self._fragments:
+            if fragment.kind in MOMENTS:
+                _copy_piece(state["moments"][fragment.name][fragment.kind], fragment)
+        for held in self._torch_optimizer.state.values():
+            held["step"].fill_(state["updates"])
+        if self.loss_scale is not None and state.get("loss_scale"):
+            self._set_loss_scale(state["loss_scale"])
 
     def train_step(
         self, batches: Sequence[Batch], weights: Mapping[str, float], rates: Mapping[str, float], step: int
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """One optimizer update over `batches`, this process's micro-batches.
+        """One optimizer update over `batches`, this process's micro-batches; see `overflowed`.
 
         Every term is divided by what is scored in the whole step, over all processes and micro-batches, so how the
         samples were dealt out does not change the gradient.
@@ -166,10 +344,20 @@ class Engine(ABC):
                 f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of "
                 f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
-        self._update(rates)
+        self.overflowed = not self._update(rates)
+        if self.overflowed and self.loss_scale is not None and self.loss_scale["scale"] <= 1:
+            raise NonFiniteLossError(
+                f"step {step}: the gradient is not finite at any loss scale; nothing was updated. Lower the learning "
+                f"rate, or use --precision bf16 or fp32"
+            )
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
             zip(TERMS, totals.tolist())
         )
+
+
+def _copy_piece(whole: Tensor, fragment: Fragment) -> None:
+    """Write the part of `whole` that `fragment` stands for into the engine's memory."""
+    fragment.values.copy_(whole.flatten()[fragment.start : fragment.start + len(fragment.values)])
 
 
 def _in_order(found: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -178,261 +366,114 @@ def _in_order(found: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return torch.stack([found[term].detach().float() if term in found else zero for term in TERMS])
 
 
-def _set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
+def set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
+    """Write the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]]
 
 
-def _adamw(groups: list[dict[str, Any]], phase: PhaseConfig) -> torch.optim.AdamW:
-    # the rate is 0 until the first update sets it: an engine may run a dry step to make its state
-    return torch.optim.AdamW(
-        [{**group, "lr": 0.0} for group in groups], lr=0.0, betas=(0.9, 0.95), weight_decay=phase.weight_decay
-    )
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Fresh AdamW state for every parameter, before the first update."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
+            }
 
 
 class TorchEngine(Engine):
-    """Plain torch; gradients are summed over processes by hand."""
+    """Plain torch; gradients are summed over processes by hand. Computes under autocast, keeps float32 weights."""
 
-    def __init__(
-        self, module: nn.Module, phase: PhaseConfig, world: World, precision: str, groups: list[dict[str, Any]]
-    ) -> None:
-        if precision == "fp16":
-            raise ConfigError("engine: torch trains in fp32 or bf16; use --engine deepspeed for fp16")
-        super().__init__(module.to(world.device), world)
-        self._autocast = precision == "bf16"
+    is_replicated = True
+
+    def _wrap(self, phase: PhaseConfig) -> Any:
         self._clip = phase.gradient_clipping
-        self._optimizer = _adamw(groups, phase)
-        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._scaler = torch.amp.GradScaler(
+            self.world.device.type, growth_interval=1000, enabled=self.precision == "fp16"
+        )
+        self._shard()
+        optimizer = self._adamw(phase)
+        make_state(optimizer)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return optimizer
+
+    def _shard(self) -> None:
+        """Nothing here; what shards parameters does so before the optimizer sees them."""
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def _find_fragments(self) -> list[Fragment]:
+        out = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                for kind, value in ((WEIGHT, parameter), *((k, self._optimizer.state[parameter][k]) for k in MOMENTS)):
+                    out.append(Fragment(name=name, kind=kind, start=0, values=value.detach().view(-1)))
+        return out
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(
+            self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+        ):  # fmt: skip
             return self.module(batch)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
-        loss.backward()
+        self._scaler.scale(loss).backward()
 
-    def _update(self, rates: Mapping[str, float]) -> None:
+    def _sum_gradients(self) -> None:
         if self.world.size > 1:
             for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
+
+    def _update(self, rates: Mapping[str, float]) -> bool:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # as with the other engines, it decays and counts the step all the same
+                parameter.grad = torch.zeros_like(parameter)
+        self._sum_gradients()
+        self._scaler.unscale_(self._optimizer)
         nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        _set_rates(self._optimizer, rates)
-        self._optimizer.step()
+        set_rates(self._optimizer, rates)
+        scale = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {key: value.detach().float().cpu() if value.is_floating_point() else value.cpu()
-                for key, value in self.module.state_dict().items()}  # fmt: skip
-
-    def optimizer_state(self) -> dict[str, Any]:
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        moments, steps = {}, 0
-        for parameter, state in self._optimizer.state.items():
-            moments[names[id(parameter)]] = {"exp_avg": state["exp_avg"].cpu(), "exp_avg_sq": state["exp_avg_sq"].cpu()}
-            steps = int(state["step"])
-        return {"moments": moments, "updates": steps}
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        named = dict(self.module.named_parameters())
-        for name, moments in state["moments"].items():
-            parameter = named[name]
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["updates"])),
-                "exp_avg": moments["exp_avg"].to(parameter),
-                "exp_avg_sq": moments["exp_avg_sq"].to(parameter),
-            }
+        return self._scaler.get_scale() >= scale
 
     @property
-    def rates(self) -> dict[str, float]:
-        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+    def loss_scale(self) -> dict[str, float] | None:
+        if not self._scaler.is_enabled():
+            return None
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
-
-class DeepSpeedEngine(Engine):
-    """DeepSpeed ZeRO 1, 2 or 3 around a torch AdamW; the schedule stays ours."""
-
-    def __init__(
-        self, module: nn.Module, phase: PhaseConfig, world: World, config: dict[str, Any],
-        groups: list[dict[str, Any]],
-    ) -> None:  # fmt: skip
-        import deepspeed
-
-        super().__init__(module, world)
-        if world.device.type == "cpu":
-            _skip_compiled_collectives()
-        # a half-precision engine rounds these, and has no float32 copy of what does not learn
-        self._unrounded = {
-            name: value.detach().float().cpu().clone()
-            for name, value in module.state_dict().items()
-            if name not in self.learning and value.is_floating_point()
-        }  # fmt: skip
-        self._accumulation = config["gradient_accumulation_steps"]
-        self._zero_stage = config["zero_optimization"]["stage"]
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=_adamw(groups, phase), config=config, dist_init_required=False
-        )
-        self._make_state()
-        self._dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-
-    def _make_state(self) -> None:
-        """Fresh AdamW state for every partition, before the first update, and DeepSpeed's links to it.
-
-        DeepSpeed links all groups' moments after the first group's first update, when the others have none yet; and
-        ZeRO-3 makes its state in a dry step, which counts as an update.
-        """
-        optimizer = self._optimizer.optimizer
-        for group in optimizer.param_groups:
-            for partition in group["params"]:
-                optimizer.state[partition] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(partition),
-                    "exp_avg_sq": torch.zeros_like(partition),
-                }
-        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _torch_state(self) -> list[tuple[Any, dict[str, Any]]]:
-        return list(self._optimizer.optimizer.state.items())
-
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self._engine(batch)
-
-    def _backward(self, loss: Tensor, is_last: bool) -> None:
-        # DeepSpeed averages over processes and micro-batches; the loss is a sum's share already
-        self._engine.backward(loss * (self.world.size * self._accumulation))
-        if not is_last:
-            self._engine.step()
-
-    def _update(self, rates: Mapping[str, float]) -> None:
-        _set_rates(self._optimizer, rates)
-        self._engine.step()
-
-    def weights(self) -> dict[str, Tensor]:
-        import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        named = dict(self.module.named_parameters(remove_duplicate=False))
-        out: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict().items():
-            parameter = named.get(name)
-            if parameter is not None and parameter.requires_grad:
-                full = safe_get_full_fp32_param(parameter)
-                if full is None:
-                    with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                        full = parameter.detach().clone()
-                out[name] = full.detach().float().cpu().clone()
-            else:
-                out[name] = self._unrounded[name] if name in self._unrounded else value.detach().cpu()
-        return out
-
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._zero_stage == 3)
-
-    def optimizer_state(self) -> dict[str, Any]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        moments = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                moments[name] = {
-                    key: safe_get_full_optimizer_state(parameter, key).detach().float().cpu().clone()
-                    for key in ("exp_avg", "exp_avg_sq")
-                }
-        steps = [int(state["step"]) for _, state in self._torch_state() if "step" in state]
-        out: dict[str, Any] = {"moments": moments, "updates": max(steps, default=0)}
-        if hasattr(self._optimizer, "cur_scale") or hasattr(self._optimizer, "loss_scaler"):
-            out["loss_scale"] = float(getattr(self._optimizer, "cur_scale", 0) or self._optimizer.loss_scale)
-        return out
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                for key, value in state["moments"][name].items():
-                    safe_set_full_optimizer_state(parameter, value, key)
-        for _, held in self._torch_state():
-            if "step" in held:
-                held["step"].fill_(state["updates"])
-
-    @property
-    def rates(self) -> dict[str, float]:
-        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
-
-
-def _skip_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its own collectives at the first start: gloo does, and needs no compiler."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
-
-
-def deepspeed_settings(
-    config: TrainConfig, phase: PhaseConfig, precision: str, batch_size: int, accumulation: int, world_size: int
-) -> dict[str, Any]:
-    """The DeepSpeed config of a run: the JSON with `"auto"` filled in. A value that disagrees with ours is an error."""
-    path = Path(
-        config.deepspeed_config
-        or REPOSITORY
-        / "configs"
-        / "deepspeed"
-        / f"zero{config.zero_stage}_{'fp16' if precision == 'fp16' else 'bf16'}.json"
-    )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable DeepSpeed config ({error})") from error
-    ours = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": batch_size * accumulation * world_size,
-        "gradient_clipping": phase.gradient_clipping,
-    }
-    for key, value in ours.items():
-        if settings.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto" there')
-        settings[key] = value
-    zero_stage = settings.get("zero_optimization", {}).get("stage")
-    if zero_stage is None:
-        raise ConfigError(f"{path}: zero_optimization.stage is missing; write 1, 2 or 3 there")
-    if zero_stage != config.zero_stage:
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage}, --zero_stage is {config.zero_stage}")
-    for owned in ("optimizer", "scheduler"):
-        if owned in settings:
-            raise ConfigError(f"{path}: {owned} is set there; rates and optimizer come from the training YAML")
-    if precision == "fp32" and not config.deepspeed_config:
-        settings["bf16"] = {"enabled": False}
-    enabled = {name for name in ("fp16", "bf16") if settings.get(name, {}).get("enabled")}
-    if enabled != ({precision} - {"fp32"}):
-        raise ConfigError(f"{path}: enables {sorted(enabled) or 'fp32'}, the run's precision is {precision}")
-    settings["zero_allow_untested_optimizer"] = True
-    settings.setdefault("steps_per_print", 10**9)
-    return settings
+    def _set_loss_scale(self, state: Mapping[str, float]) -> None:
+        found = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+        self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
 
 
 def build_engine(
     module: nn.Module, config: TrainConfig, phase: PhaseConfig, world: World, *, batch_size: int, accumulation: int
 ) -> Engine:
-    """Freeze, group and wrap `module` for one phase."""
-    precision = resolve_precision(config.precision, world.device)
+    """Freeze, group and wrap `module` for one phase.
+
+    Args:
+        batch_size: Most samples in a micro-batch of one process.
+        accumulation: Micro-batches of one process per update.
+    """
+    precision = resolve_precision(config.precision, world.device, config.engine)
     module.to(world.device)
     if world.size > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, src=0)
-    groups = build_param_groups(module, phase)
-    expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if config.engine == "torch":
-        engine: Engine = TorchEngine(module, phase, world, precision, groups)
-    else:
-        settings = deepspeed_settings(config, phase, precision, batch_size, accumulation, world.size)
-        engine = DeepSpeedEngine(module, phase, world, settings, groups)
-    wrapped = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    if wrapped != expected:
-        raise RuntimeError(f"wrapping changed what learns: {sorted(wrapped ^ expected)[:5]}")
-    return engine
+        return TorchEngine(module, phase, world, precision)
+    if config.engine == "fsdp":
+        from embervlm.training.engine_fsdp import FsdpEngine
+
+        return FsdpEngine(module, phase, world, precision)
+    from embervlm.training.engine_deepspeed import DeepSpeedEngine, deepspeed_settings
+
+    settings = deepspeed_settings(config, phase, precision, batch_size, accumulation, world.size)
+    return DeepSpeedEngine(module, phase, world, precision, settings)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from embervlm.config import BACKBONE, COMPONENTS, PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
+from embervlm.config import (
+    BACKBONE,
+    COMPONENTS,
+    ConfigError,
+    PhaseConfig,
+    ScheduledSamplingConfig,
+    TrainConfig,
+    as_dict,
+)
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import EpochPlan, Sample
 from embervlm.data.images import PictureCache
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.storage import load_checkpoint_into
-from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, restore
+from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor, teacher_forcing_ratio
@@ -72,13 +81,12 @@ def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tup
 
 
 def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
-    """Train `job` to its end and return its `checkpoint-final`. A finished phase returns at once."""
-    store = CheckpointStore(job.folder, config.keep_last)
-    if (done := store.final()) is not None:
-        if world.rank == 0:
-            print(f"{job.name}: already finished, see {done}")
-        return done
-    engine, progress, cache = _prepare(job, config, world, store)
+    """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
+    engine, progress, cache, wandb_run_id = _prepare(job, config, world)
+    store = CheckpointStore(
+        job.folder, world, keep_last=config.keep_last, keep_best=config.keep_best, on_error=config.on_save_error,
+        in_background=config.background_saves,
+    )  # fmt: skip
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
@@ -86,60 +94,76 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     tracker = Tracker(
         job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,
         total_steps=None if job.phase.max_minutes else total, project=config.wandb_project,
-        run_name=config.wandb_run_name, settings=settings["config"],
+        run_name=config.wandb_run_name, settings=settings["config"], wandb_run_id=wandb_run_id,
     )  # fmt: skip
+    extra = {"data": _data_state(job.plan), "wandb_run_id": tracker.wandb_run_id}
     model = job.model
     model.train()
     began, samples_began = time.monotonic(), progress.samples
-    elapsed_before = progress.elapsed_s
-    last_saved = progress.step
-    while progress.step < total and not _out_of_time(job, progress, world):
-        step = progress.step
-        epoch, _ = job.plan.locate(step)
-        samples = job.plan.batch(step)
-        forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
-        batches = _micro_batches(job, samples, step, forcing, world, cache)
-        factor = _rate_factor(job, progress, total)
-        rates = {name: peak * factor for name, peak in _peak_rates(job.phase).items()}
-        terms, _ = engine.train_step(batches, job.phase.loss_weights, rates, step)
-        progress.step, progress.samples = step + 1, progress.samples + len(samples)
-        progress.elapsed_s = elapsed_before + time.monotonic() - began
-        logs = progress.step % config.log_steps == 0 or progress.step == total
-        speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
-        tracker.advance(progress.step, {
-            "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
-            "samples_per_s": speed, "elapsed_s": progress.elapsed_s,
-        } if logs else None)  # fmt: skip
-        ends_epoch = job.plan.locate(progress.step)[1] == 0 or progress.step == total
-        if ends_epoch and job.after_epoch is not None:
-            with engine.whole():
-                job.after_epoch(model, epoch + 1)
-            model.train()
-        evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
-        stopping = stop_wanted(world)
-        if progress.step < total and (progress.step % config.save_steps == 0 or evaluates or stopping):
-            saved = store.save(engine, progress, settings)
-            last_saved = progress.step
-            if stopping:
-                tracker.close()
-                raise Preempted(progress.step)
-            if evaluates and job.after_save is not None:
-                job.after_save(saved)
-    if progress.step == last_saved == 0:
-        raise RuntimeError(f"{job.name}: no step was done")
-    final = store.save(engine, progress, settings, final=True)
+    elapsed_before, first_step = progress.elapsed_s, progress.step
+    with store:
+        while progress.step < total and not _out_of_time(job, progress, world):
+            store.poll()
+            step = progress.step
+            epoch, _ = job.plan.locate(step)
+            samples = job.plan.batch(step)
+            forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
+            batches = _micro_batches(job, samples, step, forcing, engine, cache)
+            factor = _rate_factor(job, progress, total)
+            rates = {name: peak * factor for name, peak in _peak_rates(job.phase).items()}
+            _seed(config.seed, step, world.rank)
+            terms, _ = engine.train_step(batches, job.phase.loss_weights, rates, step)
+            progress.elapsed_s = elapsed_before + time.monotonic() - began
+            if engine.overflowed:  # nothing was learned: the same batch again, at the loss scale that is lower now
+                progress.overflows += 1
+                continue
+            progress.step, progress.samples = step + 1, progress.samples + len(samples)
+            logs = progress.step % config.log_steps == 0 or progress.step == total
+            speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
+            values = {
+                "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
+                "samples_per_s": speed, "elapsed_s": progress.elapsed_s, "save_stall_s": store.stalled_s,
+            }  # fmt: skip
+            if engine.loss_scale is not None:
+                values |= {"loss_scale": engine.loss_scale["scale"], "overflows": progress.overflows}
+            if logs and config.log_records:
+                values["records"] = _record_ids(batches, world)
+            tracker.advance(progress.step, values if logs else None)
+            ends_epoch = job.plan.locate(progress.step)[1] == 0 or progress.step == total
+            if ends_epoch and job.after_epoch is not None:
+                with engine.whole():
+                    job.after_epoch(model, epoch + 1)
+                model.train()
+            evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
+            stopping = stop_wanted(world)
+            if progress.step < total and (progress.step % config.save_steps == 0 or evaluates or stopping):
+                saved = store.save(engine, progress, settings, extra)
+                if stopping:
+                    store.wait()
+                    tracker.close()
+                    raise Preempted(progress.step)
+                if evaluates and job.after_save is not None and store.wait():
+                    job.after_save(saved)
+        if progress.step == first_step == 0:
+            raise RuntimeError(f"{job.name}: no step was done")
+        final = store.save(engine, progress, settings, extra, final=True)
     tracker.close()
     model.freeze_backbone(False)
     return final
 
 
 def _prepare(
-    job: PhaseJob, config: TrainConfig, world: World, store: CheckpointStore
-) -> tuple[Engine, Progress, VisualCache | None]:
-    newest = store.newest()
-    state = load_training_state(newest) if newest is not None else None
+    job: PhaseJob, config: TrainConfig, world: World
+) -> tuple[Engine, Progress, VisualCache | None, str | None]:
+    """Engine, where it stands, what it sees, and the id of its W&B run."""
+    newest = world.broadcast(newest_sound(job.folder) if world.rank == 0 else None)
     module = TrainingModule(job.model, job.dense_sizes)
-    if newest is not None and state is not None:
+    state = None
+    if newest is not None:
+        if config.resume == "never":
+            raise ConfigError(f"--resume never: {newest} could be resumed; use --resume auto or another --output_dir")
+        state = load_training_state(newest)
+        _keep_order(job, state["data"], newest, world)
         components = COMPONENTS if job.collator.use_reasoning else BACKBONE
         load_checkpoint_into(job.model, newest, components)
         module.load_state_dict(state["auxiliary"], strict=False)
@@ -151,11 +175,46 @@ def _prepare(
     cache = None
     if all(job.phase.multipliers[name] == 0 for name in ("vision_encoder", "projection")):
         cache = VisualCache.build(job.model, job.pictures, world)
-    torch.manual_seed(config.seed + world.rank)
     engine = build_engine(
         module, config, job.phase, world, batch_size=job.batch_size, accumulation=job.accumulation
     )  # fmt: skip
-    return engine, restore(engine, state) if state is not None else Progress(), cache
+    if state is None:
+        return engine, Progress(), cache, None
+    engine.load_optimizer_state(state["optimizer"])
+    return engine, Progress(**state["progress"]), cache, state["wandb_run_id"]
+
+
+def _data_state(plan: EpochPlan) -> dict[str, Any]:
+    return {"order": plan.digest(), "global_batch": plan.global_batch}
+
+
+def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: World) -> None:
+    """Go on in the order of samples that `checkpoint` is in the middle of, however many processes there are now."""
+    if saved["order"] != job.plan.digest():
+        raise ConfigError(
+            f"{checkpoint}: was trained on other data, or with another seed or mix, so a resume would see samples "
+            f"twice and miss others; set --seed, --reasoning_data and *_records_ratio back, or start in "
+            f"another --output_dir"
+        )
+    if saved["global_batch"] == job.plan.global_batch:
+        return
+    job.plan = replace(job.plan, global_batch=saved["global_batch"], _orders={})
+    job.accumulation = -(-job.plan.global_batch // (job.batch_size * world.size))
+    if world.rank == 0:
+        print(
+            f"{job.name}: the global batch stays {job.plan.global_batch}: {world.size} processes with "
+            f"{job.accumulation} micro-batches per update"
+        )
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """What a step draws (dropout) depends on these alone, so that no random state need be saved."""
+    torch.manual_seed(random.Random(f"{seed}:{step}:{rank}").getrandbits(63))
+
+
+def _record_ids(batches: Sequence[Batch], world: World) -> list[str]:
+    mine = [name for batch in batches if not batch.muted for name in batch.record_ids]
+    return [name for share in world.gather(mine) for name in share]
 
 
 def _peak_rates(phase: PhaseConfig) -> dict[str, float]:
@@ -182,10 +241,10 @@ def _out_of_time(job: PhaseJob, progress: Progress, world: World) -> bool:
 
 
 def _micro_batches(
-    job: PhaseJob, samples: Sequence[Sample], step: int, forcing: float, world: World, cache: VisualCache | None
+    job: PhaseJob, samples: Sequence[Sample], step: int, forcing: float, engine: Engine, cache: VisualCache | None
 ) -> list[Batch]:
     batches = []
-    for places, mine in deal(samples, world, job.accumulation):
+    for places, mine in deal(samples, engine.world, job.accumulation):
         empty = not mine
         batch = job.collator(
             mine or samples[:1], step=step, places=places or [0], teacher_forcing=forcing, load_pictures=cache is None
@@ -193,6 +252,6 @@ def _micro_batches(
         if empty:  # every process must take part in the step; this share counts nothing
             batch.mute()
         if cache is not None:
-            cache.fill(batch, next(p.dtype for p in job.model.projection.parameters()))
+            cache.fill(batch, engine.compute_dtype)
         batches.append(batch)
     return batches

@@ -26,6 +26,7 @@ from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.training.checkpoint import is_finished
 from embervlm.training.engine import World
 from embervlm.training.loop import PhaseJob, train_phase
 
@@ -194,12 +195,9 @@ class Run:
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _finished(self, folder: Path) -> Path | None:
-        if self.world.rank == 0:
-            run_dir.clean_leftovers(folder)
-        self.world.barrier()
-        path = run_dir.checkpoint_path(folder, None)
-        if not any(found.path == path for found in run_dir.list_checkpoints(folder)):
+        if not is_finished(folder, self.world):
             return None
+        path = run_dir.checkpoint_path(folder, None)
         if self.world.rank == 0:
             print(f"already finished: {path}")
         return path

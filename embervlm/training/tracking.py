@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.progress import progress_bar
+from embervlm.run_dir import write_text_atomic
 
 
 def _step_of(line: str) -> float:
@@ -29,9 +30,12 @@ class Tracker:
     def __init__(
         self, folder: Path, *, active: bool, name: str, first_step: int, total_steps: int | None,
         project: str | None = None, run_name: str | None = None, settings: Mapping[str, Any] | None = None,
+        wandb_run_id: str | None = None,
     ) -> None:  # fmt: skip
+        """`wandb_run_id` is that of the checkpoint the phase goes on from."""
         self._active = active
         self._run: Any = None
+        self.wandb_run_id = wandb_run_id
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +46,13 @@ class Tracker:
             import wandb
 
             id_file = folder / "wandb_run_id"
-            run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-            id_file.write_text(run_id)
+            if wandb_run_id is None:  # killed before its first checkpoint
+                wandb_run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+            self.wandb_run_id = wandb_run_id
+            write_text_atomic(id_file, wandb_run_id)
             online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
             self._run = wandb.init(
-                project=project, name=run_name or name, id=run_id, resume="allow", dir=str(folder),
+                project=project, name=run_name or name, id=wandb_run_id, resume="allow", dir=str(folder),
                 mode="online" if online else "offline", config=dict(settings or {}),
             )  # fmt: skip
 
@@ -55,7 +61,7 @@ class Tracker:
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text_atomic(self._path, "".join(line + "\n" for line in kept))
 
     def advance(self, step: int, values: Mapping[str, Any] | None) -> None:
         """Count a step; with `values` also log it."""
