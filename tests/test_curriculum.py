@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -9,12 +10,16 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from training_helpers import TINY, make_data, ok, save_stage3, train, write_model_yaml, write_run_yaml
 
+from embervlm import run_dir
 from embervlm.config import ConfigError, CurriculumConfig, TrainConfig, from_mapping
 from embervlm.data.claims import reader_of
 from embervlm.data.curriculum import complexity_of, records_of_epochs
 from embervlm.data.dataset import DIRECT, EpochPlan, Sample
-from embervlm.data.records import DataError
+from embervlm.data.records import DataError, read_records
+from embervlm.data.splits import split_records
+from embervlm.training.cli import main
 from embervlm.training.engine import World
 from embervlm.training.loop import deal
 
@@ -173,3 +178,40 @@ def test_without_a_curriculum_every_epoch_trains_on_all():
     found = plan(epochs=())
     assert [found.num_steps(epochs) for epochs in (1, 2)] == [5, 10] and found.steps_per_epoch == 5
     assert found.locate(11) == (2, 1)
+
+
+# ---- a run
+
+
+CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
+              "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
+              "stage3": {"max_steps": 10, "epochs": [3, 3]}}  # fmt: skip
+"""One epoch of phase 1 and two of phase 2, as `training_helpers` has them."""
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_both_phases(tmp_path):
+    data = make_data(tmp_path)
+    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
+    config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, curriculum=CURRICULUM,
+                            stage4__reasoning_augmentation={"target_samples": 60})  # fmt: skip
+    told = ok(train("torchrun", "--config", config, "--stages", "4", "--resume_from", stage3)).stdout
+    (line,) = [line for line in told.splitlines() if line.startswith("curriculum: records by epoch ")]
+    counts = [int(number) for number in line.rpartition("epoch ")[2].split(", ")]
+    assert counts[0] < counts[1] < counts[2] == 60
+    (cache,) = (tmp_path / "outputs" / "cache").glob("augmented-*.jsonl")
+    given = len(split_records(read_records(data))["train"])
+    assert len(read_records(cache, allow_outside=True)) == 60 - given
+    for phase, epochs in ((1, counts[:1]), (2, counts[1:])):
+        lines = run_dir.metrics_log_path(run_dir.phase_dir(tmp_path / "outputs", phase)).read_text().splitlines()
+        of_epoch = Counter(json.loads(line)["epoch"] for line in lines)
+        assert [of_epoch[1 + i] for i in range(len(epochs))] == [-(-count // 8) for count in epochs]
+
+
+def test_an_empty_epoch_ends_the_run_before_stage_3_is_trained(tmp_path):
+    data = make_data(tmp_path)
+    config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch",
+                            curriculum={"stage1": {"max_steps": 2, "complexity": "simple"}})  # fmt: skip
+    with pytest.raises(SystemExit, match=r"error: curriculum\.stage1: .* so epoch 1 is empty"):
+        main(["--config", str(config), "--stages", "3", "4"])
+    assert not list((tmp_path / "outputs").glob("stage*/**/COMPLETE"))
