@@ -160,8 +160,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         """SIGKILL for the node's slurmd and everything of jobs there, as when the machine goes."""
         self._processes.pop(node).kill()
         for pid in self.processes(f"SLURMD_NODENAME={node}"):
-            for each in (_parent(pid), pid):  # the parent is Slurm's slurmstepd, which would report the loss
-                os.kill(each, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # gone by now
+                os.kill(_parent(pid), signal.SIGKILL)  # Slurm's slurmstepd, which would report the loss
+                os.kill(pid, signal.SIGKILL)
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 

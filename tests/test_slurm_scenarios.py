@@ -31,8 +31,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm_cluster.missing() is not None, reason=f"no Slurm: {slurm_cluster.missing()}"),
 ]
-STEPS, SAVE_STEPS = 240, 40
-MINUTES = 10
+STEPS, SAVE_STEPS = 120, 40
+MINUTES = 60
+PATIENCE_S = float(os.environ.get("EMBERVLM_TEST_PATIENCE_S", "300"))
+"""How long to wait for a job on a machine that is busy with other things."""
 RECIPES = {"one": (1, 4, 2), "two": (2, 4, 1), "four": (4, 2, 1)}
 """Nodes of one GPU, micro-batch and accumulation; the global batch is always 8."""
 
@@ -65,7 +67,7 @@ class Bench:
 
     def finish(self, job: str, *, state: str = "COMPLETED") -> None:
         """Wait for the end of a job, which must be this one."""
-        assert self.cluster.finish(job, 300, lambda: self.log(job)) == state, self.log(job)
+        assert self.cluster.finish(job, PATIENCE_S, lambda: self.log(job)) == state, self.log(job)
 
     def phase(self, name: str) -> Path:
         return run_dir.phase_dir(self.folder / name, 2)
@@ -73,12 +75,20 @@ class Bench:
     def reaches(self, name: str, job: str, step: int) -> None:
         """Wait until the log of a run has this step."""
         log = run_dir.metrics_log_path(self.phase(name))
-        wait_for(f"step {step} of {name}", lambda: log.exists() and len(log.read_text().splitlines()) >= step, 180,
-                 lambda: self.log(job))  # fmt: skip
+        wait_for(f"step {step} of {name}", lambda: log.exists() and len(log.read_text().splitlines()) >= step,
+                 PATIENCE_S, lambda: self.log(job), pause_s=0.02)  # fmt: skip
+
+    def hold(self, name: str, job: str, step: int) -> dict[int, int]:
+        """Stop a job's processes soon after a step, so that what comes next finds them in training."""
+        self.reaches(name, job, step)
+        ranks = self.cluster.ranks(job)
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGSTOP)
+        return ranks
 
     def restarts(self, job: str, count: int) -> None:
         """Wait until Slurm has put a job back into the queue that often."""
-        wait_for(f"requeue {count} of job {job}", lambda: self.cluster.job(job)["Restarts"] == str(count), 120,
+        wait_for(f"requeue {count} of job {job}", lambda: self.cluster.job(job)["Restarts"] == str(count), PATIENCE_S,
                  lambda: self.log(job))  # fmt: skip
 
     def saved_steps(self, job: str) -> list[int]:
@@ -146,10 +156,7 @@ def test_phase_1_phase_2_and_evaluation_run_one_after_the_other(bench: Bench) ->
 
 def test_a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("limit", "two")
-    bench.reaches("limit", job, 10)
-    ranks = bench.cluster.ranks(job)
-    for pid in ranks.values():  # held, so that the end of the run does not come before the signal
-        os.kill(pid, signal.SIGSTOP)
+    ranks = bench.hold("limit", job, 10)
     bench.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=3")  # 180 s before that is now
     wait_for("Slurm's signal", lambda: all(pending(pid, signal.SIGUSR2) for pid in ranks.values()), 90)
     for pid in ranks.values():
@@ -177,9 +184,9 @@ def test_a_job_that_is_requeued_in_the_middle_of_a_save_finishes(bench: Bench) -
 
 def test_a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("killed", "two")
-    bench.reaches("killed", job, SAVE_STEPS + 5)
-    ranks = bench.cluster.ranks(job)
+    ranks = bench.hold("killed", job, SAVE_STEPS + 5)
     os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGCONT)
     wait_for("the end of the other process", lambda: not Path(f"/proc/{ranks[0]}").exists(), 60)
     bench.restarts(job, 1)
     bench.finish(job)
@@ -189,10 +196,11 @@ def test_a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_fin
 
 def test_a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
     job = bench.submit("lost", "two")
-    bench.reaches("lost", job, SAVE_STEPS + 5)
+    ranks = bench.hold("lost", job, SAVE_STEPS + 5)
     lost = bench.cluster.run("scontrol", "show", "hostnames", bench.cluster.job(job)["NodeList"]).split()[-1]
     try:
         bench.cluster.lose_node(lost)
+        os.kill(ranks[0], signal.SIGCONT)
         bench.restarts(job, 1)
         bench.finish(job)
         nodes = bench.cluster.run("scontrol", "show", "hostnames", bench.cluster.job(job)["NodeList"]).split()
@@ -206,8 +214,8 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
 def test_a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
     for recipe, step in (("two", 20), ("one", 60)):
         job = bench.submit("moved", recipe)
-        bench.reaches("moved", job, step)
-        bench.cluster.run("scancel", job)
+        bench.hold("moved", job, step)
+        bench.cluster.run("scancel", job)  # wakes them, too
         bench.finish(job, state="CANCELLED")  # and not requeued: what is cancelled stays so
         wait_for("the end of its processes", lambda job=job: not bench.cluster.ranks(job), 60)
         assert "asked to stop: saved at step" in bench.log(job)
