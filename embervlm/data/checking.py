@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "split": Kind(title="Unknown splits, or no training split", stops_training=True),
     "picture_leak": Kind(title="The same picture in two splits", stops_training=True),
     "too_long": Kind(title="Longer than max_reasoning_length", stops_training=True),
+    "duplicate_id": Kind(title="Ids used twice", stops_training=True),
     "maybe_too_long": Kind(title="By estimate longer than max_reasoning_length", stops_training=False),
     "text_leak": Kind(title="The same task in two splits", stops_training=False),
     "conclusion": Kind(title="Conclusions that disagree with the answer", stops_training=False),
@@ -76,7 +77,6 @@ KINDS: dict[str, Kind] = {
     "conflict": Kind(title="The same question with two answers", stops_training=False),
     "duplicate": Kind(title="Duplicates", stops_training=False),
     "near_duplicate": Kind(title="Near duplicates", stops_training=False),
-    "duplicate_id": Kind(title="Ids used twice", stops_training=False),
     "given_away": Kind(title="Answers given away in the instruction", stops_training=False),
     "guessable": Kind(title="Instructions that are answered without the picture", stops_training=False),
 }
@@ -183,7 +183,6 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
     readings = read_each(
         data.path, file_problems, image_root=options.image_root, allow_outside=options.allow_outside
     )  # fmt: skip
-    ids: dict[str, int] = {}
     for reading in progress_bar(readings, desc="read", unit=" records"):
         data.num_values += 1
         number, record = reading.number, reading.record
@@ -199,8 +198,6 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         if not _check_metadata(data, number, record):
             data.values[number] = reading.value
             continue
-        if (first := ids.setdefault(record.record_id, number)) != number:
-            data.add("duplicate_id", number, "id", f'"{record.record_id}" is also record {first}', "rename one", first)
         data.numbers.append(number)
         data.records.append(record)
     for problem in file_problems:  # a broken line is no value
@@ -227,6 +224,8 @@ def _kind_of(name: str, what: str) -> str:
         return "picture"
     if name == "answer" and " is not one of " in what:
         return "unknown_answer"
+    if name == "id" and " is also the id of " in what:
+        return "duplicate_id"
     return "markers" if what.startswith("unbalanced markers") else "schema"
 
 
