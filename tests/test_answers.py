@@ -77,7 +77,9 @@ def test_steps_in_words_are_the_chain_and_the_answer_line_is_not():
 
 
 def test_a_step_that_numbers_itself_is_not_numbered_twice():
-    text = json.dumps({"steps": ["Step 1: High.", "2nd thought."], "conclusion": "Conclusion: Drone", "answer": "Drone"})
+    text = json.dumps(
+        {"steps": ["Step 1: High.", "2nd thought."], "conclusion": "Conclusion: Drone", "answer": "Drone"}
+    )
     assert read(text).steps == ("High.", "2nd thought.", "Conclusion: Drone")
 
 

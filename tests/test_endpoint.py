@@ -113,7 +113,11 @@ def test_the_picture_is_sent_to_a_teacher_that_sees(scene_data, records, tmp_pat
 
     data, out = scene_data / "reasoning_data.json", scene_data / "seen.json"
     with serving(script) as teacher:
-        main(command(teacher, data, "--teacher_sees_pictures", "--num_samples", 3, "--concurrency", 1, output="seen.json"))
+        main(
+            command(
+                teacher, data, "--teacher_sees_pictures", "--num_samples", 3, "--concurrency", 1, output="seen.json"
+            )
+        )
     made = read_records(out)
     sent = [body["messages"][1]["content"][0]["image_url"]["url"] for body, _, _ in teacher.requests]
     pictures = {f"data:image/jpeg;base64,{base64.b64encode(Path(r.image).read_bytes()).decode()}" for r in made}
@@ -122,7 +126,11 @@ def test_the_picture_is_sent_to_a_teacher_that_sees(scene_data, records, tmp_pat
 
 def test_the_scenes_facts_are_told_to_a_teacher_that_does_not_see(scene_data, records):
     with serving(good) as teacher, pytest.raises(SystemExit):  # few answers are Drone alone
-        main(command(teacher, scene_data / "reasoning_data.json", "--num_samples", 1, "--attempts", 1, output="told.json"))
+        main(
+            command(
+                teacher, scene_data / "reasoning_data.json", "--num_samples", 1, "--attempts", 1, output="told.json"
+            )
+        )
         raise SystemExit
     scene = records[0].metadata["scene"]
     assert f"place is {scene['place']}; weather is {scene['weather']}" in "".join(asked(teacher))
@@ -131,7 +139,10 @@ def test_the_scenes_facts_are_told_to_a_teacher_that_does_not_see(scene_data, re
 def test_a_picture_without_facts_needs_a_teacher_that_sees(scene_data, tmp_path):
     data = scene_data / "bare.json"
     data.write_text(json.dumps([{"image": "images/000000.jpg", "question": "Who?", "answer": "Drone"}]))
-    with serving(good) as teacher, pytest.raises(SystemExit, match=r"record bare\.json:1: has a picture.*--teacher_sees"):
+    with (
+        serving(good) as teacher,
+        pytest.raises(SystemExit, match=r"record bare\.json:1: has a picture.*--teacher_sees"),
+    ):
         generate(teacher, data, output="bare_out.json")
     assert not teacher.requests
 
@@ -172,7 +183,10 @@ def test_a_question_without_an_answer_is_named_and_the_others_are_kept(tasks):
     def script(body, number):
         return Act(status=400, content="too long") if "roof 3" in body["messages"][1]["content"] else good(body, number)
 
-    with serving(script) as teacher, pytest.raises(SystemExit, match=r"record task-000003: got no answer \(400.*too long"):
+    with (
+        serving(script) as teacher,
+        pytest.raises(SystemExit, match=r"record task-000003: got no answer \(400.*too long"),
+    ):
         generate(teacher, tasks)
     assert len(read_records(tasks.parent / "out.json")) == 9
 
@@ -424,7 +438,9 @@ def test_the_shards_of_the_rules_are_the_whole_job(tmp_path):
     main([*flags, "--output_file", str(tmp_path / "whole.json")])
     for index in range(2):
         main([*flags, "--shard", f"{index}/2", "--output_file", str(tmp_path / f"{index}.json")])
-    main(["data", "merge", *(str(tmp_path / f"{i}.json") for i in range(2)), "--output_file", str(tmp_path / "all.json")])
+    main(
+        ["data", "merge", *(str(tmp_path / f"{i}.json") for i in range(2)), "--output_file", str(tmp_path / "all.json")]
+    )
     whole = {record.record_id: record for record in read_records(tmp_path / "whole.json")}
     assert whole == {record.record_id: record for record in read_records(tmp_path / "all.json")}
 
@@ -434,7 +450,16 @@ def test_records_that_differ_under_one_id_are_not_merged(tmp_path):
         value = [{"id": 1, "question": "Who?", "reasoning": ["x"], "answer": robot}]
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     with pytest.raises(SystemExit, match=r"b\.json record 1: id: another record has it"):
-        main(["data", "merge", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--output_file", str(tmp_path / "c.json")])
+        main(
+            [
+                "data",
+                "merge",
+                str(tmp_path / "a.json"),
+                str(tmp_path / "b.json"),
+                "--output_file",
+                str(tmp_path / "c.json"),
+            ]
+        )
 
 
 def test_pictures_that_the_merged_file_cannot_name_are_an_error(scene_data, tmp_path):
