@@ -123,6 +123,9 @@ def serving(script: Callable[[dict[str, Any], int], Act]) -> Iterator[ScriptedTe
         ready.set()
         await done.wait()
         server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
     thread.start()

@@ -78,7 +78,7 @@ def generate_by_teacher(
     with Collection(output_file, questions, image_root=image_root or path.parent, settings=settings) as collection:
         outcome = ask_endpoint(endpoint, questions, collection, num_samples=wanted)
         spent = f"{collection.usage.total():,} tokens"
-        if cost := endpoint.usd(*(collection.usage[name] for name in ("prompt_tokens", "completion_tokens"))):
+        if cost := endpoint.usd(collection.usage):
             spent += f", ${cost:,.4f}"
         print(f"{len(questions)} questions, {len(collection.accepted)} accepted, {collection.rejections()}; {spent}")
         if collection.accepted or not (outcome.unanswered or outcome.stopped):

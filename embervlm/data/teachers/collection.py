@@ -130,7 +130,8 @@ class Collection:
     Attributes:
         accepted: Key -> record in the unified spelling.
         num_rejected: Key -> answers rejected so far; `total_rejected` of all.
-        usage: `prompt_tokens` and `completion_tokens` of every answer, in earlier runs too.
+        usage: `prompt_tokens` and `completion_tokens` of all answers, those of earlier runs too.
+        largest: The most of either that one answer took.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Collection:
         self.accepted: dict[str, dict[str, Any]] = {}
         self.num_rejected: Counter[str] = Counter()
         self.usage: Counter[str] = Counter()
+        self.largest: Counter[str] = Counter()
         self.total_rejected = 0
         self._reasons: Counter[str] = Counter()
         self._chains: set[tuple[str, tuple[str, ...]]] = set()
@@ -179,7 +181,9 @@ class Collection:
     def count(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
             key = entry["key"]
-            self.usage.update(entry.get("usage") or {})
+            usage = Counter(entry.get("usage") or {})
+            self.usage += usage
+            self.largest |= usage
             if "reason" in entry:
                 self.num_rejected[key] += 1
                 self.total_rejected += 1

@@ -7,7 +7,7 @@ import base64
 import mimetypes
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,10 @@ class EndpointConfig:
             raise ConfigError(f"{name}: holds characters that no key has; export it again")
         return key
 
-    def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
-        price = prompt_tokens * self.usd_per_million_input + completion_tokens * self.usd_per_million_output
-        return price / 1_000_000
+    def usd(self, usage: Mapping[str, int]) -> float:
+        """What `prompt_tokens` and `completion_tokens` cost."""
+        price = usage.get("prompt_tokens", 0) * self.usd_per_million_input
+        return (price + usage.get("completion_tokens", 0) * self.usd_per_million_output) / 1_000_000
 
 
 class _Unanswered(Exception):
@@ -169,7 +170,6 @@ class _Run:
         self._num_jobs = len(questions) * config.samples_per_record
         self._num_given_up = 0
         self._in_flight = 0
-        self._largest = 0, 0.0  # tokens and dollars of the dearest answer of this run
         self._failures_in_a_row = 0
         self._unsupported: set[str] = set()
         self._workers: list[asyncio.Task[None]] = []
@@ -208,7 +208,7 @@ class _Run:
         self._show()
         try:
             async with self._client:
-                if self._budgets:  # nobody knows yet what an answer costs
+                if self._budgets and not self.collection.largest:  # nobody knows yet what an answer costs
                     await self._work(once=True)
                 self._workers = [asyncio.create_task(self._work()) for _ in range(config.concurrency)]
                 for result in await asyncio.gather(*self._workers, return_exceptions=True):
@@ -269,10 +269,11 @@ class _Run:
 
     def _over_budget(self, in_flight: int) -> bool:
         """Whether `in_flight` more answers, each as dear as the dearest so far, go beyond the budget."""
-        tokens, usd = self._spent()
-        for spent, largest, limit, name in (
-            (tokens, self._largest[0], self.config.max_tokens_total, "max_tokens_total"),
-            (usd, self._largest[1], self.config.max_usd_total, "max_usd_total"),
+        for spent, largest, limit, name in zip(
+            self._cost(self.collection.usage),
+            self._cost(self.collection.largest),
+            (self.config.max_tokens_total, self.config.max_usd_total),
+            ("max_tokens_total", "max_usd_total"),
         ):
             if limit is not None and (spent >= limit or spent + in_flight * largest > limit):
                 if in_flight == 1:  # else the answers in flight may turn out cheaper
@@ -280,17 +281,15 @@ class _Run:
                 return True
         return False
 
-    def _spent(self) -> tuple[int, float]:
-        prompt, completion = (self.collection.usage[name] for name in ("prompt_tokens", "completion_tokens"))
-        return prompt + completion, self.config.usd(prompt, completion)
+    def _cost(self, usage: Mapping[str, int]) -> tuple[int, float]:
+        """Tokens and dollars."""
+        return sum(usage.values()), self.config.usd(usage)
 
     async def _answer(self, question: Question, sample: int) -> None:
         """Ask until an answer is accepted or the attempts are used up, each answer on disk before the next request."""
         key = f"{question.key}:{sample}"
         while self.collection.num_rejected[key] < self.config.attempts:
             reply, usage = await self._ask(question)
-            tokens = usage["prompt_tokens"] + usage["completion_tokens"]
-            self._largest = max(self._largest[0], tokens), max(self._largest[1], self.config.usd(**usage))
             details: dict[str, Any] = {
                 "id": question.record.record_id, "usage": usage, "text": reply.content, "thinking": reply.thinking,
             }  # fmt: skip
@@ -317,7 +316,7 @@ class _Run:
 
     def _show(self) -> None:
         collection = self.collection
-        tokens, usd = self._spent()
+        tokens, usd = self._cost(self.collection.usage)
         accepted = len(collection.accepted)
         self._bar.total = max(accepted, min(self.num_samples, self._num_jobs - self._num_given_up))
         shown = {"rejected": collection.total_rejected, "tokens": f"{tokens:,}", "cost": f"${usd:.4f}"}
