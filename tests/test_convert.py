@@ -384,7 +384,7 @@ def test_skip_bad_writes_the_rest_and_lists_the_skipped(folder):
     made = convert(folder, "scienceqa", SCIENCE | {"answer": 9}, SCIENCE | {"image": None}, 3, skip_bad=True)
     assert [record.record_id for record in read_records(folder / "out.json")] == ["scienceqa-2"]
     listed = [json.loads(line) for line in skipped_path(folder / "out.json").read_text().splitlines()]
-    assert [item["record"] for item in listed] == [1, 3] and listed == made.skipped
+    assert [(item["record"], item.get("id")) for item in listed] == [(1, "1"), (3, None)] and listed == made.skipped
     assert listed[0]["problems"] == ["answer: 9 is no index of 3 choices; count them from 0"]
 
 
