@@ -134,7 +134,7 @@ def read_records(
         found: list[str] = []
         record = read_record(value, f"{path.name}:{number}", rules, found.append)
         if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:
-            found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each record its own")
+            found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each its own")
         if record is not None and not found:
             records.append(record)
         problems += [f"{path} record {number}: {problem}" for problem in found]
