@@ -384,7 +384,7 @@ def test_skip_bad_writes_the_rest_and_lists_the_skipped(folder):
     made = convert(folder, "scienceqa", SCIENCE | {"answer": 9}, SCIENCE | {"image": None}, 3, skip_bad=True)
     assert [record.record_id for record in read_records(folder / "out.json")] == ["scienceqa-2"]
     listed = [json.loads(line) for line in skipped_path(folder / "out.json").read_text().splitlines()]
-    assert [item["record"] for item in listed] == [1, 3] and listed == made.skipped
+    assert [(item["record"], item.get("id")) for item in listed] == [(1, "1"), (3, None)] and listed == made.skipped
     assert listed[0]["problems"] == ["answer: 9 is no index of 3 choices; count them from 0"]
 
 
@@ -557,3 +557,21 @@ def test_text_only_records_of_every_kind_of_candidates_train_in_both_phases_unde
     ok(train("deepspeed", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", "2"))
     for phase in ("phase1", "phase2"):
         assert (tmp_path / "outputs" / "stage4" / phase / "checkpoint-final" / "COMPLETE").exists()
+
+
+def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
+    import torch
+
+    from embervlm.data.records import ROBOTS
+    from embervlm.model.generation import Decoding, generate_from_visual, pictures_tensor
+
+    pictures, seen = pictures_tensor(tiny_model, [None, None])
+    with torch.no_grad():
+        visual = tiny_model.see(tiny_model.normalise(pictures))
+    questions, short = ["Which is it?", "Which robot?"], Decoding(max_new_tokens=4)
+    own, robots = generate_from_visual(tiny_model, visual, seen, questions, short, [("hard", "yellow"), ()])
+    alone = generate_from_visual(
+        tiny_model, visual[:1], seen[:1], questions[:1], Decoding(max_new_tokens=4, candidates=("hard", "yellow"))
+    )[0]
+    assert own["head_probabilities"] == pytest.approx(alone["head_probabilities"], abs=1e-5)
+    assert tuple(robots["head_probabilities"]) == ROBOTS

@@ -45,7 +45,8 @@ class Converted:
 
     records: list[ReasoningRecord]
     skipped: list[dict[str, Any]]
-    """`{"record": number or null for a line that is no JSON, "problems": [...]}` of everything that was left out."""
+    """`{"record", "id", "problems"}` of everything that was left out; the record's number is null for a line that is no
+    JSON, and the id there where the record has one."""
     picture_root: str
     """Folder that the picture paths in the output are relative to."""
     num_moved: int
@@ -91,7 +92,8 @@ def convert_file(
             elif record is not None:
                 records.append(_with_complexity(record))
         if found:
-            skipped.append({"record": number, "problems": found})
+            named = {"id": value["id"]} if isinstance(value, dict) and value.get("id") is not None else {}
+            skipped.append({"record": number, **named, "problems": found})
     problems = line_problems + [
         f"{path} record {item['record']}: {text}" for item in skipped for text in item["problems"]
     ]

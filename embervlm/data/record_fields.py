@@ -61,9 +61,9 @@ def kind(value: Any) -> str:
 
 
 def quote(text: str) -> str:
-    """The start of `text` on one printable line, in double quotes."""
-    short = text if len(text) <= 80 else text[:77] + "..."
-    return json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+    """The start of `text` on one line of characters that do nothing to a terminal, in double quotes."""
+    short = json.dumps(text if len(text) <= 80 else text[:77] + "...", ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
 def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, report: Report) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
 
 
 def _listing(candidates: Sequence[str]) -> str:
-    return ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+    return ", ".join(quote(name)[1:-1] for name in candidates[:8]) + (", ..." if len(candidates) > 8 else "")
 
 
 def _advice(name: str, candidates: Sequence[str]) -> str:

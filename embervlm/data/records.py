@@ -188,7 +188,7 @@ def read_each(
         found: list[str] = []
         record = read_record(value, f"{path.name}:{number}", rules, found.append)
         if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:
-            found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each record its own")
+            found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each its own")
             record = None
         yield Reading(number=number, value=value, record=record, problems=tuple(found))
 

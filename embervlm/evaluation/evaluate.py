@@ -194,7 +194,8 @@ def _answer(
     for start in range(0, len(order), BATCH_SIZE):
         part = order[start : start + BATCH_SIZE]
         visual, seen = see(model, data.pictures, [records[index] for index in part])
-        answers = generate_from_visual(model, visual, seen, [records[i].instruction for i in part], decoding)
+        own = [records[index].metadata.get("candidates") or () for index in part]
+        answers = generate_from_visual(model, visual, seen, [records[i].instruction for i in part], decoding, own)
         for index, answer in zip(part, answers):
             out[index] = answer
         bar.update(len(part))

@@ -95,13 +95,19 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
 
 @torch.inference_mode()
 def generate_from_visual(
-    model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding
-) -> list[dict[str, Any]]:
-    """The same from visual tokens `[batch, num_visual_tokens, hidden]`."""
+    model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
+    own_candidates: Sequence[Sequence[str]] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The same from visual tokens `[batch, num_visual_tokens, hidden]`.
+
+    Args:
+        own_candidates: for each instruction the answers to choose among; where empty, those of `decoding`.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
-    candidates = decoding.candidates or tuple(model.config.candidates)
+    default = decoding.candidates or tuple(model.config.candidates)
+    choices = [tuple(own) or default for own in own_candidates] or [default] * len(instructions)
     if decoding.reasoning:
         prompts = [[*tokenizer.encode(text), tokenizer.ids["<|reasoning_start|>"]] for text in instructions]
     else:
@@ -109,7 +115,7 @@ def generate_from_visual(
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
     writer = _Writer(model, visual, image_mask, prompts, decoding)
     generated, log_probs = writer.run()
-    head = writer.head_probabilities(candidates)
+    head = writer.head_probabilities(choices)
     results = []
     for row, ids in enumerate(generated):
         if decoding.reasoning:
@@ -117,6 +123,7 @@ def generate_from_visual(
         else:
             end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
             steps, text = [], tokenizer.decode(ids[:end]).strip()
+        candidates = choices[row]
         answer = parse_answer(text or "", candidates)
         result: dict[str, Any] = {
             "reasoning_steps": steps,
@@ -206,16 +213,22 @@ class _Writer:
         rows = [[token for token in row if token >= 0] for row in out.tolist()]
         return rows, answer_log_prob.tolist()
 
-    def head_probabilities(self, candidates: Sequence[str]) -> list[list[float]] | None:
-        """The answer head's probability of each candidate, from the chain before its conclusion."""
-        if not candidates or not self.use_head or self.conclusion_state is None:
+    def head_probabilities(self, choices: Sequence[Sequence[str]]) -> list[list[float]] | None:
+        """The answer head's probability of each candidate of each row, from the chain before its conclusion."""
+        if not all(choices) or not self.use_head or self.conclusion_state is None:
             return None
         assert self.model.tokenizer is not None
-        ids = candidate_ids(self.model.tokenizer.encode_many(list(candidates))).to(self.visual.device)
+        most = max(map(len, choices))
+        encoded = [
+            ids
+            for names in choices
+            for ids in [*self.model.tokenizer.encode_many(list(names)), *[[]] * (most - len(names))]
+        ]
+        ids = candidate_ids(encoded).view(len(choices), most, -1).to(self.visual.device)
         logits = self.model.reasoning_module.answer_head(
             self.conclusion_state, self.visual, self.image_mask, self.model.candidate_embeddings(ids)
         )
-        return logits.sigmoid().tolist()
+        return [row[: len(names)] for row, names in zip(logits.sigmoid().tolist(), choices)]
 
     def _refine(self, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         if not self.use_head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
@@ -113,8 +114,10 @@ def scene_metadata(
 def render_to_file(facts: SceneFacts, seed: int, path: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Draw a scene into a JPEG; its boxes (each in [0, 1]) and numbers."""
     rendered = render_scene(facts, seed)
-    with naming_unwritten(path):
-        rendered.image.save(path, quality=JPEG_QUALITY)
+    encoded = io.BytesIO()
+    rendered.image.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    with naming_unwritten(path):  # not by Pillow, which on a full disk cuts the picture off without an error
+        path.write_bytes(encoded.getvalue())
     boxes = [
         {"kind": item.kind, "label": item.label, "box": [round(edge, 4) for edge in item.box]}
         for item in rendered.objects
