@@ -110,12 +110,15 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders."""
+    """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders.
+
+    Half a surrogate pair, which UTF-8 cannot hold, is written as JSON escapes it: \\ud800.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
-        with tmp.open("w", encoding="utf-8") as file:
+        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

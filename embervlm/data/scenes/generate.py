@@ -160,7 +160,7 @@ def write_dataset(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write records as JSON or, for a `.jsonl` path, one to a line; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # as JSON escapes: \ud800
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         else:
