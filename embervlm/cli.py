@@ -94,7 +94,6 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_file", type=Path, required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--output_report", type=Path, required=True, help="text, or JSON by .json; a page goes beside")
-    parser.add_argument("--workers", type=int, help="processes that open pictures; default: one per core")
     _add_check_options(parser)
     parser.set_defaults(run=_validate)
 
@@ -112,6 +111,7 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
     parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that counts them; default: an estimate")
+    parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
 
 
 def _add_augment(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +274,7 @@ def _filter(args: argparse.Namespace) -> None:
 
     options = CheckOptions(
         image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
-        tokenizer=args.tokenizer, open_pictures=False,
+        tokenizer=args.tokenizer, workers=args.workers, open_pictures=False,
     )  # fmt: skip
     kept, rejected = filter_file(
         args.input, output=args.output, min_quality_score=args.min_quality_score, options=options

@@ -139,14 +139,15 @@ def naming_unwritten(path: str | Path) -> Iterator[None]:
 def atomic_text(path: str | Path) -> Iterator[TextIO]:
     """A UTF-8 file to write to that takes `path`'s place at the end: a reader finds the old file or the new one.
 
-    Makes missing folders. `WriteError` where that fails, and the old file stays.
+    Makes missing folders. `WriteError` where that fails, and the old file stays. Half a surrogate pair, which UTF-8
+    cannot hold, is written as JSON escapes it: \\ud800.
     """
     path = Path(path)
     tmp = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:12]}")
     with naming_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with tmp.open("w", encoding="utf-8") as file:
+            with tmp.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

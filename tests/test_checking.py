@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from embervlm.cli import main
 from embervlm.config import ConfigError
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.chain_text import step_numbers
-from embervlm.data.checking import CheckOptions, check_file, open_picture
+from embervlm.data.checking import KINDS, CheckOptions, check_file, open_picture
 from embervlm.data.claims import named_candidates, opposite_steps
 from embervlm.data.quality import filter_file
 from embervlm.data.records import DataError, read_records
@@ -17,6 +19,7 @@ from embervlm.data.splits import split_of, split_records
 from embervlm.data.validate import validate
 from embervlm.report.validation import report_page, report_text, write_reports
 
+STOPPING = {name for name, kind in KINDS.items() if kind.stops_training}
 SUMS = ["four", "five", "six"]
 
 
@@ -210,6 +213,44 @@ def test_lengths_counted_with_a_tokenizer_are_those_training_refuses(records, to
 def test_a_fact_with_hundreds_of_values_is_not_looked_for(check):
     values = [with_metadata(sum_record(i), facts={"marbles": f"number {i}"}) for i in range(201)]
     assert not any(kind == "contradiction" for kind, _ in check(values))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = sum_record(3).keys() | {"image", "id", "confidence"}
+METADATA_KEYS = ("facts", "scene", "step_types", "seen", "boxes", "caption", "split", "split_group", "complexity")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fields=st.dictionaries(st.sampled_from(sorted(KEYS)), JSON_VALUES | st.text(max_size=40), max_size=2),
+    metadata=st.dictionaries(st.sampled_from(METADATA_KEYS), JSON_VALUES, max_size=3),
+)
+def test_any_value_in_any_field_is_accepted_or_reported(fields, metadata, tmp_path):
+    path = tmp_path / "data.json"
+    value = sum_record(50)
+    path.write_text(json.dumps([sum_record(3), value | {"metadata": value["metadata"] | metadata} | fields]))
+    report = validate(path, CheckOptions())
+    assert report["num_records"] == 2
+    assert report["num_stopping"] == len({f["number"] for f in report["problems"] if f["kind"] in STOPPING} - {0})
+    report_page(report)
+    report_text(report)
+    if report["trains"]:
+        assert len(read_records(path)) == 2
+
+
+def test_half_a_surrogate_pair_is_found_and_can_be_reported(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sum_record(3), sum_record(50, instruction="Tom \ud800 red marbles")]))
+    report = validate(path, CheckOptions())
+    assert [(f["kind"], f["number"], f["field"]) for f in report["problems"]] == [("schema", 2, "instruction")]
+    for name in ("report.txt", "report.json"):
+        write_reports(report, tmp_path / name)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["num_stopping"] == 1
+    assert filtered([sum_record(3), sum_record(50, instruction="Tom \ud800 red marbles")], tmp_path)[0] == (1, 1)
 
 
 # ---- parts

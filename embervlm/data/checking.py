@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from embervlm.data.claims import (
 )
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.record_fields import kind
-from embervlm.data.records import ROBOTS, Reading, ReasoningRecord, no_records, read_each, record_to_json
+from embervlm.data.records import ROBOTS, DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
 from embervlm.data.splits import SPLITS, normalised_text, picture_digest, splits_of
 from embervlm.progress import progress_bar
 
@@ -195,7 +196,7 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
             _check_numbering(data, reading)
         if record is None:
             continue
-        if not _check_metadata(data, number, record):
+        if not (_check_metadata(data, number, record) & _check_text(data, number, record)):
             data.values[number] = reading.value
             continue
         data.numbers.append(number)
@@ -243,6 +244,21 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
                 what = f"steps are numbered {shown}: {expected} is expected where {number} stands"
                 data.add("numbering", reading.number, name, what, "number the steps 1, 2, 3, ...")
                 break
+
+
+def _check_text(data: CheckedData, number: int, record: ReasoningRecord) -> bool:
+    """A tokenizer refuses half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    good = True
+    for name, texts in (
+        ("instruction", (record.instruction,)), ("reasoning", record.steps), ("answer", record.answer),
+    ):  # fmt: skip
+        try:
+            "".join(texts).encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"holds half a surrogate pair, \\u{ord(error.object[error.start]):04x}"
+            data.add("schema", number, name, what, "write the character whole, or drop it")
+            good = False
+    return good
 
 
 def _is_text_list(value: Any) -> bool:
@@ -352,9 +368,14 @@ def _in_processes(
     if workers < 2:
         yield from progress_bar(map(job, items), **bar)
         return
-    # spawn: a forked process would carry a copy of all records
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from progress_bar(pool.map(job, items, chunksize=ITEMS_PER_CHUNK), **bar)
+    try:
+        # spawn: a forked process would carry a copy of all records
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from progress_bar(pool.map(job, items, chunksize=ITEMS_PER_CHUNK), **bar)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{desc}: a process was killed, perhaps for lack of memory; try again with --workers 1"
+        ) from error
 
 
 def _drop_unusable(data: CheckedData) -> None:
@@ -425,7 +446,7 @@ class ChainJob:
 
     instruction: str
     steps: tuple[str, ...]
-    facts: dict[str, str]
+    facts: tuple[tuple[str, str], ...]
     candidates: tuple[str, ...]
     answer: tuple[str, ...]
 
@@ -434,12 +455,15 @@ def _check_chains(data: CheckedData, options: CheckOptions) -> None:
     domains = _checkable_facts(data.records)
     jobs = []
     for record in data.records:
-        facts = {name: value for name, value in (record.metadata.get("facts") or {}).items() if name in domains}
+        known = (record.metadata.get("facts") or {}).items()
+        facts = tuple((name, value) for name, value in known if name in domains)
         candidates = tuple(record.metadata.get("candidates") or ROBOTS)
         jobs.append(ChainJob(record.instruction, record.steps, facts, candidates, record.answer))
-    found = _in_processes(partial(check_chain, domains=domains), jobs, "chains", options.workers)
-    for number, findings in zip(data.numbers, found):
-        for finding in findings:
+    distinct = list(dict.fromkeys(jobs))  # many pictures may have one chain
+    found = _in_processes(partial(check_chain, domains=domains), distinct, "chains", options.workers)
+    findings = dict(zip(distinct, found))
+    for number, job in zip(data.numbers, jobs):
+        for finding in findings[job]:
             data.add(finding[0], number, *finding[1:])
 
 
@@ -448,7 +472,11 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
     out: list[tuple[str, str, str, str]] = []
     answer = ", ".join(job.answer)
     context = ChainContext(
-        instruction=job.instruction, facts=job.facts, domains=domains, candidates=job.candidates, answer=job.answer
+        instruction=job.instruction,
+        facts=dict(job.facts),
+        domains=domains,
+        candidates=job.candidates,
+        answer=job.answer,
     )
     for place, (text, fault) in enumerate(zip(job.steps, judge_steps(job.steps, context)), 1):
         step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"

@@ -93,7 +93,8 @@ def verdict(report: Mapping[str, Any]) -> str:
 def problem_line(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     where = f"{report['data_file']} record {found['number']}" if found["number"] else report["data_file"]
     name = f"{found['field']}: " if found["field"] else ""
-    return " ".join(f"{where}: {name}{found['what']}; {found['fix']}".split())
+    line = " ".join(f"{where}: {name}{found['what']}; {found['fix']}".split())
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _gravity(about: Mapping[str, Any]) -> str:
