@@ -159,12 +159,12 @@ class CheckpointStore:
             self._write_files(part, module, state, content)
             run_dir.write_json_atomic(part / "state.json", about)
             run_dir.publish_checkpoint(part, target, about["step"])
-            kept = best_checkpoints(self.folder, self._keep_best)
-            run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
         except (OSError, RuntimeError, run_dir.WriteError) as error:  # torch.save: RuntimeError for a full disk
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
             raise SaveError(f"{target}: not written: {_one_line(error)}{self._what_stands()}") from error
+        kept = best_checkpoints(self.folder, self._keep_best)
+        run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
 
     @staticmethod
     def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:

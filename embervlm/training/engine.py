@@ -147,9 +147,9 @@ class Snapshot:
         self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
 
     def collect(self) -> EngineState | None:
-        """The whole state on rank 0, None elsewhere. Every process calls it, from the same kind of thread.
+        """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on meanwhile.
 
-        It uses a process group of its own, so training may go on meanwhile. The next snapshot overwrites this one.
+        The next snapshot overwrites this one.
         """
         engine, world = self._engine, self._engine.world
         if world.rank != 0:
