@@ -174,7 +174,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=int, help="records of all splits together; default: target_samples")
     parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: the most that count")
     parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
-    parser.add_argument("--utilisation", type=float, default=0.15, help="share of the GPU's rated speed; default 0.15")
+    parser.add_argument(
+        "--utilisation", type=float, help="share of the GPU's rated speed that is reached; see the plan's assumptions"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_plan)
 

@@ -21,7 +21,9 @@ from embervlm.config import REPOSITORY, ConfigError, PhaseConfig, StageConfig, T
 from embervlm.progress import progress_bar
 
 if TYPE_CHECKING:
+    from embervlm.data.collate import Batch
     from embervlm.model.embervlm import EmberVLM
+    from embervlm.training.module import TrainingModule
 
 ZERO_STAGES = (0, 1, 2, 3)
 GB = 1e9
@@ -125,7 +127,7 @@ def empty_model(settings: dict[str, Any]) -> EmberVLM:
 
 
 def trace(run: Callable[[], Any]) -> MicroBatch:
-    """What `run` costs on the fake tensors it computes with."""
+    """What `run` costs, on fake tensors or real ones."""
     import torch
     from torch.nn import functional as F
     from torch.overrides import TorchFunctionMode
@@ -141,7 +143,7 @@ def trace(run: Callable[[], Any]) -> MicroBatch:
             if func is F.scaled_dot_product_attention:
                 kwargs["dropout_p"] = 0.0
             if func is torch.Tensor.nonzero:  # fake tensors have no contents; the validator reads a step in four tokens
-                return args[0].new_empty(args[0].numel() // 4, 1, dtype=torch.int64)
+                return args[0].new_zeros(args[0].numel() // 4, 1, dtype=torch.int64)
             return func(*args, **kwargs)
 
     class Live(TorchDispatchMode):
@@ -179,38 +181,20 @@ def trace(run: Callable[[], Any]) -> MicroBatch:
     return MicroBatch(flops=counter.get_total_flops(), operators=live.operators, activation_bytes=live.peak)
 
 
-def count_micro_batch(
-    settings: dict[str, Any], stage: StageConfig, phase: PhaseConfig, *, precision: str, question_tokens: int,
-    chain_tokens: int, cached_pictures: bool,
-) -> MicroBatch:  # fmt: skip
-    """One micro-batch of `stage.batch_size` records, all of this length, with the direct answers that come with them.
+def micro_batch(
+    model: EmberVLM, stage: StageConfig, phase: PhaseConfig, *, question_tokens: int, chain_tokens: int,
+    cached_pictures: bool,
+) -> Batch:  # fmt: skip
+    """Zeros in the shapes of a micro-batch: `stage.batch_size` chains of this length, and their direct answers.
 
     Args:
-        cached_pictures: Their visual tokens are computed beforehand, as for a frozen encoder.
+        cached_pictures: Give visual tokens that were computed beforehand, as for a frozen encoder.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from embervlm.data.collate import Batch
     from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS
     from embervlm.data.records import ROBOTS
-    from embervlm.training.module import TrainingModule
-    from embervlm.training.param_groups import build_param_groups
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model = empty_model(settings).to(dtype)
-    model.tokenizer = _full_vocabulary(model)
-    chains = stage.batch_size
-    rows = chains + round(chains * phase.direct_records_ratio)
-    length = question_tokens + chain_tokens
-    scored = chains * chain_tokens + (rows - chains) * ANSWER_TOKENS
-    pairs = max(1, round(2 * chains * phase.validator_records_ratio))
-    pair_length = (
-        question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + min(chain_tokens, MAX_PAIR_TOKENS) // 4
-    )
-    forcing = stage.scheduled_sampling.final_teacher_forcing if stage.scheduled_sampling.enabled else 1.0
-    num_visual, hidden, side = model.num_visual_tokens, model.language_model.hidden_size, model.config.image_size
-    grounded = phase.multimodal_loss_weight > 0
 
     def ids(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64)
@@ -218,36 +202,71 @@ def count_micro_batch(
     def flags(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.bool)
 
+    chains = stage.batch_size
+    rows = chains + round(chains * phase.direct_records_ratio)
+    length, chain_positions = question_tokens + chain_tokens, chains * chain_tokens
+    scored = chain_positions + (rows - chains) * ANSWER_TOKENS
+    pairs = max(1, round(2 * chains * phase.validator_records_ratio))
+    pair_length = min(
+        MAX_PAIR_TOKENS, question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + max(1, chain_tokens // 4)
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": ids(rows, length), "text_mask": flags(rows, length), "image_mask": flags(rows),
+        "score_index": ids(scored), "answer_index": ids(chains), "candidate_ids": ids(len(ROBOTS), 4),
+        "pair_ids": ids(pairs, pair_length), "pair_segments": ids(pairs, pair_length),
+        "pair_mask": flags(pairs, pair_length), "pair_record": ids(pairs),
+    }  # fmt: skip
+    targets = {
+        "labels": ids(scored), "direct": flags(scored), "answers": torch.zeros(chains, len(ROBOTS)),
+        "answers_real": torch.ones(chains, len(ROBOTS)), "valid": torch.zeros(pairs), "valid_weight": torch.ones(pairs),
+    }  # fmt: skip
+    if cached_pictures:
+        dtype = model.projection.norm.weight.dtype
+        inputs["visual"] = torch.zeros(rows, model.num_visual_tokens, model.language_model.hidden_size, dtype=dtype)
+    else:
+        side = model.config.image_size
+        inputs["pictures"] = torch.zeros(rows, side, side, 3, dtype=torch.uint8)
+    if phase.multimodal_loss_weight > 0:
+        inputs["ground_index"] = ids(chain_positions)
+        targets["ground"] = flags(chain_positions, model.num_visual_tokens)
+    if stage.scheduled_sampling.enabled:
+        own = 1 - stage.scheduled_sampling.final_teacher_forcing
+        inputs["sampled_index"] = 1 + ids(round(chain_positions * own))
+    return Batch(inputs=inputs, targets=targets, counts={}, picture_index=ids(rows))
+
+
+def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> TrainingModule:
+    """`model` frozen and wrapped for `phase`, as training does it; its vocabulary is used in full."""
+    from embervlm.training.module import TrainingModule
+    from embervlm.training.param_groups import build_param_groups
+
+    model.tokenizer = _full_vocabulary(model)
+    module = TrainingModule(model)
+    build_param_groups(module, phase)
+    module.train()
+    model.freeze_backbone(phase.freeze_backbone)
+    if stage.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return module
+
+
+def step_on(module: TrainingModule, batch: Batch) -> MicroBatch:
+    """What a forward and backward pass of `module` over `batch` costs."""
+    return trace(lambda: sum(module(batch).values()).backward())
+
+
+def count_micro_batch(
+    settings: dict[str, Any], stage: StageConfig, phase: PhaseConfig, *, precision: str, **lengths: Any
+) -> MicroBatch:
+    """`step_on` for a model of these settings on fake tensors; `lengths` as in `micro_batch`."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    model = empty_model(settings).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        module = TrainingModule(model)
-        build_param_groups(module, phase)
-        module.train()
-        model.freeze_backbone(phase.freeze_backbone)
-        if stage.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        inputs: dict[str, Any] = {
-            "input_ids": ids(rows, length), "text_mask": flags(rows, length), "image_mask": flags(rows),
-            "score_index": ids(scored), "answer_index": ids(chains), "candidate_ids": ids(len(ROBOTS), 4),
-            "pair_ids": ids(pairs, pair_length), "pair_segments": ids(pairs, pair_length),
-            "pair_mask": flags(pairs, pair_length), "pair_record": ids(pairs),
-        }  # fmt: skip
-        targets = {
-            "labels": ids(scored), "direct": flags(scored), "answers": torch.zeros(chains, len(ROBOTS)),
-            "answers_real": torch.ones(chains, len(ROBOTS)), "valid": torch.zeros(pairs),
-            "valid_weight": torch.ones(pairs),
-        }  # fmt: skip
-        if cached_pictures:
-            inputs["visual"] = torch.zeros(rows, num_visual, hidden, dtype=dtype)
-        else:
-            inputs["pictures"] = torch.zeros(rows, side, side, 3, dtype=torch.uint8)
-        if grounded:
-            inputs["ground_index"] = ids(chains * chain_tokens)
-            targets["ground"] = flags(chains * chain_tokens, num_visual)
-        if forcing < 1:
-            inputs["sampled_index"] = ids(round(chains * chain_tokens * (1 - forcing)))
-        batch = Batch(inputs=inputs, targets=targets, counts={}, picture_index=ids(rows))
-        return trace(lambda: torch.stack(list(module(batch).values())).sum().backward())
+        return step_on(prepare(model, stage, phase), micro_batch(model, stage, phase, **lengths))
 
 
 def _full_vocabulary(model: EmberVLM) -> Any:
@@ -431,7 +450,7 @@ def _duration(minutes: float) -> str:
 
 def run_plan(
     *, cluster: str, model: str | None, config: str | None, records: int | None, question_tokens: int | None,
-    chain_tokens: int | None, utilisation: float, as_json: bool,
+    chain_tokens: int | None, utilisation: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """`embervlm plan`. What is None comes from the run's YAML: its model, `target_samples`, the longest chain."""
     from embervlm.data.collate import MAX_QUESTION_TOKENS
@@ -452,5 +471,5 @@ def run_plan(
     for name, value in found.items():
         if value < 1:
             raise ConfigError(f"--{name}: {value} is less than 1")
-    plan = make_plan(cluster, config=settings, utilisation=utilisation, **found)
+    plan = make_plan(cluster, config=settings, utilisation=utilisation or UTILISATION, **found)
     print(json.dumps(plan, indent=2)) if as_json else print_plan(plan)
