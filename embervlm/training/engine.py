@@ -147,7 +147,7 @@ class Snapshot:
         self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
 
     def collect(self) -> EngineState | None:
-        """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on meanwhile.
+        """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on.
 
         The next snapshot overwrites this one.
         """
