@@ -398,12 +398,8 @@ def test_skip_bad_keeps_the_good_replies_of_a_conversation(folder):
     turns = [LLAVA["conversations"][0], {"from": "gpt", "value": "No."}, *LLAVA["conversations"][2:]]
     made = convert(folder, "llava", LLAVA | {"conversations": turns}, skip_bad=True)
     assert [record.record_id for record in made.records] == ["000000033471-1-2"]
-    assert made.skipped == [
-        {
-            "record": 1,
-            "problems": ["conversations[1]: holds no reasoning, only an answer; add the steps, or drop the turn"],
-        }
-    ]
+    problem = "conversations[1]: holds no reasoning, only an answer; add the steps, or drop the turn"
+    assert made.skipped == [{"record": 1, "id": LLAVA["id"], "problems": [problem]}]
 
 
 def test_the_list_of_an_earlier_try_is_deleted_when_nothing_is_skipped(folder):
@@ -441,8 +437,7 @@ def test_every_fuzzed_record_is_converted_or_reported(tmp_path_factory, source):
             assert all("record " in problem for problem in error.problems)
             return
         assert read_records(folder / "out.json") == made.records
-        accounted = {int(r.record_id.rpartition(":")[2]) for r in made.records if r.record_id.startswith("in.json:")}
-        assert len(made.records) + len(made.skipped) >= len(values) and len(accounted) <= len(values)
+        assert len(made.records) + len(made.skipped) >= len(values)
 
     check()
 
