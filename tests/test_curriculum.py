@@ -14,6 +14,7 @@ from training_helpers import TINY, make_data, ok, save_stage3, train, write_mode
 
 from embervlm import run_dir
 from embervlm.config import ConfigError, CurriculumConfig, TrainConfig, from_mapping
+from embervlm.data.augment import augment_file
 from embervlm.data.claims import reader_of
 from embervlm.data.curriculum import complexity_of, records_of_epochs
 from embervlm.data.dataset import DIRECT, EpochPlan, Sample
@@ -22,6 +23,7 @@ from embervlm.data.splits import split_records
 from embervlm.training.cli import main
 from embervlm.training.engine import World
 from embervlm.training.loop import deal
+from embervlm.training.phases import load_data
 
 GUIDE = """
 curriculum:
@@ -215,3 +217,15 @@ def test_an_empty_epoch_ends_the_run_before_stage_3_is_trained(tmp_path):
     with pytest.raises(SystemExit, match=r"error: curriculum\.stage1: .* so epoch 1 is empty"):
         main(["--config", str(config), "--stages", "3", "4"])
     assert not list((tmp_path / "outputs").glob("stage*/**/COMPLETE"))
+
+
+def test_more_chains_are_no_more_questions(tmp_path):
+    """A file of `embervlm data augment`: chains train on all of it, direct answers on what was given."""
+    data = make_data(tmp_path)
+    augment_file(data, tmp_path / "augmented.json", target_samples=90)
+    config = from_mapping(TrainConfig, {"reasoning_data": str(tmp_path / "augmented.json"),
+                                        "output_dir": str(tmp_path / "outputs")})  # fmt: skip
+    loaded = load_data(config, 36, World(rank=0, size=1, device=torch.device("cpu")))
+    given = split_records(read_records(data))["train"]
+    assert [record.record_id for record in loaded.train] == [record.record_id for record in given]
+    assert len(loaded.reasoning) == len(given) + 54 and loaded.reasoning[: len(given)] == loaded.train

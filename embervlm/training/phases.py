@@ -40,12 +40,13 @@ class RunData:
     splits: dict[str, list[ReasoningRecord]]
     pictures: PictureCache
     reasoning: list[ReasoningRecord]
-    """The training records and, behind them, those that augmentation made."""
+    """The given training records and, behind them, those that augmentation made."""
     epochs: list[list[int]]
     """For each epoch, over both phases, the `reasoning` records it trains on; [] without a curriculum."""
 
     @property
     def train(self) -> list[ReasoningRecord]:
+        """The given ones alone: augmentation makes more chains, but no more questions."""
         return self.splits["train"]
 
 
@@ -65,7 +66,9 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
         )
     images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
     cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
-    reasoning = splits["train"]
+    # what a file holds of augmentations goes to the end, so that the given records have the same places in both lists
+    reasoning = sorted(splits["train"], key=lambda record: "augmentation" in record.metadata)
+    splits["train"] = [record for record in reasoning if "augmentation" not in record.metadata] or reasoning
     if world.rank == 0:
         PictureCache(images, image_size, cache)
         if augmentation is not None:
