@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart smoke lint test test-fast clean
+.PHONY: install install-slurm quickstart smoke lint test test-fast clean
 
 install: $(VENV)/.installed
 
@@ -14,6 +14,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# For the tests, which start a Slurm of their own; without root they say why they are skipped.
+install-slurm:
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
+		else \
+			echo "no Slurm installed: that takes root and Debian's packages (slurm-wlm, munge)"; \
+		fi
 
 quickstart: install
 	$(BIN)/embervlm quickstart --output_dir outputs/quickstart
@@ -29,7 +39,7 @@ lint: install
 test-fast: install
 	$(BIN)/pytest -m "not slow"
 
-test: lint
+test: lint install-slurm
 	$(BIN)/pytest
 
 clean:

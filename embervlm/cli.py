@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(data.add_parser("generate", help="scenes, questions and chains by the rule teacher"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
-    _add_cluster(commands.add_parser("cluster", help="the node recipes and the global batch of each"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
+    _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
     commands.add_parser("train", help="same as launch/train.py", add_help=False)
     commands.add_parser("select-best", help="same as python -m embervlm.select_best", add_help=False)
     return parser
@@ -101,14 +101,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", required=True, help="an error where global batches differ")
+    parser.add_argument("--check", action="store_true", help="an error where they differ; it is always looked at")
     parser.set_defaults(run=_cluster)
-
-
-def _cluster(args: argparse.Namespace) -> None:
-    from embervlm.cluster import check_recipes
-
-    print(check_recipes())
 
 
 def _describe(args: argparse.Namespace) -> None:
@@ -161,6 +155,12 @@ def _quickstart(args: argparse.Namespace) -> None:
     from embervlm.quickstart import Quickstart
 
     Quickstart(output_dir=args.output_dir, smoke=args.smoke, input_dataset=args.input_dataset).run()
+
+
+def _cluster(args: argparse.Namespace) -> None:
+    from embervlm.cluster import check_recipes
+
+    print(check_recipes())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "embervlm"
 ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands")
 BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
 """Left of every folder."""
-COMMANDS = {"embervlm.cli", "embervlm.quickstart", "embervlm.plan", "embervlm.submit"}
+COMMANDS = {"embervlm.cli", "embervlm.quickstart", "embervlm.slurm", "embervlm.plan", "embervlm.submit"}
 """Right of every folder: they put everything together."""
 READERS = {"embervlm.select_best"}
 """Reads an output folder; may import `base` alone."""
@@ -113,8 +113,10 @@ def test_the_report_imports_neither_torch_nor_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["embervlm", "embervlm.select_best", "embervlm.cli", "embervlm.run_dir", "embervlm.config"]
-)
+    "name",
+    ["embervlm", "embervlm.select_best", "embervlm.cli", "embervlm.run_dir", "embervlm.config", "embervlm.cluster",
+     "embervlm.slurm"],
+)  # fmt: skip
 def test_light_modules_import_where_torch_is_not_installed(name: str) -> None:
     """A login node."""
     code = f"import sys; sys.modules.update(torch=None, transformers=None, deepspeed=None); import {name}"

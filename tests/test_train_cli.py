@@ -6,6 +6,8 @@ import json
 import math
 import resource
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from embervlm.config import model_preset
 from embervlm.data.records import read_records
 from embervlm.training.cli import main
 from embervlm.training.schedule import learning_rate_factor
+from embervlm.training.signals import STOP_SIGNALS
 
 STEPS = 2
 GIB = 1 << 30
@@ -213,6 +216,15 @@ def test_a_full_size_preset_does_three_real_steps_in_each_phase(preset: str, ben
 
 
 # -- what is wrong with a command, found before any process is joined ---------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """`main` takes the stop signals for the rest of its process's life, which here is pytest's."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:

@@ -1,0 +1,106 @@
+"""A run that is asked to stop saves on all its processes and leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import (
+    REPOSITORY,
+    TINY,
+    free_port,
+    make_data,
+    ok,
+    save_stage3,
+    train,
+    weights_of,
+    write_model_yaml,
+    write_run_yaml,
+)
+
+from embervlm import run_dir
+from embervlm.data.records import read_records
+from embervlm.training.signals import EXIT_REQUEUE
+
+LISTENING = """
+import sys
+from embervlm.training import signals
+signals.listen()
+print("listening", flush=True)
+sys.stdin.readline()
+print(len(signals._received), flush=True)
+"""
+STEPS = 200
+
+
+def listening() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENING], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_ends_nothing(number: signal.Signals) -> None:
+    process = listening()
+    process.send_signal(number)
+    out, _ = process.communicate("\n", timeout=30)
+    assert (out, process.returncode) == ("1\n", 0)
+
+
+def test_a_second_sigint_kills() -> None:
+    process = listening()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)  # two at once would count as one
+    assert process.wait(30) == -signal.SIGINT
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step_and_the_same_command_ends_as_if_there_had_been_none(
+    tmp_path: Path,
+) -> None:
+    data = make_data(tmp_path)
+    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
+    config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, stage4__phase2__epochs=90)
+    flags = ["--config", config, "--stages", "4", "--phase", "2", "--resume_from", stage3, "--engine", "torch",
+             "--max_steps", str(STEPS)]  # fmt: skip
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "launch" / "train.py"), *map(str, flags), "--output_dir",
+             str(tmp_path / "again")],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                              "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        log = run_dir.metrics_log_path(run_dir.phase_dir(tmp_path / "again", 2))
+        while not log.exists() or not log.read_text():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGUSR2)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [EXIT_REQUEUE] * 2, errors
+    (saved,) = run_dir.list_checkpoints(run_dir.phase_dir(tmp_path / "again", 2))
+    assert 0 < saved.step < STEPS and f"saved at step {saved.step}" in errors[0]
+    assert len(log.read_text().splitlines()) == saved.step  # nothing is done twice
+
+    for name in ("again", "straight"):
+        ok(train("torchrun", *flags, "--output_dir", tmp_path / name))
+    finals = [run_dir.checkpoint_path(run_dir.phase_dir(tmp_path / name, 2), None) for name in ("again", "straight")]
+    again, straight = map(weights_of, finals)
+    assert all(torch.equal(again[key], straight[key]) for key in straight)
