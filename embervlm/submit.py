@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.slurm import MAX_REQUEUES, job_state
 from embervlm.training.cli import FLAGS, overrides_of, stages_of
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_REQUEUE
@@ -96,10 +96,8 @@ class TrainJob:
 
 def _may_requeue() -> bool:
     """False for a Slurm job that is no longer running: cancelled, or requeued by Slurm itself."""
-    if (job_id := os.environ.get("SLURM_JOB_ID")) is None:
-        return True
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job_id], capture_output=True, text=True, check=False)
-    return "JobState=RUNNING" in shown.stdout.split()
+    job_id = os.environ.get("SLURM_JOB_ID")
+    return job_id is None or job_state(job_id) == "RUNNING"
 
 
 # -- what to submit --------------------------------------------------------------------------------------------------
@@ -270,7 +268,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--sweep", action="append", default=[], metavar="KEY=VALUE,VALUE", help="one job per value; again "
                      "for another key: one per combination")  # fmt: skip
     out.add_argument("--minutes", type=int, help="time limit; default: the recipe's")
-    out.add_argument("--max_timeouts", type=int, default=20, help="time limits after which the job is not requeued")
+    out.add_argument(
+        "--max_timeouts", type=int, default=MAX_REQUEUES, help="time limits after which the job is not requeued"
+    )
     out.add_argument("--sbatch", nargs="+", default=[], metavar="KEY=VALUE", help="more options of sbatch")
     out.add_argument("--folder", type=Path, help="logs and pickles; default: submitit/ in the output folder")
     return out
