@@ -240,7 +240,7 @@ def test_a_frozen_backbone_with_a_rate_of_its_own_is_refused(component):
         (lambda: StageConfig(batch_size=0), "batch_size: 0"),
         (lambda: StageConfig(max_reasoning_length=0), "max_reasoning_length: 0"),
         (lambda: ScheduledSamplingConfig(final_teacher_forcing=1.5), "final_teacher_forcing: 1.5"),
-        (lambda: TrainConfig(engine="jax"), "engine: 'jax' is not one of deepspeed, torch"),
+        (lambda: TrainConfig(engine="jax"), "engine: 'jax' is not one of deepspeed, fsdp, torch"),
         (lambda: TrainConfig(precision="fp8"), "precision: 'fp8'"),
         (lambda: TrainConfig(zero_stage=4), "zero_stage: 4"),
         (lambda: TrainConfig(save_steps=0), "save_steps: 0"),

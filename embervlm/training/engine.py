@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -147,7 +147,11 @@ class Snapshot:
         self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
 
     def collect(self) -> EngineState | None:
+<<<<<<< ours
         """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on.
+=======
+        """The whole state on rank 0, None elsewhere. A collective beside which training goes on.
+>>>>>>> theirs
 
         The next snapshot overwrites this one.
         """
@@ -372,14 +376,13 @@ def set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
         group["lr"] = rates[group["name"]]
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Fresh AdamW state for every parameter, before the first update."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
-            }
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Fresh AdamW state for `parameters`, before the first update."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
+        }
 
 
 class TorchEngine(Engine):
@@ -394,8 +397,8 @@ class TorchEngine(Engine):
         )
         self._shard()
         optimizer = self._adamw(phase)
-        make_state(optimizer)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        make_state(optimizer, self._parameters)
         return optimizer
 
     def _shard(self) -> None:
