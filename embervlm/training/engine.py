@@ -147,11 +147,7 @@ class Snapshot:
         self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
 
     def collect(self) -> EngineState | None:
-<<<<<<< ours
-        """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on.
-=======
         """The whole state on rank 0, None elsewhere. A collective beside which training goes on.
->>>>>>> theirs
 
         The next snapshot overwrites this one.
         """
