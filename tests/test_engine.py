@@ -272,7 +272,7 @@ def test_the_loss_curve_of_every_engine_is_that_of_plain_torch_on_one_and_two_pr
 ) -> None:
     found = {f"{name} x2": ranks[0] for name, ranks in drive(data, CURVES, tmp_path, timeout_s=300).items()}
     found |= {f"{name} x1": ranks[0] for name, ranks in drive(data, CURVES_ALONE, tmp_path, processes=1).items()}
-    assert curve[-1] < 0.9 * curve[0]  # it is a curve
+    assert curve[-1] < 0.95 * curve[0]  # it is a curve
     for name, case in found.items():
         assert losses(case) == pytest.approx(curve, rel=1e-4), name
 
