@@ -142,30 +142,8 @@ class CheckedData:
         self.problems.append(Problem(kind=kind, number=number, field=field, what=what, fix=fix, other=other))
 
 
-def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = False) -> CheckedData:
-    """Read `path` and look for every problem; `keep_values` keeps what stands in the file for all records.
-
-    Raises:
-        DataError: the file cannot be read at all, or holds no records.
-        ConfigError: no readable tokenizer in `options.tokenizer`.
-    """
-    data = CheckedData(path=Path(path))
-    with _without_garbage_collection():
-        _read(data, options, keep_values)
-        _check_pictures(data, options)
-        _drop_unusable(data)
-        _check_splits(data)
-        _check_chains(data, options)
-        _check_repeats(data)
-        _check_instructions(data)
-        _check_lengths(data, options)
-    order = {name: place for place, name in enumerate(KINDS)}
-    data.problems.sort(key=lambda problem: (order[problem.kind], problem.number))
-    return data
-
-
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Millions of objects without a cycle among them: looking for one again and again takes longer than reading."""
     was_on = gc.isenabled()
     gc.disable()
@@ -174,6 +152,28 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@without_garbage_collection()
+def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = False) -> CheckedData:
+    """Read `path` and look for every problem; `keep_values` keeps what stands in the file for all records.
+
+    Raises:
+        DataError: the file cannot be read at all, or holds no records.
+        ConfigError: no readable tokenizer in `options.tokenizer`.
+    """
+    data = CheckedData(path=Path(path))
+    _read(data, options, keep_values)
+    _check_pictures(data, options)
+    _drop_unusable(data)
+    _check_splits(data)
+    _check_chains(data, options)
+    _check_repeats(data)
+    _check_instructions(data)
+    _check_lengths(data, options)
+    order = {name: place for place, name in enumerate(KINDS)}
+    data.problems.sort(key=lambda problem: (order[problem.kind], problem.number))
+    return data
 
 
 # ---- one record

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.data.checking import CheckOptions, Problem, by_record, check_file
+from embervlm.data.checking import CheckOptions, Problem, by_record, check_file, without_garbage_collection
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.scenes.generate import write_dataset
 
@@ -46,6 +46,7 @@ def rejected_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.rejected{output.suffix}")
 
 
+@without_garbage_collection()
 def filter_file(
     data_file: str | Path, *, output: str | Path, min_quality_score: float, options: CheckOptions
 ) -> tuple[int, int]:
