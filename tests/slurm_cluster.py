@@ -73,7 +73,7 @@ class SlurmCluster:
             self._start("slurmctld", "slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
-            wait_for("four idle nodes", lambda: self.states().count("idle") == len(NODES), 60, self.logs)
+            wait_for("four idle nodes", lambda: self.states().count("idle") == len(NODES), 300, self.logs)
         except BaseException:
             self.__exit__()
             raise
