@@ -186,7 +186,7 @@ def test_the_plan_covers_every_shipped_recipe() -> None:
 
 
 def test_the_check_prints_one_global_batch_for_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["cluster", "--check"])
+    cli.main(["cluster"])
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[0] for row in rows] == recipe_names() and len({row.split()[-1] for row in rows}) == 1
     assert "\n".join(rows) in check_recipes()

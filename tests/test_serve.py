@@ -52,7 +52,7 @@ def address(model):
         for _ in range(START_S):
             assert server.poll() is None, log.read_text()[-2000:]
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except OSError:
                 time.sleep(1)
