@@ -36,7 +36,7 @@ print("listening", flush=True)
 sys.stdin.readline()
 print(len(signals._received), flush=True)
 """
-STEPS = 200
+STEPS = 60
 
 
 def listening() -> subprocess.Popen[str]:
