@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install install-slurm quickstart smoke lint test test-fast clean
+.PHONY: install install-slurm quickstart smoke lint test test-fast test-cluster clean
 
 install: $(VENV)/.installed
 
@@ -37,10 +37,14 @@ lint: install
 	$(BIN)/mypy
 
 test-fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster"
 
 test: lint install-slurm
 	$(BIN)/pytest
+
+# Jobs of a real Slurm that are signalled, requeued and killed: up to an hour.
+test-cluster: install install-slurm
+	$(BIN)/pytest -m cluster
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -147,6 +147,7 @@ def test_phase_1_phase_2_and_evaluation_run_one_after_the_other(bench: Bench) ->
     assert run_dir.read_json(run_dir.eval_results_path(chain))["split"] == "test"
 
 
+@pytest.mark.cluster
 def test_a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("limit", "two")
     bench.hold("limit", job, 10)
@@ -159,6 +160,7 @@ def test_a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes(bench:
     assert same(bench.weights("limit"), bench.undisturbed("two"))
 
 
+@pytest.mark.cluster
 def test_a_job_that_is_requeued_in_the_middle_of_a_save_finishes(bench: Bench) -> None:
     job = bench.submit("saving", "two")
     bench.reaches("saving", job, SAVE_STEPS - 1)
@@ -172,6 +174,7 @@ def test_a_job_that_is_requeued_in_the_middle_of_a_save_finishes(bench: Bench) -
     assert same(bench.weights("saving"), bench.undisturbed("two"))
 
 
+@pytest.mark.cluster
 def test_a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("killed", "two")
     ranks = bench.hold("killed", job, SAVE_STEPS + 5)
@@ -184,6 +187,7 @@ def test_a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_fin
     assert same(bench.weights("killed"), bench.undisturbed("two"))
 
 
+@pytest.mark.cluster
 def test_a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
     job = bench.submit("lost", "two")
     ranks = bench.hold("lost", job, SAVE_STEPS + 5)
@@ -201,6 +205,7 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
         wait_for("the node to come back", lambda: bench.cluster.states().count("idle") == 4, 60, bench.cluster.logs)
 
 
+@pytest.mark.cluster
 def test_a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
     for recipe, step in (("two", 10), ("one", 30)):
         job = bench.submit("moved", recipe)
