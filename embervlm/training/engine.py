@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -147,7 +147,7 @@ class Snapshot:
         self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
 
     def collect(self) -> EngineState | None:
-        """The whole state on rank 0, None elsewhere. A collective of the background group: training may go on meanwhile.
+        """The whole state on rank 0, None elsewhere. A collective beside which training goes on.
 
         The next snapshot overwrites this one.
         """
@@ -249,7 +249,8 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self, rates: Mapping[str, float]) -> bool:
-        """Clip and update with `rates` (group name -> learning rate). False where an overflow kept it from that."""
+        """Clip and update with `rates` (group name -> learning rate). False where a gradient that is not finite kept it
+        from that."""
 
     @property
     @abstractmethod
@@ -345,10 +346,10 @@ class Engine(ABC):
                 f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
         self.overflowed = not self._update(rates)
-        if self.overflowed and self.loss_scale is not None and self.loss_scale["scale"] <= 1:
+        if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
             raise NonFiniteLossError(
-                f"step {step}: the gradient is not finite at any loss scale; nothing was updated. Lower the learning "
-                f"rate, or use --precision bf16 or fp32"
+                f"step {step}: the gradient is not finite{' at any loss scale' if self.loss_scale else ''}; nothing was "
+                f"updated. Lower the learning rate{', or use --precision bf16 or fp32' if self.loss_scale else ''}"
             )
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
             zip(TERMS, totals.tolist())
@@ -372,14 +373,13 @@ def set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
         group["lr"] = rates[group["name"]]
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Fresh AdamW state for every parameter, before the first update."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
-            }
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Fresh AdamW state for `parameters`, before the first update."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
+        }
 
 
 class TorchEngine(Engine):
@@ -394,8 +394,8 @@ class TorchEngine(Engine):
         )
         self._shard()
         optimizer = self._adamw(phase)
-        make_state(optimizer)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        make_state(optimizer, self._parameters)
         return optimizer
 
     def _shard(self) -> None:
@@ -433,13 +433,14 @@ class TorchEngine(Engine):
                 parameter.grad = torch.zeros_like(parameter)
         self._sum_gradients()
         self._scaler.unscale_(self._optimizer)
-        nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        is_finite = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         set_rates(self._optimizer, rates)
-        scale = self._scaler.get_scale()
-        self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
-        self._scaler.update()
+        if is_finite or self._scaler.is_enabled():  # the scaler looks for itself, and lowers the scale
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        return self._scaler.get_scale() >= scale
+        return is_finite
 
     @property
     def loss_scale(self) -> dict[str, float] | None:

@@ -35,9 +35,12 @@ class DeepSpeedEngine(Engine):
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=self._adamw(phase), config=self._settings, dist_init_required=False
         )
-        # DeepSpeed links all groups' moments after the first group's first update, when the others have none yet;
-        # and ZeRO-3 makes its state in a dry step, which counts as an update
-        make_state(self._torch_optimizer)
+        if self._zero_stage == 3:
+            parameters = optimizer.fp32_partitioned_groups_flat
+        else:
+            parameters = [p for group in self._torch_optimizer.param_groups for p in group["params"]]
+        make_state(self._torch_optimizer, parameters)
+        # DeepSpeed itself links all groups' moments after the first group's first update, when the others have none
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
         return optimizer
