@@ -347,9 +347,9 @@ class Engine(ABC):
             )
         self.overflowed = not self._update(rates)
         if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
+            hint = ", or use --precision bf16 or fp32" if self.loss_scale else ""
             raise NonFiniteLossError(
-                f"step {step}: the gradient is not finite{' at any loss scale' if self.loss_scale else ''}; nothing was "
-                f"updated. Lower the learning rate{', or use --precision bf16 or fp32' if self.loss_scale else ''}"
+                f"step {step}: the gradient is not finite; nothing was updated. Lower the learning rate{hint}"
             )
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
             zip(TERMS, totals.tolist())
@@ -434,13 +434,18 @@ class TorchEngine(Engine):
         self._sum_gradients()
         self._scaler.unscale_(self._optimizer)
         norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        is_finite = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         set_rates(self._optimizer, rates)
-        if is_finite or self._scaler.is_enabled():  # the scaler looks for itself, and lowers the scale
-            self._scaler.step(self._optimizer)
+        if self._scaler.is_enabled():
+            scale = self._scaler.get_scale()
+            self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
             self._scaler.update()
+            updated = self._scaler.get_scale() >= scale
+        else:
+            updated = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if updated:
+                self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return is_finite
+        return updated
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
