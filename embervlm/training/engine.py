@@ -249,7 +249,8 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self, rates: Mapping[str, float]) -> bool:
-        """Clip and update with `rates` (group name -> learning rate). False where an overflow kept it from that."""
+        """Clip and update with `rates` (group name -> learning rate). False where a gradient that is not finite kept it
+        from that."""
 
     @property
     @abstractmethod
@@ -345,10 +346,10 @@ class Engine(ABC):
                 f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
         self.overflowed = not self._update(rates)
-        if self.overflowed and self.loss_scale is not None and self.loss_scale["scale"] <= 1:
+        if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
+            hint = ", or use --precision bf16 or fp32" if self.loss_scale else ""
             raise NonFiniteLossError(
-                f"step {step}: the gradient is not finite at any loss scale; nothing was updated. Lower the learning "
-                f"rate, or use --precision bf16 or fp32"
+                f"step {step}: the gradient is not finite; nothing was updated. Lower the learning rate{hint}"
             )
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
             zip(TERMS, totals.tolist())
@@ -432,13 +433,19 @@ class TorchEngine(Engine):
                 parameter.grad = torch.zeros_like(parameter)
         self._sum_gradients()
         self._scaler.unscale_(self._optimizer)
-        nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
         set_rates(self._optimizer, rates)
-        scale = self._scaler.get_scale()
-        self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
-        self._scaler.update()
+        if self._scaler.is_enabled():
+            scale = self._scaler.get_scale()
+            self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
+            self._scaler.update()
+            updated = self._scaler.get_scale() >= scale
+        else:
+            updated = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if updated:
+                self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return self._scaler.get_scale() >= scale
+        return updated
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
