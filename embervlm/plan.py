@@ -337,12 +337,12 @@ def _plan_phase(
     phase: PhaseConfig, counted: MicroBatch, recipe: ClusterRecipe, gpu: Gpu, *, total: int, learning: int,
     records: int, tokens: int, utilisation: float,
 ) -> dict[str, Any]:  # fmt: skip
-    on = {"num_gpus": recipe.num_gpus, "precision": recipe.precision}
     memory = {}
     for zero_stage in ZERO_STAGES:
-        names = ("parameters", "gradients", "optimizer")
-        values = dict(zip(names, state_bytes(total, learning, zero_stage=zero_stage, num_gpus=on["num_gpus"],
-                                             precision=on["precision"])))  # fmt: skip
+        states = state_bytes(
+            total, learning, zero_stage=zero_stage, num_gpus=recipe.num_gpus, precision=recipe.precision
+        )
+        values = dict(zip(("parameters", "gradients", "optimizer"), states))
         values["activations"] = float(counted.activation_bytes)
         memory[str(zero_stage)] = values | {"total": sum(values.values())}
     sent = bytes_sent(
