@@ -215,7 +215,7 @@ def sbatch_script(folder: Path, parameters: dict[str, Any], num_jobs: int) -> st
 
 
 def submit_to_slurm(
-    jobs: Sequence[TrainJob], folder: Path, parameters: dict[str, Any], max_timeouts: int
+    jobs: Sequence[TrainJob], folder: Path | str, parameters: dict[str, Any], max_timeouts: int
 ) -> list[submitit.Job[str]]:
     """Submit `jobs`, several as one array. ConfigError where there is no Slurm or it refuses."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
