@@ -24,6 +24,8 @@ from embervlm.data.chain_text import (
 
 MAX_STEPS = 64
 MAX_CHAIN_CHARACTERS = 100_000
+MAX_REMEMBERED_IMAGES = 100_000
+"""Looked-up picture paths that are kept, so that memory does not grow with the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,8 @@ def _read_image(image: Any, rules: FieldRules, report: Report) -> str | None:
     if not isinstance(image, str):
         report(f"image: is {kind(image)}, not a string; give the path of the picture, or leave the field out")
         return None
+    if len(rules.images) >= MAX_REMEMBERED_IMAGES:
+        rules.images.clear()
     if image not in rules.images:
         rules.images[image] = _resolve(image, rules)
     resolved, problem = rules.images[image]

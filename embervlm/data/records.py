@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from embervlm.data.chain_text import (
@@ -35,6 +35,7 @@ __all__ = [
     "DataError",
     "ReasoningRecord",
     "format_reasoning",
+    "iter_records",
     "parse_answer",
     "parse_reasoning_text",
     "read_records",
@@ -43,6 +44,10 @@ __all__ = [
 ]
 
 MAX_PRINTED_PROBLEMS = 50
+MAX_WHOLE_JSON_BYTES = 64 << 20
+"""A larger `.json` is read value by value: slower, and errors do not name the line."""
+PARQUET_BATCH_ROWS = 512
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class DataError(ValueError):
@@ -113,6 +118,30 @@ def read_records(
     Raises:
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`.
     """
+    problems: list[str] = []
+    records = list(iter_records(
+        path, problems, image_root=image_root, candidates=candidates, require_reasoning=require_reasoning,
+        allow_outside=allow_outside, max_steps=max_steps,
+    ))  # fmt: skip
+    if problems:
+        raise DataError.of(problems)
+    return records
+
+
+def iter_records(
+    path: str | os.PathLike[str],
+    problems: list[str],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    candidates: Sequence[str] = ROBOTS,
+    require_reasoning: bool = True,
+    allow_outside: bool = False,
+    max_steps: int = MAX_STEPS,
+) -> Iterator[ReasoningRecord]:
+    """The good records of a file one by one, in memory that does not grow with the file; see `read_records`.
+
+    What is wrong with the others is appended to `problems`; the caller raises it. DataError where there is no record.
+    """
     path = Path(path)
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
@@ -121,24 +150,20 @@ def read_records(
         image_root=root, candidates=tuple(candidates), require_reasoning=require_reasoning,
         allow_outside=allow_outside, max_steps=max_steps,
     )  # fmt: skip
-    problems: list[str] = []
-    records: list[ReasoningRecord] = []
     num_values = 0
     for number, value in _values(path, problems):
         num_values += 1
         found: list[str] = []
+        fields: dict[str, Any] = {}
         if isinstance(value, dict):
             fields = read_fields(value, f"{path.name}:{number}", rules, found.append)
-            if not found:
-                records.append(ReasoningRecord(**fields))
         else:
             found.append(f"is {kind(value)}, not an object; write {{...}} with the fields of the Stage 4 guide")
         problems += [f"{path} record {number}: {problem}" for problem in found]
-    if problems:
-        raise DataError.of(problems)
-    if not num_values:
+        if not found:
+            yield ReasoningRecord(**fields)
+    if not num_values and not problems:
         raise DataError(f"{path}: holds no records; write at least one, or drop the file from the configuration")
-    return records
 
 
 def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
@@ -150,30 +175,72 @@ def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_parquet_rows(path), start=1)
         return
     try:
-        data = path.read_bytes()
+        file = open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and that it can be read") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        raise DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
-    if suffix == ".json":
-        value = _decode(data, str(path), 1, "correct it there; one record per line needs the suffix .jsonl", problems)
-        if problems:
-            return
-        if not isinstance(value, list):
-            raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
-        yield from enumerate(value, start=1)
-        return
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    with file:
+        if suffix == ".jsonl":
+            yield from _jsonl_values(path, file, problems)
+        elif os.fstat(file.fileno()).st_size > MAX_WHOLE_JSON_BYTES:
+            yield from _streamed_json_values(path, file, problems)
+        else:
+            yield from _json_values(path, file.read(), problems)
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
+
+
+def _jsonl_values(path: Path, file: IO[bytes], problems: list[str]) -> Iterator[tuple[int, Any]]:
+    empty = True
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if line.strip():
+            empty = False
             advice = "correct the line or drop it"
-            if number == len(lines):
+            if not line.endswith(b"\n"):
                 advice = "the file ends inside this line: write it again, or drop the line"
             before = len(problems)
-            value = _decode(line, str(path), number, advice, problems)
+            value = _decode(line.rstrip(b"\n"), str(path), number, advice, problems)
             if len(problems) == before:
                 yield number, value
+    if empty:
+        raise _empty(path)
+
+
+def _json_values(path: Path, data: bytes, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    data = data.removeprefix(BYTE_ORDER_MARK)
+    if not data.strip():
+        raise _empty(path)
+    before = len(problems)
+    value = _decode(data, str(path), 1, "correct it there; one record per line needs the suffix .jsonl", problems)
+    if len(problems) > before:
+        return
+    if not isinstance(value, list):
+        raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
+    yield from enumerate(value, start=1)
+
+
+def _streamed_json_values(path: Path, file: IO[bytes], problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """As `_json_values`, one value in memory at a time."""
+    import ijson  # here: only files of this size need it
+
+    start = len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
+    file.seek(start)
+    number = 0
+    try:
+        if next(ijson.basic_parse(file))[0] != "start_array":
+            raise DataError(f"{path}: does not hold a list of records; put the records between [ and ]")
+        file.seek(start)
+        for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
+            yield number, value
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        problems.append(
+            f"{path}: invalid JSON behind record {number} ({reason}); correct it there, or write one record per line "
+            "into a .jsonl, which names the line"
+        )
 
 
 def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list[str]) -> Any:
@@ -199,17 +266,21 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl") from error
     try:
-        rows = parquet.read_table(os.fspath(path)).to_pylist()
+        with parquet.ParquetFile(os.fspath(path)) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                yield from map(_without_empty_fields, batch.to_pylist())
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); check the path or write the file again") from error
-    for row in rows:
-        metadata = row.get("metadata")
-        if isinstance(metadata, str):
-            with suppress(ValueError):  # what is no JSON stays a string, which the record check reports
-                row["metadata"] = metadata = json.loads(metadata)
-        if isinstance(metadata, dict):
-            row["metadata"] = {key: value for key, value in metadata.items() if value is not None}
-        yield {key: value for key, value in row.items() if value is not None}
+
+
+def _without_empty_fields(row: dict[str, Any]) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):
+        with suppress(ValueError):  # what is no JSON stays a string, which the record check reports
+            row["metadata"] = metadata = json.loads(metadata)
+    if isinstance(metadata, dict):
+        row["metadata"] = {key: value for key, value in metadata.items() if value is not None}
+    return {key: value for key, value in row.items() if value is not None}
 
 
 # ---- writing
