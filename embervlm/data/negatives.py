@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from embervlm.data.dataset import Sample, step_texts
+import numpy as np
+
+from embervlm.data.dataset import Sample, Samples, step_texts
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.splits import text_hash
+from embervlm.data.store import question_hashes, rows_with
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
@@ -34,11 +38,11 @@ class StepPair:
         return self.kind == "valid"
 
 
-def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+def fact_domains(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[str]]:
     """Fact name -> every value that `records` give it."""
     values: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for name, value in (record.metadata.get("facts") or {}).items():
+    for row in rows_with(records, "facts"):
+        for name, value in records[int(row)].metadata["facts"].items():
             values[name].add(value)
     return {name: frozenset(found) for name, found in values.items()}
 
@@ -64,12 +68,20 @@ class PairMaker:
         self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], tokenizer: ReasoningTokenizer
     ) -> None:
         self._records, self._tokenizer = records, tokenizer
-        self._samples = {sample.record: sample for sample in samples}
         self._domains = fact_domains(records)
-        self._same_question: dict[str, list[int]] = defaultdict(list)
-        for sample in samples:
-            self._same_question[records[sample.record].instruction].append(sample.record)
-        self._everyone = [sample.record for sample in samples]
+        self._samples = samples
+        rows = samples.rows if isinstance(samples, Samples) else np.array([sample.record for sample in samples])
+        self._everyone = rows
+        self._place = np.full(len(records), -1, np.int32)  # of a record's sample
+        self._place[rows] = np.arange(len(rows), dtype=np.int32)
+        questions = question_hashes(records)[rows]
+        order = np.argsort(questions, kind="stable")
+        self._by_question, self._questions = rows[order], questions[order]
+
+    def _same_question(self, record: ReasoningRecord) -> np.ndarray:
+        """Rows of the records that ask the same."""
+        wanted = np.uint64(text_hash(record.instruction))
+        return self._by_question[slice(*(np.searchsorted(self._questions, wanted, side) for side in ("left", "right")))]
 
     def pairs(self, sample: Sample, rng: random.Random, kinds: Sequence[str] = ()) -> list[StepPair]:
         """A valid step of the chain, and one invalid one for each of `kinds` that can be made (one drawn if empty)."""
@@ -90,10 +102,10 @@ class PairMaker:
     ) -> StepPair | None:
         record = self._records[sample.record]
         if kind == "other_picture":
-            same = self._same_question[record.instruction]
+            same = self._same_question(record)
             for pool in (same, same, same, self._everyone, self._everyone):
-                other = rng.choice(pool)
-                other_steps = self._step_ids(self._samples[other])
+                other = int(rng.choice(pool))
+                other_steps = self._step_ids(self._samples[int(self._place[other])])
                 if self._records[other].image != record.image or record.image is None:
                     step = other_steps[min(index, len(other_steps) - 1)]
                     if step not in steps:

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
+from uuid import uuid4
 
 import numpy as np
 
 from embervlm.config import ConfigError
+from embervlm.data.images import files_digest
 from embervlm.data.records import DataError, ReasoningRecord, iter_records
 from embervlm.data.splits import SPLITS, Split, SplitTable, text_hash
 from embervlm.progress import progress_bar
@@ -83,6 +85,22 @@ class RecordView(Sequence[ReasoningRecord]):
     def column(self, name: str) -> np.ndarray:
         values: np.ndarray = self.store.columns[name][self.rows]
         return values
+
+    def file(self, name: str, *parts: str) -> Path:
+        """Where an array about just these records and `parts` is kept."""
+        digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=12)
+        digest.update(np.ascontiguousarray(self.rows))
+        return self.store.folder / f"{name}-{digest.hexdigest()}.npy"
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """The file appears whole or not at all."""
+    part = path.with_name(f".tmp-{uuid4().hex}.npy")
+    try:
+        np.save(part, values)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- what concerns all records, without reading them where they stand in a store
@@ -183,19 +201,6 @@ def _open(folder: Path) -> RecordStore | None:
     except (OSError, ValueError, EOFError):
         return None  # absent or damaged: built again
     return store if about["pictures"] == files_digest(PicturePaths(store.all())) else None
-
-
-def files_digest(paths: Iterable[str]) -> str:
-    """Changes with the path, time or length of any of `paths`."""
-    digest = hashlib.blake2b(digest_size=12)
-    for path in paths:
-        try:
-            found = os.stat(path)
-            key = (os.path.abspath(path), found.st_mtime_ns, found.st_size)
-        except (OSError, ValueError):
-            key = (path, 0, 0)  # whoever opens it will say what is wrong with it
-        digest.update(repr(key).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 def _write(path: Path, folder: Path, **options: Any) -> None:

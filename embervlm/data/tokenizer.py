@@ -6,6 +6,7 @@ this module.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,6 +95,10 @@ class ReasoningTokenizer:
 
     def save(self, path: str | Path) -> None:
         self.hugging_face.save_pretrained(str(path))
+
+    def digest(self) -> str:
+        """Changes with anything that changes how text is encoded."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=12).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
