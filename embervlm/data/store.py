@@ -60,6 +60,9 @@ class RecordStore:
     def splits(self) -> dict[str, RecordView]:
         return {name: self.split(name) for name in SPLITS}
 
+    def rows(self, rows: np.ndarray) -> RecordView:
+        return RecordView(self, rows)
+
     def all(self) -> RecordView:
         return RecordView(self, np.arange(len(self), dtype=np.int32))
 
@@ -89,7 +92,7 @@ class RecordView(Sequence[ReasoningRecord]):
     def file(self, name: str, *parts: str) -> Path:
         """Where an array about just these records and `parts` is kept."""
         digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=12)
-        digest.update(np.ascontiguousarray(self.rows))
+        digest.update(self.rows.tobytes())
         return self.store.folder / f"{name}-{digest.hexdigest()}.npy"
 
 
@@ -227,7 +230,7 @@ def _write(path: Path, folder: Path, **options: Any) -> None:
             table.add(record)
     if problems:
         raise DataError.of(problems)
-    columns = {"offsets": offsets, "pictures": table.picture, "questions": questions, "marks": marks}
+    columns: dict[str, Any] = {"offsets": offsets, "pictures": table.picture, "questions": questions, "marks": marks}
     for name, values in columns.items():
         np.save(folder / f"{name}.npy", np.frombuffer(values, _COLUMNS[name]))
     np.save(folder / "splits.npy", np.zeros(len(marks), np.uint8))  # the store is read to decide on them

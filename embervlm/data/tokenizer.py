@@ -104,6 +104,8 @@ class ReasoningTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        if len(texts) < 64:  # waking the threads of `encode_batch` would take longer than the work
+            return [self.encode(text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import CAPTION_PROMPT, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker, fact_domains
-from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
-from embervlm.data.splits import SPLITS, split_records
+from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.data.splits import SPLITS
+from embervlm.data.store import prepare
 from embervlm.evaluation.metrics import (
     ChainContext,
     OrderScorer,
@@ -33,6 +35,8 @@ from embervlm.progress import progress_bar
 
 BATCH_SIZE = 64
 EVAL_FORMAT = 1
+MAX_REFERENCE_RECORDS = 20_000
+"""Training records, evenly spaced, from which the metrics learn orders and facts."""
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 
 
@@ -131,21 +135,25 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         raise ConfigError(
             f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
-    splits = split_records(read_records(
-        path,
-        image_root=job.image_root or made_with.get("image_root"),
-        allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-    ))  # fmt: skip
-    records = list(splits[job.split])
+    cache = Path(made_with.get("output_dir", "")) / "cache"
+    with tempfile.TemporaryDirectory() as other:  # what a store has opened stays readable
+        splits = prepare(
+            path,
+            cache if "output_dir" in made_with and cache.is_dir() else other,
+            image_root=job.image_root or made_with.get("image_root"),
+            allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
+        ).splits()
+    records: Sequence[ReasoningRecord] = splits[job.split]
     if not records:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
     if job.num_samples is not None and job.num_samples < len(records):
         chosen = np.random.default_rng(0).permutation(len(records))[: max(1, job.num_samples)]
-        records = [records[index] for index in sorted(chosen)]
-    reference = splits["train"] or records
+        records = [records[int(index)] for index in sorted(chosen)]
+    reference: Sequence[ReasoningRecord] = splits["train"] or records
+    reference = [reference[row] for row in range(0, len(reference), -(-len(reference) // MAX_REFERENCE_RECORDS))]
     domains = fact_domains([*reference, *records])
     return EvalData(
-        records=records,
+        records=list(records),
         pictures=PictureCache([r.image for r in records if r.image], image_size),
         order_scorer=OrderScorer.fit([r.steps for r in reference], domains),
         domains=domains,

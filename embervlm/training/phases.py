@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.collate import Collator, DenseLabels
-from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.dataset import (
+    EpochPlan,
+    Samples,
+    encode_captions,
+    encode_direct,
+    encode_glossary,
+    encode_reasoning,
+)
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker, fact_domains
-from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
-from embervlm.data.splits import split_records
+from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, format_reasoning
+from embervlm.data.store import PicturePaths, RecordView, prepare
 from embervlm.data.teachers.rules import glossary
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import STAGE3, STAGE4
@@ -27,17 +36,20 @@ from embervlm.training.engine import World
 from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
+MAX_TOKENIZER_RECORDS = 50_000
+"""Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(kw_only=True)
 class RunData:
     """The records of a run and their pictures at the model's size."""
 
-    splits: dict[str, list[ReasoningRecord]]
+    splits: dict[str, RecordView]
     pictures: PictureCache
 
     @property
-    def train(self) -> list[ReasoningRecord]:
+    def train(self) -> RecordView:
         return self.splits["train"]
 
 
@@ -49,17 +61,43 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
             f"--reasoning_data {path}: no such file; make one with `embervlm data generate --teacher_model rules "
             f"--output_file {path} --num_samples 50000`"
         )
-    records = read_records(path, image_root=config.image_root, allow_outside=config.allow_outside)
-    splits = {str(name): found for name, found in split_records(records).items()}
-    if not splits.get("train"):
-        raise ConfigError(
-            f"{path}: none of its {len(records)} records falls into the train split; it needs more records"
-        )
-    images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
+    cache = Path(config.output_dir) / "cache"
+    store = first_on_rank_0(
+        world, lambda: prepare(path, cache, image_root=config.image_root, allow_outside=config.allow_outside)
+    )
+    splits = store.splits()
+    if not splits["train"]:
+        raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
+    shown = store.rows(np.concatenate([splits["train"].rows, splits["val"].rows]))
+    pictures = first_on_rank_0(world, lambda: PictureCache(PicturePaths(shown), image_size, cache))
+    return RunData(splits=splits, pictures=pictures)
+
+
+def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
+    """`prepared()`, which leaves its work in the cache, on process 0 and then on the others; its error on all.
+
+    The others are told every minute that it is still going on: one collective call may last 30 minutes at most.
+    """
+    if world.size == 1:
+        return prepared()
+    error: ConfigError | DataError | None = None
     if world.rank == 0:
-        PictureCache(images, image_size, Path(config.output_dir) / "cache")
-    world.barrier()
-    return RunData(splits=splits, pictures=PictureCache(images, image_size, Path(config.output_dir) / "cache"))
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(prepared)
+            while not wait([work], timeout=60).done:
+                world.broadcast((False, None))
+        if not isinstance(failed := work.exception(), (ConfigError, DataError)):
+            world.broadcast((True, None))
+            return work.result()
+        error = failed
+        world.broadcast((True, error))
+    else:
+        done = False
+        while not done:
+            done, error = world.broadcast(None)
+    if error is not None:
+        raise error
+    return prepared()
 
 
 class Run:
@@ -85,7 +123,7 @@ class Run:
         labels = DenseLabels(data.train, model.vision_encoder.grid)
         tokenizer = _tokenizer_of(model)
         plan = EpochPlan(
-            main=encode_direct(data.train, tokenizer),
+            main=self._direct(data.train, tokenizer),
             mixed=(
                 (encode_captions(data.train, tokenizer), config.stage3.caption_records_ratio),
                 (encode_glossary(glossary(), tokenizer), config.stage3.glossary_records_ratio),
@@ -109,7 +147,9 @@ class Run:
         model = self._start_from(start, STAGE4)
         data = self._load_data(model)
         tokenizer = _tokenizer_of(model)
-        samples = encode_reasoning(data.train, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length)
+        samples = first_on_rank_0(self.world, lambda: encode_reasoning(
+            data.train, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length
+        ))  # fmt: skip
         plan = EpochPlan(
             main=samples,
             mixed=((encode_direct(data.train, tokenizer), phase.direct_records_ratio),),
@@ -151,7 +191,7 @@ class Run:
             direct_loss_weight=1.0, max_minutes=minutes, epochs=1,
         )  # fmt: skip
         plan = EpochPlan(
-            main=encode_direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
+            main=self._direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
             seed=config.seed + 3,
         )  # fmt: skip
         job = PhaseJob(
@@ -185,18 +225,30 @@ class Run:
             self._data = load_data(self.config, model.config.image_size, self.world)
         return self._data
 
+    def _direct(self, records: RecordView, tokenizer: ReasoningTokenizer) -> Samples:
+        """Direct-answer samples whose lengths are known on every process."""
+
+        def counted() -> Samples:
+            samples = encode_direct(records, tokenizer)
+            _ = samples.sizes
+            return samples
+
+        return first_on_rank_0(self.world, counted)
+
     def _tokenizer(
         self, settings: dict[str, Any], model: EmberVLM, records: Sequence[ReasoningRecord]
     ) -> ReasoningTokenizer:  # fmt: skip
         language = settings["language"]
         if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
             return ReasoningTokenizer.from_folder(language["name_or_path"])
+        every = -(-len(records) // MAX_TOKENIZER_RECORDS)
+        some = [records[row] for row in range(0, len(records), every)]
         texts = [
             text
-            for record in records
+            for record in some
             for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
         ]
-        texts += [" " + record.metadata["caption"] for record in records if record.metadata.get("caption")]
+        texts += [" " + record.metadata["caption"] for record in some if record.metadata.get("caption")]
         atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
         base = train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size, atoms)
         return ReasoningTokenizer(base)

@@ -15,7 +15,7 @@ MAX_BYTES = 4 << 30
 
 
 class VisualCache:
-    """Projected visual tokens of every picture, on the CPU."""
+    """Projected visual tokens of every picture, on the CPU; a row of zeros where there is no picture at all."""
 
     def __init__(self, tokens: Tensor) -> None:
         self._tokens = tokens
@@ -23,13 +23,13 @@ class VisualCache:
     @classmethod
     def build(cls, model: EmberVLM, pictures: PictureCache, world: World, chunk: int = 128) -> VisualCache | None:
         """Each process sees its share of the pictures; None where the tokens would not fit. Call before wrapping."""
-        shape = (len(pictures.array), model.num_visual_tokens, model.language_model.hidden_size)
+        shape = (max(1, len(pictures.array)), model.num_visual_tokens, model.language_model.hidden_size)
         if 4 * shape[0] * shape[1] * shape[2] > MAX_BYTES:
             return None
         tokens = torch.zeros(shape)
         model.to(world.device).eval()
         with torch.no_grad():
-            for start in range(world.rank * chunk, shape[0], world.size * chunk):
+            for start in range(world.rank * chunk, len(pictures.array), world.size * chunk):
                 block = torch.from_numpy(pictures.array[start : start + chunk].copy()).to(world.device)
                 tokens[start : start + chunk] = model.see(model.normalise(block)).float().cpu()
         if world.size > 1:
