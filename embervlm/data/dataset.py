@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -23,7 +23,7 @@ REASONING, DIRECT, CAPTION = "reasoning", "direct", "caption"
 CAPTION_PROMPT = "Describe the picture."
 REMEMBERED_SAMPLES = 4096
 """Encoded samples that are kept; encoding one anew costs about 200 microseconds."""
-ENCODED_TOGETHER = 512
+ENCODED_TOGETHER = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +279,9 @@ class EpochPlan:
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.main) // self.global_batch)
+
+    def with_global_batch(self, global_batch: int) -> EpochPlan:
+        return replace(self, global_batch=global_batch, _epochs={})
 
     def batch(self, step: int) -> GlobalBatch:
         """Samples of optimizer step `step`, counted from 0 over all epochs."""

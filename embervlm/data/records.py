@@ -27,6 +27,7 @@ from embervlm.data.chain_text import (
     parse_reasoning_text,
 )
 from embervlm.data.record_fields import MAX_STEPS, FieldRules, is_inside, kind, read_fields
+from embervlm.data.shards import shard_values, source_files
 
 __all__ = [
     "REASONING_END",
@@ -137,12 +138,26 @@ def iter_records(
     require_reasoning: bool = True,
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
+    unpack_dir: Path | None = None,
 ) -> Iterator[ReasoningRecord]:
     """The good records of a file one by one, in memory that does not grow with the file; see `read_records`.
 
     What is wrong with the others is appended to `problems`; the caller raises it. DataError where there is no record.
+    Args:
+        unpack_dir: where the pictures of `.tar` shards go; without it shards are refused.
     """
     path = Path(path)
+    files = source_files(path)
+    if not files:
+        raise DataError(f"{path}: no file there; name a folder or a pattern of .tar shards")
+    of_shards = files[0].suffix.lower() == ".tar"
+    if of_shards:
+        if unpack_dir is None:
+            raise DataError(
+                f"{path}: shards are for training and evaluation; unpack them, or give .json, .jsonl, .parquet"
+            )
+        unpack_dir.mkdir(parents=True, exist_ok=True)
+        image_root = unpack_dir
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
         raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
@@ -151,22 +166,36 @@ def iter_records(
         allow_outside=allow_outside, max_steps=max_steps,
     )  # fmt: skip
     num_values = 0
-    for number, value in _values(path, problems):
+    for where, default_id, value in _values(files, problems, unpack_dir):
         num_values += 1
         found: list[str] = []
         fields: dict[str, Any] = {}
         if isinstance(value, dict):
-            fields = read_fields(value, f"{path.name}:{number}", rules, found.append)
+            fields = read_fields(value, default_id, rules, found.append)
         else:
             found.append(f"is {kind(value)}, not an object; write {{...}} with the fields of the Stage 4 guide")
-        problems += [f"{path} record {number}: {problem}" for problem in found]
+        problems += [f"{where}: {problem}" for problem in found]
         if not found:
             yield ReasoningRecord(**fields)
     if not num_values and not problems:
         raise DataError(f"{path}: holds no records; write at least one, or drop the file from the configuration")
 
 
-def _values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+def _values(files: list[Path], problems: list[str], unpack_dir: Path | None) -> Iterator[tuple[str, str, Any]]:
+    """Where each value stands, its id if it names none itself, and the value."""
+    for path in files:
+        if path.suffix.lower() == ".tar" and unpack_dir is not None:
+            try:
+                for key, value in shard_values(path, unpack_dir, problems):
+                    yield f"{path} record {key}", key, value
+            except OSError as error:
+                problems.append(f"{path}: {error.strerror or error}; copy the shard again, or leave it out")
+        else:
+            for number, value in _numbered_values(path, problems):
+                yield f"{path} record {number}", f"{path.name}:{number}", value
+
+
+def _numbered_values(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     """Each value of the file with its number, counted from 1; in JSONL that is the line."""
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl", ".parquet"):

@@ -18,6 +18,7 @@ import numpy as np
 from embervlm.config import ConfigError
 from embervlm.data.images import files_digest
 from embervlm.data.records import DataError, ReasoningRecord, iter_records
+from embervlm.data.shards import source_files
 from embervlm.data.splits import SPLITS, Split, SplitTable, text_hash
 from embervlm.progress import progress_bar
 from embervlm.run_dir import new_tmp_dir, read_json, write_json_atomic
@@ -164,7 +165,7 @@ def prepare(
     image_root: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> RecordStore:
-    """The records of a data file, checked and split, from `cache_dir` where they stand there already.
+    """The checked and split records of a data file or of shards (see `source_files`); kept in `cache_dir`.
 
     One pass in memory that grows by 36 bytes a record. What was prepared counts as long as the file, the options and
     the pictures are what they were, by time and length. One process at a time; the others open it afterwards.
@@ -173,12 +174,15 @@ def prepare(
     """
     path, cache_dir = Path(path), Path(cache_dir)
     options = {"image_root": image_root and os.path.realpath(image_root), "allow_outside": allow_outside}
-    folder = cache_dir / f"records-{_source_digest(path, options)}"
+    digest = _source_digest(path, options)
+    folder = cache_dir / f"records-{digest}"
     if (store := _open(folder)) is not None:
         return store
     part = new_tmp_dir(cache_dir)
     try:
-        _write(path, part, image_root=image_root, allow_outside=allow_outside)
+        _write(
+            path, part, image_root=image_root, allow_outside=allow_outside, unpack_dir=cache_dir / f"pictures-{digest}"
+        )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(part, folder)
     except OSError as error:
@@ -189,12 +193,14 @@ def prepare(
 
 
 def _source_digest(path: Path, options: dict[str, Any]) -> str:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check the path and that it can be read") from error
-    key = [STORE_FORMAT, os.path.realpath(path), found.st_mtime_ns, found.st_size, options]
-    return hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+    files = []
+    for file in source_files(path):
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}; check the path and that it can be read") from error
+        files.append([os.path.realpath(file), found.st_mtime_ns, found.st_size])
+    return hashlib.blake2b(json.dumps([STORE_FORMAT, files, options]).encode(), digest_size=12).hexdigest()
 
 
 def _open(folder: Path) -> RecordStore | None:

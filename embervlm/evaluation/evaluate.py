@@ -19,8 +19,9 @@ from embervlm.data.dataset import CAPTION_PROMPT, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker, fact_domains
 from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.data.shards import source_files
 from embervlm.data.splits import SPLITS
-from embervlm.data.store import prepare
+from embervlm.data.store import RecordStore, prepare
 from embervlm.evaluation.metrics import (
     ChainContext,
     OrderScorer,
@@ -131,18 +132,23 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
     made_with = _training_config(job.checkpoint)
     path = job.reasoning_data or made_with.get("reasoning_data")
-    if not path or not Path(path).exists():
+    if not path or not all(file.exists() for file in source_files(path) or [Path(path)]):
         raise ConfigError(
             f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
     cache = Path(made_with.get("output_dir", "")) / "cache"
-    with tempfile.TemporaryDirectory() as other:  # what a store has opened stays readable
-        splits = prepare(
+    with tempfile.TemporaryDirectory() as other:
+        store = prepare(
             path,
             cache if "output_dir" in made_with and cache.is_dir() else other,
             image_root=job.image_root or made_with.get("image_root"),
             allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-        ).splits()
+        )
+        return _eval_data(job, store, path, image_size)
+
+
+def _eval_data(job: Evaluation, store: RecordStore, path: str, image_size: int) -> EvalData:
+    splits = store.splits()
     records: Sequence[ReasoningRecord] = splits[job.split]
     if not records:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")

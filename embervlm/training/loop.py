@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, PhaseConfig, ScheduledSamplingConfig, TrainConfig, as_dict
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import EpochPlan, Sample
@@ -81,7 +82,9 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
-    settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config)}
+    settings: dict[str, Any] = {
+        "phase": job.name, "config": as_dict(config), "global_batch": job.plan.global_batch
+    }  # fmt: skip
     tracker = Tracker(
         job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,
         total_steps=None if job.phase.max_minutes else total, project=config.wandb_project,
@@ -140,6 +143,7 @@ def _prepare(
         module.load_state_dict(state["auxiliary"], strict=False)
         if world.rank == 0:
             print(f"{job.name}: resuming from {newest}")
+        _keep_global_batch(job, newest, world)
     job.model.freeze_backbone(job.phase.freeze_backbone)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()
@@ -151,6 +155,20 @@ def _prepare(
         module, config, job.phase, world, batch_size=job.batch_size, accumulation=job.accumulation
     )  # fmt: skip
     return engine, restore(engine, state) if state is not None else Progress(), cache
+
+
+def _keep_global_batch(job: PhaseJob, checkpoint: Path, world: World) -> None:
+    """Go on with the batches of the checkpoint, on however many processes: no record is left out or seen twice."""
+    started_with = run_dir.read_json(checkpoint / "state.json")["settings"].get("global_batch", job.plan.global_batch)
+    if started_with == job.plan.global_batch:
+        return
+    job.plan = job.plan.with_global_batch(started_with)
+    job.accumulation = -(-started_with // (job.batch_size * world.size))
+    if world.rank == 0:
+        print(
+            f"{job.name}: keeps its {started_with} records per update; on {world.size} processes "
+            f"that is {job.accumulation} micro-batches of {job.batch_size} at most"
+        )
 
 
 def _peak_rates(phase: PhaseConfig) -> dict[str, float]:

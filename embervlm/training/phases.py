@@ -26,6 +26,7 @@ from embervlm.data.dataset import (
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker, fact_domains
 from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, format_reasoning
+from embervlm.data.shards import source_files
 from embervlm.data.store import PicturePaths, RecordView, prepare
 from embervlm.data.teachers.rules import glossary
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
@@ -36,7 +37,7 @@ from embervlm.training.engine import World
 from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
-MAX_TOKENIZER_RECORDS = 50_000
+MAX_TOKENIZER_RECORDS = 20_000
 """Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
 Prepared = TypeVar("Prepared")
 
@@ -56,7 +57,7 @@ class RunData:
 def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     """Read, split and decode the data of a run; every problem of the file is reported before training."""
     path = Path(config.reasoning_data)
-    if not path.exists():
+    if not all(file.exists() for file in source_files(path) or [path]):
         raise ConfigError(
             f"--reasoning_data {path}: no such file; make one with `embervlm data generate --teacher_model rules "
             f"--output_file {path} --num_samples 50000`"
