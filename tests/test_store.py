@@ -14,7 +14,7 @@ from PIL import Image
 from embervlm.data import records as reader
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import PictureCache
-from embervlm.data.records import DataError, iter_records, read_records, write_jsonl
+from embervlm.data.records import DataError, iter_records, read_records, record_to_json, write_jsonl
 from embervlm.data.splits import split_records
 from embervlm.data.store import PicturePaths, picture_hashes, prepare, question_hashes, rows_with
 
@@ -203,8 +203,7 @@ def write_shards(folder, records, *, size=10):
         shards.append(folder / f"robots-{start // size:03d}.tar")
         with tarfile.open(shards[-1], "w") as tar:
             for number, record in enumerate(records[start : start + size], start):
-                value = {**GOOD, "id": record.record_id, "metadata": dict(record.metadata)}
-                value |= {"instruction": record.instruction, "reasoning": list(record.steps), "answer": record.answer}
+                value = {key: item for key, item in record_to_json(record).items() if key != "image"}
                 parts = {"json": json.dumps(value).encode()}
                 if record.image:
                     with open(record.image, "rb") as picture:
