@@ -25,6 +25,7 @@ from embervlm.data.records import read_records
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 4, 2
+TIMEOUT_S = 4000
 
 
 def write_run(folder: Path, share_without_picture: float) -> Path:
@@ -44,7 +45,7 @@ def test_records_without_a_picture_train_in_every_phase_on_two_processes(
     """Whole batches of one process or of both have none; an engine that waits for gradients would hang."""
     flags = ("--engine", "torch") if engine == "torch" else ("--zero_stage", engine[-1])
     config = write_run(tmp_path, share_without_picture)
-    ok(train("torchrun", "--config", config, "--stages", "3", "4", "--max_steps", "3", *flags, timeout_s=400))
+    ok(train("torchrun", "--config", config, "--stages", "3", "4", "--max_steps", "3", *flags, timeout_s=TIMEOUT_S))
     for phase in (1, 2):
         assert (run_dir.phase_dir(tmp_path / "outputs", phase) / "checkpoint-final" / "COMPLETE").exists()
 
@@ -67,8 +68,9 @@ def test_a_bad_record_ends_both_processes_with_one_message(
     records[7][field] = value
     data.write_text(json.dumps(records))
     result = train(
-        "torchrun", "--config", config, "--stages", "4", "--resume_from", stage3, "--engine", "torch", *flags
-    )
+        "torchrun", "--config", config, "--stages", "4", "--resume_from", stage3, "--engine", "torch", *flags,
+        timeout_s=TIMEOUT_S,
+    )  # fmt: skip
     assert result.returncode != 0
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert message in result.stderr and 'train.py", line' not in result.stderr
@@ -86,7 +88,7 @@ def test_a_run_goes_on_with_the_same_batches_on_another_number_of_processes(
         return ok(train(
             "torchrun", "--config", config, "--stages", "4", "--phase", "2", "--resume_from", stage3, "--engine",
             "torch", "--max_steps", str(STEPS), "--save_steps", str(STOP), "--output_dir", output,
-            processes=processes, timeout_s=400,
+            processes=processes, timeout_s=TIMEOUT_S,
         )).stdout  # fmt: skip
 
     straight, again = tmp_path / "straight", tmp_path / "again"

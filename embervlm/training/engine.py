@@ -7,7 +7,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -326,10 +326,20 @@ class DeepSpeedEngine(Engine):
                 out[name] = self._unrounded[name] if name in self._unrounded else value.detach().cpu()
         return out
 
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._zero_stage == 3)
+        parameters = list(self.module.parameters()) if self._zero_stage == 3 else []
+        partitioned = [parameter for parameter in parameters if not parameter.ds_persist]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            for parameter in partitioned:
+                parameter.ds_persist = True  # else a module's parameters are gone once its forward is over
+            try:
+                yield
+            finally:
+                for parameter in partitioned:
+                    parameter.ds_persist = False
 
     def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
