@@ -22,6 +22,8 @@ from embervlm.data.collate import Batch
 from embervlm.training.param_groups import build_param_groups
 
 TERMS = (*LOSS_TERMS, "dense")
+_WHOLE = -1
+"""Stands for `Engine.whole` among the modules, numbered from 0, that use a parameter under ZeRO-3."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -330,16 +332,15 @@ class DeepSpeedEngine(Engine):
     def whole(self) -> Iterator[None]:
         import deepspeed
 
-        parameters = list(self.module.parameters()) if self._zero_stage == 3 else []
-        partitioned = [parameter for parameter in parameters if not parameter.ds_persist]
+        parameters: list[Any] = list(self.module.parameters()) if self._zero_stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-            for parameter in partitioned:
-                parameter.ds_persist = True  # else a module's parameters are gone once its forward is over
+            for parameter in parameters:  # in use, or a module's parameters are gone once its forward is over
+                parameter.ds_active_sub_modules.add(_WHOLE)
             try:
                 yield
             finally:
-                for parameter in partitioned:
-                    parameter.ds_persist = False
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(_WHOLE)
 
     def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
