@@ -25,7 +25,7 @@ from embervlm.data.records import read_records
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 4, 2
-TIMEOUT_S = 4000
+TIMEOUT_S = 400
 
 
 def write_run(folder: Path, share_without_picture: float) -> Path:

@@ -324,7 +324,7 @@ class EpochPlan:
     def _lengths(self) -> np.ndarray:
         """Tokens of each main sample."""
         if isinstance(self.main, Samples):
-            return self.main.sizes.sum(1)
+            return self.main.sizes.sum(1, dtype=np.int32)
         return np.array([len(sample) for sample in self.main])
 
     @property
