@@ -355,7 +355,7 @@ def test_the_command_writes_records_that_read_back_and_a_report(scene_data, suff
     found = read_records(path)
     report = json.loads((scene_data / "augmented.augmentation.json").read_text())
     assert len(found) == 200 and report["made"] == 152
-    assert f"distinct chains: {report['distinct_chains']}" in capsys.readouterr().out
+    assert f"distinct chains for training: {report['distinct_chains']}" in capsys.readouterr().out
     origins = {one.record_id for one in split_records(found)["train"]}
     assert {one.metadata["origin"] for one in found if "origin" in one.metadata} <= origins
 

@@ -91,7 +91,7 @@ class AugmentationReport:
     def text(self) -> str:
         """The report as lines for people."""
         lines = [
-            f"distinct chains: {self.distinct_chains}, of which {self.distinct_origins} were given",
+            f"distinct chains for training: {self.distinct_chains}, of which {self.distinct_origins} were given",
             f"{'strategy':<12}{'asked':>8}{'made':>8}{'distinct':>10}  refused",
         ]
         for name, one in self.strategies.items():
