@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from training_helpers import (
 )
 
 from embervlm import run_dir
+from embervlm.cli import build_parser
 from embervlm.data.records import read_records
 
 pytestmark = [
@@ -35,6 +37,7 @@ STEPS, SAVE_STEPS = 48, 16
 MINUTES = 60
 PATIENCE_S = float(os.environ.get("EMBERVLM_TEST_PATIENCE_S", "300"))
 """How long to wait for a job on a machine that is busy with other things."""
+SHARDING = build_parser().parse_args(["data", "generate", "--output_file", "x"])
 RECIPES = {"one": (1, 4, 2), "two": (2, 4, 1), "four": (4, 2, 1)}
 """Nodes of one GPU, micro-batch and accumulation; the global batch is always 8."""
 
@@ -218,3 +221,26 @@ def test_a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
     straight, moved = bench.undisturbed("two"), bench.weights("moved")
     for key, value in straight.items():
         torch.testing.assert_close(moved[key], value, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.skipif(not hasattr(SHARDING, "shard"), reason="`embervlm data generate` has no --shard")
+def test_an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> None:
+    output = bench.folder / "array" / "reasoning_data.json"
+    blocked = output.with_name("reasoning_data-1.json")
+    blocked.mkdir(parents=True)  # a folder where element 1 would write
+
+    def submit(array: str) -> str:
+        return bench.cluster.run(
+            "sbatch", "--parsable", f"--array={array}", "--cpus-per-task=1", "slurm/generate_data.sh",
+            "--teacher_model", "rules", "--num_samples", "30", "--output_file", output,
+            **bench.env, EMBERVLM_SHARDS="3",
+        ).strip()  # fmt: skip
+
+    job = submit("0-2")
+    for element, state in enumerate(("COMPLETED", "FAILED", "COMPLETED")):
+        bench.finish(f"{job}_{element}", state=state)
+    blocked.rmdir()
+    bench.finish(f"{submit('1')}_1")
+    shares = [output.with_name(f"reasoning_data-{element}.json") for element in range(3)]
+    bench.cluster.run(sys.executable, "-m", "embervlm.cli", "data", "merge", *shares, "--output_file", output)
+    assert len(read_records(output)) == 30
