@@ -26,7 +26,6 @@ from training_helpers import (
 )
 
 from embervlm import run_dir
-from embervlm.cli import build_parser
 from embervlm.data.records import read_records
 
 pytestmark = [
@@ -37,7 +36,6 @@ STEPS, SAVE_STEPS = 48, 16
 MINUTES = 60
 PATIENCE_S = float(os.environ.get("EMBERVLM_TEST_PATIENCE_S", "300"))
 """How long to wait for a job on a machine that is busy with other things."""
-SHARDING = build_parser().parse_args(["data", "generate", "--output_file", "x"])
 RECIPES = {"one": (1, 4, 2), "two": (2, 4, 1), "four": (4, 2, 1)}
 """Nodes of one GPU, micro-batch and accumulation; the global batch is always 8."""
 
@@ -223,7 +221,7 @@ def test_a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
         torch.testing.assert_close(moved[key], value, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.skipif(not hasattr(SHARDING, "shard"), reason="`embervlm data generate` has no --shard")
+@pytest.mark.cluster
 def test_an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> None:
     output = bench.folder / "array" / "reasoning_data.json"
     blocked = output.with_name("reasoning_data-1.json")
