@@ -139,7 +139,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             if progress.step < total and (progress.step % config.save_steps == 0 or evaluates or stopping):
                 saved = store.save(engine, progress, settings, extra)
                 if stopping:
-                    store.wait()
+                    store.wait(required=True)  # it must not say "saved" of what is not on disk
                     tracker.close()
                     raise Preempted(progress.step)
                 if evaluates and job.after_save is not None and store.wait():
