@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,10 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import CAPTION_PROMPT, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
-from embervlm.data.splits import SPLITS, split_records
+from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.data.sources import source_files
+from embervlm.data.splits import SPLITS
+from embervlm.data.store import RecordStore, prepare
 from embervlm.evaluation.metrics import (
     ChainContext,
     OrderScorer,
@@ -34,6 +38,8 @@ from embervlm.progress import progress_bar
 
 BATCH_SIZE = 64
 EVAL_FORMAT = 1
+MAX_REFERENCE_RECORDS = 20_000
+"""Training records, evenly spaced, from which the metrics learn orders and facts."""
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 
 
@@ -128,22 +134,32 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
     made_with = _training_config(job.checkpoint)
     path = job.reasoning_data or made_with.get("reasoning_data")
-    if not path or not Path(path).exists():
+    if not path or not all(file.exists() for file in source_files(path) or [Path(path)]):
         raise ConfigError(
             f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
-    splits = split_records(read_records(
-        path,
-        image_root=job.image_root or made_with.get("image_root"),
-        allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-    ))  # fmt: skip
-    records = list(splits[job.split])
+    cache = Path(made_with.get("output_dir") or "") / "cache"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        store = prepare(
+            path,
+            cache if "output_dir" in made_with and os.access(cache, os.W_OK) else elsewhere,
+            image_root=job.image_root or made_with.get("image_root"),
+            allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
+        )
+        return _eval_data(job, store, path, image_size)
+
+
+def _eval_data(job: Evaluation, store: RecordStore, path: str, image_size: int) -> EvalData:
+    records: Sequence[ReasoningRecord] = store.split(job.split)  # type: ignore[arg-type]
     if not records:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
     if job.num_samples is not None and job.num_samples < len(records):
         chosen = np.random.default_rng(0).permutation(len(records))[: max(1, job.num_samples)]
-        records = [records[index] for index in sorted(chosen)]
-    reference = splits["train"] or records
+        records = [records[int(index)] for index in sorted(chosen)]
+    records = list(records)
+    train = store.split("train")
+    every = -(-len(train) // MAX_REFERENCE_RECORDS)
+    reference = [train[place] for place in range(0, len(train), every)] if train else records
     domains = fact_domains([*reference, *records])
     return EvalData(
         records=records,
