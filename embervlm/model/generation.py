@@ -231,17 +231,18 @@ class _Writer:
                 tokens, positions, mask, hidden_keys = (t[kept] for t in (tokens, positions, mask, hidden_keys))
                 self._keep(alive, kept)
             seen += 1
-            embeds = (self.model.language_model.embed if is_text else self.model.embed)(tokens[:, None])
+            embeds = (self.model.language_model.embed if is_text else self.model.embed)(tokens)
             unseen = hidden_keys[:, None, None, :seen] if padded else None
             hidden = self.model.language_model.go_on(
                 embeds.to(hidden.dtype), mask[:, :seen], unseen, positions, self.language_cache
             )
             if self.looked is not None:
                 hidden, _ = self.model.refine(
-                    hidden, None if is_text else tokens[:, None], self.visual, self.image_mask, looked=self.looked,
-                    text_mask=None if unseen is None else unseen[..., num_visual:], cache=self.head_cache,
+                    hidden[:, None], None if is_text else tokens[:, None], self.visual, self.image_mask,
+                    text_mask=None if unseen is None else unseen[..., num_visual:], looked=self.looked,
+                    cache=self.head_cache,
                 )  # fmt: skip
-            hidden = hidden[:, 0]
+                hidden = hidden[:, 0]
             for row in concluding:
                 self.conclusion_state[row.place] = hidden[self.rows.index(row)]
             positions = positions + 1
