@@ -96,12 +96,14 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
 @torch.inference_mode()
 def generate_from_visual(
     model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
-    own_candidates: Sequence[Sequence[str]] = (),
+    own_candidates: Sequence[Sequence[str]] = (), begun: Sequence[Sequence[int]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The same from visual tokens `[batch, num_visual_tokens, hidden]`.
 
     Args:
         own_candidates: for each instruction the answers to choose among; where empty, those of `decoding`.
+        begun: for each instruction the ids of a chain, behind its start, that the model goes on from; the results'
+            steps begin with it.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -109,7 +111,9 @@ def generate_from_visual(
     default = decoding.candidates or tuple(model.config.candidates)
     choices = [tuple(own) or default for own in own_candidates] or [default] * len(instructions)
     if decoding.reasoning:
-        prompts = [[*tokenizer.encode(text), tokenizer.ids["<|reasoning_start|>"]] for text in instructions]
+        begun = begun or [()] * len(instructions)
+        start = tokenizer.ids["<|reasoning_start|>"]
+        prompts = [[*tokenizer.encode(text), start, *ids] for text, ids in zip(instructions, begun)]
     else:
         suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
@@ -119,7 +123,7 @@ def generate_from_visual(
     results = []
     for row, ids in enumerate(generated):
         if decoding.reasoning:
-            steps, text = tokenizer.parse_generated(ids)
+            steps, text = tokenizer.parse_generated([*begun[row], *ids])
         else:
             end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
             steps, text = [], tokenizer.decode(ids[:end]).strip()
@@ -181,8 +185,8 @@ class _Writer:
         mask = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         in_answer = torch.full_like(done, not self.decoding.reasoning)
-        concluded = torch.zeros_like(done)
-        num_steps = torch.zeros(batch, dtype=torch.long, device=device)
+        concluded = (self.input_ids == self.ids["<|conclusion|>"]).any(1)  # a prompt may hold a chain's beginning
+        num_steps = (self.input_ids == self.ids["<|step|>"]).sum(1)
         out = torch.full((batch, room), -1, dtype=torch.long, device=device)
         answer_log_prob = torch.zeros(batch, device=device)
         self.conclusion_state = hidden[:, 0].clone()
