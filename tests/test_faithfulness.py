@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +14,17 @@ from embervlm.data.scenes.facts import SceneFacts
 from embervlm.data.teachers.rules import Task, teach
 from embervlm.data.tokenizer import CONCLUSION
 from embervlm.evaluation.faithfulness import (
+    Faithfulness,
     Probe,
+    answer_log_probs,
     choose,
     force_facts,
-    gains,
-    measure,
     plant_mistake,
     probes_of,
     summarise,
 )
 from embervlm.model.generation import Decoding, pictures_tensor
+from embervlm.report.table import faithfulness_lines
 
 FACTS = {"place": "field", "weather": "clear", "sky": "noon", "load": "light", "flag": "near"}
 HAUL = Task(kind="haul", job="film")
@@ -49,13 +51,10 @@ def free_record(record_id, answer, steps, **metadata):
     )  # fmt: skip
 
 
-def see_with(model):
-    def see(records):
-        pictures, mask = pictures_tensor(model, [record.image for record in records])
-        with torch.inference_mode():
-            return model.see(model.normalise(pictures)), mask
-
-    return see
+def see(model, records):
+    pictures, mask = pictures_tensor(model, [record.image for record in records])
+    with torch.inference_mode():
+        return model.see(model.normalise(pictures)), mask
 
 
 # ---- the forced prefix
@@ -121,6 +120,7 @@ def test_forced_answers_are_counted_by_what_they_follow():
 def test_what_was_not_asked_has_no_share():
     block = summarise([], [], [], dropped=0)
     assert block["forced_prefix"]["follows_text"] is None and block["planted_mistake"]["accuracy"] is None
+    assert "n/a" in faithfulness_lines(block)
     assert block["truncated"] == {"0.25": None, "0.5": None, "0.75": None} and block["intervals"] == {}
 
 
@@ -177,13 +177,13 @@ def test_gains_are_the_log_probabilities_of_the_gold_end_after_each_step(tiny_mo
     torch.nn.init.normal_(tiny_model.reasoning_module.reasoning_head.output.weight, std=0.5)
     chosen = [records[0], records[5], records[9]]
     chains = [record.steps for record in chosen]
-    together = gains(tiny_model, see_with(tiny_model), chosen, chains)
+    together = answer_log_probs(tiny_model, see, chosen, chains)
     assert [len(values) for values in together] == [record.num_steps + 1 for record in chosen]
     for record, values in zip(chosen, together):
-        assert gains(tiny_model, see_with(tiny_model), [record], [record.steps])[0] == pytest.approx(values, abs=1e-3)
+        assert answer_log_probs(tiny_model, see, [record], [record.steps])[0] == pytest.approx(values, abs=1e-3)
         (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
         text = torch.tensor([[*sample.prompt, *sample.target]])
-        visual, seen = see_with(tiny_model)([record])
+        visual, seen = see(tiny_model, [record])
         index = torch.arange(sample.answer_position, text.shape[1] - 1)
         with torch.inference_mode():
             logits = tiny_model(
@@ -199,10 +199,12 @@ def test_per_step_is_what_each_step_adds_over_the_chains_that_have_it():
 
 
 def test_the_whole_block_is_measured_with_a_model(tiny_model, records):
-    chains = [record.steps for record in records]
-    block = measure(tiny_model, see_with(tiny_model), records, chains, Decoding(max_new_tokens=40), num_samples=12)
+    asked = Faithfulness(records, [record.steps for record in records], num_samples=12)
+    tasks = asked.tasks(Path("checkpoint"), see, Decoding(max_new_tokens=40))
+    block = asked.result({task.key: task.run(tiny_model) for task in reversed(tasks)})
     forced = block["forced_prefix"]
     assert block["num_samples"] == 12 and forced["num"] + forced["ambiguous_dropped"] == 12 and forced["num"] > 0
     for prefix in ("", "head_"):
         assert sum(forced[prefix + name] for name in ("follows_text", "follows_picture", "neither")) == pytest.approx(1)
     assert block["planted_mistake"]["num"] > 0 and all(np.isfinite(block["information_gain"]["per_step"]))
+    assert f"put in ({forced['num']})" in faithfulness_lines(block)

@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch import Tensor
 from embervlm.data.dataset import num_fact_steps, question_key, scene_key, step_texts
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.scenes.facts import FACT_DOMAINS, SceneFacts
-from embervlm.data.teachers.rules import DERIVED_DOMAINS, TASKS, Task, teach
+from embervlm.data.teachers import rules
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
 from embervlm.evaluation.metrics import bootstrap_interval, final_answer_accuracy
+from embervlm.evaluation.sharing import Key, Task
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 
@@ -32,7 +34,7 @@ FRACTIONS = (0.25, 0.5, 0.75)
 """Parts of its chain after which the model is made to conclude."""
 BATCH_SIZE = 64
 
-See = Callable[[Sequence[ReasoningRecord]], tuple[Tensor, Tensor]]
+See = Callable[[EmberVLM, Sequence[ReasoningRecord]], tuple[Tensor, Tensor]]
 """Visual tokens of the records' pictures, and which have one."""
 
 
@@ -48,6 +50,44 @@ class Probe:
     """The conclusion has to come next."""
     follows: tuple[str, ...] = ()
     """The answer that follows from `steps`, where that is another than the record's."""
+
+
+class Faithfulness:
+    """What one evaluation asks, as tasks that any process can do, and what came of it."""
+
+    def __init__(
+        self, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], num_samples: int = NUM_SAMPLES
+    ) -> None:
+        """`records`: all of the evaluation; `chains`: the model's own chain of each."""
+        self._places = choose(len(records), num_samples)
+        self._records, self._chains = records, chains
+        self._probes, self._dropped = probes_of(records, chains, self._places)
+        self._batches = _in_batches(self._probes)
+
+    def tasks(self, checkpoint: Path, see: See, decoding: Decoding) -> list[Task]:
+        def asking(batch: Sequence[int]) -> Callable[[EmberVLM], list[dict[str, Any]]]:
+            return lambda model: go_on(model, see, [self._probes[place] for place in batch], decoding)
+
+        def gaining(part: Sequence[int]) -> Callable[[EmberVLM], list[list[float]]]:
+            records, chains = [self._records[place] for place in part], [self._chains[place] for place in part]
+            return lambda model: answer_log_probs(model, see, records, chains)
+
+        parts = [self._places[start : start + BATCH_SIZE] for start in range(0, len(self._places), BATCH_SIZE)]
+        asked = [("probes", number, len(batch), asking(batch)) for number, batch in enumerate(self._batches)]
+        gained = [("gains", number, 0, gaining(part)) for number, part in enumerate(parts)]
+        return [
+            Task(name=name, number=number, checkpoint=checkpoint, num_records=count, run=run)
+            for name, number, count, run in (*asked, *gained)
+        ]
+
+    def result(self, done: Mapping[Key, Any]) -> dict[str, Any]:
+        """The `faithfulness` block of the evaluation, without what the evaluation knows itself."""
+        answers: list[dict[str, Any]] = [{} for _ in self._probes]
+        for number, batch in enumerate(self._batches):
+            for place, answer in zip(batch, done["probes", number]):
+                answers[place] = answer
+        gained = sorted(key for key in done if key[0] == "gains")
+        return summarise(self._probes, answers, [row for key in gained for row in done[key]], self._dropped)
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
@@ -122,18 +162,18 @@ def plant_mistake(record: ReasoningRecord, rng: random.Random) -> Probe | None:
 
     Only for chains of the embedded rules, which know what follows from the mistake.
     """
-    scene, task = record.metadata.get("scene"), _task_of(record)
+    scene, task = record.metadata.get("scene"), _rules_task(record)
     if task is None or not isinstance(scene, Mapping) or set(scene) != set(FACT_DOMAINS):
         return None
     facts = SceneFacts(**scene)
-    right = teach(facts, task)
+    right = rules.teach(facts, task)
     if right.steps != record.steps:
         return None
-    names = [name for name in DERIVED_DOMAINS if name in right.claims and name != "need"]
+    names = [name for name in rules.DERIVED_DOMAINS if name in right.claims and name != "need"]
     for name in rng.sample(names, len(names)):
-        values = [value for value in DERIVED_DOMAINS[name] if value != right.claims[name]]
+        values = [value for value in rules.DERIVED_DOMAINS[name] if value != right.claims[name]]
         for value in rng.sample(values, len(values)):
-            wrong = teach(facts, task, {name: value})
+            wrong = rules.teach(facts, task, {name: value})
             if wrong.answer and set(wrong.answer) != set(right.answer):
                 first = next(i for i, step in enumerate(wrong.steps) if step != right.steps[i])
                 if wrong.step_types[first] != "conclusion":
@@ -143,9 +183,9 @@ def plant_mistake(record: ReasoningRecord, rng: random.Random) -> Probe | None:
     return None
 
 
-def _task_of(record: ReasoningRecord) -> Task | None:
+def _rules_task(record: ReasoningRecord) -> rules.Task | None:
     kind, need = record.metadata.get("question_kind"), (record.metadata.get("facts") or {}).get("need")
-    return next((task for task in TASKS if (task.kind, task.need) == (kind, need)), None)
+    return next((task for task in rules.TASKS if (task.kind, task.need) == (kind, need)), None)
 
 
 def _without_conclusion(steps: Sequence[str]) -> list[str]:
@@ -155,7 +195,7 @@ def _without_conclusion(steps: Sequence[str]) -> list[str]:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
-def in_batches(probes: Sequence[Probe]) -> list[list[int]]:
+def _in_batches(probes: Sequence[Probe]) -> list[list[int]]:
     """Places of the probes; those of like length are answered together."""
     order = sorted(range(len(probes)), key=lambda i: (probes[i].concludes, len(probes[i].record.steps), i))
     return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
@@ -167,20 +207,20 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
     records = [probe.record for probe in probes]
     begun = [[*_chain(tokenizer, probe.steps), *_opening(tokenizer, probe.concludes)] for probe in probes]
     own = [record.metadata.get("candidates") or () for record in records]
-    visual, seen = see(records)
+    visual, seen = see(model, records)
     texts = [record.instruction for record in records]
     results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)
     return [{"answer_set": r["answer_set"], "head_answer": r.get("head_answer", [])} for r in results]
 
 
 @torch.inference_mode()
-def gains(
+def answer_log_probs(
     model: EmberVLM, see: See, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]]
 ) -> list[list[float]]:
     """For each chain the log-probability in nats of the gold conclusion and answer after 0, 1, ... all of its steps."""
     tokenizer = _tokenizer(model)
     device = model.projection.norm.weight.device
-    visual, seen = see(records)
+    visual, seen = see(model, records)
     rows: list[tuple[int, list[int], int]] = []  # record, text, where the scored part starts
     for place, (record, chain) in enumerate(zip(records, chains)):
         steps = _without_conclusion(chain)
@@ -236,7 +276,12 @@ def _tokenizer(model: EmberVLM) -> ReasoningTokenizer:
 def summarise(
     probes: Sequence[Probe], answers: Sequence[Mapping[str, Any]], log_probs: Sequence[Sequence[float]], dropped: int
 ) -> dict[str, Any]:
-    """The `faithfulness` block of an evaluation, apart from what comes from elsewhere."""
+    """The shares that follow this and that, with their intervals.
+
+    Args:
+        log_probs: of each chain, of `answer_log_probs`.
+        dropped: records for which there were no other facts to put in.
+    """
     asked: dict[str, list[tuple[Probe, Mapping[str, Any]]]] = defaultdict(list)
     for probe, answer in zip(probes, answers, strict=True):
         asked[probe.kind].append((probe, answer))
@@ -282,21 +327,3 @@ def _mean_gains(log_probs: Sequence[Sequence[float]]) -> list[float]:
         float(np.mean([values[k] - values[k - 1] for values in log_probs if len(values) > k]))
         for k in range(1, longest)
     ]
-
-
-def measure(
-    model: EmberVLM, see: See, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], decoding: Decoding,
-    num_samples: int = NUM_SAMPLES,
-) -> dict[str, Any]:  # fmt: skip
-    """The whole block, in this process."""
-    places = choose(len(records), num_samples)
-    probes, dropped = probes_of(records, chains, places)
-    answers: list[dict[str, Any]] = [{} for _ in probes]
-    for batch in in_batches(probes):
-        for place, answer in zip(batch, go_on(model, see, [probes[i] for i in batch], decoding)):
-            answers[place] = answer
-    log_probs = []
-    for start in range(0, len(places), BATCH_SIZE):
-        part = places[start : start + BATCH_SIZE]
-        log_probs += gains(model, see, [records[i] for i in part], [chains[i] for i in part])
-    return summarise(probes, answers, log_probs, dropped)
