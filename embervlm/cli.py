@@ -150,6 +150,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", type=Path, required=True)
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
     parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument(
+        "--faithfulness_samples", type=int, default=200,
+        help="records of which to ask whether the answer comes from the chain; 0 leaves it out",
+    )  # fmt: skip
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
     parser.add_argument("--image_root")
@@ -333,6 +337,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         result = evaluate_to_file(
             args.checkpoint, split=args.split, output_file=args.output_file,
             save_samples=args.save_reasoning_samples, explain_samples=args.explain_samples,
+            faithfulness_samples=args.faithfulness_samples,
             reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
             reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
             decoding=_decoding(args), compare=not args.no_comparisons, world=world,

@@ -15,7 +15,7 @@ import torch
 from embervlm import run_dir
 from embervlm.config import ConfigError
 from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate
-from embervlm.report.table import metrics_table
+from embervlm.report.table import faithfulness_lines, metrics_table
 from embervlm.training.engine import World
 
 METRIC_GROUPS = {
@@ -82,4 +82,6 @@ def evaluate_to_file(
 
 def print_result(result: dict[str, Any], output_file: Path) -> None:
     print(metrics_table(result))
+    if result["faithfulness"] is not None:
+        print("\n" + faithfulness_lines(result["faithfulness"]))
     print(f"written: {output_file}")

@@ -25,6 +25,7 @@ from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
 from embervlm.data.splits import SPLITS, split_records
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
 from embervlm.evaluation.metrics import (
     ChainContext,
     OrderScorer,
@@ -87,6 +88,8 @@ class Evaluation:
     """Also the baselines, no picture and the swapped picture, not only the chains."""
     explained: int = 0
     """Samples that also get their attention and the validator's scores."""
+    faithfulness_samples: int = NUM_SAMPLES
+    """Records of which it is also asked whether the answer comes from the chain; 0, or without `compare`: none."""
     progress: bool = True
     world: World | None = None
     """The processes that share the work; None is this one alone."""
@@ -98,6 +101,8 @@ class Evaluation:
             raise ConfigError(f"--num_samples {self.num_samples}: there is nothing to evaluate; give at least 1")
         if self.explained < 0:
             raise ConfigError(f"--explain_samples {self.explained}: give 0 or more")
+        if self.faithfulness_samples < 0:
+            raise ConfigError(f"--faithfulness_samples {self.faithfulness_samples}: give 0 or more")
 
 
 def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: Any) -> dict[str, Any]:
@@ -126,16 +131,28 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     answers = share_out([*tasks, *_validator_tasks(model, job.checkpoint, data)], models, world, journal, bar)
     results = {name: _in_order(name, passes[name], answers) for name in passes}
     chains = results["chains"]
-    explaining = _explain_tasks(job, data, chains) if model.config.stage != 3 else []
-    explained = share_out(explaining, models, world, journal, bar)
+    reasons = model.config.stage != 3
+    faithfulness = None
+    if reasons and job.compare and job.faithfulness_samples:
+        own = [chain["reasoning_steps"] for chain in chains]
+        faithfulness = Faithfulness(data.records, own, job.faithfulness_samples)
+    later = _explain_tasks(job, data, chains) if reasons else []
+    if faithfulness is not None:
+        later += faithfulness.tasks(
+            job.checkpoint, lambda model, records: see(model, data.pictures, records), job.decoding
+        )
+    explained = share_out(later, models, world, journal, bar)
     bar.close()
     result: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     if world.rank == 0:
         samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
-        details = [detail for key in sorted(explained) for detail in explained[key]]
+        details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
         _complete(samples, data, results, details)
         result = _result(job, model, data, samples, results, passes, answers)
+        if faithfulness is not None:
+            swapped = result["metrics"]["swapped_image_accuracy"]
+            result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
     return world.broadcast(result), samples
 
 
@@ -316,7 +333,7 @@ def _scene(record: ReasoningRecord) -> str:
 
 def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
     """Of all that the answers depend on: weights, records, pictures by name, decoding."""
-    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained]
+    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained, job.faithfulness_samples]
     for name, asked in passes.items():
         manifest = asked.checkpoint / run_dir.COMPLETE
         files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
