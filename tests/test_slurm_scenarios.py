@@ -26,7 +26,7 @@ from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import read_yaml
 from embervlm.data.records import read_records
-from embervlm.submit import limit_minutes, slurm_parameters, submit_to_slurm, training_jobs
+from embervlm.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 
 pytestmark = [
     pytest.mark.slow,
@@ -246,7 +246,7 @@ def a_job_of_submitit_is_preempted_requeued_and_returns_its_result(bench: Bench)
     bench.restarts(submitted.job_id, 1)  # the preemption woke it, too
     bench.finish(urgent)
     bench.finish(submitted.job_id)
-    assert submitted.result() == f"{bench.folder}/submitit"
+    assert result_of(submitted) == f"{bench.folder}/submitit"
     log = submitted.paths.stdout.read_text()
     assert log.count("Calling checkpoint method.") == 1 and "this job is preempted" in log
     assert bench.ends_undisturbed("submitit")
