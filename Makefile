@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install install-slurm quickstart smoke lint test test-fast test-cluster clean
+.PHONY: install install-slurm quickstart smoke lint test test-fast clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# For the tests, which start a Slurm of their own; without root they say why they are skipped.
+# For the tests, which start and stop a Slurm of their own; without root they say why they are skipped.
 install-slurm:
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -37,14 +37,10 @@ lint: install
 	$(BIN)/mypy
 
 test-fast: install
-	$(BIN)/pytest -m "not slow and not cluster"
+	$(BIN)/pytest -m "not slow"
 
 test: lint install-slurm
 	$(BIN)/pytest
-
-# Jobs of a real Slurm that are signalled, requeued and killed: up to an hour.
-test-cluster: install install-slurm
-	$(BIN)/pytest -m cluster
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -14,7 +14,7 @@ from embervlm.config import REPOSITORY, ConfigError, load_train_config
 from embervlm.slurm import MAX_REQUEUES_VARIABLE, Requeues
 from embervlm.slurm import main as slurm
 from embervlm.training.cli import check_cluster, overrides_of, parser
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
 STAGES = str(REPOSITORY / "configs" / "training_stages.yaml")
 KILLED_BY_9 = 137
@@ -163,8 +163,8 @@ def start(monkeypatch: pytest.MonkeyPatch, folder: Path, restarts: int, limit: i
     return requeues
 
 
-@pytest.mark.parametrize("code", [EXIT_REQUEUE, KILLED_BY_9])
-def test_a_job_that_was_asked_to_stop_or_killed_is_requeued(
+@pytest.mark.parametrize("code", [EXIT_REQUEUE, EXIT_FAULT, KILLED_BY_9])
+def test_a_job_that_was_asked_to_stop_or_killed_or_lost_a_process_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     assert start(monkeypatch, tmp_path, restarts=0).refusal(code) is None

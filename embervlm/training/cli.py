@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.training.signals import EXIT_REQUEUE, Preempted, listen
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
@@ -122,6 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         if world.rank == 0:
             print(stopped, file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
+    except Exception:  # no user's mistake: a process of another node is gone, a device fails
+        traceback.print_exc()
+        sys.exit(EXIT_FAULT)
     finally:
         _leave()
 
