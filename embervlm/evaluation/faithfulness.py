@@ -30,7 +30,7 @@ from embervlm.model.generation import Decoding, generate_from_visual
 
 NUM_SAMPLES = 200
 """Records that are asked about, by default."""
-GAIN_SAMPLES = 64
+GAIN_SAMPLES = 32
 """Records of these whose information gain is measured: it reads every chain once for each of its steps."""
 FRACTIONS = (0.25, 0.5, 0.75)
 """Parts of its chain after which the model is made to conclude."""
@@ -77,11 +77,15 @@ class Faithfulness:
 
         places = self._places[:: max(1, len(self._places) // GAIN_SAMPLES)][:GAIN_SAMPLES]
         parts = [places[start : start + GAIN_BATCH] for start in range(0, len(places), GAIN_BATCH)]
-        asked = [("probes", number, len(batch), asking(batch)) for number, batch in enumerate(self._batches)]
-        gained = [("gains", number, 0, gaining(part)) for number, part in enumerate(parts)]
         return [
-            Task(name=name, number=number, checkpoint=checkpoint, num_records=count, run=run)
-            for name, number, count, run in (*asked, *gained)
+            *(
+                Task(name="probes", number=number, checkpoint=checkpoint, num_records=len(batch), run=asking(batch))
+                for number, batch in enumerate(self._batches)
+            ),
+            *(
+                Task(name="gains", number=number, checkpoint=checkpoint, num_records=0, run=gaining(part))
+                for number, part in enumerate(parts)
+            ),
         ]
 
     def result(self, done: Mapping[Key, Any]) -> dict[str, Any]:
