@@ -120,7 +120,7 @@ def test_forced_answers_are_counted_by_what_they_follow():
 def test_what_was_not_asked_has_no_share():
     block = summarise([], [], [], dropped=0)
     assert block["forced_prefix"]["follows_text"] is None and block["planted_mistake"]["accuracy"] is None
-    assert "n/a" in faithfulness_lines(block)
+    assert "n/a" in faithfulness_lines({"num_samples": 0, **block})
     assert block["truncated"] == {"0.25": None, "0.5": None, "0.75": None} and block["intervals"] == {}
 
 
