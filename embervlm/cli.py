@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embervlm.config import BACKBONE, model_preset
+
+if TYPE_CHECKING:
+    from embervlm.model.generation import Decoding
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -146,15 +150,36 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--output_file", type=Path, required=True)
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
+    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument(
+        "--faithfulness_samples", type=int, default=200,
+        help="records of which to ask whether the answer comes from the chain; 0 leaves it out",
+    )  # fmt: skip
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
     parser.add_argument("--image_root")
     parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
-    parser.add_argument("--max_reasoning_steps", type=int, default=10)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    _add_decoding(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_reasoning_steps", type=int, default=10, help="most steps, the conclusion included")
+    parser.add_argument("--max_new_tokens", type=int, default=384, help="most tokens of chain and answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=_evaluate)
+
+
+def _decoding(args: argparse.Namespace) -> Decoding:
+    from embervlm.model.generation import Decoding
+
+    return Decoding(
+        max_reasoning_steps=args.max_reasoning_steps, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -315,19 +340,19 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from embervlm.evaluation.commands import evaluate_to_file, print_result
-    from embervlm.model.generation import Decoding
+    from embervlm.evaluation.commands import evaluate_to_file, evaluating_processes, print_result
 
-    decoding = Decoding(
-        max_reasoning_steps=args.max_reasoning_steps, temperature=args.temperature, top_p=args.top_p, seed=args.seed
-    )
-    result = evaluate_to_file(
-        args.checkpoint, split=args.split, output_file=args.output_file, save_samples=args.save_reasoning_samples,
-        reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
-        reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
-        decoding=decoding,
-    )  # fmt: skip
-    print_result(result, args.output_file)
+    with evaluating_processes(args.local_rank) as world:
+        result = evaluate_to_file(
+            args.checkpoint, split=args.split, output_file=args.output_file,
+            save_samples=args.save_reasoning_samples, explain_samples=args.explain_samples,
+            faithfulness_samples=args.faithfulness_samples,
+            reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
+            reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
+            decoding=_decoding(args), compare=not args.no_comparisons, world=world,
+        )  # fmt: skip
+        if world.rank == 0:
+            print_result(result, args.output_file)
 
 
 def _report(args: argparse.Namespace) -> None:

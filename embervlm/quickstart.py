@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
-from embervlm.report.table import metrics_table
+from embervlm.report.table import faithfulness_lines, metrics_table
 
 if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
@@ -124,6 +124,8 @@ class Quickstart:
         result = run_dir.read_json(path)
         print("\n" + metrics_table(result))
         print("\nanswer accuracy by complexity: " + _figures(result["accuracy_by_complexity"]))
+        if result["faithfulness"] is not None:
+            print(faithfulness_lines(result["faithfulness"]))
         print("validator, balanced accuracy by kind of invalid step: " + _figures(result["validator"]))
         counted = sum(value for name, value in seconds.items() if name != "baselines")
         print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))

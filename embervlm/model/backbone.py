@@ -133,5 +133,31 @@ class LanguageModel(nn.Module):
         )  # fmt: skip
         return outputs.last_hidden_state
 
+    def go_on(
+        self, embeds: Tensor, mask: Tensor, hidden_keys: Tensor | None, position_ids: Tensor, cache: Any
+    ) -> Tensor:
+        """States of one more token of each row, `[batch, 1, hidden]`.
+
+        Args:
+            mask: `[batch, cached + 1]` bool, False at padding.
+            hidden_keys: The same as what is added to attention scores, `[batch, 1, 1, cached + 1]`; None without
+                padding. A backbone whose layers all look at everything takes it as it is and makes no mask of its own.
+        """
+        if not self.looks_at_everything:
+            return self(embeds, mask.long(), position_ids, cache)
+        outputs = self.backbone.base_model(
+            inputs_embeds=embeds, attention_mask=hidden_keys, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        return outputs.last_hidden_state
+
+    @property
+    def looks_at_everything(self) -> bool:
+        """Whether every layer attends to all tokens before, with torch's own attention."""
+        config = self.backbone.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = getattr(config, "sliding_window", None) is not None
+        return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not windowed
+
     def logits(self, hidden: Tensor) -> Tensor:
         return self.backbone.get_output_embeddings()(hidden)
