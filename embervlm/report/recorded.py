@@ -13,8 +13,6 @@ from typing import Any
 from embervlm import run_dir
 from embervlm.select_best import NoCheckpointError, rank_checkpoints
 
-EVAL_FORMAT = 2
-"""The evaluation files that are understood; `embervlm evaluate` writes them."""
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
 """The four metrics with a target in the guide."""
 _EPOCH_FILE = re.compile(r"epoch_(\d+)_samples\.json")
@@ -172,14 +170,14 @@ def samples_path(eval_file: Path) -> Path:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An evaluation of `EVAL_FORMAT`; ReportError for any other file."""
+    """An evaluation of `run_dir.EVAL_FORMAT`; ReportError for any other file."""
     found = _read(path)
     if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
         raise ReportError(f"{path}: not an evaluation, it has no 'metrics'; evaluate again with `embervlm evaluate`")
-    if found.get("format") != EVAL_FORMAT:
+    if found.get("format") != run_dir.EVAL_FORMAT:
         raise ReportError(
-            f"{path}: written in format {found.get('format')!r}, this version reads {EVAL_FORMAT}; evaluate again: "
-            f"`embervlm evaluate --checkpoint {found.get('checkpoint', '...')} --output_file {path} "
+            f"{path}: written in format {found.get('format')!r}, this version reads {run_dir.EVAL_FORMAT}; evaluate "
+            f"again: `embervlm evaluate --checkpoint {found.get('checkpoint', '...')} --output_file {path} "
             f"--save_reasoning_samples`"
         )
     return found

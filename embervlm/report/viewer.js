@@ -47,7 +47,7 @@ function setUpSamples() {
   options(byId("f-robot"), distinct(samples.flatMap((sample) => sample.robots)), "all robots");
   options(byId("f-complexity"), distinct(samples.map((sample) => sample.complexity)), "all");
   options(byId("f-kind"), distinct(samples.map((sample) => sample.kind)), "all kinds");
-  filters.addEventListener("input", filter);
+  for (const event of ["input", "change"]) filters.addEventListener(event, filter);
   filters.addEventListener("submit", (event) => event.preventDefault());
   filter();
 }
