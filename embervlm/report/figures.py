@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
 from embervlm import run_dir
-from embervlm.report.pictures import VEIL, file_name, open_picture, relative_attention
+from embervlm.report.pictures import VEIL, VEIL_GREY, file_name, open_picture, relative_attention
 from embervlm.report.recorded import (
     CHAIN_METRICS,
     CheckpointResult,
@@ -60,7 +60,7 @@ STYLE = {
 MAX_POINTS = 300
 """Of a longer curve neighbouring log lines are averaged."""
 MAX_GROUPS = 12
-ATTENTION_KEY = "Clear: where the model looked most. Dark: where it did not look."
+ATTENTION_KEY = "Clear: where the model looked most. Faded: where it did not look."
 ATTENTION_SAMPLES = 8
 """For how many samples the attention is drawn into files; the page shows it for every one."""
 
@@ -515,7 +515,7 @@ def _float(value: object) -> float | None:
 
 
 def reasoning_attention(sample: Sample, picture: Image.Image | None) -> Figure:
-    """The picture once per step, veiled where that step did not look."""
+    """The picture once per step, faded where that step did not look."""
     attention = sample.attention
     if attention is None or not attention.steps:
         raise NoData("No attention was recorded; evaluate with --save_reasoning_samples.")
@@ -561,7 +561,7 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
             axes.add_patch(Rectangle((left, 1 - bottom), right - left, bottom - top, fill=False, edgecolor="#111111",
                                      linewidth=1.0, linestyle="--", transform=axes.transAxes))  # fmt: skip
             if number_ == 0:
-                axes.text(left + 0.015, 1 - top - 0.015, label(kind, 14), transform=axes.transAxes, va="top",
+                axes.text(left + 0.015, 1 - top - 0.015, label(kind, 18), transform=axes.transAxes, va="top",
                           fontsize=8, color="#111111",
                           bbox={"facecolor": "#fefefe", "edgecolor": "none", "pad": 1.2, "alpha": 0.85})  # fmt: skip
     if boxes:
@@ -578,7 +578,7 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
                       color="#fefefe" if share < 0.55 else "#111111")  # fmt: skip
         axes.set_xticks(
-            range(len(boxes)), [f"{label(kind, 10)}\n({area:.0%})" for kind, area in zip(boxes, areas)], fontsize=8
+            range(len(boxes)), [f"{label(kind, 14)}\n({area:.0%})" for kind, area in zip(boxes, areas)], fontsize=8
         )
         axes.set_yticks(range(len(shares)), [f"step {place + 1}" for place in range(len(shares))])
         axes.set_xlabel("thing (share of the picture it covers)")
@@ -598,7 +598,14 @@ def _boxes_by_kind(boxes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[l
     for box in boxes:
         if box["kind"] in out or len(out) < 8:
             out.setdefault(box["kind"], ([], box["label"]))[0].append(box["box"])
-    return out
+    merged: dict[str, tuple[list[list[float]], str]] = {}
+    for kind, (areas, shown) in out.items():  # what lies at the same place is one thing to look at
+        same = next((name for name, (others, _) in merged.items() if others == areas), None)
+        if same is not None:
+            merged[f"{same}, {kind}"] = merged.pop(same)
+        else:
+            merged[kind] = (areas, shown)
+    return merged
 
 
 def _inside(shares: Sequence[float], grid: tuple[int, int], boxes: Sequence[Sequence[float]]) -> float:
@@ -613,12 +620,13 @@ def _inside(shares: Sequence[float], grid: tuple[int, int], boxes: Sequence[Sequ
 
 
 def _show_picture(axes: Axes, picture: Image.Image | None, shares: Sequence[float], grid: tuple[int, int]) -> None:
-    """`picture` in a square, darkened where `shares` are small; grey where there is none."""
+    """`picture` in a square, faded where `shares` are small; grey where there is none."""
     shown = picture or Image.new("RGB", (8, 8), (200, 200, 200))
     shown = shown.resize((240, 240), Image.Resampling.BILINEAR)
     relative = Image.fromarray(np.float32(relative_attention(shares, grid) ** 0.7))
     clear = np.asarray(relative.resize(shown.size, Image.Resampling.BILINEAR))[..., None]
-    axes.imshow(np.uint8(np.asarray(shown) * (1 - VEIL * (1 - clear))), extent=(0, 1, 0, 1))
+    kept = 1 - VEIL * (1 - clear)
+    axes.imshow(np.uint8(np.asarray(shown) * kept + VEIL_GREY * (1 - kept)), extent=(0, 1, 0, 1))
     if picture is None:
         axes.text(0.5, 0.5, "picture not found", ha="center", va="center", fontsize=8, color="#111111",
                   bbox={"facecolor": "#fefefe", "edgecolor": "none"})  # fmt: skip

@@ -93,7 +93,8 @@ def samples_page(
 def best_examples(samples: Sequence[Sample], most: int = NUM_EXAMPLES) -> list[Sample]:
     """Right answers with the best chains, taken from every kind and complexity in turn."""
     ranked = sorted(
-        (s for s in samples if s.correct and s.steps), key=lambda s: (-_chain_score(s), -(s.confidence or 0))
+        (s for s in samples if s.correct and s.steps),
+        key=lambda s: (s.attention is None, -_chain_score(s), -(s.confidence or 0)),
     )
     by_group: dict[tuple[str | None, str | None], list[Sample]] = {}
     for sample in ranked:

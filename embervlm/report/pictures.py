@@ -19,8 +19,8 @@ SIDES = (288, 224, 176, 144, 112, 80)
 """Longer side in pixels, the first that keeps all pictures of a page within its budget."""
 MAX_GRID = 16
 """Attention on finer grids is averaged down to this many rows and columns."""
-VEIL = 0.82
-"""How much of the picture the veil takes away where a step did not look."""
+VEIL, VEIL_GREY = 0.86, 246
+"""How much of the picture is faded where a step did not look, and to which grey: a dark veil hides night scenes."""
 
 
 def open_picture(path: str | None, roots: Sequence[Path] = (), *, longest: int = SIDES[0]) -> Image.Image | None:
@@ -88,10 +88,10 @@ def relative_attention(shares: Sequence[float], grid: tuple[int, int]) -> np.nda
 def overlay_png(shares: Sequence[float], grid: tuple[int, int]) -> str:
     """A PNG of one pixel per visual token, in base64: a veil that is clear where a step looked.
 
-    Light and dark alone tell it apart, so it reads in grey; a page stretches it over the picture.
+    A page stretches it over the picture, which fades elsewhere; that reads in grey too.
     """
-    veil = np.zeros((*relative_attention(shares, grid).shape, 2), dtype=np.uint8)
-    veil[..., 1] = np.round(255 * VEIL * (1 - relative_attention(shares, grid) ** 0.7))
+    faded = np.uint8(np.round(255 * VEIL * (1 - relative_attention(shares, grid) ** 0.7)))
+    veil = np.stack([np.full_like(faded, VEIL_GREY), faded], axis=-1)
     out = io.BytesIO()
     Image.fromarray(veil, "LA").save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode("ascii")

@@ -117,7 +117,7 @@ function chain(sample) {
     if (attention[number] && withAttention) frame.append(veil(attention[number]));
     caption.textContent = !attention.length ? "No attention was recorded for this sample."
       : !withAttention ? "Attention is hidden."
-      : attention[number] ? `Step ${number + 1}: clear where the model looked, dark where it did not.` : `Step ${number + 1} has no attention.`;
+      : attention[number] ? `Step ${number + 1}: clear where the model looked, faded where it did not.` : `Step ${number + 1} has no attention.`;
   };
   let chosen = 0;
   sample.steps.forEach((text, number) => {
