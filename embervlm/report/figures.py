@@ -47,7 +47,7 @@ SERIES = [
     (ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"), (SKY, (0, (8, 2)), "P"), (DIM, (0, (1, 1)), "X"),
 ]  # fmt: skip
 """Colour, line style and marker of the first, second, ... line."""
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.titlesize": 11.0,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.labelsize": 10.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": DIM, "axes.labelcolor": INK,
@@ -212,13 +212,13 @@ def _checkpoint_axis(axes: Axes, results: Sequence[CheckpointResult], ticks: Seq
     axes.set_xlim(-0.5, len(results) - 0.5)
     axes.set_ylim(0, 1.04)
     axes.set_ylabel("share (0 to 1)")
-    if axes.get_subplotspec() is None or axes.get_subplotspec().is_last_row():
+    if (place := axes.get_subplotspec()) is None or place.is_last_row():
         axes.set_xlabel("phase: optimizer steps in it")
     axes.grid(axis="x", visible=False)
 
 
 def _selected_legend(figure: Figure, results: Sequence[CheckpointResult]) -> None:
-    handles = {line.get_label(): line for axes in figure.axes for line in axes.lines
+    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines
                if not str(line.get_label()).startswith("_")}  # fmt: skip
     if len(figure.axes) > 1:
         handles = {"metric on val, 95% interval": next(iter(handles.values()))} if handles else {}
@@ -227,7 +227,7 @@ def _selected_legend(figure: Figure, results: Sequence[CheckpointResult]) -> Non
                                        linestyle="none")  # fmt: skip
         handles["selected checkpoint"] = ring
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=3)
 
 
 # ---- quality of the reasoning
@@ -523,7 +523,8 @@ def reasoning_attention(sample: Sample, picture: Image.Image | None) -> Figure:
     rows = math.ceil(len(attention.steps) / columns)
     title = textwrap.wrap(label(sample.instruction, 150), 27 * columns)
     width, height, top = 2.1 * columns + 0.3, 2.95 * rows + 0.3, 0.3 + 0.2 * len(title)
-    figure = Figure(figsize=(width, height + top), layout="none")  # the automatic layout takes a second
+    figure = Figure(figsize=(width, height + top))  # the automatic layout takes a second
+    figure.set_layout_engine("none")
     scale = 1 / (height + top)
     for place, shares in enumerate(attention.steps):
         row, column = divmod(place, columns)
@@ -547,7 +548,8 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
     boxes = _boxes_by_kind(sample.boxes)
     title = textwrap.wrap(label(sample.instruction, 150), 100 if boxes else 46)
     width, height, top = 9.0 if boxes else 4.2, max(4.0, 1.0 + 0.34 * len(attention.steps)), 0.5 + 0.2 * len(title)
-    figure = Figure(figsize=(width, height + top), layout="none")
+    figure = Figure(figsize=(width, height + top))
+    figure.set_layout_engine("none")
     scale = 1 / (height + top)
     axes = figure.add_axes((0.2 / width, (height - 3.7) * scale, 3.7 / width, 3.7 * scale))
     axes.axis("off")
@@ -568,7 +570,7 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
         shares = np.array(
             [[_inside(step, attention.grid, areas) for areas, _ in boxes.values()] for step in attention.steps]
         )
-        areas = [
+        covered = [
             _inside([1 / len(attention.steps[0])] * len(attention.steps[0]), attention.grid, found)
             for found, _ in boxes.values()
         ]
@@ -578,7 +580,7 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
                       color="#fefefe" if share < 0.55 else "#111111")  # fmt: skip
         axes.set_xticks(
-            range(len(boxes)), [f"{label(kind, 14)}\n({area:.0%})" for kind, area in zip(boxes, areas)], fontsize=8
+            range(len(boxes)), [f"{label(kind, 14)}\n({area:.0%})" for kind, area in zip(boxes, covered)], fontsize=8
         )
         axes.set_yticks(range(len(shares)), [f"step {place + 1}" for place in range(len(shares))])
         axes.set_xlabel("thing (share of the picture it covers)")

@@ -124,24 +124,17 @@ def _veils(sample: Sample) -> list[str]:
 
 def _shortened(sample: Sample) -> Sample:
     """The sample with every text at a length that a page can show."""
-    names = {
-        field: [_short(t, 200) for t in getattr(sample, field)[:50]]
-        for field in ("gold_answer", "answer_set", "head_answer")
-    }
-    lists = {
-        field: [_short(t) for t in getattr(sample, field)[:MAX_STEPS]] for field in ("steps", "gold_steps", "reasons")
-    }
-    one = {field: _short(getattr(sample, field), 200) or None for field in ("complexity", "question_kind")}
-    scores = dict(list(sample.scores.items())[:40])
-    return replace(
-        sample,
-        id=_short(sample.id, 200),
-        instruction=_short(sample.instruction),
-        scores=scores,
-        **names,
-        **lists,
-        **one,
-    )
+    changed: dict[str, Any] = {
+        "id": _short(sample.id, 200), "instruction": _short(sample.instruction),
+        "scores": dict(list(sample.scores.items())[:40]),
+    }  # fmt: skip
+    for field in ("gold_answer", "answer_set", "head_answer"):
+        changed[field] = [_short(name, 200) for name in getattr(sample, field)[:50]]
+    for field in ("steps", "gold_steps", "reasons"):
+        changed[field] = [_short(line) for line in getattr(sample, field)[:MAX_STEPS]]
+    for field in ("complexity", "question_kind"):
+        changed[field] = _short(getattr(sample, field), 200) or None
+    return replace(sample, **changed)
 
 
 def _short(value: str | None, most: int = MAX_TEXT) -> str:

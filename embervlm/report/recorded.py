@@ -378,9 +378,9 @@ def _read_sample_sets(folder: Path, record: RunRecord) -> None:
         except ReportError as error:
             record.notices.append(f"Left out: {error}")
     if record.samples:
-        checkpoint = Path(text((record.result or {}).get("checkpoint")) or "checkpoint").name
+        of = Path(text((record.result or {}).get("checkpoint")) or "checkpoint").name
         split = text((record.result or {}).get("split"))
-        record.sample_sets.append(SampleSet(name=f"Evaluation of {checkpoint} ({split})", samples=record.samples))
+        record.sample_sets.append(SampleSet(name=f"Evaluation of {of} ({split})", samples=record.samples))
 
 
 def flat(config: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
