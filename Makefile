@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install install-slurm quickstart smoke lint test test-fast clean
+.PHONY: install install-slurm install-browser quickstart smoke lint test test-fast clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,16 @@ install-slurm:
 			echo "no Slurm installed: that takes root and Debian's packages (slurm-wlm, munge)"; \
 		fi
 
+# For the tests of the report's pages; without root they say why they are skipped.
+install-browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+		else \
+			echo "no browser installed: that takes root and Debian's packages (chromium, chromium-driver)"; \
+		fi
+
 quickstart: install
 	$(BIN)/embervlm quickstart --output_dir outputs/quickstart
 
@@ -39,7 +49,7 @@ lint: install
 test-fast: install
 	$(BIN)/pytest -m "not slow"
 
-test: lint install-slurm
+test: lint install-slurm install-browser
 	$(BIN)/pytest
 
 clean:

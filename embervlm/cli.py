@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
+    _add_report(commands.add_parser("report", help="figures and pages of a run, from its recorded files"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
@@ -179,6 +180,14 @@ def _decoding(args: argparse.Namespace) -> Decoding:
         max_reasoning_steps=args.max_reasoning_steps, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="--output_dir of the training")
+    parser.add_argument("--results", type=Path, help="evaluation to show; default: RUN_DIR/results/stage4_eval.json")
+    parser.add_argument("--num_samples", type=int, default=200, help="samples that the page shows")
+    parser.add_argument("--wandb", action="store_true", help="also add the figures to the run's W&B run")
+    parser.set_defaults(run=_report)
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +353,23 @@ def _evaluate(args: argparse.Namespace) -> None:
         )  # fmt: skip
         if world.rank == 0:
             print_result(result, args.output_file)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from embervlm.report.build import write_report
+
+    report = write_report(args.run_dir, results=args.results, num_samples=args.num_samples)
+    print(f"Report: {report.index}")
+    if args.wandb:
+        from embervlm.config import ConfigError
+        from embervlm.run_dir import phase_dir
+        from embervlm.training.tracking import log_figures
+
+        project = report.config.get("wandb_project")
+        if not project or not log_figures(
+            phase_dir(args.run_dir, 2), report.figures, project=project, run_name=report.config.get("wandb_run_name")
+        ):
+            raise ConfigError(f"--wandb: {args.run_dir} was trained without --wandb_project, so there is no W&B run")
 
 
 def _quickstart(args: argparse.Namespace) -> None:

@@ -303,6 +303,8 @@ class TrainConfig:
     """Also log the ids of the records of every logged step."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
+    report: bool = False
+    """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""
     wandb_project: str | None = None
     wandb_run_name: str | None = None
 

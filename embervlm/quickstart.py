@@ -50,6 +50,7 @@ class Quickstart:
             "best checkpoint": self._select,
             "baselines": lambda: None if self.smoke else self._launch("baseline"),
             "evaluation": self._evaluate,
+            "report": self._report,
         }
         for name, part in parts.items():
             began = time.monotonic()
@@ -119,6 +120,11 @@ class Quickstart:
             num_samples=8 if self.smoke else self.num_test, save_samples=True, decoding=self._decoding(),
         )  # fmt: skip
 
+    def _report(self) -> None:
+        from embervlm.report.build import write_report
+
+        self._page = write_report(self.output_dir).index
+
     def _show(self, seconds: dict[str, float]) -> None:
         path = run_dir.eval_results_path(self.output_dir)
         result = run_dir.read_json(path)
@@ -134,6 +140,7 @@ class Quickstart:
             print("This was a smoke run: the path is real, its figures mean nothing.")
         run_dir.write_json_atomic(self.output_dir / "results" / "timings.json", seconds)
         print(f"Evaluation: {path}")
+        print(f"Report: {self._page}")
         print(f"Best checkpoint: {self._best}")
 
 

@@ -62,6 +62,11 @@ def test_the_chains_lie_beside_the_evaluation(smoke: Smoke) -> None:
     assert samples and {"instruction", "reasoning_steps", "answer", "gold_answer"} <= samples[0].keys()
 
 
+def test_the_report_is_written_and_named(smoke: Smoke) -> None:
+    page = smoke.output / "stage4" / "visualizations" / "index.html"
+    assert page.stat().st_size > 50_000 and f"Report: {page}" in smoke.first.stdout
+
+
 def test_the_output_says_that_its_figures_mean_nothing(smoke: Smoke) -> None:
     assert "figures mean nothing" in smoke.first.stdout
 

@@ -13,6 +13,9 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """A `DynamicLayer` whose `keys` and `values` are the written part of tensors with room for more."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, room: int, **options: Any) -> None:
         super().__init__(**options)
         self.room = room

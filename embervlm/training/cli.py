@@ -10,7 +10,8 @@ import warnings
 from typing import Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
+from embervlm.run_dir import phase_dir
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
 
 FLAGS: dict[str, tuple[str, type, str]] = {
@@ -128,6 +129,25 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(EXIT_FAULT)
     finally:
         _leave()
+    if config.report and world.rank == 0 and "4" in stages:
+        write_run_report(config)
+
+
+def write_run_report(config: TrainConfig) -> None:
+    """Figures and pages of the run, and its figures in W&B. The run is trained: what fails here is only said."""
+    from embervlm.report.build import write_report
+    from embervlm.training.tracking import log_figures
+
+    try:
+        report = write_report(config.output_dir)
+        print(f"Report: {report.index}")
+        if config.wandb_project:
+            log_figures(
+                phase_dir(config.output_dir, 2), report.figures, project=config.wandb_project,
+                run_name=config.wandb_run_name,
+            )  # fmt: skip
+    except Exception as error:  # drawing and W&B raise what they like
+        print(f"no report ({type(error).__name__}: {error}); `embervlm report {config.output_dir}` tries again")
 
 
 def check_cluster(name: str | None, num_processes: int) -> None:
