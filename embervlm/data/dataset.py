@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.splits import text_hash
 from embervlm.data.store import RecordView, has_field, picture_hashes, save_array
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT, ReasoningTokenizer
 from embervlm.progress import progress_bar
 
-REASONING, DIRECT, CAPTION = "reasoning", "direct", "caption"
+REASONING, DIRECT, CAPTION, EDITED = "reasoning", "direct", "caption", "edited"
 CAPTION_PROMPT = "Describe the picture."
 REMEMBERED_SAMPLES = 8192
 """Encoded samples that are kept, about 6 KB each; encoding one of 1 KB of text anew takes about 0.5 ms."""
 ENCODED_TOGETHER = 256
+PICTURE_DRAWS = 8
+"""Pictures drawn for one that shows other facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,14 @@ class Sample:
     record: int
     """Index into the records; -1 for a text that belongs to none."""
     form: str
-    """`reasoning`, `direct` or `caption`."""
+    """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows."""
     prompt: list[int]
     target: list[int]
     """What is scored: chain and answer, answer alone, or caption."""
+    num_given: int = 0
+    """Tokens at the target's start that are not scored."""
+    picture_of: int | None = None
+    """Index of the record whose picture stands before the text; None is `record`'s own."""
     answer_position: int | None = None
     """Where the answer head reads: the token that opens the conclusion."""
     step_spans: tuple[tuple[int, int], ...] = ()
@@ -119,6 +126,10 @@ class Samples(Sequence[Sample]):
     def _kept(path: Path) -> np.ndarray:
         sizes: np.ndarray = np.load(path, mmap_mode="r")
         return sizes
+
+    def of_record(self, row: int) -> Sample:
+        """The sample of record `row`; `rows` ascends."""
+        return self[int(np.searchsorted(self.rows, row))]
 
     def without(self, left_out: np.ndarray) -> Samples:
         """Those that are not marked in `left_out`."""
@@ -207,6 +218,75 @@ def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -
         if boxes:
             out.append((step, boxes_to_mask(boxes, grid)))
     return tuple(out)
+
+
+def num_fact_steps(record: ReasoningRecord) -> int:
+    """Steps from a chain's start until every fact that it reads off the picture is stated; 0 where that is not known.
+
+    A later step that names a fact again can take it from the text.
+    """
+    seen = record.metadata.get("seen") or ()
+    if len(seen) != len(record.steps):
+        return 0
+    stated: set[str] = set()
+    last = 0
+    for number, facts in enumerate(seen, 1):
+        last = last if stated.issuperset(facts) else number
+        stated.update(facts)
+    return last
+
+
+def edit_facts(records: Sequence[ReasoningRecord], samples: Samples, seed: int) -> Samples:
+    """Each chain behind the picture of another record of the same question: its facts are not what the picture shows.
+
+    The steps that state facts are given and not scored, so that nobody learns to misread a picture. All that follows,
+    the answer head's answer too, is that of the stated facts. Where it is not known which steps state facts, or no
+    other picture was asked about, there is nothing to edit.
+    """
+    rng = random.Random(f"edited facts:{seed}")
+    pictured = samples.rows[picture_hashes(records)[samples.rows] != 0]
+    questions = np.fromiter((_question_hash(records[row]) for row in pictured.tolist()), np.uint64, len(pictured))
+    order = np.argsort(questions, kind="stable")  # those of one question stand together, in their order
+    questions, pictured = questions[order], pictured[order]
+    found, others = array("i"), array("i")
+    for row in samples.rows.tolist() if len(pictured) else ():
+        record = records[row]
+        question = np.uint64(_question_hash(record))
+        first, last = (int(np.searchsorted(questions, question, side)) for side in ("left", "right"))
+        drawn = [int(pictured[rng.randrange(first, last)]) for _ in range(PICTURE_DRAWS if first < last else 0)]
+        other = next((index for index in drawn if scene_key(records[index]) != scene_key(record)), None)
+        if num_fact_steps(record) and other is not None:
+            found.append(row)
+            others.append(other)
+    rows, pictures = np.array(found, np.int32), np.array(others, np.int32)
+
+    def encode(some: Sequence[int]) -> list[Sample]:
+        places = np.searchsorted(rows, some)
+        return [
+            _edited(samples.of_record(row), num_fact_steps(records[row]), int(picture_of))
+            for row, picture_of in zip(some, pictures[places])
+        ]
+
+    return Samples(EDITED, rows, encode, None)
+
+
+def _edited(sample: Sample, num_given_steps: int, picture_of: int) -> Sample:
+    end = sample.step_spans[num_given_steps - 1][1] - len(sample.prompt)
+    return replace(sample, form=EDITED, num_given=end, picture_of=picture_of, step_spans=(), attend=())
+
+
+def question_key(record: ReasoningRecord) -> tuple[Any, ...]:
+    """Equal for records that ask the same with the same candidates."""
+    return (record.instruction, *(record.metadata.get("candidates") or ()))
+
+
+def _question_hash(record: ReasoningRecord) -> int:
+    return text_hash("\0".join(question_key(record)))
+
+
+def scene_key(record: ReasoningRecord) -> Any:
+    """Equal for pictures of equal facts, where those are known, else for the same picture."""
+    return record.metadata.get("scene") or record.image
 
 
 def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:

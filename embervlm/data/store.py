@@ -171,6 +171,7 @@ def prepare(
     path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str],
     *,
+    ready_in: str | os.PathLike[str] | None = None,
     image_root: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> RecordStore:
@@ -178,6 +179,8 @@ def prepare(
 
     Memory grows by about 45 bytes a record. What was prepared counts as long as the files, the options and the pictures
     are what they were, by time and length. One process at a time; the others open it afterwards.
+    Args:
+        ready_in: a folder in which they may have been prepared already; nothing is written there.
     Raises:
         DataError: with every problem of the data, as `read_records`, or of their splits, as `split_records`.
         WriteError: the cache cannot be written.
@@ -188,8 +191,9 @@ def prepare(
         raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
     digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside)
     folder, part = cache_dir / f"records-{digest}", cache_dir / f".tmp-records-{digest}"
-    if (store := _open(folder)) is not None:
-        return store
+    for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
+        if (store := _open(ready)) is not None:
+            return store
     unpack_dir = cache_dir / f"pictures-{digest}"
     root = path / "any" if path.is_dir() else path
     rules = FieldRules(

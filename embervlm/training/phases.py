@@ -21,6 +21,7 @@ from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import (
     EpochPlan,
     Samples,
+    edit_facts,
     encode_captions,
     encode_direct,
     encode_glossary,
@@ -168,9 +169,7 @@ class Run:
         data = self._load_data(model)
         tokenizer = _tokenizer_of(model)
         grid, max_length = model.vision_encoder.grid, stage.max_reasoning_length
-        samples = first_on_rank_0(
-            self.world, lambda: encode_reasoning(data.reasoning, tokenizer, grid, max_length)
-        )  # fmt: skip
+        samples = first_on_rank_0(self.world, lambda: encode_reasoning(data.reasoning, tokenizer, grid, max_length))
         first_epoch = stage.phase1.epochs if number == 2 else 0
         epochs = data.epochs[first_epoch : first_epoch + phase.epochs]
         if left_out := len(data.reasoning) - len(samples):
@@ -181,7 +180,10 @@ class Run:
             raise ConfigError(f"curriculum: an epoch of phase {number} has chains above --max_reasoning_length only")
         plan = EpochPlan(
             main=samples,
-            mixed=((encode_direct(data.train, tokenizer), phase.direct_records_ratio),),
+            mixed=(
+                (encode_direct(data.train, tokenizer), phase.direct_records_ratio),
+                *self._edited(data.reasoning, samples, number, phase),
+            ),
             epochs=epochs,
             global_batch=stage.batch_size * stage.gradient_accumulation_steps * self.world.size,
             seed=config.seed + number,
@@ -198,6 +200,20 @@ class Run:
             after_save=self._evaluate,
         )  # fmt: skip
         return train_phase(job, config, self.world)
+
+    def _edited(
+        self, records: Sequence[ReasoningRecord], samples: Samples, number: int, phase: PhaseConfig
+    ) -> list[tuple[Samples, float]]:  # fmt: skip
+        """Chains with edited facts and how many per record, where asked for."""
+        if not phase.edited_facts_ratio:
+            return []
+        edited = edit_facts(records, samples, self.config.seed + number)
+        if not edited and self.world.rank == 0:
+            print(
+                f"phase {number}: edited_facts_ratio does nothing: these records do not say which steps state facts "
+                "(metadata.seen), or ask each question about one picture only"
+            )
+        return [(edited, phase.edited_facts_ratio)]
 
     def baselines(self, start: Path) -> list[Path]:
         """Train Stage 3 on with direct answers: for as many samples as both phases saw, and for as long."""
@@ -268,7 +284,7 @@ class Run:
         if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
             return ReasoningTokenizer.from_folder(language["name_or_path"])
         every = -(-len(records) // MAX_TOKENIZER_RECORDS)
-        some = [records[place] for place in range(0, len(records), every)]
+        some = list(records[::every])
         texts = [
             text
             for record in some
