@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/data_memory.py --num_records 5000000 --folder /tmp/data_memory
 
-Every process prints, for each part of the run, its time and the most memory it held: RSS (all of its pages that are in
-memory, those of libraries and mapped files included) and USS (those of them that no other process shares).
+Every process prints the processor time of batches at the beginning of an epoch, at its 50,001st record and at its end,
+and for each part of the run its time and the most memory it held: RSS (all of its pages that are in memory, those of
+libraries and mapped files included) and USS (those of them that no other process shares).
 Nothing is deleted: the same command again shows what starting from the prepared data costs.
 """
 
@@ -21,10 +22,19 @@ from pathlib import Path
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, load_train_config
+from embervlm.data.collate import Collator
+from embervlm.data.dataset import EpochPlan, encode_reasoning
+from embervlm.data.images import PictureCache
+from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS
+from embervlm.data.store import RecordView
+from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.progress import progress_bar
+from embervlm.training.engine import World
+from embervlm.training.phases import Run, load_data
 
 INTERVAL_S = 0.2
+BATCH_SIZE, NUM_TIMED = 16, 100
 WORDS = (
     "the a crate tunnel river flooded lifts robot heavy shelf wind carries sees night narrow stairs sand mud box field "
     "bridge under over slowly across roof cable wheel arm leg rotor tide harbour forest rubble ladder is are can cannot"
@@ -83,6 +93,28 @@ class Watch:
             self.parts[name] = (time.monotonic() - began, max(rss), max(uss))
 
 
+def time_of_batches(records: RecordView, output: Path) -> dict[int, float]:
+    """Median milliseconds to plan, read, encode and collate a batch, by the place in the epoch at which it begins."""
+    tokenizer = ReasoningTokenizer.from_folder(run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None))
+    samples = encode_reasoning(records, tokenizer, 6, max_length=600)
+    plan = EpochPlan(main=samples, global_batch=BATCH_SIZE, seed=0)
+    pictures = PictureCache([], 72)
+    collator = Collator(
+        records, tokenizer, pictures, candidates=ROBOTS, seed=0, image_size=72,
+        pair_maker=PairMaker(records, samples, tokenizer),
+    )  # fmt: skip
+    plan.batch(0)  # the order of the epoch
+    found = {}
+    for start in (1, 50_001, len(records) - BATCH_SIZE * NUM_TIMED):
+        times = []
+        for step in range(max(0, start) // BATCH_SIZE, max(0, start) // BATCH_SIZE + NUM_TIMED):
+            began = time.process_time()
+            collator(plan.batch(step), step=step, teacher_forcing=0.5)
+            times.append(time.process_time() - began)
+        found[start] = 1000 * sorted(times)[len(times) // 2]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_records", type=int, required=True)
@@ -90,9 +122,6 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=5, help="updates of each phase")
     parser.add_argument("--until", choices=("records", "prepared", "trained"), default="trained", help="stop there")
     args = parser.parse_args()
-
-    from embervlm.training.engine import World
-    from embervlm.training.phases import Run, load_data
 
     watch, world = Watch(), World.join()
     folder = args.folder / str(args.num_records)
@@ -107,7 +136,8 @@ def main() -> None:
     world.barrier()
     config = load_train_config(REPOSITORY / "configs" / "quickstart.yaml", {
         "output_dir": str(output), "reasoning_data": str(data), "max_steps": args.max_steps, "sample_records": 1,
-        "log_steps": 1, "stage4.max_reasoning_length": 600,
+        "log_steps": 1, "stage4.max_reasoning_length": 600, "stage3_batch_size": 2,
+        "stage4.batch_size": 2, "stage4.gradient_accumulation_steps": 4,
     })  # fmt: skip
     run = Run(config, world)
     if args.until != "records":
@@ -118,12 +148,9 @@ def main() -> None:
             with watch.part(name):
                 run.go(stages, phase)
         assert run._data is not None
-        view = run._data.train
-        began, places = time.perf_counter(), random.Random(1).sample(range(len(view)), min(2000, len(view)))
-        for place in places:
-            _ = view[place]
-        microseconds = 1e6 * (time.perf_counter() - began) / len(places)
-        print(f"rank {world.rank}: one record, read at random: {microseconds:.0f} us")
+        with watch.part("batches"):
+            for number, milliseconds in time_of_batches(run._data.train, output).items():
+                print(f"rank {world.rank}: a batch from record {number:,} on: {milliseconds:.1f} ms")
     for name, (seconds, rss, uss) in watch.parts.items():
         print(f"rank {world.rank}: {name}: {seconds:.0f} s, RSS {rss:.0f} MB, USS {uss:.0f} MB")
 

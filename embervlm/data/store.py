@@ -177,7 +177,7 @@ def prepare(
 ) -> RecordStore:
     """The checked and split records of a data file, of Parquet files or of shards; kept in `cache_dir`.
 
-    Memory grows by about 45 bytes a record. What was prepared counts as long as the files, the options and the pictures
+    Memory grows by about 80 bytes a record. What was prepared counts as long as the files, the options and the pictures
     are what they were, by time and length. One process at a time; the others open it afterwards.
     Args:
         ready_in: a folder in which they may have been prepared already; nothing is written there.
