@@ -70,9 +70,7 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     """
     options.setdefault("compare", False)
     result, _ = evaluate(Evaluation(checkpoint=Path(checkpoint), split=split, **options))
-    path = run_dir.eval_path(checkpoint, split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_dir.write_json_atomic(path, result)
+    run_dir.write_json_atomic(run_dir.eval_path(checkpoint, split), result)
     return result
 
 
