@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from embervlm.training.engine import World
 from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -299,13 +302,15 @@ class Run:
                  "gold_answer": list(record.answer), "gold_steps": list(record.steps), **result}
                 for record, result in zip(records, results)
             ]  # fmt: skip
-            run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+            with _warning_where_unwritten():
+                run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
 
     def _evaluate(self, checkpoint: Path) -> None:
         if self.world.rank == 0:
             from embervlm.evaluation.evaluate import evaluate_checkpoint
 
-            evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
+            with _warning_where_unwritten():
+                evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
         self.world.barrier()
 
     def go(self, stages: Sequence[str], phase: int | None) -> None:
@@ -324,6 +329,15 @@ class Run:
                 self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
             self.baselines(resume or stage3)
+
+
+@contextmanager
+def _warning_where_unwritten() -> Iterator[None]:
+    """A by-product that cannot be written ends no run; whether that goes on is up to its checkpoints."""
+    try:
+        yield
+    except run_dir.WriteError as error:
+        _log.warning("%s", error)
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
