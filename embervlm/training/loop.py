@@ -122,7 +122,8 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
             values = {
                 "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
-                "samples_per_s": speed, "elapsed_s": progress.elapsed_s, "save_stall_s": store.stalled_s,
+                "samples_per_s": speed, "elapsed_s": progress.elapsed_s,
+                "save_stall_s": store.stalled_s + engine.copy_wait_s,
             }  # fmt: skip
             if engine.loss_scale is not None:
                 values |= {"loss_scale": engine.loss_scale["scale"], "overflows": progress.overflows}

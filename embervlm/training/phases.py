@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +47,7 @@ STAGES = ("3", "4", "baseline")
 MAX_TOKENIZER_RECORDS = 20_000
 """Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
 Prepared = TypeVar("Prepared")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -337,13 +340,15 @@ class Run:
                  "gold_answer": list(record.answer), "gold_steps": list(record.steps), **result}
                 for record, result in zip(records, results)
             ]  # fmt: skip
-            run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+            with _warning_where_unwritten():
+                run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
 
     def _evaluate(self, checkpoint: Path) -> None:
         if self.world.rank == 0:
             from embervlm.evaluation.evaluate import evaluate_checkpoint
 
-            evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
+            with _warning_where_unwritten():
+                evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
         self.world.barrier()
 
     def go(self, stages: Sequence[str], phase: int | None) -> None:
@@ -362,6 +367,15 @@ class Run:
                 self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
             self.baselines(resume or stage3)
+
+
+@contextmanager
+def _warning_where_unwritten() -> Iterator[None]:
+    """A by-product that cannot be written ends no run; whether that goes on is up to its checkpoints."""
+    try:
+        yield
+    except run_dir.WriteError as error:
+        _log.warning("%s", error)
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:

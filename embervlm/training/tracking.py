@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -11,6 +13,8 @@ from typing import Any
 
 from embervlm.progress import progress_bar
 from embervlm.run_dir import write_text_atomic
+
+_log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 """In the folder of a phase."""
@@ -74,6 +78,7 @@ class Tracker:
         """`wandb_run_id` is that of the checkpoint the phase goes on from."""
         self._active = active
         self._run: Any = None
+        self._lines_missing = False
         self.wandb_run_id = wandb_run_id
         if not active:
             return
@@ -102,14 +107,27 @@ class Tracker:
         self._bar.update(step - self._bar.n)
         if values is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(json.dumps({"step": step, **values}) + "\n")
         shown = {key: f"{value:.3f}" for key, value in values["loss"].items()}
         self._bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
             self._run.log(flat | {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}, step=step)
+
+    def _append(self, line: str) -> None:
+        """A full disk costs the line; whether the run ends is up to its checkpoints."""
+        size = 0
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not self._lines_missing:
+                _log.warning("%s: steps are missing in it (%s); training goes on", self._path, error.strerror)
+            self._lines_missing = True
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)  # no half line for the next one to follow
 
     def close(self) -> None:
         if self._active:
