@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_reasoning, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
-from embervlm.data.splits import SPLITS, split_records
+from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.data.sources import source_files
+from embervlm.data.splits import SPLITS
+from embervlm.data.store import RecordStore, prepare
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
@@ -43,6 +46,8 @@ from embervlm.progress import progress_bar
 from embervlm.training.engine import World
 
 BATCH_SIZE = 64
+MAX_REFERENCE_RECORDS = 20_000
+"""Training records, evenly spaced, from which the metrics learn orders and facts."""
 CALIBRATION_RECORDS = 200
 """Of the val split, to fit the temperature of `confidence` on."""
 EXPLAIN_BATCH = 16
@@ -269,21 +274,27 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
     made_with = _training_config(job.checkpoint)
     path = job.reasoning_data or made_with.get("reasoning_data")
-    if not path or not Path(path).exists():
+    if not path or not all(file.exists() for file in source_files(path) or [Path(path)]):
         raise ConfigError(
             f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
-    splits = split_records(read_records(
-        path,
-        image_root=job.image_root or made_with.get("image_root"),
-        allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-    ))  # fmt: skip
-    if not splits[job.split]:  # type: ignore[index]
+    cache = Path(made_with["output_dir"]) / "cache" if made_with.get("output_dir") else None
+    with tempfile.TemporaryDirectory() as elsewhere:
+        store = prepare(
+            path, elsewhere, ready_in=cache, image_root=job.image_root or made_with.get("image_root"),
+            allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
+        )  # fmt: skip
+        return _eval_data(job, store, path, image_size)
+
+
+def _eval_data(job: Evaluation, store: RecordStore, path: str, image_size: int) -> EvalData:
+    split = store.split(job.split)  # type: ignore[arg-type]
+    if not split:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
-    records = _some(splits[job.split], job.num_samples)  # type: ignore[index]
-    reference = splits["train"] or records
+    records, train = _some(split, job.num_samples), store.split("train")
+    reference = list(train[:: -(-len(train) // MAX_REFERENCE_RECORDS)]) if train else records
     domains = fact_domains([*reference, *records])
-    val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
+    val = _some(store.split("val"), CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
     return EvalData(
         records=records,
         pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
@@ -297,7 +308,7 @@ def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[Reasoni
     """At most `count`, the same ones every time."""
     if count is None or count >= len(records):
         return list(records)
-    return [records[index] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
+    return [records[int(index)] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
 
 
 def _training_config(checkpoint: Path) -> dict[str, Any]:

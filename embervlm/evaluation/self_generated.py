@@ -89,7 +89,7 @@ class _Writer:
 
     def __init__(self, model: EmberVLM, settings: SelfGeneration, questions: Sequence[Question]) -> None:
         self.model, self.settings, self.questions = model, settings, questions
-        self.domains = fact_domains(question.record for question in questions)
+        self.domains = fact_domains([question.record for question in questions])
 
     def fill(self, collection: Collection, num_samples: int) -> None:
         """Sample for each question that has not been through, until `num_samples` chains are accepted."""

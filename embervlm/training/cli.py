@@ -17,7 +17,7 @@ from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, liste
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
     "output_dir": ("output_dir", str, "where stage3/, stage4/ and results/ go"),
-    "reasoning_data": ("reasoning_data", str, "JSON, JSONL or Parquet file of reasoning records"),
+    "reasoning_data": ("reasoning_data", str, "records: a JSON, JSONL or Parquet file, a folder of parts, a pattern"),
     "image_root": ("image_root", str, "folder that picture paths are relative to"),
     "resume_from": ("resume_from", str, "checkpoint whose weights the first phase starts from"),
     "seed": ("seed", int, "seed of everything"),

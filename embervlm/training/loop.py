@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: W
         )
     if saved["global_batch"] == job.plan.global_batch:
         return
-    job.plan = replace(job.plan, global_batch=saved["global_batch"], _orders={})
+    job.plan = job.plan.with_global_batch(saved["global_batch"])
     job.accumulation = -(-job.plan.global_batch // (job.batch_size * world.size))
     if world.rank == 0:
         print(
