@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embervlm.config import BACKBONE, model_preset
 
@@ -160,6 +160,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root")
     parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
     parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    parser.add_argument("--wandb_project", help="W&B project for numbers and figures; default: the training's")
+    parser.add_argument("--no_wandb", action="store_true", help="send nothing there")
     _add_decoding(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.set_defaults(run=_evaluate)
@@ -353,6 +355,34 @@ def _evaluate(args: argparse.Namespace) -> None:
         )  # fmt: skip
         if world.rank == 0:
             print_result(result, args.output_file)
+            if not args.no_wandb:
+                _send_evaluation(args.checkpoint, result, args.output_file, args.wandb_project)
+
+
+def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: Path, project: str | None) -> None:
+    """The evaluation's numbers and figures to W&B, where a project is known. What fails there is only said."""
+    from tempfile import TemporaryDirectory
+
+    from embervlm.report.figures import write_figures
+    from embervlm.report.recorded import evaluation_alone
+    from embervlm.run_dir import read_json
+    from embervlm.training.tracking import log_evaluation
+
+    state = checkpoint / "state.json"
+    trained_with = read_json(state)["settings"]["config"] if state.exists() else {}
+    project = project or trained_with.get("wandb_project")
+    if not project:
+        return
+    try:
+        with TemporaryDirectory() as folder:
+            figures = write_figures(evaluation_alone(output_file), folder)
+            log_evaluation(
+                checkpoint.absolute().parent, result, figures, project=project,
+                run_name=trained_with.get("wandb_run_name"),
+            )  # fmt: skip
+        print(f"sent to W&B: project {project}")
+    except Exception as error:  # drawing and W&B raise what they like
+        print(f"not sent to W&B ({type(error).__name__}: {error})")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ from embervlm.evaluation.metrics import (
     per_candidate_precision_recall,
     score_chain,
 )
-from embervlm.evaluation.sharing import Journal, Task, share_out
+from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
@@ -145,14 +145,19 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     bar.close()
     result: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
+    failed: Exception | None = None
     if world.rank == 0:
-        samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
-        details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
-        _complete(samples, data, results, details)
-        result = _result(job, model, data, samples, results, passes, answers)
-        if faithfulness is not None:
-            swapped = result["metrics"]["swapped_image_accuracy"]
-            result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
+        try:
+            samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
+            details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
+            _complete(samples, data, results, details)
+            result = _result(job, model, data, samples, results, passes, answers)
+            if faithfulness is not None:
+                swapped = result["metrics"]["swapped_image_accuracy"]
+                result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
+        except Exception as error:  # the other processes wait for the result
+            failed = error
+    raise_together(world, failed)
     return world.broadcast(result), samples
 
 
