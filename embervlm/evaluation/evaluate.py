@@ -83,6 +83,8 @@ class Evaluation:
     reasoning_data: str | None = None
     image_root: str | None = None
     allow_outside: bool | None = None
+    test_set: str | None = None
+    """A file of which all records are evaluated, whatever split they would fall into; `split` only names them then."""
     decoding: Decoding = field(default_factory=Decoding)
     compare: bool = True
     """Also the baselines, no picture and the swapped picture, not only the chains."""
@@ -252,9 +254,7 @@ class _Models:
 
     def __call__(self, checkpoint: Path) -> EmberVLM:
         if checkpoint not in self._loaded:
-            model = load_model(checkpoint, self._device)
-            model.confidence_temperature = 1.0  # it is fitted anew
-            self._loaded[checkpoint] = model
+            self._loaded[checkpoint] = load_model(checkpoint, self._device)
         return self._loaded[checkpoint]
 
 
@@ -274,18 +274,21 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
     made_with = _training_config(job.checkpoint)
     path = job.reasoning_data or made_with.get("reasoning_data")
-    if not path or not Path(path).exists():
+    outside = bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside
+    splits: dict[str, list[ReasoningRecord]] = {name: [] for name in SPLITS}
+    if path and Path(path).exists():
+        root = (None if job.test_set else job.image_root) or made_with.get("image_root")
+        found = split_records(read_records(path, image_root=root, allow_outside=outside))
+        splits = {str(name): kept for name, kept in found.items()}
+    elif job.test_set is None:
         raise ConfigError(
             f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
-    splits = split_records(read_records(
-        path,
-        image_root=job.image_root or made_with.get("image_root"),
-        allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-    ))  # fmt: skip
-    if not splits[job.split]:  # type: ignore[index]
-        raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
-    records = _some(splits[job.split], job.num_samples)  # type: ignore[index]
+    if job.test_set is not None:
+        splits[job.split] = _read_test_set(job, outside, known=splits["train"])
+    if not splits[job.split]:
+        raise ConfigError(f"{job.test_set or path}: the {job.split} split is empty; it has no record to evaluate")
+    records = _some(splits[job.split], job.num_samples)
     reference = splits["train"] or records
     domains = fact_domains([*reference, *records])
     val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
@@ -296,6 +299,21 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         domains=domains,
         val=val,
     )
+
+
+def _read_test_set(job: Evaluation, outside: bool, known: Sequence[ReasoningRecord]) -> list[ReasoningRecord]:
+    """All records of the file, with a warning of those that were trained on."""
+    assert job.test_set is not None
+    if not Path(job.test_set).exists():
+        raise ConfigError(f"--test_set {job.test_set}: no such file")
+    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside))
+    trained = {(record.image, record.instruction, record.steps) for record in known}
+    seen = sum((record.image, record.instruction, record.steps) in trained for record in records)
+    if seen and (job.world is None or job.world.rank == 0):
+        print(
+            f"{seen} of the {len(records)} records of {job.test_set} were trained on; they say nothing about new ones"
+        )
+    return records
 
 
 def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:
