@@ -41,13 +41,14 @@ from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.engine import World
+from embervlm.training.eval_jobs import submit_evaluation
 from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
+_log = logging.getLogger(__name__)
 MAX_TOKENIZER_RECORDS = 20_000
 """Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
 Prepared = TypeVar("Prepared")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -344,12 +345,22 @@ class Run:
                 run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
 
     def _evaluate(self, checkpoint: Path) -> None:
-        if self.world.rank == 0:
-            from embervlm.evaluation.evaluate import evaluate_checkpoint
+        """What `select_best` reads: computed here by all processes, or by a job of its own.
 
-            with _warning_where_unwritten():
-                evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
-        self.world.barrier()
+        Whatever goes wrong is only said: training goes on, and `select_best` evaluates what has no evaluation.
+        """
+        from embervlm.evaluation.evaluate import evaluate_checkpoint
+
+        try:
+            if self.config.eval_cluster is None:
+                evaluate_checkpoint(
+                    checkpoint, split="val", num_samples=self.config.eval_samples, progress=False, world=self.world
+                )
+            elif self.world.rank == 0:
+                print(f"{checkpoint.name} is evaluated by job {submit_evaluation(checkpoint, self.config)}")
+        except Exception as error:  # the same one on every process
+            if self.world.rank == 0:
+                print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training goes on")
 
     def go(self, stages: Sequence[str], phase: int | None) -> None:
         """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder."""
