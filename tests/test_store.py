@@ -114,10 +114,11 @@ def test_a_changed_picture_is_split_anew(tmp_path):
         prepare(tmp_path / "d.jsonl", tmp_path / "cache")
 
 
-def test_a_damaged_store_is_built_again(tmp_path):
+@pytest.mark.parametrize("name", ["offsets", "marks", "questions"])
+def test_a_damaged_store_is_built_again(name, tmp_path):
     path = write_texts(tmp_path / "d.jsonl", 20)
     (tmp_path / "cache").mkdir()
-    (prepare(path, tmp_path / "cache").folder / "offsets.npy").write_bytes(b"cut")
+    (prepare(path, tmp_path / "cache").folder / f"{name}.npy").write_bytes(b"cut")
     assert len(list(prepare(path, tmp_path / "cache").all())) == 20
 
 

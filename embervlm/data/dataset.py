@@ -104,11 +104,21 @@ class Samples(Sequence[Sample]):
             raise IndexError(f"sample {index} of {len(self)}")
         return self._one(index % len(self))
 
-    @cached_property
+    @property
     def sizes(self) -> np.ndarray:
         """Tokens of prompt and target of every sample, `[samples, 2]` int32; one pass over all, where not kept."""
-        if self._sizes_file is not None and self._sizes_file.exists():
-            return self._kept(self._sizes_file)
+        if self._sizes_file is None:
+            return self._counted
+        if not self._sizes_file.exists():
+            save_array(self._sizes_file, self._count())
+        sizes: np.ndarray = np.load(self._sizes_file, mmap_mode="r")  # anew: pages that were read count as our memory
+        return sizes
+
+    @cached_property
+    def _counted(self) -> np.ndarray:
+        return self._count()
+
+    def _count(self) -> np.ndarray:
         sizes = np.zeros((len(self), 2), np.int32)
         all_remembered = len(self) <= REMEMBERED_SAMPLES
         with progress_bar(total=len(self), desc="count tokens", unit="record", delay=2) as bar:
@@ -117,14 +127,6 @@ class Samples(Sequence[Sample]):
                 found = self[part] if all_remembered else self._encode(self.rows[part].tolist())
                 sizes[part] = [(len(sample.prompt), len(sample.target)) for sample in found]
                 bar.update(len(found))
-        if self._sizes_file is None:
-            return sizes
-        save_array(self._sizes_file, sizes)
-        return self._kept(self._sizes_file)
-
-    @staticmethod
-    def _kept(path: Path) -> np.ndarray:
-        sizes: np.ndarray = np.load(path, mmap_mode="r")
         return sizes
 
     def of_record(self, row: int) -> Sample:
@@ -134,7 +136,7 @@ class Samples(Sequence[Sample]):
     def without(self, left_out: np.ndarray) -> Samples:
         """Those that are not marked in `left_out`."""
         fewer = Samples(self.form, self.rows[~left_out], self._encode, None)
-        fewer.__dict__["sizes"] = self.sizes[~left_out]
+        fewer._counted = self.sizes[~left_out]
         return fewer
 
 

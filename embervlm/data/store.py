@@ -35,30 +35,35 @@ _COLUMNS = {"offsets": np.int64, "pictures": np.uint64, "questions": np.uint64, 
 class RecordStore:
     """The records of one prepared data set. A folder:
 
-    `records.jsonl`: one checked record per line, its picture's path resolved. One `.npy` per column, memory-mapped:
+    `records.jsonl`: one checked record per line, its picture's path resolved. One `.npy` per column:
     `offsets` (where each line starts, and the end), `pictures` (hash of the path, 0 for none), `questions` (hash of the
     instruction), `marks` (a bit for each of `MARKED`), `splits`. `store.json` is written last.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         # read, not mapped: mapped pages count as this process's memory, and an epoch touches all
         self._file = os.open(folder / "records.jsonl", os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
 
     def __len__(self) -> int:
-        return len(self.columns["splits"])
+        return len(self._offsets) - 1
+
+    def column(self, name: str) -> np.ndarray:
+        """A value for each record, read anew: the whole column is seldom needed, and then for a moment."""
+        values: np.ndarray = np.load(self.folder / f"{name}.npy")
+        return values
 
     def _record(self, row: int) -> ReasoningRecord:
-        start, end = (int(offset) for offset in self.columns["offsets"][row : row + 2])
+        start, end = (int(offset) for offset in self._offsets[row : row + 2])
         fields = json.loads(os.pread(self._file, end - start, start))
         return ReasoningRecord(**{**fields, "steps": tuple(fields["steps"]), "answer": tuple(fields["answer"])})
 
     def split(self, name: Split) -> RecordView:
         """The records of a split, in the order of the data set."""
-        return RecordView(self, np.flatnonzero(self.columns["splits"] == SPLITS.index(name)).astype(np.int32))
+        return RecordView(self, np.flatnonzero(self.column("splits") == SPLITS.index(name)).astype(np.int32))
 
     def all(self) -> RecordView:
         return RecordView(self, np.arange(len(self), dtype=np.int32))
@@ -86,7 +91,7 @@ class RecordView(Sequence[ReasoningRecord]):
         return RecordView(self.store, self.rows[places])
 
     def column(self, name: str) -> np.ndarray:
-        values: np.ndarray = self.store.columns[name][self.rows]
+        values: np.ndarray = self.store.column(name)[self.rows]
         return values
 
     def file(self, name: str, *parts: str) -> Path:
@@ -228,8 +233,11 @@ def _open(folder: Path) -> RecordStore | None:
     try:
         about = read_json(folder / "store.json")
         store = RecordStore(folder)
+        lengths = {len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _COLUMNS if name != "offsets"}
     except (OSError, ValueError, EOFError):
         return None  # absent or damaged: built again
+    if lengths != {len(store)}:
+        return None
     return store if about["pictures"] == files_digest(PicturePaths(store.all())) else None
 
 
