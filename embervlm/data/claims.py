@@ -64,6 +64,8 @@ class ChainContext:
     instruction: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Fact name -> true value, for all that a correct chain may claim; {} when nothing is known."""
+    statements: Sequence[str] = ()
+    """Facts that are sentences."""
     domains: Mapping[str, Collection[str]] = field(default_factory=dict)
     """Fact name -> every value seen over the data set."""
     reference_steps: Sequence[str] = ()
@@ -234,7 +236,7 @@ def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]
     known_words = set(content_words(context.instruction))
     for name, value in context.facts.items():
         known_words.update(content_words(name), content_words(value))
-    for step in context.reference_steps:
+    for step in (*context.statements, *context.reference_steps):
         known_words.update(content_words(step))
     claimed: dict[str, Claim] = {}
     earlier: list[tuple[tuple[str, ...], frozenset[str], frozenset[Claim]]] = []

@@ -22,11 +22,10 @@ from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
 from embervlm.data.splits import SPLITS, split_records
 from embervlm.evaluation.metrics import (
     ChainContext,
-    OrderScorer,
+    ChainScorer,
     balanced_accuracy,
     compare_with_targets,
     final_answer_accuracy,
-    score_chain,
 )
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
@@ -43,7 +42,7 @@ class EvalData:
 
     records: list[ReasoningRecord]
     pictures: PictureCache
-    order_scorer: OrderScorer
+    scorer: ChainScorer
     domains: Mapping[str, frozenset[str]]
 
 
@@ -109,6 +108,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "split": job.split,
         "num_samples": len(samples),
         "decoding": dataclasses.asdict(job.decoding),
+        "backend": data.scorer.backends.record,
         "metrics": metrics,
         "targets": compare_with_targets(metrics),
         "accuracy_by_complexity": by_complexity(samples),
@@ -148,7 +148,7 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     return EvalData(
         records=records,
         pictures=PictureCache([r.image for r in records if r.image], image_size),
-        order_scorer=OrderScorer.fit([r.steps for r in reference], domains),
+        scorer=ChainScorer.fit([r.steps for r in reference], domains),
         domains=domains,
     )
 
@@ -235,7 +235,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "complexity": record.metadata.get("complexity"), "gold_steps": list(record.steps),
         "gold_answer": list(record.answer), **result,
         "correct": bool(final_answer_accuracy(result["answer_set"], record.answer)),
-        "scores": score_chain(result["reasoning_steps"], context, data.order_scorer),
+        "scores": data.scorer.score(result["reasoning_steps"], context),
     }  # fmt: skip
 
 
