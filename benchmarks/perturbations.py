@@ -33,6 +33,7 @@ from embervlm.data.teachers.real_tasks import read_tasks  # noqa: E402
 from embervlm.data.teachers.rules import TASKS, claim_domains, teach  # noqa: E402
 from embervlm.evaluation.metrics import ChainScorer  # noqa: E402
 
+TASKS_FILE = Path("../shared/data/robot_selection/single_robot_selection.json")
 EVERYDAY = REPOSITORY / "tests" / "data" / "everyday_chains.jsonl"
 CONSISTENCY, COMPLETENESS, FLOW = "reasoning_consistency", "step_completeness", "logical_flow_score"
 SCORES = (CONSISTENCY, COMPLETENESS, FLOW)
@@ -425,7 +426,7 @@ def main() -> None:
         if args.setting not in title:
             continue
         means = mean_scores(chains, scorer)
-        print(f"\n## {title}: untouched " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        print(f"\n### {title}\n\nuntouched: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) + "\n")
         print(
             "| damage | aimed at | pairs | lowered | mean change: consistency, completeness, flow |\n|---|---|---|---|---|"
         )

@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
+    _add_score_chains(commands.add_parser("score-chains", help="metrics of chains from any model, with reasons"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
@@ -154,6 +155,22 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_evaluate)
+
+
+def _add_score_chains(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.jsonl", help="{steps, answer, gold_answer?, instruction?, facts?}"
+    )
+    parser.add_argument("--output_file", type=Path, help="JSONL: the same lines with their scores")
+    parser.add_argument("--json", action="store_true", help="print the lines with their scores, and nothing else")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: rarity "
+        "of words, usual order, values of facts; default: nothing is fitted"
+    )  # fmt: skip
+    backend = "embedded, or a Hugging Face id or local folder of"
+    parser.add_argument("--similarity", default="embedded", help=f"{backend} a sentence-transformers model")
+    parser.add_argument("--entailment", default="embedded", help=f"{backend} an NLI cross-encoder")
+    parser.set_defaults(run=_score_chains)
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -319,6 +336,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         decoding=decoding,
     )  # fmt: skip
     print_result(result, args.output_file)
+
+
+def _score_chains(args: argparse.Namespace) -> None:
+    from embervlm.evaluation.chain_file import score_file
+
+    score_file(
+        args.file, output_file=args.output_file, as_json=args.json, reference=args.reference,
+        similarity=args.similarity, entailment=args.entailment,
+    )  # fmt: skip
 
 
 def _quickstart(args: argparse.Namespace) -> None:

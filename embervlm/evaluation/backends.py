@@ -1,8 +1,8 @@
 """Who says how alike two texts are, and whether one follows from or contradicts another.
 
 The default is embedded: word vectors that ship with the package, rarities fitted on training chains. Any
-sentence-transformers model and any NLI cross-encoder can stand in, by Hugging Face id or local folder. None of them is the
-checkpoint under test or its validator: a judge that is being trained does not rank itself.
+sentence-transformers model and any NLI cross-encoder can stand in, by Hugging Face id or local folder. None of them is
+the checkpoint under test or its validator: a judge that is being trained does not rank itself.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class EmbeddedBackend:
         return out.astype(np.float32)  # type: ignore[no-any-return]
 
     def judge(self, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
-        """Entailed: the share of its words that the premise says, with the same negation. Contradicted: the premise says
-        one of its clauses with the opposite negation."""
+        """Entailed: the share of its words that the premise says. Contradicted: it has a clause that the premise says
+        with the opposite negation."""
         reading = self.reading(texts)
         entailed = _ramp(reading.text_cover[0], *SAID)
         opposed = np.zeros((len(texts), len(texts)), np.float32)

@@ -56,7 +56,7 @@ MIN_TOKEN_F1 = 0.6
 FAULT = 0.5
 """From here on a fault is told as a reason."""
 REDUNDANT = (0.52, 0.75)
-"""Similarity to an earlier step that entails this one: below the first it says something new, from the second nothing."""
+"""Similarity to an earlier step that entails this one: below the first the step is new, from the second it is not."""
 ADDS = (0.05, 0.25)
 """Share of a step's words that an earlier one lacks and the rest of the chain or the question has."""
 SUPPORTED = (0.08, 0.30)
@@ -310,7 +310,7 @@ class _Chain:
         concluded = False
         anchor = _ramp(self.relevance, *RELEVANT)
         for j, step in enumerate(self.steps):
-            fault, reasons = self.faults[j], []
+            reasons: list[str] = []
             concludes = is_conclusion(step)
             exempt = concludes and not concluded
             concluded = concluded or concludes
@@ -583,7 +583,7 @@ class _Chain:
         return float(_as_set(n for n, suitable in verdicts.items() if suitable) == _as_set(context.answer))
 
     def _leads_to(self, ends: int | None) -> float:
-        """From 0 to 1: half for the best word for the conclusion before it, half for what is said of it, late steps first."""
+        """From 0 to 1: half for the step that speaks most for it, half for all that is said of it, late steps first."""
         reading = self.reading
         own = reading.text_places[2] or (reading.text_places[self.offset + ends] if ends is not None else [])
         before = range(len(self.steps) if ends is None else ends)
@@ -613,9 +613,8 @@ def _asking(reading: Reading, text: int) -> list[int]:
 
 def context_free(answer: Collection[str]) -> bool:
     """Yes, no, or a letter: an answer that no step can speak of."""
-    return bool(answer) and all(
-        name.strip().casefold() in POLAR or len(name.strip()) == 1 and name.isalpha() for name in answer
-    )
+    names = [name.strip().casefold() for name in answer]
+    return bool(names) and all(name in POLAR or (len(name) == 1 and name.isalpha()) for name in names)
 
 
 def _statements(instruction: str) -> list[str]:

@@ -39,8 +39,8 @@ LEARNED_WEIGHT = 0.5
 
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][^\W\d_]+)*|=")
 _POINTS_BACK = re.compile(
-    r"(?:so|thus|therefore|hence|consequently|accordingly|as a result|this|that|these|those|it|its|they|their|he|she|his"
-    r"|her|him|which|such|both|also|but|however|instead|otherwise|moreover|then|now|finally|lastly|since then)\b",
+    r"(?:so|thus|therefore|hence|consequently|accordingly|as a result|this|that|these|those|it|its|they|their|he|she"
+    r"|his|her|him|which|such|both|also|but|however|instead|otherwise|moreover|then|now|finally|lastly|since then)\b",
     re.IGNORECASE,
 )
 _RESULT = re.compile(

@@ -1,8 +1,8 @@
 """Texts as weighted words: clauses, negations, what one text says of another. Free of any subject.
 
-Words are compared by stem and by small word vectors that ship with the package (`word_vectors.npz`: the token embeddings
-of all-MiniLM-L6-v2, Apache-2.0, reduced by `benchmarks/distil_word_vectors.py`). The only word lists are English
-function words, negations and connectives.
+Words are compared by stem and by small word vectors that ship with the package: `word_vectors.npz` holds what
+all-MiniLM-L6-v2 (Apache-2.0) says of each word, reduced by `benchmarks/distil_word_vectors.py`. The only word lists are
+English function words, negations and connectives.
 """
 
 from __future__ import annotations
