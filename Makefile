@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install install-slurm quickstart smoke lint test test-fast test-cluster clean
+.PHONY: install install-slurm install-browser quickstart smoke lint test test-fast clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# For the tests, which start a Slurm of their own; without root they say why they are skipped.
+# For the tests, which start and stop a Slurm of their own; without root they say why they are skipped.
 install-slurm:
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -23,6 +23,16 @@ install-slurm:
 			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
 		else \
 			echo "no Slurm installed: that takes root and Debian's packages (slurm-wlm, munge)"; \
+		fi
+
+# For the tests of the report's pages; without root they say why they are skipped.
+install-browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+		else \
+			echo "no browser installed: that takes root and Debian's packages (chromium, chromium-driver)"; \
 		fi
 
 quickstart: install
@@ -37,14 +47,10 @@ lint: install
 	$(BIN)/mypy
 
 test-fast: install
-	$(BIN)/pytest -m "not slow and not cluster"
+	$(BIN)/pytest -m "not slow"
 
-test: lint install-slurm
+test: lint install-slurm install-browser
 	$(BIN)/pytest
-
-# Jobs of a real Slurm that are signalled, requeued and killed: up to an hour.
-test-cluster: install install-slurm
-	$(BIN)/pytest -m cluster
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -427,9 +427,8 @@ def main() -> None:
             continue
         means = mean_scores(chains, scorer)
         print(f"\n### {title}\n\nuntouched: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) + "\n")
-        print(
-            "| damage | aimed at | pairs | lowered | mean change: consistency, completeness, flow |\n|---|---|---|---|---|"
-        )
+        print("| damage | aimed at | pairs | lowered | mean change: consistency, completeness, flow |")
+        print("|---|---|---|---|---|")
         for row in measure(chains, scorer, pairs=args.pairs, only=args.only):
             changes = ", ".join(f"{row.mean_change[score]:+.3f}" for score in SCORES)
             share = f"{row.lowered:.1%}" if row.aimed_at else "-"

@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embervlm.config import BACKBONE, model_preset
+
+if TYPE_CHECKING:
+    from embervlm.model.generation import Decoding
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -33,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
     _add_score_chains(commands.add_parser("score-chains", help="metrics of chains from any model, with reasons"))
+    _add_report(commands.add_parser("report", help="figures and pages of a run, from its recorded files"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
     _add_cluster(commands.add_parser("cluster", help="node recipes for Slurm and the global batch of each"))
@@ -146,15 +151,44 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--output_file", type=Path, required=True)
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
+    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument(
+        "--faithfulness_samples", type=int, default=200,
+        help="records of which to ask whether the answer comes from the chain; 0 leaves it out",
+    )  # fmt: skip
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
     parser.add_argument("--image_root")
     parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
-    parser.add_argument("--max_reasoning_steps", type=int, default=10)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    _add_decoding(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_reasoning_steps", type=int, default=10, help="most steps, the conclusion included")
+    parser.add_argument("--max_new_tokens", type=int, default=384, help="most tokens of chain and answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=_evaluate)
+
+
+def _decoding(args: argparse.Namespace) -> Decoding:
+    from embervlm.model.generation import Decoding
+
+    return Decoding(
+        max_reasoning_steps=args.max_reasoning_steps, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="--output_dir of the training")
+    parser.add_argument("--results", type=Path, help="evaluation to show; default: RUN_DIR/results/stage4_eval.json")
+    parser.add_argument("--num_samples", type=int, default=200, help="samples that the page shows")
+    parser.add_argument("--wandb", action="store_true", help="also add the figures to the run's W&B run")
+    parser.set_defaults(run=_report)
 
 
 def _add_score_chains(parser: argparse.ArgumentParser) -> None:
@@ -164,8 +198,8 @@ def _add_score_chains(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", type=Path, help="JSONL: the same lines with their scores")
     parser.add_argument("--json", action="store_true", help="print the lines with their scores, and nothing else")
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: rarity "
-        "of words, usual order, values of facts; default: nothing is fitted"
+        "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: "
+        "rarity of words, usual order, values of facts; default: nothing is fitted"
     )  # fmt: skip
     backend = "embedded, or a Hugging Face id or local folder of"
     parser.add_argument("--similarity", default="embedded", help=f"{backend} a sentence-transformers model")
@@ -323,19 +357,36 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from embervlm.evaluation.commands import evaluate_to_file, print_result
-    from embervlm.model.generation import Decoding
+    from embervlm.evaluation.commands import evaluate_to_file, evaluating_processes, print_result
 
-    decoding = Decoding(
-        max_reasoning_steps=args.max_reasoning_steps, temperature=args.temperature, top_p=args.top_p, seed=args.seed
-    )
-    result = evaluate_to_file(
-        args.checkpoint, split=args.split, output_file=args.output_file, save_samples=args.save_reasoning_samples,
-        reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
-        reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
-        decoding=decoding,
-    )  # fmt: skip
-    print_result(result, args.output_file)
+    with evaluating_processes(args.local_rank) as world:
+        result = evaluate_to_file(
+            args.checkpoint, split=args.split, output_file=args.output_file,
+            save_samples=args.save_reasoning_samples, explain_samples=args.explain_samples,
+            faithfulness_samples=args.faithfulness_samples,
+            reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
+            reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
+            decoding=_decoding(args), compare=not args.no_comparisons, world=world,
+        )  # fmt: skip
+        if world.rank == 0:
+            print_result(result, args.output_file)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from embervlm.report.build import write_report
+
+    report = write_report(args.run_dir, results=args.results, num_samples=args.num_samples)
+    print(f"Report: {report.index}")
+    if args.wandb:
+        from embervlm.config import ConfigError
+        from embervlm.run_dir import phase_dir
+        from embervlm.training.tracking import log_figures
+
+        project = report.config.get("wandb_project")
+        if not project or not log_figures(
+            phase_dir(args.run_dir, 2), report.figures, project=project, run_name=report.config.get("wandb_run_name")
+        ):
+            raise ConfigError(f"--wandb: {args.run_dir} was trained without --wandb_project, so there is no W&B run")
 
 
 def _score_chains(args: argparse.Namespace) -> None:

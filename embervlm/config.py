@@ -80,6 +80,9 @@ class PhaseConfig:
     """Share of the records whose steps the validator is asked about; less makes a step cheaper."""
     direct_records_ratio: float = 0.0
     """Direct-answer records per reasoning record in a batch."""
+    edited_facts_ratio: float = 0.0
+    """Chains with the facts of another picture per reasoning record in a batch: the steps that state facts are given,
+    the rest has to follow from them and not from the picture. Needs data that say which steps state facts (`seen`)."""
     dense_loss_weight: float = 0.0
     """Stage 3: what is in each patch, where the data know it."""
     caption_records_ratio: float = 0.0
@@ -103,7 +106,10 @@ class PhaseConfig:
             raise ConfigError(f"{where}learning_rate_multipliers: {negative} are negative")
         for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
-        for name in ("direct_records_ratio", "caption_records_ratio", "glossary_records_ratio", "weight_decay"):
+        for name in (
+            "direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio",
+            "weight_decay",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
         for name in ("final_lr_ratio", "validator_records_ratio"):
             _require(0 <= getattr(self, name) <= 1, f"{where}{name}: {getattr(self, name)} is not in [0, 1]")
@@ -297,6 +303,8 @@ class TrainConfig:
     """Also log the ids of the records of every logged step."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
+    report: bool = False
+    """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""
     wandb_project: str | None = None
     wandb_run_name: str | None = None
 

@@ -185,7 +185,7 @@ def micro_batch(
     model: EmberVLM, stage: StageConfig, phase: PhaseConfig, *, question_tokens: int, chain_tokens: int,
     cached_pictures: bool,
 ) -> Batch:  # fmt: skip
-    """Zeros in the shapes of a micro-batch: `stage.batch_size` chains of this length, and their direct answers.
+    """Zeros in the shapes of a micro-batch: `stage.batch_size` chains of this length, and what is mixed in.
 
     Args:
         cached_pictures: Give visual tokens that were computed beforehand, as for a frozen encoder.
@@ -203,22 +203,25 @@ def micro_batch(
         return torch.ones(shape, dtype=torch.bool)
 
     chains = stage.batch_size
-    rows = chains + round(chains * phase.direct_records_ratio)
+    answered = chains + round(chains * phase.edited_facts_ratio)
+    direct = round(chains * phase.direct_records_ratio)
+    rows = answered + direct
     length, chain_positions = question_tokens + chain_tokens, chains * chain_tokens
-    scored = chain_positions + (rows - chains) * ANSWER_TOKENS
+    scored = answered * chain_tokens + direct * ANSWER_TOKENS
     pairs = max(1, round(2 * chains * phase.validator_records_ratio))
     pair_length = min(
         MAX_PAIR_TOKENS, question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + max(1, chain_tokens // 4)
     )
     inputs: dict[str, Any] = {
         "input_ids": ids(rows, length), "text_mask": flags(rows, length), "image_mask": flags(rows),
-        "score_index": ids(scored), "answer_index": ids(chains), "candidate_ids": ids(len(ROBOTS), 4),
+        "score_index": ids(scored), "answer_index": ids(answered), "candidate_ids": ids(len(ROBOTS), 4),
         "pair_ids": ids(pairs, pair_length), "pair_segments": ids(pairs, pair_length),
         "pair_mask": flags(pairs, pair_length), "pair_record": ids(pairs),
     }  # fmt: skip
     targets = {
-        "labels": ids(scored), "direct": flags(scored), "answers": torch.zeros(chains, len(ROBOTS)),
-        "answers_real": torch.ones(chains, len(ROBOTS)), "valid": torch.zeros(pairs), "valid_weight": torch.ones(pairs),
+        "labels": ids(scored), "direct": flags(scored), "answers": torch.zeros(answered, len(ROBOTS)),
+        "answers_real": torch.ones(answered, len(ROBOTS)), "valid": torch.zeros(pairs),
+        "valid_weight": torch.ones(pairs),
     }  # fmt: skip
     if cached_pictures:
         dtype = model.projection.norm.weight.dtype

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
-from embervlm.report.table import metrics_table
+from embervlm.report.table import faithfulness_lines, metrics_table
 
 if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
@@ -50,6 +50,7 @@ class Quickstart:
             "best checkpoint": self._select,
             "baselines": lambda: None if self.smoke else self._launch("baseline"),
             "evaluation": self._evaluate,
+            "report": self._report,
         }
         for name, part in parts.items():
             began = time.monotonic()
@@ -119,11 +120,18 @@ class Quickstart:
             num_samples=8 if self.smoke else self.num_test, save_samples=True, decoding=self._decoding(),
         )  # fmt: skip
 
+    def _report(self) -> None:
+        from embervlm.report.build import write_report
+
+        self._page = write_report(self.output_dir).index
+
     def _show(self, seconds: dict[str, float]) -> None:
         path = run_dir.eval_results_path(self.output_dir)
         result = run_dir.read_json(path)
         print("\n" + metrics_table(result))
         print("\nanswer accuracy by complexity: " + _figures(result["accuracy_by_complexity"]))
+        if result["faithfulness"] is not None:
+            print(faithfulness_lines(result["faithfulness"]))
         print("validator, balanced accuracy by kind of invalid step: " + _figures(result["validator"]))
         counted = sum(value for name, value in seconds.items() if name != "baselines")
         print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
@@ -132,6 +140,7 @@ class Quickstart:
             print("This was a smoke run: the path is real, its figures mean nothing.")
         run_dir.write_json_atomic(self.output_dir / "results" / "timings.json", seconds)
         print(f"Evaluation: {path}")
+        print(f"Report: {self._page}")
         print(f"Best checkpoint: {self._best}")
 
 

@@ -30,6 +30,8 @@ COMPLETE = "COMPLETE"
 """The manifest's file name; a checkpoint folder without it does not exist."""
 EVALS = "evals"
 """Folder inside a checkpoint with one evaluation JSON per split."""
+EVAL_FORMAT = 2
+"""Of evaluation files; 1 had other metrics under the same names."""
 FINAL_NAME = "checkpoint-final"
 MANIFEST_FORMAT = 1
 
@@ -90,6 +92,24 @@ def metrics_log_path(phase_dir: str | Path) -> Path:
 def eval_path(checkpoint: str | Path, split: str) -> Path:
     """Evaluation that a checkpoint carries for `split`."""
     return Path(checkpoint) / EVALS / f"{split}.json"
+
+
+def calibration_path(checkpoint: str | Path) -> Path:
+    """Temperature of the checkpoint's `confidence`, fitted by its last evaluation."""
+    return Path(checkpoint) / EVALS / "calibration.json"
+
+
+def read_eval(path: str | Path) -> dict[str, Any]:
+    """An evaluation file. ValueError where it is of another version or none at all."""
+    evaluation = read_json(path)
+    if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
+        raise ValueError(f"{path}: not an evaluation, it has no 'metrics'; delete it and evaluate again")
+    if (found := evaluation.get("format", EVAL_FORMAT)) != EVAL_FORMAT:
+        raise ValueError(
+            f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: its metrics are others under the "
+            "same names; delete it and evaluate again"
+        )
+    return evaluation
 
 
 def reasoning_samples_path(output_dir: str | Path, epoch: int) -> Path:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_json
+from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval
 
 ACCURACY = "final_answer_accuracy"
 MAX_ACCURACY_LOSS = 0.01
@@ -150,11 +150,10 @@ def _evaluation(same_weights: Sequence[Checkpoint], split: str, evaluate: Evalua
     carried = [eval_path(checkpoint.path, split) for checkpoint in same_weights]
     source = next((file for file in carried if file.exists()), None)
     if source is not None:
-        evaluation = read_json(source)
-    else:
-        evaluation = (evaluate or _evaluate_with_model)(path, split)
+        return read_eval(source)
+    evaluation = (evaluate or _evaluate_with_model)(path, split)
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
-        raise ValueError(f"{source or path}: the evaluation has no 'metrics'; delete it to evaluate again")
+        raise ValueError(f"{path}: the evaluation that was made now has no 'metrics'")
     return evaluation
 
 

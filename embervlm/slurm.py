@@ -23,7 +23,7 @@ from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recip
 from embervlm.config import ConfigError, load_train_config
 from embervlm.training.cli import overrides_of
 from embervlm.training.cli import parser as train_parser
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
 MAX_REQUEUES_VARIABLE = "EMBERVLM_MAX_REQUEUES"
 MAX_REQUEUES = 20
@@ -76,7 +76,7 @@ class Requeues:
 
         The first start may fail without progress, as on a bad node; a requeue must have brought the run further.
         """
-        if exit_code != EXIT_REQUEUE and exit_code < KILLED:
+        if exit_code not in (EXIT_REQUEUE, EXIT_FAULT) and exit_code < KILLED:
             return f"exit status {exit_code} is an error that would come again"
         if self.restarts >= self.limit:
             return f"it was requeued {self.restarts} times ({MAX_REQUEUES_VARIABLE}={self.limit})"

@@ -31,7 +31,7 @@ from embervlm.config import REPOSITORY, ConfigError, load_train_config
 from embervlm.slurm import MAX_REQUEUES, job_state
 from embervlm.training.cli import FLAGS, overrides_of, stages_of
 from embervlm.training.cli import parser as train_parser
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
 SIGNAL_DELAY_S = 180
 """Seconds before the time limit at which Slurm signals the job."""
@@ -78,7 +78,8 @@ class TrainJob:
         number = environment._usr_sig()
         requeue = Requeue(signal.getsignal(number).__self__, self.signal_delay_s)  # type: ignore[union-attr]
         signal.signal(number, requeue.checkpoint_and_try_requeue)  # until training listens itself
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if environment.name() != "slurm":  # there training reads Slurm's own variables
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             main(list(self.argv))
         except SystemExit as ended:
@@ -86,6 +87,8 @@ class TrainJob:
                 if environment.global_rank == 0 and _may_requeue():
                     requeue.checkpoint_and_try_requeue(number)
                 sys.exit(0)  # an error here would end rank 0 before it has asked for its requeue
+            if ended.code == EXIT_FAULT:
+                raise TrainingFailedError("an unforeseen error, with its traceback in the log") from None
             raise TrainingFailedError(str(ended.code).removeprefix("error: ")) from None
         return self.output_dir
 

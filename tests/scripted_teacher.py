@@ -68,12 +68,15 @@ class ScriptedTeacher:
 
     Attributes:
         requests: Body, headers and time of every request so far.
+        in_flight: For each of them how many, itself included, waited for their answers when it came.
     """
 
     def __init__(self, script: Callable[[dict[str, Any], int], Act]) -> None:
         self.script = script
         self.requests: list[tuple[dict[str, Any], dict[str, str], float]] = []
         self.port = 0
+        self.in_flight: list[int] = []
+        self._waiting = 0
 
     @property
     def url(self) -> str:
@@ -93,7 +96,10 @@ class ScriptedTeacher:
                 body = json.loads(await reader.readexactly(int(headers["content-length"])))
                 act = self.script(body, len(self.requests))
                 self.requests.append((body, headers, time.monotonic()))
+                self._waiting += 1
+                self.in_flight.append(self._waiting)
                 await asyncio.sleep(act.delay_s)
+                self._waiting -= 1
                 payload = act.payload(body["model"])
                 extra = "".join(f"{name}: {value}\r\n" for name, value in act.headers.items())
                 answer = (

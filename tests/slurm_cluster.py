@@ -1,26 +1,32 @@
-"""A real Slurm on this machine: a controller and four nodes, all on loopback, gone afterwards.
+"""A real Slurm on this machine: a controller and its nodes, all on loopback, gone afterwards.
 
-Started by root from Debian's `slurm-wlm` and `munge` (`make install-slurm`). Nodes n1 to n4 have the features v100
-and a100 and four GPUs each that nothing stands behind, so that the scripts ask for GPUs as they would elsewhere.
+Started by root from Debian's `slurm-wlm` and `munge` (`make install-slurm`). Each node has four GPUs that nothing
+stands behind, and a feature that names their type, so that the scripts ask for GPUs as they would elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training_helpers import REPOSITORY
-
-NODES = ("n1", "n2", "n3", "n4")
+REPOSITORY = Path(__file__).resolve().parent.parent
+NODES = {"n1": "a100", "n2": "a100", "n3": "a100", "n4": "a100", "n5": "v100", "n6": "v100", "n7": "v100",
+         "n8": "h100", "n9": "h100"}  # fmt: skip
+"""Node -> type of its GPUs. Where a node is lost or a job preempted, others would suffer; hence the several types."""
 DAEMONS = ("munged", "slurmctld", "slurmd")
+TRAINING = {"launch/train.py", "submitit.core._submit"}
+"""What a training process is started with, by the scripts and by submitit."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
@@ -47,17 +53,6 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(
-    what: str, holds: Callable[[], object], timeout_s: float, log: Callable[[], str] = str, pause_s: float = 0.2
-) -> float:
-    """Wait until `holds()` is true and return the seconds that took; fails with `what` and the end of `log()`."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}\n{log()[-6000:]}"
-        time.sleep(pause_s)
-    return time.monotonic() - began
-
-
 class SlurmCluster:
     """Use it as a context; `env` is what commands need to reach it."""
 
@@ -65,40 +60,40 @@ class SlurmCluster:
         self.folder = folder
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._left = threading.Event()
 
     def __enter__(self) -> SlurmCluster:
+        # reads to the end of its input, which comes when this process ends, however it ends
+        self._guard = subprocess.Popen(
+            [sys.executable, __file__, self.env["SLURM_CONF"]], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             self._configure()
             self._start_munge()
             self._start("slurmctld", "slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
-            wait_for("four idle nodes", lambda: self.states().count("idle") == len(NODES), 300, self.logs)
+            self.wait("idle nodes", lambda: self.states().count("idle") == len(NODES), 300)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._processes.values()):
-            process.terminate()
-        for process in self._processes.values():
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for pid in self.processes():  # jobs of a test that failed
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        assert self._guard is not None and self._guard.stdin is not None
+        self._left.set()
+        self._guard.stdin.close()
+        for process in (self._guard, *self._processes.values()):
+            process.wait(60)
 
     def _configure(self) -> None:
         host = socket.gethostname().partition(".")[0]
         ctld, *ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=1000 "
-            "Features=v100,a100 Gres=gpu:4 State=UNKNOWN"
-            for node, port in zip(NODES, ports, strict=True)
+            f"Features={feature} Gres=gpu:4 State=UNKNOWN"
+            for (node, feature), port in zip(NODES.items(), ports, strict=True)
         )
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
@@ -129,10 +124,14 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=20
 MinJobAge=3600
+SchedulerParameters=sched_interval=5,bf_interval=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """)
 
     def _start_munge(self) -> None:
@@ -145,7 +144,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munge.pid",
             f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munge.log",
         )  # fmt: skip
-        wait_for("munge's socket", (self.folder / "munge.socket").exists, 10, self.logs)
+        self.wait("munge's socket", (self.folder / "munge.socket").exists, 60)
 
     def _start(self, name: str, program: str, *args: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
@@ -158,10 +157,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def lose_node(self, node: str) -> None:
         """SIGKILL for the node's slurmd and everything of jobs there, as when the machine goes."""
-        self._processes.pop(node).kill()
-        for pid in self.processes(f"SLURMD_NODENAME={node}"):
-            with contextlib.suppress(OSError):  # gone by now
-                os.kill(_parent(pid), signal.SIGKILL)  # Slurm's slurmstepd, which would report the loss
+        slurmd = self._processes.pop(node)
+        slurmd.kill()
+        slurmd.wait()
+        tasks = self.processes(f"SLURMD_NODENAME={node}")
+        steps = {_parent(pid) for pid in tasks}  # among them Slurm's slurmstepd, which would report the loss
+        for pid in [*steps, *tasks]:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     # -- jobs --------------------------------------------------------------------------------------------------------
@@ -178,29 +180,26 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         """Slurm's fields of a job: JobState, Restarts, NodeList, ..."""
         return dict(item.partition("=")[::2] for item in self.run("scontrol", "show", "job", "-o", job_id).split())
 
-    def finish(self, job_id: str, timeout_s: float, log: Callable[[], str]) -> str:
-        """Wait for the end of a job and return its state."""
-        wait_for(f"the end of job {job_id}", lambda: self.job(job_id)["JobState"] in ENDED, timeout_s, log)
-        return self.job(job_id)["JobState"]
+    def nodes_of(self, job_id: str) -> list[str]:
+        return self.run("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).split()
+
+    def wait(self, what: str, holds: Callable[[], object], timeout_s: float, pause_s: float = 0.2) -> None:
+        """Wait until `holds()` is true; fails with `what` where it does not become so in time."""
+        began = time.monotonic()
+        while not holds():
+            assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}\n{self.logs()}"
+            assert not self._left.wait(pause_s), f"the cluster was stopped before: {what}"
 
     def processes(self, *environment: str) -> list[int]:
-        """Running tasks that have all of these `NAME=value` in their environment."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                has = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # not a process, or ended just now
-                continue
-            if f"SLURM_CONF={self.folder}/slurm.conf" in has and set(environment) <= set(has):
-                found.append(int(folder.name))
-        return found
+        """Processes of the cluster and its jobs that have all of these `NAME=value` in their environment."""
+        return _processes(f"SLURM_CONF={self.env['SLURM_CONF']}", *environment)
 
     def ranks(self, job_id: str) -> dict[int, int]:
         """Rank -> process number of a job's training processes."""
         found = {}
         for pid in self.processes(f"SLURM_JOB_ID={job_id}"):
             with contextlib.suppress(OSError):
-                if "launch/train.py" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]:
+                if TRAINING & set(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:4]):
                     has = Path(f"/proc/{pid}/environ").read_text().split("\0")
                     found |= {int(item.partition("=")[2]): pid for item in has if item.startswith("SLURM_PROCID=")}
         return found
@@ -208,7 +207,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     def states(self) -> list[str]:
         """Each node's state, by name."""
         shown = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%t"], env=self.env, capture_output=True, text=True, check=False
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"], env=self.env, capture_output=True, text=True, check=False
         )
         return shown.stdout.split()
 
@@ -217,5 +216,43 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         return "\n".join(f"-- {path.name}\n{path.read_text()[-600:]}" for path in sorted(self.folder.glob("*.out")))
 
 
+def _processes(*environment: str) -> list[int]:
+    """Running processes that have all of these `NAME=value` in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            has = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # not a process, or ended just now
+            continue
+        if set(environment) <= set(has):
+            found.append(int(folder.name))
+    return found
+
+
+def is_held(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process still is, and has not been sent the signal either."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # gone
+        return False
+    state, pending = (re.search(rf"^{key}:\s*(\w+)", status, re.MULTILINE) for key in ("State", "ShdPnd"))
+    assert state is not None and pending is not None
+    return state[1] == "T" and not int(pending[1], 16) >> (number - 1) & 1
+
+
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _kill_when_left(slurm_conf: str) -> None:
+    """Wait for the end of the input, then kill the cluster and its jobs."""
+    sys.stdin.read()
+    while pids := _processes(f"SLURM_CONF={slurm_conf}"):  # again for what was being started meanwhile
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    _kill_when_left(sys.argv[1])

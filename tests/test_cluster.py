@@ -14,7 +14,7 @@ from embervlm.config import REPOSITORY, ConfigError, load_train_config
 from embervlm.slurm import MAX_REQUEUES_VARIABLE, Requeues
 from embervlm.slurm import main as slurm
 from embervlm.training.cli import check_cluster, overrides_of, parser
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
 STAGES = str(REPOSITORY / "configs" / "training_stages.yaml")
 KILLED_BY_9 = 137
@@ -54,9 +54,9 @@ def test_the_shipped_check_refuses_recipes_of_different_global_batches(
 ) -> None:
     for name, batch in (("small", 4), ("large", 8)):
         text = (REPOSITORY / "configs" / "cluster" / "v100x1.yaml").read_text()
-        (tmp_path / f"{name}.yaml").write_text(text.replace("batch_size: 32", f"batch_size: {batch}"))
+        (tmp_path / f"{name}.yaml").write_text(text.replace("batch_size: 16", f"batch_size: {batch}"))
     monkeypatch.setattr("embervlm.cluster.RECIPES", tmp_path)
-    with pytest.raises(ConfigError, match="32\n.* 16\nthe global batches differ"):
+    with pytest.raises(ConfigError, match="64\n.* 32\nthe global batches differ"):
         check_recipes()
 
 
@@ -82,9 +82,9 @@ def test_an_unknown_recipe_lists_the_known() -> None:
 
 
 def test_a_flag_stands_over_the_recipe_and_the_recipe_over_the_yaml() -> None:
-    settings = overrides_of(parser().parse_args(["--cluster", "v100x2", "--batch_size", "16"]))
+    settings = overrides_of(parser().parse_args(["--cluster", "v100x2", "--batch_size", "8"]))
     config = load_train_config(STAGES, settings)
-    assert (config.stage4.batch_size, config.stage4.gradient_accumulation_steps, config.precision) == (16, 2, "fp16")
+    assert (config.stage4.batch_size, config.stage4.gradient_accumulation_steps, config.precision) == (8, 4, "fp16")
 
 
 def test_the_environment_variable_stands_for_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +163,8 @@ def start(monkeypatch: pytest.MonkeyPatch, folder: Path, restarts: int, limit: i
     return requeues
 
 
-@pytest.mark.parametrize("code", [EXIT_REQUEUE, KILLED_BY_9])
-def test_a_job_that_was_asked_to_stop_or_killed_is_requeued(
+@pytest.mark.parametrize("code", [EXIT_REQUEUE, EXIT_FAULT, KILLED_BY_9])
+def test_a_job_that_was_asked_to_stop_or_killed_or_lost_a_process_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     assert start(monkeypatch, tmp_path, restarts=0).refusal(code) is None

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from embervlm.data.collate import MAX_QUESTION_TOKENS, DenseLabels, validator_inputs
-from embervlm.data.dataset import boxes_to_mask, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.dataset import (
+    boxes_to_mask,
+    edit_facts,
+    encode_captions,
+    encode_direct,
+    encode_glossary,
+    encode_reasoning,
+)
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord
 from embervlm.model.reasoning import StepValidator
@@ -336,3 +343,37 @@ def test_a_batch_keeps_everything_when_it_moves(samples, make_collator):
     moved = batch.to(torch.device("cpu"))
     assert moved.inputs.keys() == batch.inputs.keys() and moved.targets.keys() == batch.targets.keys()
     assert (moved.counts, moved.record_ids, moved.muted) == (batch.counts, batch.record_ids, batch.muted)
+
+
+# ---- edited facts
+
+
+def test_an_edited_chain_is_scored_behind_its_given_steps_and_shows_the_other_picture(
+    records, samples, tokenizer, pictures, make_collator
+):
+    edited = edit_facts(records, samples, seed=0)[:4]
+    maker = PairMaker(records, samples, tokenizer)
+    batch = make_collator(pair_maker=maker, grounding=True)(edited, step=0, teacher_forcing=0.5)
+    assert batch.targets["labels"].tolist() == [token for s in edited for token in s.target[s.num_given :]]
+    assert not batch.targets["direct"].any() and batch.counts["reasoning"] == len(batch.targets["labels"])
+    assert batch.picture_index.tolist() == [pictures.index(records[s.picture_of].image) for s in edited]
+    assert batch.counts["consistency"] == batch.counts["multimodal"] == 0
+    assert not len(batch.inputs["sampled_index"])
+
+
+def test_the_answer_head_is_taught_the_answer_of_the_edited_facts(records, samples, make_collator):
+    edited = [
+        s for s in edit_facts(records, samples, seed=0) if records[s.record].answer != records[s.picture_of].answer
+    ]
+    batch = make_collator()(edited[:4], step=0)
+    for row, sample in zip(batch.targets["answers"], edited[:4]):
+        assert [name for name, right in zip(ROBOTS, row) if right] == list(records[sample.record].answer)
+
+
+def test_an_edited_chain_is_not_matched_with_the_picture_it_contradicts(records, samples, make_collator):
+    without_boxes = [
+        dataclasses.replace(r, metadata={k: v for k, v in r.metadata.items() if k != "boxes"}) for r in records
+    ]
+    edited = edit_facts(without_boxes, samples, seed=0)[:2]
+    batch = make_collator(without_boxes, grounding=True)([*samples[:2], *edited], step=0)
+    assert batch.targets["contrast"].tolist() == [True, True, False, False]

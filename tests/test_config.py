@@ -254,8 +254,12 @@ def test_an_impossible_value_is_named(make, message):
 
 
 @pytest.mark.parametrize(
-    "field", ["direct_records_ratio", "caption_records_ratio", "final_lr_ratio", "weight_decay", "max_minutes"]
-)
+    "field",
+    [
+        "direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "final_lr_ratio", "weight_decay",
+        "max_minutes",
+    ],
+)  # fmt: skip
 def test_a_negative_share_is_refused(field):
     with pytest.raises(ConfigError, match=field):
         PhaseConfig(**{field: -1.0})

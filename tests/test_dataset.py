@@ -1,6 +1,7 @@
 """Records as ids, and the order in which an epoch brings them."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,16 +9,21 @@ import torch
 from embervlm.data.dataset import (
     CAPTION,
     DIRECT,
+    EDITED,
     EpochPlan,
     Sample,
     boxes_to_mask,
+    edit_facts,
     encode_captions,
     encode_direct,
     encode_glossary,
     encode_reasoning,
+    num_fact_steps,
     step_texts,
 )
 from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.scenes.facts import SceneFacts
+from embervlm.data.teachers.rules import TASKS, teach
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
 from embervlm.training.engine import World
 from embervlm.training.loop import deal
@@ -261,3 +267,51 @@ def test_shares_of_a_batch_differ_by_one_sample_at_most(world_size):
         for _, share in deal(batch, World(rank=rank, size=world_size, device=torch.device("cpu")), 2)
     ]
     assert max(sizes) - min(sizes) <= 1
+
+
+# ---- edited facts
+
+
+def test_an_edited_chain_stands_behind_a_picture_of_other_facts_of_the_same_question(records, samples):
+    edited = edit_facts(records, samples, seed=0)
+    assert len(edited) > len(samples) // 2
+    originals = {sample.record: sample for sample in samples}
+    for sample in edited:
+        chain, shown = records[sample.record], records[sample.picture_of]
+        assert chain.instruction == shown.instruction and chain.metadata["scene"] != shown.metadata["scene"]
+        assert (sample.prompt, sample.target) == (originals[sample.record].prompt, originals[sample.record].target)
+
+
+def test_an_edited_chain_is_what_the_rules_derive_from_its_own_facts(records, samples):
+    for sample in edit_facts(records, samples, seed=0):
+        record = records[sample.record]
+        task = next(task for task in TASKS if task.instruction == record.instruction)
+        chain = teach(SceneFacts(**record.metadata["scene"]), task)
+        assert (chain.steps, chain.answer) == (record.steps, record.answer)
+
+
+def test_the_steps_of_an_edited_chain_that_state_facts_are_given_and_all_later_ones_scored(records, samples, tokenizer):
+    for sample in edit_facts(records, samples, seed=0):
+        record = records[sample.record]
+        given, _ = tokenizer.parse_generated(sample.target[: sample.num_given])
+        assert tuple(given) == record.steps[: num_fact_steps(record)]
+        assert sample.target[sample.num_given] in (tokenizer.ids["<|step|>"], tokenizer.ids["<|conclusion|>"])
+
+
+def test_an_edited_chain_is_no_example_of_a_chain_that_fits_its_picture(records, samples):
+    """So neither the validator nor the attention to boxes nor scheduled sampling uses it."""
+    assert all(not (s.step_spans or s.attend) and s.form == EDITED for s in edit_facts(records, samples, seed=0))
+
+
+def test_the_same_seed_edits_the_same(records, samples):
+    assert edit_facts(records, samples, seed=1) == edit_facts(records, samples, seed=1)
+    assert edit_facts(records, samples, seed=1) != edit_facts(records, samples, seed=2)
+
+
+def test_records_that_do_not_say_which_steps_state_facts_are_not_edited(records, samples):
+    bare = [replace(r, metadata={k: v for k, v in r.metadata.items() if k != "seen"}) for r in records]
+    assert edit_facts(bare, samples, seed=0) == []
+
+
+def test_without_another_picture_of_the_question_there_is_nothing_to_edit(records, samples):
+    assert edit_facts(records, samples[:1], seed=0) == []

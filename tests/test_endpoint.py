@@ -386,7 +386,7 @@ def check_survival(tasks, requests, *, num_questions, kills):
     assert len({row["key"] for row in kept}) == len(kept) == num_questions
     rejected = len(lines(tasks.parent / "out.rejected.jsonl"))
     faults = requests // 8  # 5% are faults; what is beyond is asked again because of a kill
-    assert requests <= num_questions + rejected + faults + 8 * kills
+    assert requests <= num_questions + rejected + faults + 10 * kills  # a concurrency of 8 has 10 workers
 
 
 def test_kills_lose_and_double_no_record(tmp_path):
@@ -484,6 +484,20 @@ def test_annotations_of_people_become_unified_records(tmp_path):
 
 
 # ---- rate
+
+
+def test_no_more_requests_are_in_flight_than_concurrency_and_a_pause_is_none(tmp_path):
+    def script(body, number):
+        refused = Act(status=429, headers={"Retry-After": "3"})
+        return refused if number < 2 else Act(content=chain("Drone"), delay_s=0.2)
+
+    tasks = write_tasks(tmp_path, 40)
+    with serving(script) as teacher:
+        generate(teacher, tasks, "--concurrency", 8)
+    assert max(teacher.in_flight) == 8
+    questions = asked(teacher)
+    first_again = min(questions.index(questions[refused], 2) for refused in range(2))
+    assert max(teacher.in_flight[:first_again]) == 8, "two pause, and eight are asked"
 
 
 @pytest.mark.slow

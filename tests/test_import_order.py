@@ -18,7 +18,7 @@ BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress", 
 COMMANDS = {"embervlm.cli", "embervlm.quickstart", "embervlm.plan", "embervlm.slurm", "embervlm.submit"}
 """Right of every folder: they put everything together."""
 READERS = {"embervlm.select_best"}
-"""Reads an output folder; may import `base` alone."""
+"""Reads an output folder; may import `base` alone, and everyone may import it."""
 EXCEPTIONS = {
     ("embervlm.evaluation.commands", "embervlm.report.table"): "`embervlm evaluate` prints what it has written",
 }
@@ -62,9 +62,9 @@ def imported_by(name: str, *, everywhere: bool = False) -> set[str]:
 
 
 def folder_of(name: str) -> str:
-    if name in BASE:
+    if name in BASE or name in READERS:
         return "base"
-    if name in COMMANDS or name in READERS:
+    if name in COMMANDS:
         return "commands"
     return name.split(".")[1]
 

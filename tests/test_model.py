@@ -22,7 +22,7 @@ from embervlm.data.records import ROBOTS, read_records
 from embervlm.model.backbone import VisionEncoder
 from embervlm.model.config import STAGE3, EmberVLMConfig
 from embervlm.model.embervlm import build_model
-from embervlm.model.generation import Decoding, candidate_ids, generate_answers
+from embervlm.model.generation import Decoding, candidate_ids, generate_answers, generate_from_visual
 from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, load_reasoning_module
 from embervlm.training.losses import loss_sums
@@ -358,6 +358,51 @@ def test_a_row_that_has_ended_writes_nothing_more(lively_model):
     prefer(lively_model, answer_end=5.0)
     rows = generate_ids(lively_model, [None, None], ["Fly.", "Go there."], Decoding(max_new_tokens=30))
     assert rows == [[lively_model.tokenizer.ids["<|answer_end|>"]]] * 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_chain_that_is_begun_goes_on_as_if_the_model_had_written_it(lively_model, records, tokenizer, share):
+    """In a batch of unlike beginnings; a chain begun up to its conclusion is read there by the answer head."""
+    chains = encode_reasoning(records[:6], tokenizer, grid=3, max_length=512)
+    texts, images = [record.instruction for record in records[:6]], [record.image for record in records[:6]]
+    begun = []
+    for chain in chains:
+        body = chain.target[1 : chain.answer_position - len(chain.prompt) + 1]  # the token that concludes stands last
+        begun.append(body[: round(share * len(body))])
+    visual = see(lively_model, images)
+    settings = Decoding(max_new_tokens=24, max_reasoning_steps=10)
+    results = generate_from_visual(lively_model, visual, torch.ones(6).bool(), texts, settings, begun=begun)
+    for place, result in enumerate(results):
+        prompt = [*tokenizer.encode(texts[place]), tokenizer.ids["<|reasoning_start|>"]]
+        ids = [*prompt, *begun[place]]
+        with torch.inference_mode():
+            for _ in range(result["num_tokens"]):
+                ids.append(next_token(lively_model, ids, visual[place : place + 1]))
+        steps, text = tokenizer.parse_generated(ids[len(prompt) :])
+        assert (result["reasoning_steps"], result["text"]) == (steps, text or "")
+        if share == 1.0:
+            at_conclusion = torch.tensor([[*prompt, *begun[place]]])
+            logits = lively_model(
+                input_ids=at_conclusion, text_mask=at_conclusion >= 0, image_mask=torch.tensor([True]),
+                visual=visual[place : place + 1], answer_index=torch.tensor([at_conclusion.shape[1] - 1]),
+                candidate_ids=candidate_ids(tokenizer.encode_many(ROBOTS)),
+            ).answer_logits  # fmt: skip
+            assert list(result["head_probabilities"].values()) == pytest.approx(logits[0].sigmoid().tolist(), abs=1e-4)
+
+
+def next_token(model, ids, visual, most_steps=10):
+    """The likeliest next token of a chain of which `ids` is the whole text so far, read anew."""
+    text = torch.tensor([ids])
+    logits = model(
+        input_ids=text, text_mask=torch.ones_like(text).bool(), image_mask=torch.tensor([True]), visual=visual,
+        score_index=torch.tensor([len(ids) - 1]),
+    ).token_logits[0]  # fmt: skip
+    step, conclusion = (model.tokenizer.ids[name] for name in ("<|step|>", "<|conclusion|>"))
+    if conclusion in ids:
+        logits[[step, conclusion]] = -torch.inf
+    if ids.count(step) >= most_steps - 1:
+        logits[step] = -torch.inf
+    return int(logits.argmax())
 
 
 def test_the_same_seed_samples_the_same_text(lively_model, records):

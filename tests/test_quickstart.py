@@ -42,6 +42,16 @@ def test_the_evaluation_has_the_promised_keys(smoke: Smoke) -> None:
     assert result["split"] == "test" and result["num_samples"] > 0
 
 
+def test_the_evaluation_says_what_the_answer_follows(smoke: Smoke) -> None:
+    result = json.loads((smoke.output / "results" / "stage4_eval.json").read_text())
+    block = result["faithfulness"]
+    assert block["num_samples"] == result["num_samples"]
+    assert block["swapped_picture_accuracy"] == result["metrics"]["swapped_image_accuracy"]
+    assert set(block["truncated"]) == {"0.25", "0.5", "0.75"} and block["information_gain"]["num"] > 0
+    assert block["forced_prefix"]["num"] + block["forced_prefix"]["ambiguous_dropped"] == block["num_samples"]
+    assert "does the answer come from the chain?" in smoke.first.stdout
+
+
 def test_the_metrics_are_shares_and_none_is_missing(smoke: Smoke) -> None:
     metrics = json.loads((smoke.output / "results" / "stage4_eval.json").read_text())["metrics"]
     assert all(metrics[name] is not None and 0 <= metrics[name] <= 1 for name in METRICS), metrics
@@ -50,6 +60,11 @@ def test_the_metrics_are_shares_and_none_is_missing(smoke: Smoke) -> None:
 def test_the_chains_lie_beside_the_evaluation(smoke: Smoke) -> None:
     samples = json.loads((smoke.output / "results" / "stage4_eval_samples.json").read_text())
     assert samples and {"instruction", "reasoning_steps", "answer", "gold_answer"} <= samples[0].keys()
+
+
+def test_the_report_is_written_and_named(smoke: Smoke) -> None:
+    page = smoke.output / "stage4" / "visualizations" / "index.html"
+    assert page.stat().st_size > 50_000 and f"Report: {page}" in smoke.first.stdout
 
 
 def test_the_output_says_that_its_figures_mean_nothing(smoke: Smoke) -> None:

@@ -1,53 +1,68 @@
-"""Training jobs on a real Slurm: chained, timed out, killed, moved. Each ends as a run that nothing happened to."""
+"""Jobs on a real Slurm: chained, timed out, killed, preempted, moved. Each ends as a run that nothing happened to.
+
+They run beside each other, because most of the time goes by while Slurm holds a requeued job.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 import torch
 import yaml
-from slurm_cluster import SlurmCluster, wait_for
-from training_helpers import (
-    BIN,
-    TINY,
-    make_data,
-    save_stage3,
-    weights_of,
-    write_model_yaml,
-    write_run_yaml,
-)
+from slurm_cluster import ENDED, SlurmCluster, is_held
+from training_helpers import BIN, REPOSITORY, make_data, save_stage3, weights_of, write_run_yaml
 
 from embervlm import run_dir
+from embervlm.cluster import load_recipe
+from embervlm.config import read_yaml
 from embervlm.data.records import read_records
+from embervlm.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm_cluster.missing() is not None, reason=f"no Slurm: {slurm_cluster.missing()}"),
 ]
-STEPS, SAVE_STEPS = 48, 16
-MINUTES = 60
-PATIENCE_S = float(os.environ.get("EMBERVLM_TEST_PATIENCE_S", "300"))
-"""How long to wait for a job on a machine that is busy with other things."""
-RECIPES = {"one": (1, 4, 2), "two": (2, 4, 1), "four": (4, 2, 1)}
-"""Nodes of one GPU, micro-batch and accumulation; the global batch is always 8."""
+STEPS, SAVE_STEPS, STOP = 16, 4, 6
+MINUTES = 600
+PATIENCE_S = 900
+"""How long to wait for what a job does, on a machine that is busy with other things."""
+AT_ONCE = 3
+"""Scenarios that run at the same time."""
+RECIPES = {
+    "one": (1, 4, 2, "a100"), "two": (2, 4, 1, "a100"), "four": (4, 2, 1, "a100"),
+    "lost": (2, 4, 1, "v100"), "preempted": (2, 4, 1, "h100"),
+}  # fmt: skip
+"""Nodes of one GPU, micro-batch, accumulation, type; the global batch is always 8."""
 
 
-@dataclass
 class Bench:
-    """A cluster, data, and a Stage 3 checkpoint that the jobs start from."""
+    """A cluster, data, a Stage 3 checkpoint that the jobs start from, and a job that nothing happens to."""
 
-    cluster: SlurmCluster
-    folder: Path
-    stage3: Path
-    finished: dict[str, Path] = field(default_factory=dict)
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        data = make_data(folder)
+        model = read_yaml(REPOSITORY / "configs" / "model" / "quickstart.yaml")
+        self.stage3 = save_stage3(folder / "start" / "stage3", model, read_records(data))
+        write_run_yaml(folder, "quickstart", data, stage4__phase2__epochs=60, stage4__phase1__epochs=2,
+                       save_steps=SAVE_STEPS, max_steps=STEPS)  # fmt: skip
+        for name, (nodes, batch_size, accumulation, gpu_type) in RECIPES.items():
+            recipe = {
+                "nodes": nodes, "gpus_per_node": 1, "gpu_type": gpu_type, "precision": "fp32", "zero_stage": 2,
+                "batch_size": batch_size, "gradient_accumulation_steps": accumulation, "cpus_per_task": 1,
+                "phase1_minutes": MINUTES, "phase2_minutes": MINUTES,
+            }  # fmt: skip
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        self.straight = self.submit("straight", "two")
 
     @property
     def env(self) -> dict[str, str]:
@@ -58,30 +73,46 @@ class Bench:
         return ["--cluster", f"{self.folder}/{recipe}.yaml", "--config", f"{self.folder}/run.yaml", "--output_dir",
                 f"{self.folder}/{name}", "--resume_from", str(self.stage3), *more]  # fmt: skip
 
-    def submit(self, name: str, recipe: str, *more: str) -> str:
+    def submit(self, name: str, recipe: str, **env: str) -> str:
         """Submit phase 2 from Stage 3 into the output folder `name`, as a user does, and return its job."""
-        printed = self.cluster.run("bash", "slurm/stage4_phase2.sh", *self.flags(name, recipe, *more), **self.env)
-        return printed.split()[-1]
+        script = ("bash", "slurm/stage4_phase2.sh")
+        return self.cluster.run(*script, *self.flags(name, recipe), **(self.env | env)).split()[-1]
 
     def log(self, job: str) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob(f"*-{job}.log")))
+        logs = [*self.folder.glob(f"*-{job}.log"), *self.folder.glob(f"*/jobs/{job}_*_log.*")]
+        return "".join(path.read_text() for path in sorted(logs))
+
+    def state(self, job: str) -> str:
+        return self.cluster.job(job)["JobState"]
+
+    def wait(self, job: str, what: str, holds: Callable[[], object], pause_s: float = 0.2) -> None:
+        """Wait for what a job does; fails at once where it has ended before."""
+        looked = time.monotonic()
+
+        def now() -> bool:
+            nonlocal looked
+            if holds():
+                return True
+            if time.monotonic() > looked + 5:
+                ended = self.state(job) in ENDED
+                assert not ended or holds(), f"job {job} ended before {what}\n{self.log(job)[-6000:]}"
+                looked = time.monotonic()
+            return False
+
+        self.cluster.wait(f"{what} of job {job}", now, PATIENCE_S, pause_s)
 
     def finish(self, job: str, *, state: str = "COMPLETED") -> None:
         """Wait for the end of a job, which must be this one."""
-        assert self.cluster.finish(job, PATIENCE_S, lambda: self.log(job)) == state, self.log(job)
+        self.cluster.wait(f"the end of job {job}", lambda: self.state(job) in ENDED, PATIENCE_S, 1)
+        assert self.state(job) == state, self.log(job)[-6000:]
 
     def phase(self, name: str) -> Path:
         return run_dir.phase_dir(self.folder / name, 2)
 
-    def reaches(self, name: str, job: str, step: int) -> None:
-        """Wait until the log of a run has this step."""
-        log = run_dir.metrics_log_path(self.phase(name))
-        wait_for(f"step {step} of {name}", lambda: log.exists() and len(log.read_text().splitlines()) >= step,
-                 PATIENCE_S, lambda: self.log(job), pause_s=0.02)  # fmt: skip
-
     def hold(self, name: str, job: str, step: int) -> dict[int, int]:
         """Stop a job's processes soon after a step, so that what comes next finds them in training."""
-        self.reaches(name, job, step)
+        log = run_dir.metrics_log_path(self.phase(name))
+        self.wait(job, f"step {step}", lambda: log.exists() and len(log.read_text().splitlines()) >= step, 0.02)
         ranks = self.cluster.ranks(job)
         for pid in ranks.values():
             os.kill(pid, signal.SIGSTOP)
@@ -89,8 +120,7 @@ class Bench:
 
     def restarts(self, job: str, count: int) -> None:
         """Wait until Slurm has put a job back into the queue that often."""
-        wait_for(f"requeue {count} of job {job}", lambda: self.cluster.job(job)["Restarts"] == str(count), PATIENCE_S,
-                 lambda: self.log(job))  # fmt: skip
+        self.wait(job, f"requeue {count}", lambda: self.cluster.job(job)["Restarts"] == str(count), 1)
 
     def saved_steps(self, job: str) -> list[int]:
         """Steps that signals made the job save at, and checks that it went on from each."""
@@ -98,41 +128,17 @@ class Bench:
         assert [f"checkpoint-{step}" in self.log(job) for step in found] == [True] * len(found)
         return found
 
-    def undisturbed(self, recipe: str) -> dict[str, torch.Tensor]:
-        """The final weights on these nodes when nothing happens."""
-        name = f"straight-{recipe}"
-        if name not in self.finished:
-            self.finish(self.submit(name, recipe))
-            self.finished[name] = self.phase(name)
-        return self.weights(name)
-
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return weights_of(run_dir.checkpoint_path(self.phase(name), None))
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("slurm")
-    data = make_data(folder)
-    stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
-    write_run_yaml(folder, write_model_yaml(folder), data, stage4__phase2__epochs=60, stage4__phase1__epochs=2,
-                   save_steps=SAVE_STEPS, max_steps=STEPS)  # fmt: skip
-    for name, (nodes, batch_size, accumulation) in RECIPES.items():
-        recipe = {
-            "nodes": nodes, "gpus_per_node": 1, "gpu_type": "a100", "precision": "fp32", "zero_stage": 2,
-            "batch_size": batch_size, "gradient_accumulation_steps": accumulation, "cpus_per_task": 1,
-            "phase1_minutes": MINUTES, "phase2_minutes": MINUTES,
-        }  # fmt: skip
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    with SlurmCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield Bench(cluster, folder, stage3)
+    def ends_undisturbed(self, name: str) -> bool:
+        """Whether a run's final weights are, bit for bit, those of the job that nothing happened to."""
+        self.finish(self.straight)
+        found, wanted = self.weights(name), self.weights("straight")
+        return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_phase_1_phase_2_and_evaluation_run_one_after_the_other(bench: Bench) -> None:
+def phase_1_phase_2_and_evaluation_run_one_after_the_other(bench: Bench) -> None:
     printed = bench.cluster.run(
         "bash", "slurm/stage4.sh", *bench.flags("chain", "two", "--max_steps", "3"), **bench.env
     )
@@ -148,89 +154,139 @@ def test_phase_1_phase_2_and_evaluation_run_one_after_the_other(bench: Bench) ->
     assert run_dir.read_json(run_dir.eval_results_path(chain))["split"] == "test"
 
 
-@pytest.mark.cluster
-def test_a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes(bench: Bench) -> None:
+def a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("limit", "two")
-    bench.hold("limit", job, 10)
-    bench.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=3")  # the signal, due now, wakes them
+    ranks = bench.hold("limit", job, STOP).values()
+    hours, minutes, _ = map(int, bench.cluster.job(job)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + 3  # nearer than the scripts' --signal=USR2@180, so that is due at the next look
+    bench.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    bench.wait(job, "SIGUSR2", lambda: not any(is_held(pid, signal.SIGUSR2) for pid in ranks))
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):  # some Slurms wake them
+            os.kill(pid, signal.SIGCONT)
     bench.restarts(job, 1)
     bench.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={MINUTES}")
     bench.finish(job)
     (step,) = bench.saved_steps(job)
-    assert 10 <= step < STEPS
-    assert same(bench.weights("limit"), bench.undisturbed("two"))
+    assert STOP <= step < STEPS
+    assert bench.ends_undisturbed("limit")
 
 
-@pytest.mark.cluster
-def test_a_job_that_is_requeued_in_the_middle_of_a_save_finishes(bench: Bench) -> None:
+def a_job_that_is_requeued_in_the_middle_of_a_save_finishes(bench: Bench) -> None:
     job = bench.submit("saving", "two")
-    bench.reaches("saving", job, SAVE_STEPS - 1)
-    wait_for("a save", lambda: list(bench.phase("saving").glob(".tmp-*")), 60, lambda: bench.log(job), pause_s=0.001)
+    bench.wait(job, "a process", lambda: 0 in bench.cluster.ranks(job))
     writer = bench.cluster.ranks(job)[0]
-    os.kill(writer, signal.SIGSTOP)
-    bench.cluster.run("scontrol", "requeue", job)
-    os.kill(writer, signal.SIGCONT)
+
+    def stopped_while_saving() -> bool:
+        if not list(bench.phase("saving").glob(".tmp-*")):
+            return False
+        os.kill(writer, signal.SIGSTOP)
+        if list(bench.phase("saving").glob(".tmp-*")):
+            return True
+        os.kill(writer, signal.SIGCONT)  # it was done a moment before
+        return False
+
+    bench.wait(job, "a save", stopped_while_saving, pause_s=0.001)
+    bench.cluster.run("scontrol", "requeue", job)  # wakes it
     bench.restarts(job, 1)
     bench.finish(job)
-    assert same(bench.weights("saving"), bench.undisturbed("two"))
+    assert bench.ends_undisturbed("saving")
 
 
-@pytest.mark.cluster
-def test_a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_finishes(bench: Bench) -> None:
+def a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_finishes(bench: Bench) -> None:
     job = bench.submit("killed", "two")
-    ranks = bench.hold("killed", job, SAVE_STEPS + 5)
+    ranks = bench.hold("killed", job, STOP)
     os.kill(ranks[1], signal.SIGKILL)
     os.kill(ranks[0], signal.SIGCONT)
-    wait_for("the end of the other process", lambda: not Path(f"/proc/{ranks[0]}").exists(), 60)
+    bench.cluster.wait("the end of the other process", lambda: not Path(f"/proc/{ranks[0]}").exists(), 60)
     bench.restarts(job, 1)
     bench.finish(job)
-    assert f"checkpoint-{SAVE_STEPS}" in bench.log(job)
-    assert same(bench.weights("killed"), bench.undisturbed("two"))
+    assert f"resuming from {bench.phase('killed')}/checkpoint-{SAVE_STEPS}" in bench.log(job)
+    assert bench.ends_undisturbed("killed")
 
 
-@pytest.mark.cluster
-def test_a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
-    job = bench.submit("lost", "two")
-    ranks = bench.hold("lost", job, SAVE_STEPS + 5)
-    lost = bench.cluster.run("scontrol", "show", "hostnames", bench.cluster.job(job)["NodeList"]).split()[-1]
-    try:
-        bench.cluster.lose_node(lost)
-        os.kill(ranks[0], signal.SIGCONT)
-        bench.restarts(job, 1)
-        bench.finish(job)
-        nodes = bench.cluster.run("scontrol", "show", "hostnames", bench.cluster.job(job)["NodeList"]).split()
-        assert len(nodes) == 2 and lost not in nodes
-        assert same(bench.weights("lost"), bench.undisturbed("two"))
-    finally:
-        bench.cluster.start_node(lost)
-        wait_for("the node to come back", lambda: bench.cluster.states().count("idle") == 4, 60, bench.cluster.logs)
+def a_job_whose_node_is_lost_goes_on_elsewhere(bench: Bench) -> None:
+    job = bench.submit("lost", "lost")
+    ranks = bench.hold("lost", job, STOP)
+    lost = bench.cluster.nodes_of(job)[-1]
+    bench.cluster.lose_node(lost)
+    os.kill(ranks[0], signal.SIGCONT)
+    bench.restarts(job, 1)
+    bench.finish(job)
+    nodes = bench.cluster.nodes_of(job)
+    assert len(nodes) == 2 and lost not in nodes
+    assert bench.ends_undisturbed("lost")
 
 
-@pytest.mark.cluster
-def test_a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
-    for recipe, step in (("two", 10), ("one", 30)):
+def a_run_moves_from_two_nodes_to_one_and_to_four(bench: Bench) -> None:
+    for recipe, step in (("two", STOP), ("one", 2 * STOP)):
         job = bench.submit("moved", recipe)
         bench.hold("moved", job, step)
         bench.cluster.run("scancel", job)  # wakes them, too
         bench.finish(job, state="CANCELLED")  # and not requeued: what is cancelled stays so
-        wait_for("the end of its processes", lambda job=job: not bench.cluster.ranks(job), 60)
+        bench.cluster.wait("the end of its processes", lambda job=job: not bench.cluster.ranks(job), 60)
         assert "asked to stop: saved at step" in bench.log(job)
     bench.finish(bench.submit("moved", "four"))
-    straight, moved = bench.undisturbed("two"), bench.weights("moved")
+    bench.finish(bench.straight)
+    straight, moved = bench.weights("straight"), bench.weights("moved")
     for key, value in straight.items():
         torch.testing.assert_close(moved[key], value, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.cluster
-def test_an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> None:
+def a_job_of_submitit_is_preempted_requeued_and_returns_its_result(bench: Bench) -> None:
+    recipe = load_recipe(f"{bench.folder}/preempted.yaml")
+    (job,) = training_jobs([*bench.flags("submitit", "preempted"), "--phase", "2"], sweeps=[])
+    parameters = slurm_parameters(recipe, limit_minutes(recipe, 2))
+    (submitted,) = submit_to_slurm([job], bench.folder / "submitit" / "jobs", parameters, max_timeouts=0)
+    bench.hold("submitit", submitted.job_id, STOP)
+    urgent = bench.cluster.run(
+        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true",
+        f"--nodelist={bench.cluster.job(submitted.job_id)['NodeList']}",
+    ).strip()  # fmt: skip
+    bench.restarts(submitted.job_id, 1)  # the preemption woke it, too
+    bench.finish(urgent)
+    bench.finish(submitted.job_id)
+    assert result_of(submitted) == f"{bench.folder}/submitit"
+    log = submitted.paths.stdout.read_text()
+    assert log.count("Calling checkpoint method.") == 1 and "this job is preempted" in log
+    assert bench.ends_undisturbed("submitit")
+
+
+def a_job_is_not_requeued_for_ever(bench: Bench) -> None:
+    def start(job: str) -> list[int]:
+        bench.wait(job, "a process", lambda: bench.cluster.ranks(job))
+        return list(bench.cluster.ranks(job).values())
+
+    def kill(job: str) -> None:
+        for pid in start(job):
+            os.kill(pid, signal.SIGKILL)
+
+    never = bench.submit("never", "one", EMBERVLM_MAX_REQUEUES="0")
+    once, stuck = bench.submit("once", "one", EMBERVLM_MAX_REQUEUES="1"), bench.submit("stuck", "one")
+    for job in (never, once, stuck):
+        kill(job)
+    bench.finish(never, state="FAILED")
+    for job in (once, stuck):
+        bench.restarts(job, 1)
+    kill(stuck)
+    start(once)
+    bench.cluster.run("scontrol", "requeue", once)
+    for job in (once, stuck):
+        bench.finish(job, state="FAILED")
+    assert "is not requeued: it was requeued 0 times (EMBERVLM_MAX_REQUEUES=0)" in bench.log(never)
+    assert "was requeued 2 times, more than EMBERVLM_MAX_REQUEUES=1" in bench.log(once)
+    assert "is not requeued: the last requeue made no progress" in bench.log(stuck)
+
+
+def an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> None:
     output = bench.folder / "array" / "reasoning_data.json"
     blocked = output.with_name("reasoning_data-1.json")
     blocked.mkdir(parents=True)  # a folder where element 1 would write
 
     def submit(array: str) -> str:
         return bench.cluster.run(
-            "sbatch", "--parsable", f"--array={array}", "--cpus-per-task=1", "slurm/generate_data.sh",
-            "--teacher_model", "rules", "--num_samples", "30", "--output_file", output,
+            "sbatch", "--parsable", f"--array={array}", "--cpus-per-task=1", "--constraint=a100",
+            "slurm/generate_data.sh", "--teacher_model", "rules", "--num_samples", "30", "--output_file", output,
             **bench.env, EMBERVLM_SHARDS="3",
         ).strip()  # fmt: skip
 
@@ -242,3 +298,42 @@ def test_an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -
     shares = [output.with_name(f"reasoning_data-{element}.json") for element in range(3)]
     bench.cluster.run(sys.executable, "-m", "embervlm.cli", "data", "merge", *shares, "--output_file", output)
     assert len(read_records(output)) == 30
+
+
+SCENARIOS = (
+    a_job_whose_node_is_lost_goes_on_elsewhere,
+    a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes,
+    a_job_of_submitit_is_preempted_requeued_and_returns_its_result,
+    a_job_that_is_requeued_in_the_middle_of_a_save_finishes,
+    a_killed_process_takes_the_others_along_and_the_job_is_requeued_and_finishes,
+    a_run_moves_from_two_nodes_to_one_and_to_four,
+    a_job_is_not_requeued_for_ever,
+    an_element_of_a_data_array_that_failed_runs_again_alone,
+    phase_1_phase_2_and_evaluation_run_one_after_the_other,
+)
+
+
+@pytest.fixture(scope="module")
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[float]]]:
+    """The scenarios that were asked for, started; each gives the seconds that it took."""
+    names = {item.callspec.id for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch, SlurmCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        bench = Bench(cluster, tmp_path_factory.mktemp("slurm"))
+        for name, value in (cluster.env | bench.env).items():  # submitit calls sbatch from this process
+            patch.setenv(name, value)
+
+        def timed(scenario: Callable[[Bench], None]) -> float:
+            began = time.monotonic()
+            scenario(bench)
+            return time.monotonic() - began
+
+        pool = ThreadPoolExecutor(AT_ONCE)
+        yield {found.__name__: pool.submit(timed, found) for found in SCENARIOS if found.__name__ in names}
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.mark.parametrize("scenario", [found.__name__ for found in SCENARIOS])
+def test_on_slurm(scenario: str, running: dict[str, Future[float]]) -> None:
+    print(f"{running[scenario].result():.0f} s")

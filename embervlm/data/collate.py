@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embervlm.data.dataset import CAPTION, DIRECT, REASONING, Sample, boxes_to_mask, known_boxes
+from embervlm.data.dataset import CAPTION, DIRECT, EDITED, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer
 
-TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct"}
+TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning"}
 MAX_QUESTION_TOKENS = 128
 
 
@@ -126,7 +126,8 @@ class Collator:
         return self.records[sample.record].metadata if sample.record >= 0 else {}
 
     def _row(self, sample: Sample) -> int:
-        image = self.records[sample.record].image if sample.record >= 0 else None
+        record = sample.record if sample.picture_of is None else sample.picture_of
+        image = self.records[record].image if record >= 0 else None
         return self.pictures.index(image) if image is not None else -1
 
     def _pictures(self, rows: Sequence[int]) -> Tensor:
@@ -144,7 +145,7 @@ class Collator:
         labels: list[int] = []
         direct: list[bool] = []
         for row, (sample, text) in enumerate(zip(samples, texts)):
-            start = max(1, len(sample.prompt))
+            start = max(1, len(sample.prompt) + sample.num_given)
             index.extend(range(row * length + start - 1, row * length + len(text) - 1))
             labels.extend(text[start:])
             direct.extend([TERM_OF_FORM[sample.form] == "direct"] * (len(text) - start))

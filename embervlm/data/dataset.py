@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor
 from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT, ReasoningTokenizer
 
-REASONING, DIRECT, CAPTION = "reasoning", "direct", "caption"
+REASONING, DIRECT, CAPTION, EDITED = "reasoning", "direct", "caption", "edited"
 CAPTION_PROMPT = "Describe the picture."
+PICTURE_DRAWS = 8
+"""Pictures drawn for one that shows other facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,14 @@ class Sample:
     record: int
     """Index into the records; -1 for a text that belongs to none."""
     form: str
-    """`reasoning`, `direct` or `caption`."""
+    """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows."""
     prompt: list[int]
     target: list[int]
     """What is scored: chain and answer, answer alone, or caption."""
+    num_given: int = 0
+    """Tokens at the target's start that are not scored."""
+    picture_of: int | None = None
+    """Index of the record whose picture stands before the text; None is `record`'s own."""
     answer_position: int | None = None
     """Where the answer head reads: the token that opens the conclusion."""
     step_spans: tuple[tuple[int, int], ...] = ()
@@ -122,6 +129,58 @@ def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -
         if boxes:
             out.append((step, boxes_to_mask(boxes, grid)))
     return tuple(out)
+
+
+def num_fact_steps(record: ReasoningRecord) -> int:
+    """Steps from a chain's start until every fact that it reads off the picture is stated; 0 where that is not known.
+
+    A later step that names a fact again can take it from the text.
+    """
+    seen = record.metadata.get("seen") or ()
+    if len(seen) != len(record.steps):
+        return 0
+    stated: set[str] = set()
+    last = 0
+    for number, facts in enumerate(seen, 1):
+        last = last if stated.issuperset(facts) else number
+        stated.update(facts)
+    return last
+
+
+def edit_facts(records: Sequence[ReasoningRecord], samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Each chain behind the picture of another record of the same question: its facts are not what the picture shows.
+
+    The steps that state facts are given and not scored, so that nobody learns to misread a picture. All that follows,
+    the answer head's answer too, is that of the stated facts. Where it is not known which steps state facts, or no
+    other picture was asked about, there is nothing to edit.
+    """
+    rng = random.Random(f"edited facts:{seed}")
+    asked: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for sample in samples:
+        if records[sample.record].image:
+            asked[question_key(records[sample.record])].append(sample.record)
+    out = []
+    for sample in samples:
+        record = records[sample.record]
+        same_question = asked[question_key(record)]
+        drawn = [rng.choice(same_question) for _ in range(PICTURE_DRAWS if same_question else 0)]
+        other = next((index for index in drawn if scene_key(records[index]) != scene_key(record)), None)
+        if (num_given := num_fact_steps(record)) and other is not None:
+            end = sample.step_spans[num_given - 1][1] - len(sample.prompt)
+            out.append(replace(
+                sample, form=EDITED, num_given=end, picture_of=other, step_spans=(), attend=(),
+            ))  # fmt: skip
+    return out
+
+
+def question_key(record: ReasoningRecord) -> tuple[Any, ...]:
+    """Equal for records that ask the same with the same candidates."""
+    return (record.instruction, *(record.metadata.get("candidates") or ()))
+
+
+def scene_key(record: ReasoningRecord) -> Any:
+    """Equal for pictures of equal facts, where those are known, else for the same picture."""
+    return record.metadata.get("scene") or record.image
 
 
 def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> list[Sample]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embervlm import run_dir
-from embervlm.evaluation.evaluate import Evaluation, evaluate
-from embervlm.report.table import metrics_table
+from embervlm.config import ConfigError
+from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate
+from embervlm.report.table import faithfulness_lines, metrics_table
+from embervlm.training.engine import World
 
 METRIC_GROUPS = {
     "consistency": ("reasoning_consistency", "adjacent_similarity"),
@@ -18,23 +27,61 @@ METRIC_GROUPS = {
 """What `--reasoning_metrics` can name besides `all`; any metric's own name does as well."""
 
 
+@contextmanager
+def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
+    """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; this one alone without.
+
+    Of an error that all of them meet, process 0 alone says what it is.
+    """
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    world = World.join()
+    try:
+        yield world
+    except ValueError:
+        if world.rank > 0:
+            sys.exit(1)
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """ConfigError for a metric that does not exist, before anything is computed."""
+    known = ["all", *METRIC_GROUPS, *METRICS]
+    if wrong := [name for name in names if name not in known]:
+        raise ConfigError(f"--reasoning_metrics {' '.join(wrong)}: there are {', '.join(known)}")
+
+
 def evaluate_to_file(
-    checkpoint: Path, *, split: str, output_file: Path, save_samples: bool = False,
+    checkpoint: Path, *, split: str, output_file: Path, save_samples: bool = False, explain_samples: int = 200,
     reasoning_metrics: tuple[str, ...] = ("all",), **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the evaluation of `checkpoint` to `output_file`, and with `save_samples` the chains beside it."""
-    result, samples = evaluate(Evaluation(checkpoint=checkpoint, split=split, **options))
+    """Write the evaluation of `checkpoint` to `output_file`, and with `save_samples` the chains beside it.
+
+    The same call again goes on where a killed one stopped. Call it on every process of `world`.
+    """
+    _check_names(reasoning_metrics)
+    partial = output_file.with_name(f"{output_file.stem}.partial")
+    job = Evaluation(
+        checkpoint=checkpoint, split=split, explained=explain_samples if save_samples else 0, partial=partial, **options
+    )
+    result, samples = evaluate(job)
+    if job.world is not None and job.world.rank > 0:
+        return result
     if "all" not in reasoning_metrics:
         wanted = {name for group in reasoning_metrics for name in METRIC_GROUPS.get(group, (group,))}
-        result["metrics"] = {name: value for name, value in result["metrics"].items() if name in wanted}
-        result["targets"] = {name: value for name, value in result["targets"].items() if name in wanted}
-    output_file.parent.mkdir(parents=True, exist_ok=True)
+        for part in ("metrics", "targets", "intervals", "gains"):
+            result[part] = {name: value for name, value in result[part].items() if name in wanted}
     run_dir.write_json_atomic(output_file, result)
     if save_samples:
         run_dir.write_json_atomic(output_file.with_name(f"{output_file.stem}_samples.json"), samples)
+    shutil.rmtree(partial, ignore_errors=True)
     return result
 
 
 def print_result(result: dict[str, Any], output_file: Path) -> None:
     print(metrics_table(result))
+    if result["faithfulness"] is not None:
+        print("\n" + faithfulness_lines(result["faithfulness"]))
     print(f"written: {output_file}")

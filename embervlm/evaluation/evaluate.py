@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,29 +14,48 @@ from typing import Any
 import numpy as np
 import torch
 
-from embervlm import run_dir
+from embervlm import __version__, run_dir
 from embervlm.config import ConfigError
 from embervlm.data.claims import fact_domains
 from embervlm.data.collate import validator_inputs
-from embervlm.data.dataset import CAPTION_PROMPT, encode_reasoning
+from embervlm.data.dataset import encode_reasoning, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
 from embervlm.data.splits import SPLITS, split_records
+from embervlm.evaluation.backends import EMBEDDED
+from embervlm.evaluation.calibration import calibration, confidences
+from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
 from embervlm.evaluation.metrics import (
     ChainContext,
     ChainScorer,
     balanced_accuracy,
+    bootstrap_interval,
     compare_with_targets,
     final_answer_accuracy,
+    per_candidate_precision_recall,
 )
+from embervlm.evaluation.sharing import Journal, Task, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
+from embervlm.training.engine import World
 
 BATCH_SIZE = 64
-EVAL_FORMAT = 1
+CALIBRATION_RECORDS = 200
+"""Of the val split, to fit the temperature of `confidence` on."""
+EXPLAIN_BATCH = 16
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
+COMPARISONS = {
+    "direct": "stage4_direct_accuracy", "swapped": "swapped_image_accuracy", "blind": "blind_accuracy",
+    "same_samples": "no_reasoning_accuracy", "same_time": "no_reasoning_same_time_accuracy",
+}  # fmt: skip
+"""What else is asked, and the name of its accuracy."""
+METRICS = (
+    *CHAIN_METRICS, "final_answer_accuracy", "head_accuracy", "head_agreement", "unparseable_share",
+    *COMPARISONS.values(),
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -44,6 +66,8 @@ class EvalData:
     pictures: PictureCache
     scorer: ChainScorer
     domains: Mapping[str, frozenset[str]]
+    val: list[ReasoningRecord] = field(default_factory=list)
+    """Where the split is another one: records to calibrate on."""
 
 
 @dataclass(kw_only=True)
@@ -58,8 +82,27 @@ class Evaluation:
     allow_outside: bool | None = None
     decoding: Decoding = field(default_factory=Decoding)
     compare: bool = True
-    """Also the baselines and the swapped picture, not only the chains."""
+    """Also the baselines, no picture and the swapped picture, not only the chains."""
+    explained: int = 0
+    """Samples that also get their attention and the validator's scores."""
+    faithfulness_samples: int = NUM_SAMPLES
+    """Records of which it is also asked whether the answer comes from the chain; 0, or without `compare`: none."""
     progress: bool = True
+    world: World | None = None
+    """The processes that share the work; None is this one alone."""
+    similarity: str = EMBEDDED
+    entailment: str = EMBEDDED
+    """Who judges the chains: `embedded`, or the id or folder of a model."""
+    partial: Path | None = None
+    """Folder that keeps finished batches until the evaluation is written."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ConfigError(f"--num_samples {self.num_samples}: there is nothing to evaluate; give at least 1")
+        if self.explained < 0:
+            raise ConfigError(f"--explain_samples {self.explained}: give 0 or more")
+        if self.faithfulness_samples < 0:
+            raise ConfigError(f"--faithfulness_samples {self.faithfulness_samples}: give 0 or more")
 
 
 def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: Any) -> dict[str, Any]:
@@ -68,58 +111,156 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     The result is what `select_best` reads. See `Evaluation` for the options.
     """
     options.setdefault("compare", False)
-    result, _ = evaluate(Evaluation(checkpoint=Path(checkpoint), split=split, **options))
-    path = run_dir.eval_path(checkpoint, split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_dir.write_json_atomic(path, result)
+    job = Evaluation(checkpoint=Path(checkpoint), split=split, **options)
+    result, _ = evaluate(job)
+    if job.world is None or job.world.rank == 0:
+        run_dir.write_json_atomic(run_dir.eval_path(checkpoint, split), result)
     return result
 
 
 def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result and one sample per record, with picture, chain, answers and scores."""
-    model = load_model(job.checkpoint)
+    """The result (on every process), and on process 0 one sample per record: picture, chain, answers and scores."""
+    world = job.world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    models = _Models(world.device)
+    model = models(job.checkpoint)
     data = load_eval_data(job, model.config.image_size)
-    bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=not job.progress)
-    results = _answer(model, data, data.records, job.decoding, bar)
-    samples = [_score(record, result, data) for record, result in zip(data.records, results)]
-    metrics: dict[str, float | None] = {name: _mean(s["scores"][name] for s in samples) for name in CHAIN_METRICS}
-    metrics["final_answer_accuracy"] = _mean(float(s["correct"]) for s in samples)
-    metrics["head_accuracy"] = _mean(
-        final_answer_accuracy(s.get("head_answer", ()), s["gold_answer"]) for s in samples
-    )  # fmt: skip
-    metrics["head_agreement"] = _mean(
-        final_answer_accuracy(s.get("head_answer", ()), s["answer_set"]) for s in samples
-    )  # fmt: skip
-    metrics["unparseable_share"] = _mean(float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples)
-    metrics["stage4_direct_accuracy"] = metrics["swapped_image_accuracy"] = None
-    metrics["no_reasoning_accuracy"] = metrics["no_reasoning_same_time_accuracy"] = None
-    if job.compare:
-        direct = dataclasses.replace(job.decoding, form="direct", max_new_tokens=48)
-        metrics["stage4_direct_accuracy"] = _accuracy(model, data, data.records, direct, bar)
-        swapped = swap_pictures(data.records)
-        metrics["swapped_image_accuracy"] = _accuracy(model, data, swapped, job.decoding, bar) if swapped else None
-        for key, name in (("no_reasoning_accuracy", "same_samples"), ("no_reasoning_same_time_accuracy", "same_time")):
-            if (path := baseline_of(job.checkpoint, name)) is not None:
-                metrics[key] = _accuracy(load_model(path), data, data.records, direct, bar)
+    passes = _passes(job, data, reasons=model.config.stage != 3)
+    journal = Journal(job.partial, _digest(job, passes), world)
+    bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=not job.progress or world.rank > 0)
+    tasks = [task for name in passes for task in _answer_tasks(name, passes[name], data.pictures)]
+    answers = share_out([*tasks, *_validator_tasks(model, job.checkpoint, data)], models, world, journal, bar)
+    results = {name: _in_order(name, passes[name], answers) for name in passes}
+    chains = results["chains"]
+    reasons = model.config.stage != 3
+    faithfulness = None
+    if reasons and job.compare and job.faithfulness_samples:
+        own = [chain["reasoning_steps"] for chain in chains]
+        faithfulness = Faithfulness(data.records, own, job.faithfulness_samples)
+    later = _explain_tasks(job, data, chains) if reasons else []
+    if faithfulness is not None:
+        later += faithfulness.tasks(
+            job.checkpoint, lambda model, records: see(model, data.pictures, records), job.decoding
+        )
+    explained = share_out(later, models, world, journal, bar)
     bar.close()
-    result = {
-        "format": EVAL_FORMAT,
-        "checkpoint": str(job.checkpoint),
-        "split": job.split,
-        "num_samples": len(samples),
-        "decoding": dataclasses.asdict(job.decoding),
-        "backend": data.scorer.backends.record,
-        "metrics": metrics,
-        "targets": compare_with_targets(metrics),
-        "accuracy_by_complexity": by_complexity(samples),
-        "validator": validator_accuracy(model, data),
-    }
-    return result, samples
+    result: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+    if world.rank == 0:
+        samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
+        details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
+        _complete(samples, data, results, details)
+        result = _result(job, model, data, samples, results, passes, answers)
+        if faithfulness is not None:
+            swapped = result["metrics"]["swapped_image_accuracy"]
+            result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
+    return world.broadcast(result), samples
 
 
-def load_model(checkpoint: Path) -> EmberVLM:
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """One way of asking: which model, which records with which pictures, and for what."""
+
+    checkpoint: Path
+    records: Sequence[ReasoningRecord]
+    decoding: Decoding
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """Places of the records; those of like length are answered together."""
+        own = self.records
+        order = sorted(range(len(own)), key=lambda i: (len(own[i].steps), len(own[i].instruction)))
+        return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+
+
+def _passes(job: Evaluation, data: EvalData, reasons: bool) -> dict[str, _Pass]:
+    def asked(records: Sequence[ReasoningRecord], checkpoint: Path = job.checkpoint, **decoding: Any) -> _Pass:
+        settings = dataclasses.replace(job.decoding, **decoding)
+        return _Pass(checkpoint=checkpoint, records=records, decoding=settings)
+
+    direct: dict[str, Any] = {"form": "direct", "max_new_tokens": 48}
+    out = {"chains": asked(data.records)}
+    if not job.compare:
+        return out
+    if data.val and reasons:
+        out["calibration"] = asked(data.val)
+    out["direct"] = asked(data.records, **direct)
+    if swapped := swap_pictures(data.records):
+        out["swapped"] = asked(swapped)
+    if any(record.image for record in data.records):
+        out["blind"] = asked([dataclasses.replace(record, image=None) for record in data.records])
+    for name in ("same_samples", "same_time"):
+        if (path := baseline_of(job.checkpoint, name)) is not None:
+            out[name] = asked(data.records, path, **direct)
+    return out
+
+
+def _answer_tasks(name: str, asked: _Pass, pictures: PictureCache) -> list[Task]:
+    def task(number: int, batch: list[int]) -> Task:
+        records = [asked.records[index] for index in batch]
+        return Task(
+            name=name, number=number, checkpoint=asked.checkpoint, num_records=len(batch),
+            run=lambda model: answer(model, pictures, records, asked.decoding),
+        )  # fmt: skip
+
+    return [task(number, batch) for number, batch in enumerate(asked.batches)]
+
+
+def _in_order(name: str, asked: _Pass, answers: Mapping[tuple[str, int], Any]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = [{} for _ in asked.records]
+    for number, batch in enumerate(asked.batches):
+        for index, found in zip(batch, answers[name, number]):
+            out[index] = found
+    return out
+
+
+def answer(
+    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord], decoding: Decoding
+) -> list[dict[str, Any]]:
+    """Model output for a batch of records."""
+    visual, seen = see(model, pictures, records)
+    own = [record.metadata.get("candidates") or () for record in records]
+    return generate_from_visual(model, visual, seen, [record.instruction for record in records], decoding, own)
+
+
+@torch.inference_mode()
+def see(
+    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Visual tokens of the records' pictures, and which have one."""
+    model.eval()
+    device = model.projection.norm.weight.device
+    size = model.config.image_size
+    blank = np.zeros((size, size, 3), dtype=np.uint8)
+    pixels = np.stack([pictures[record.image] if record.image else blank for record in records])
+    mask = torch.tensor([record.image is not None for record in records], device=device)
+    return model.see(model.normalise(torch.from_numpy(pixels).to(device))), mask
+
+
+class _Models:
+    """Loaded models, by checkpoint."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._loaded = device, dict[Path, EmberVLM]()
+
+    def __call__(self, checkpoint: Path) -> EmberVLM:
+        if checkpoint not in self._loaded:
+            model = load_model(checkpoint, self._device)
+            model.confidence_temperature = 1.0  # it is fitted anew
+            self._loaded[checkpoint] = model
+        return self._loaded[checkpoint]
+
+
+def load_model(checkpoint: Path, device: torch.device | None = None) -> EmberVLM:
     model = EmberVLM.from_pretrained(checkpoint)
-    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[no-any-return, arg-type]
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device)  # type: ignore[no-any-return, arg-type]
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
 
 
 def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
@@ -137,20 +278,28 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         image_root=job.image_root or made_with.get("image_root"),
         allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
     ))  # fmt: skip
-    records = list(splits[job.split])
-    if not records:
+    if not splits[job.split]:  # type: ignore[index]
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
-    if job.num_samples is not None and job.num_samples < len(records):
-        chosen = np.random.default_rng(0).permutation(len(records))[: max(1, job.num_samples)]
-        records = [records[index] for index in sorted(chosen)]
+    records = _some(splits[job.split], job.num_samples)  # type: ignore[index]
     reference = splits["train"] or records
     domains = fact_domains([*reference, *records])
+    val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
     return EvalData(
         records=records,
-        pictures=PictureCache([r.image for r in records if r.image], image_size),
-        scorer=ChainScorer.fit([r.steps for r in reference], domains),
+        pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
+        scorer=ChainScorer.fit(
+            [r.steps for r in reference if r.steps], domains, similarity=job.similarity, entailment=job.entailment
+        ),
         domains=domains,
+        val=val,
     )
+
+
+def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:
+    """At most `count`, the same ones every time."""
+    if count is None or count >= len(records):
+        return list(records)
+    return [records[index] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
 
 
 def _training_config(checkpoint: Path) -> dict[str, Any]:
@@ -161,10 +310,10 @@ def _training_config(checkpoint: Path) -> dict[str, Any]:
 def baseline_of(checkpoint: Path, name: str) -> Path | None:
     """The no-reasoning baseline `name` of the run that `checkpoint` belongs to, where it has been trained."""
     config = _training_config(checkpoint)
-    if "output_dir" not in config:
-        return None
-    path = run_dir.checkpoint_path(Path(config["output_dir"]) / "baseline" / name, None)
-    return path if (path / "COMPLETE").exists() else None
+    outputs = [checkpoint.absolute().parents[2]] if len(checkpoint.absolute().parents) > 2 else []  # of a moved run too
+    outputs += [Path(config["output_dir"])] if "output_dir" in config else []
+    paths = [run_dir.checkpoint_path(output / "baseline" / name, None) for output in outputs]
+    return next((path for path in paths if (path / run_dir.COMPLETE).exists()), None)
 
 
 def swap_pictures(records: Sequence[ReasoningRecord]) -> list[ReasoningRecord]:
@@ -184,43 +333,21 @@ def _scene(record: ReasoningRecord) -> str:
     return str(record.metadata.get("split_group") or record.image)
 
 
-def _answer(
-    model: EmberVLM, data: EvalData, records: Sequence[ReasoningRecord], decoding: Decoding, bar: Any
-) -> list[dict[str, Any]]:
-    """Model output for every record, in its order. Records of like length are answered together."""
-    bar.total += len(records)
-    order = sorted(range(len(records)), key=lambda i: (len(records[i].steps), len(records[i].instruction)))
-    out: list[dict[str, Any]] = [{} for _ in records]
-    for start in range(0, len(order), BATCH_SIZE):
-        part = order[start : start + BATCH_SIZE]
-        visual, seen = see(model, data.pictures, [records[index] for index in part])
-        own = [records[index].metadata.get("candidates") or () for index in part]
-        answers = generate_from_visual(model, visual, seen, [records[i].instruction for i in part], decoding, own)
-        for index, answer in zip(part, answers):
-            out[index] = answer
-        bar.update(len(part))
-    return out
+def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
+    """Of all that the answers depend on: weights, records, pictures by name, decoding."""
+    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained, job.faithfulness_samples]
+    for name, asked in passes.items():
+        manifest = asked.checkpoint / run_dir.COMPLETE
+        files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
+        weights = manifest.read_text("utf-8") if manifest.exists() else [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
+        ]  # fmt: skip
+        records = [(r.record_id, r.image, r.instruction, r.steps, r.answer) for r in asked.records]
+        about.append([name, str(asked.checkpoint), weights, records, dataclasses.asdict(asked.decoding)])
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
 
 
-@torch.inference_mode()
-def see(
-    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord]
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Visual tokens of the records' pictures, and which have one."""
-    model.eval()
-    device = model.projection.norm.weight.device
-    size = model.config.image_size
-    blank = np.zeros((size, size, 3), dtype=np.uint8)
-    pixels = np.stack([pictures[record.image] if record.image else blank for record in records])
-    mask = torch.tensor([record.image is not None for record in records], device=device)
-    return model.see(model.normalise(torch.from_numpy(pixels).to(device))), mask
-
-
-def _accuracy(
-    model: EmberVLM, data: EvalData, records: Sequence[ReasoningRecord], decoding: Decoding, bar: Any
-) -> float:
-    results = _answer(model, data, records, decoding, bar)
-    return _mean(final_answer_accuracy(r["answer_set"], record.answer) for r, record in zip(results, records))
+# -- what comes out --------------------------------------------------------------------------------------------------
 
 
 def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -> dict[str, Any]:
@@ -230,53 +357,188 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         answer=frozenset(result["answer_set"]), gold_answer=frozenset(record.answer),
         candidates=frozenset(record.metadata.get("candidates") or ROBOTS),
     )  # fmt: skip
+    scores = data.scorer.score(result["reasoning_steps"], context)
+    boxes = known_boxes(record.metadata)
     return {
         "id": record.record_id, "image": record.image, "instruction": record.instruction,
-        "complexity": record.metadata.get("complexity"), "gold_steps": list(record.steps),
-        "gold_answer": list(record.answer), **result,
+        "complexity": record.metadata.get("complexity"), "question_kind": record.metadata.get("question_kind"),
+        "gold_steps": list(record.steps), "gold_answer": list(record.answer), **result,
         "correct": bool(final_answer_accuracy(result["answer_set"], record.answer)),
-        "scores": data.scorer.score(result["reasoning_steps"], context),
+        "step_types": list(record.metadata.get("step_types") or ()) or None,
+        "completeness_by_type": scores.pop("completeness_by_type"),
+        "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
+        "validator_scores": None, "attention": None,
     }  # fmt: skip
 
 
-def _mean(values: Any) -> float:
-    found = list(values)
-    return float(np.mean(found)) if found else 0.0
+def _complete(
+    samples: list[dict[str, Any]], data: EvalData, results: Mapping[str, Sequence[Mapping[str, Any]]],
+    details: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Beside each sample what the baseline answered, and for the first ones what the chain looked at."""
+    for sample, record, direct in zip(samples, data.records, results.get("same_samples", ())):
+        right = bool(final_answer_accuracy(direct["answer_set"], record.answer))
+        sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
+    for sample, detail in zip(samples, details):
+        sample |= detail
 
 
-def by_complexity(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Answer accuracy for each complexity that the records name."""
-    groups: dict[str, list[float]] = {}
+def _result(
+    job: Evaluation, model: EmberVLM, data: EvalData, samples: list[dict[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, Any]]], passes: Mapping[str, _Pass],
+    answers: Mapping[tuple[str, int], Any],
+) -> dict[str, Any]:  # fmt: skip
+    values = _values(samples, results, passes)
+    metrics = {name: _mean(found) for name, found in values.items()}
+    state = job.checkpoint / "state.json"
+    about = run_dir.read_json(state) if state.exists() else {}
+    calibrated = _calibrate(job, data, samples, results)
+    return {
+        "format": run_dir.EVAL_FORMAT,
+        "embervlm_version": __version__,
+        "checkpoint": str(job.checkpoint),
+        "step": about.get("step"),
+        "phase": about.get("settings", {}).get("phase"),
+        "split": job.split,
+        "num_samples": len(samples),
+        "decoding": dataclasses.asdict(job.decoding),
+        "backend": data.scorer.backends.record,
+        "metrics": metrics,
+        "intervals": {name: list(bootstrap_interval(found)) for name, found in values.items() if found},
+        "gains": gains(values),
+        "targets": compare_with_targets(metrics),
+        "accuracy_by_complexity": {name: row["reasoning"] for name, row in by(samples, "complexity").items()},
+        "impact_by_complexity": by(samples, "complexity"),
+        "accuracy_by_question_kind": by(samples, "question_kind"),
+        "per_candidate": per_candidate_precision_recall(
+            [s["answer_set"] for s in samples], [s["gold_answer"] for s in samples]
+        ),
+        "calibration": calibrated,
+        "faithfulness": None,
+        "validator": _validator_accuracy(answers),
+    }
+
+
+def _values(
+    samples: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, Any]]],
+    passes: Mapping[str, _Pass],
+) -> dict[str, list[float]]:  # fmt: skip
+    """Each metric's value for every record; [] where it was not measured."""
+    values: dict[str, list[float]] = {name: [_finite(s["scores"][name]) for s in samples] for name in CHAIN_METRICS}
+    values["final_answer_accuracy"] = [float(s["correct"]) for s in samples]
+    for name, other in (("head_accuracy", "gold_answer"), ("head_agreement", "answer_set")):
+        values[name] = [final_answer_accuracy(s.get("head_answer", ()), s[other]) for s in samples]
+    values["unparseable_share"] = [float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples]
+    for name, metric in COMPARISONS.items():
+        asked = passes[name].records if name in passes else ()
+        found = results.get(name, ())
+        values[metric] = [final_answer_accuracy(r["answer_set"], o.answer) for r, o in zip(found, asked)]
+    return values
+
+
+def _finite(value: float) -> float:
+    """A score that is no number counts as 0: it is a fault of the chain or of the scorer, and is never skipped."""
+    return float(value) if np.isfinite(value) else 0.0
+
+
+def gains(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """How much more often the chains' answer is right than each comparison's, record by record."""
+    final = values["final_answer_accuracy"]
+    out = {}
+    for metric in COMPARISONS.values():
+        other = values[metric]
+        if other and len(other) == len(final):
+            difference = [a - b for a, b in zip(final, other)]
+            out[metric] = {"gain": _mean(difference), "interval": list(bootstrap_interval(difference))}
+    return out
+
+
+def _calibrate(
+    job: Evaluation, data: EvalData, samples: list[dict[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Fit on val, set the samples' `confidence`, and leave the temperature where `from_pretrained` finds it."""
+    if job.split == "val":
+        fitted_on, gold = results["chains"], [record.answer for record in data.records]
+    elif "calibration" in results:
+        fitted_on, gold = results["calibration"], [record.answer for record in data.val]
+    else:
+        return None
+    right = [bool(final_answer_accuracy(r["answer_set"], answer)) for r, answer in zip(fitted_on, gold)]
+    found = calibration(fitted_on, right, results["chains"], [s["correct"] for s in samples])
+    if found is not None:
+        for sample, sure in zip(samples, confidences(results["chains"], found["temperature"])):
+            sample["confidence"] = sure
+        kept = {name: found[name] for name in ("split_fitted", "num_fitted", "temperature")}
+        run_dir.write_json_atomic(run_dir.calibration_path(job.checkpoint), kept)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def by(samples: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """For each value of `key`: number of records, and accuracy with reasoning and without (None: not measured)."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
-        groups.setdefault(str(sample["complexity"]), []).append(float(sample["correct"]))
-    return {name: _mean(values) for name, values in sorted(groups.items())}
+        groups.setdefault(str(sample[key]), []).append(sample)
+    return {
+        name: {
+            "num": len(group),
+            "reasoning": _mean([float(s["correct"]) for s in group]),
+            "no_reasoning": _mean([float(s["without_reasoning"]["correct"]) for s in group if s["without_reasoning"]]),
+        }
+        for name, group in sorted(groups.items())
+    }
+
+
+# -- validator and attention ------------------------------------------------------------------------------------------
+
+
+def _validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: int = 0) -> list[Task]:
+    """The step validator's verdicts on gold steps and on each kind of negative."""
+    assert model.tokenizer is not None
+    if model.config.stage == 3:
+        return []
+    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid, max_length=10**6)
+    maker = PairMaker(data.records, samples, model.tokenizer)
+
+    def judge(start: int) -> Callable[[EmberVLM], dict[str, list[bool]]]:
+        return lambda judging: _verdicts(judging, data, maker, samples[start : start + BATCH_SIZE], start, seed)
+
+    return [
+        Task(name="validator", number=number, checkpoint=checkpoint, num_records=0, run=judge(start))
+        for number, start in enumerate(range(0, len(samples), BATCH_SIZE))
+    ]
 
 
 @torch.inference_mode()
-def validator_accuracy(model: EmberVLM, data: EvalData, seed: int = 0) -> dict[str, float]:
-    """Balanced accuracy of the step validator for each kind of negative, on the gold chains of the split."""
-    import random
+def _verdicts(
+    model: EmberVLM, data: EvalData, maker: PairMaker, part: Sequence[Any], start: int, seed: int
+) -> dict[str, list[bool]]:
+    visual, seen = see(model, data.pictures, [data.records[sample.record] for sample in part])
+    pairs = [
+        (row, sample, pair)
+        for row, sample in enumerate(part)
+        for pair in maker.pairs(sample, random.Random(f"{seed}:{start + row}"), NEGATIVE_KINDS)
+    ]
+    rows = torch.tensor([row for row, _, _ in pairs], device=visual.device)
+    texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs]
+    inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
+    logits = model.judge_steps(visual[rows], seen[rows], **inputs)
+    out: dict[str, list[bool]] = {}
+    for (_, _, pair), logit in zip(pairs, logits.tolist()):
+        out.setdefault(pair.kind, []).append(logit > 0)
+    return out
 
-    assert model.tokenizer is not None
-    if model.config.stage == 3:
-        return {}
-    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid, max_length=10**6)
-    maker = PairMaker(data.records, samples, model.tokenizer)
+
+def _validator_accuracy(answers: Mapping[tuple[str, int], Any]) -> dict[str, float]:
+    """Balanced accuracy of the step validator for each kind of negative."""
     predictions: dict[str, list[bool]] = {}
-    for start in range(0, len(samples), BATCH_SIZE):
-        part = samples[start : start + BATCH_SIZE]
-        visual, seen = see(model, data.pictures, [data.records[s.record] for s in part])
-        pairs = [
-            (row, sample, pair)
-            for row, sample in enumerate(part)
-            for pair in maker.pairs(sample, random.Random(f"{seed}:{start + row}"), NEGATIVE_KINDS)
-        ]
-        rows = torch.tensor([row for row, _, _ in pairs], device=visual.device)
-        texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs]
-        inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
-        logits = model.judge_steps(visual[rows], seen[rows], **inputs)
-        for (_, _, pair), logit in zip(pairs, logits.tolist()):
-            predictions.setdefault(pair.kind, []).append(logit > 0)
+    for (name, _), found in answers.items():
+        for kind, verdicts in found.items() if name == "validator" else ():
+            predictions.setdefault(kind, []).extend(verdicts)
     valid = predictions.get("valid", [])
     return {
         kind: balanced_accuracy([True] * len(valid) + [False] * len(found), valid + found)
@@ -285,14 +547,20 @@ def validator_accuracy(model: EmberVLM, data: EvalData, seed: int = 0) -> dict[s
     }
 
 
-def perception_accuracy(model: EmberVLM, data: EvalData) -> dict[str, float]:
-    """Share of the scene's facts that the model's caption states rightly, for each fact: can it see?"""
-    bar = progress_bar(total=0, disable=True)
-    described = [record for record in data.records if record.metadata.get("scene") and record.image]
-    asked = [dataclasses.replace(record, instruction=CAPTION_PROMPT) for record in described]
-    results = _answer(model, data, asked, Decoding(form="text", max_new_tokens=64), bar)
-    right: dict[str, list[float]] = {}
-    for record, result in zip(described, results):
-        for name, value in record.metadata["scene"].items():
-            right.setdefault(name, []).append(float(f"{name} is {value}" in result["text"]))
-    return {name: _mean(values) for name, values in right.items()}
+def _explain_tasks(job: Evaluation, data: EvalData, chains: Sequence[Mapping[str, Any]]) -> list[Task]:
+    def explain(places: range) -> Callable[[EmberVLM], list[dict[str, Any]]]:
+        records = [data.records[place] for place in places]
+        steps = [chains[place]["reasoning_steps"] for place in places]
+        return lambda model: explain_chains(
+            model, *see(model, data.pictures, records), [record.instruction for record in records], steps
+        )
+
+    last = min(job.explained, len(data.records))
+    starts = range(0, last, EXPLAIN_BATCH)
+    return [
+        Task(
+            name="explained", number=number, checkpoint=job.checkpoint, num_records=0,
+            run=explain(range(start, min(start + EXPLAIN_BATCH, last))),
+        )
+        for number, start in enumerate(starts)
+    ]  # fmt: skip

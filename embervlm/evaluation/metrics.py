@@ -213,6 +213,7 @@ class ChainScorer:
             "logical_flow_score": flow,
             "final_answer_accuracy": final_answer_accuracy(context.answer, gold) if gold else None,
             "adjacent_similarity": chain.adjacent_similarity,
+            "completeness_by_type": chain.completeness_by_type,
             "parts": {name: round(value, 6) for name, value in chain.parts.items()},
             "reasons": chain.reasons,
         }
@@ -224,6 +225,7 @@ class _Chain:
     def __init__(self, steps: list[str], context: ChainContext, scorer: ChainScorer) -> None:
         self.steps, self.context, self.scorer = steps, context, scorer
         self.parts: dict[str, float] = {}
+        self.completeness_by_type: dict[str, float] = {}
         self.empty = not any(content_words(step) for step in steps)
         answer = ", ".join(sorted(context.answer))
         known = [f"{name} is {value}." for name, value in context.facts.items()]
@@ -440,7 +442,7 @@ class _Chain:
         filled = Counter(types[row] for row, column in zip(rows, columns, strict=True) if fits[row, column])
         slots = Counter(types)
         coverage = {name: filled[name] / count for name, count in slots.items()}
-        self.parts |= {f"coverage_{name}": share for name, share in coverage.items()}
+        self.completeness_by_type = coverage
         return sum(coverage.values()) / len(slots)
 
     def _type_coverage(self, usable: Sequence[int]) -> float:
@@ -461,7 +463,9 @@ class _Chain:
                     types.add("solution_selection")
             fits[:, column] = [name in types for name in STEP_TYPES]
         rows, columns = linear_sum_assignment(fits, maximize=True)
-        return float(fits[rows, columns].sum()) / len(STEP_TYPES)
+        filled = {row for row, column in zip(rows, columns, strict=True) if fits[row, column]}
+        self.completeness_by_type = {name: float(row in filled) for row, name in enumerate(STEP_TYPES)}
+        return len(filled) / len(STEP_TYPES)
 
     def _grounds(self, usable: Sequence[int]) -> float:
         """1 - 0.5^k for the k sound steps on which the conclusion builds, directly or by way of others."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
@@ -62,6 +63,7 @@ class EmberVLM(PreTrainedModel):
         self.reasoning_module = ReasoningModule(config, hidden, self.vision_encoder.num_visual_tokens)
         self.tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
+        self.confidence_temperature = 1.0
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Every part initialises itself when it is built."""
@@ -164,17 +166,26 @@ class EmberVLM(PreTrainedModel):
             hidden = self.language_model(embeds, mask.long(), position_ids, cache)[:, num_visual:]
         return hidden
 
-    def refine(self, hidden: Tensor, input_ids: Tensor, visual: Tensor, image_mask: Tensor, **kwargs: Any) -> Any:
-        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the language model."""
-        added, own = self._added(input_ids)
-        hidden = hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
+    def refine(
+        self, hidden: Tensor, input_ids: Tensor | None, visual: Tensor, image_mask: Tensor, **kwargs: Any
+    ) -> Any:
+        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the language model.
+
+        `input_ids` None: none of them is a token of Stage 4.
+        """
+        if input_ids is not None:
+            added, own = self._added(input_ids)
+            hidden = hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
         return self.reasoning_module.reasoning_head(hidden, visual, image_mask, **kwargs)
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores `[..., base vocabulary + Stage 4 tokens]`."""
+        return torch.cat(self.token_scores(hidden), dim=-1)
+
+    def token_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the base vocabulary and those of Stage 4's tokens, apart."""
         base = self.language_model.logits(hidden)[..., : self._base_vocab_size]
-        added = hidden @ self.reasoning_module.reasoning_head.token_embedding.weight.T
-        return torch.cat([base, added], dim=-1)
+        return base, hidden @ self.reasoning_module.reasoning_head.token_embedding.weight.T
 
     def candidate_embeddings(self, candidate_ids: Tensor) -> Tensor:
         """Mean token embedding of each candidate, from ids padded with -1: `[..., length] -> [..., hidden]`."""
@@ -325,6 +336,8 @@ class EmberVLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> EmberVLM:
         """The model in a checkpoint folder (or of a hub id), ready to answer.
 
+        Where the checkpoint has been evaluated, its `confidence` is calibrated with what was fitted then.
+
         Raises:
             CheckpointError: names the file that is missing, damaged, or of another model size.
         """
@@ -336,6 +349,8 @@ class EmberVLM(PreTrainedModel):
         model = cls(config)
         load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
+        if (calibration := run_dir.calibration_path(folder)).exists():
+            model.confidence_temperature = float(run_dir.read_json(calibration)["temperature"])
         return model.eval()
 
     def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import parse_answer
 from embervlm.data.images import load_image
 from embervlm.data.tokenizer import DIRECT_PROMPT
+from embervlm.model.cache import keep_rows, roomy_cache
 
 if TYPE_CHECKING:
     from embervlm.model.embervlm import EmberVLM
@@ -96,12 +97,14 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
 @torch.inference_mode()
 def generate_from_visual(
     model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
-    own_candidates: Sequence[Sequence[str]] = (),
+    own_candidates: Sequence[Sequence[str]] = (), begun: Sequence[Sequence[int]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The same from visual tokens `[batch, num_visual_tokens, hidden]`.
 
     Args:
         own_candidates: for each instruction the answers to choose among; where empty, those of `decoding`.
+        begun: for each instruction the ids of a chain, behind its start, that the model goes on from; the results'
+            steps begin with it.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -109,7 +112,9 @@ def generate_from_visual(
     default = decoding.candidates or tuple(model.config.candidates)
     choices = [tuple(own) or default for own in own_candidates] or [default] * len(instructions)
     if decoding.reasoning:
-        prompts = [[*tokenizer.encode(text), tokenizer.ids["<|reasoning_start|>"]] for text in instructions]
+        begun = begun or [()] * len(instructions)
+        start = tokenizer.ids["<|reasoning_start|>"]
+        prompts = [[*tokenizer.encode(text), start, *ids] for text, ids in zip(instructions, begun)]
     else:
         suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
@@ -119,7 +124,7 @@ def generate_from_visual(
     results = []
     for row, ids in enumerate(generated):
         if decoding.reasoning:
-            steps, text = tokenizer.parse_generated(ids)
+            steps, text = tokenizer.parse_generated([*begun[row], *ids])
         else:
             end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
             steps, text = [], tokenizer.decode(ids[:end]).strip()
@@ -130,92 +135,122 @@ def generate_from_visual(
             "answer": ", ".join(answer) if answer else (text or ""),
             "answer_set": list(answer),
             "text": text or "",
-            "confidence": float(torch.tensor(log_probs[row]).exp()),
+            "confidence": math.exp(log_probs[row]) if text else 0.0,
             "num_tokens": len(ids),
         }
         if head is not None:
             result["head_probabilities"] = dict(zip(candidates, head[row]))
             chosen = [name for name, p in zip(candidates, head[row]) if p > 0.5]
             result["head_answer"] = chosen or [candidates[max(range(len(candidates)), key=lambda i: head[row][i])]]
-            if answer:  # how sure the answer head is of just this set
-                likely = [p if name in answer else 1 - p for name, p in zip(candidates, head[row])]
-                result["confidence"] = float(torch.tensor(likely).prod())
+            if answer:
+                result["confidence"] = set_confidence(
+                    result["head_probabilities"], answer, model.confidence_temperature
+                )  # fmt: skip
         results.append(result)
     return results
 
 
+def set_confidence(probabilities: Mapping[str, float], answer: Collection[str], temperature: float = 1.0) -> float:
+    """How sure the answer head is of exactly the set `answer`: of each candidate in it, and of no other.
+
+    Args:
+        temperature: divides the head's logits; above 1 it is less sure than it said.
+    """
+    log_confidence = 0.0
+    for name, probability in probabilities.items():
+        p = min(max(probability, 1e-15), 1 - 1e-15)
+        logit = (math.log(p) - math.log1p(-p)) / temperature
+        log_confidence -= math.log1p(math.exp(-logit if name in answer else logit))
+    return math.exp(log_confidence)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One text being written."""
+
+    place: int
+    """In the batch that was asked for."""
+    num_steps: int
+    concluded: bool
+    in_answer: bool
+    ids: list[int] = field(default_factory=list)
+    answer_log_prob: float = 0.0
+    done: bool = False
+
+
 class _Writer:
-    """One batch being written. Sequences are padded on the left of the text, behind the visual tokens."""
+    """One batch being written. Sequences are padded on the left of the text, behind the visual tokens.
+
+    What a token means is followed in Python, row by row: that waits for the device once a token, and costs less than
+    the dozens of small tensor operations it would take there. Rows that are done leave the batch in groups.
+    """
 
     def __init__(
         self, model: EmberVLM, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
     ) -> None:
         assert model.tokenizer is not None
         self.model, self.visual, self.image_mask, self.decoding = model, visual, image_mask, decoding
-        self.ids = model.tokenizer.ids
-        self.end_ids = torch.tensor(
-            [self.ids["<|answer_end|>"], model.tokenizer.end_of_text], device=visual.device
-        )  # fmt: skip
+        self.ids, self.base = model.tokenizer.ids, model.tokenizer.base_vocab_size
+        self.end_ids = (self.ids["<|answer_end|>"], model.tokenizer.end_of_text)
         longest = max(map(len, prompts))
         self.input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=visual.device)
         lengths = torch.tensor([len(p) for p in prompts], device=visual.device)
         self.text_mask = torch.arange(longest, device=visual.device) >= longest - lengths[:, None]
-        self.language_cache, self.head_cache = DynamicCache(), DynamicCache()
-        self.conclusion_state: Tensor | None = None
-        self.use_head = decoding.reasoning or model.config.stage != 3
         self.generator = torch.Generator(visual.device).manual_seed(decoding.seed)
+        step, conclusion = self.ids["<|step|>"], self.ids["<|conclusion|>"]
+        self.everyone = [  # a prompt may hold a chain's beginning
+            _Row(place, prompt.count(step), conclusion in prompt, not decoding.reasoning)
+            for place, prompt in enumerate(prompts)
+        ]
+        self.rows = list(self.everyone)
+        room = visual.shape[1] + longest + decoding.max_new_tokens
+        self.language_cache, self.head_cache = roomy_cache(room), roomy_cache(room)
+        use_head = decoding.reasoning or model.config.stage != 3
+        head = model.reasoning_module.reasoning_head
+        self.looked = head.look(visual, image_mask, bool(image_mask.all())) if use_head else None
+        self.conclusion_state: Tensor | None = None
 
     def run(self) -> tuple[list[list[int]], list[float]]:
         """Generated ids without padding, and the log-probability of each row's answer part."""
-        batch, device = self.input_ids.shape[0], self.input_ids.device
-        hidden = self.model.read(self.visual, self.image_mask, self.input_ids, self.text_mask, self.language_cache)
-        length = self.input_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        head_mask = causal & self.text_mask[:, None, None, :]
-        head_mask = head_mask | torch.eye(length, dtype=torch.bool, device=device)  # a padded row must see something
-        hidden = self._refine(hidden, self.input_ids, head_mask)[:, -1:]
-        positions = self.image_mask.long() * self.visual.shape[1] + self.text_mask.sum(1)
-        num_visual = self.visual.shape[1]
-        room = self.decoding.max_new_tokens
+        hidden = self._read_prompts()
+        self.conclusion_state = hidden.clone()
+        num_visual, room = self.visual.shape[1], self.decoding.max_new_tokens
+        positions = (self.image_mask.long() * num_visual + self.text_mask.sum(1))[:, None]
         mask = torch.cat([self.image_mask[:, None].expand(-1, num_visual), self.text_mask], dim=1)
-        mask = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
-        done = torch.zeros(batch, dtype=torch.bool, device=device)
-        in_answer = torch.full_like(done, not self.decoding.reasoning)
-        concluded = torch.zeros_like(done)
-        num_steps = torch.zeros(batch, dtype=torch.long, device=device)
-        out = torch.full((batch, room), -1, dtype=torch.long, device=device)
-        answer_log_prob = torch.zeros(batch, device=device)
-        self.conclusion_state = hidden[:, 0].clone()
-        for index in range(room):
-            scores = self.model.token_logits(hidden[:, 0]).float()
-            full = concluded | (num_steps >= self.decoding.max_reasoning_steps - 1)
-            scores[:, self.ids["<|step|>"]].masked_fill_(full, -torch.inf)
-            scores[:, self.ids["<|conclusion|>"]].masked_fill_(concluded, -torch.inf)
-            token = self._choose(scores)
-            log_prob = scores.log_softmax(-1).gather(1, token[:, None])[:, 0]
-            answer_log_prob += torch.where(in_answer & ~done, log_prob, 0.0)
-            out[:, index] = torch.where(done, -1, token)
-            in_answer |= token == self.ids["<|answer_start|>"]
-            num_steps += token == self.ids["<|step|>"]
-            done |= torch.isin(token, self.end_ids)
-            if index % 8 == 7 and bool(done.all()):  # asking every step would wait for the device every step
+        seen = mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
+        padded = not bool(mask.all())
+        hidden_keys = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        for _ in range(room):
+            tokens, concluding, is_text = self._write(hidden)
+            alive = [place for place, row in enumerate(self.rows) if not row.done]
+            if not alive:
                 break
-            step_ids = token[:, None]
-            seen = num_visual + length + index + 1
-            embeds = self.model.embed(step_ids).to(self.visual.dtype)
-            hidden = self.model.language_model(embeds, mask[:, :seen].long(), positions[:, None], self.language_cache)
-            hidden = self._refine(hidden, step_ids, mask[:, None, None, num_visual:seen])
-            ends = token == self.ids["<|reasoning_end|>"]  # where the answer head reads a chain without conclusion
-            concludes = ((token == self.ids["<|conclusion|>"]) | ends) & ~done & ~concluded
-            concluded |= concludes
-            self.conclusion_state = torch.where(concludes[:, None], hidden[:, 0], self.conclusion_state)
+            if 4 * len(alive) <= 3 * len(self.rows):
+                kept = torch.tensor(alive, device=hidden.device)
+                tokens, positions, mask, hidden_keys = (t[kept] for t in (tokens, positions, mask, hidden_keys))
+                self._keep(alive, kept)
+            seen += 1
+            embeds = (self.model.language_model.embed if is_text else self.model.embed)(tokens)
+            unseen = hidden_keys[:, None, None, :seen] if padded else None
+            hidden = self.model.language_model.go_on(
+                embeds.to(hidden.dtype), mask[:, :seen], unseen, positions, self.language_cache
+            )
+            if self.looked is not None:
+                hidden, _ = self.model.refine(
+                    hidden[:, None], None if is_text else tokens[:, None], self.visual, self.image_mask,
+                    text_mask=None if unseen is None else unseen[..., num_visual:], looked=self.looked,
+                    cache=self.head_cache,
+                )  # fmt: skip
+                hidden = hidden[:, 0]
+            for row in concluding:
+                self.conclusion_state[row.place] = hidden[self.rows.index(row)]
             positions = positions + 1
-        rows = [[token for token in row if token >= 0] for row in out.tolist()]
-        return rows, answer_log_prob.tolist()
+        return [row.ids for row in self.everyone], [row.answer_log_prob for row in self.everyone]
 
     def head_probabilities(self, choices: Sequence[Sequence[str]]) -> list[list[float]] | None:
         """The answer head's probability of each candidate of each row, from the chain before its conclusion."""
-        if not all(choices) or not self.use_head or self.conclusion_state is None:
+        if not all(choices) or self.looked is None or self.conclusion_state is None:
             return None
         assert self.model.tokenizer is not None
         most = max(map(len, choices))
@@ -228,19 +263,66 @@ class _Writer:
         logits = self.model.reasoning_module.answer_head(
             self.conclusion_state, self.visual, self.image_mask, self.model.candidate_embeddings(ids)
         )
-        return [row[: len(names)] for row, names in zip(logits.sigmoid().tolist(), choices)]
+        return [row[: len(names)] for row, names in zip(logits.double().sigmoid().tolist(), choices)]
 
-    def _refine(self, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        if not self.use_head:
-            return hidden
-        return self.model.refine(
-            hidden, input_ids, self.visual, self.image_mask, text_mask=mask, cache=self.head_cache
-        )[0]
+    def _read_prompts(self) -> Tensor:
+        """State of each prompt's last token, `[batch, hidden]`."""
+        hidden = self.model.read(self.visual, self.image_mask, self.input_ids, self.text_mask, self.language_cache)
+        if self.looked is not None:
+            length, device = self.input_ids.shape[1], hidden.device
+            mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() & self.text_mask[:, None, None]
+            mask = mask | torch.eye(length, dtype=torch.bool, device=device)  # a padded row must see something
+            hidden, _ = self.model.refine(
+                hidden, self.input_ids, self.visual, self.image_mask, looked=self.looked, text_mask=mask,
+                cache=self.head_cache,
+            )  # fmt: skip
+        return hidden[:, -1]
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _write(self, hidden: Tensor) -> tuple[Tensor, list[_Row], bool]:
+        """The next token of each row, the rows that conclude with it, and whether all tokens are text."""
+        base, added = self.model.token_scores(hidden)
+        most = self.decoding.max_reasoning_steps - 1
+        if full := [place for place, row in enumerate(self.rows) if row.concluded or row.num_steps >= most]:
+            added[full, self.ids["<|step|>"] - self.base] = -torch.inf
+        if over := [place for place, row in enumerate(self.rows) if row.concluded]:
+            added[over, self.ids["<|conclusion|>"] - self.base] = -torch.inf
+        tokens = self._choose(base, added)
+        if answering := [place for place, row in enumerate(self.rows) if row.in_answer and not row.done]:
+            scores = torch.cat([base[answering], added[answering]], dim=-1).float()
+            found = scores.log_softmax(-1).gather(1, tokens[answering, None])[:, 0].tolist()
+            for place, log_prob in zip(answering, found):
+                self.rows[place].answer_log_prob += log_prob
+        concluding, is_text = [], True
+        for row, token in zip(self.rows, tokens.tolist()):
+            if token >= self.base:
+                is_text = False
+            if row.done:
+                continue
+            row.ids.append(token)
+            if token == self.ids["<|step|>"]:
+                row.num_steps += 1
+            elif token in (self.ids["<|conclusion|>"], self.ids["<|reasoning_end|>"]) and not row.concluded:
+                concluding.append(row)  # the answer head reads here, at the end where a chain has no conclusion
+                row.concluded = True
+            elif token == self.ids["<|answer_start|>"]:
+                row.in_answer = True
+            elif token in self.end_ids:
+                row.done = True
+        return tokens, concluding, is_text
+
+    def _keep(self, alive: Sequence[int], kept: Tensor) -> None:
+        self.rows = [self.rows[place] for place in alive]
+        keep_rows(self.language_cache, kept)
+        if self.looked is not None:
+            keep_rows(self.head_cache, kept)
+            self.looked = self.looked.rows(kept)
+
+    def _choose(self, base: Tensor, added: Tensor) -> Tensor:
         if self.decoding.temperature == 0:
-            return scores.argmax(-1)
-        probabilities = (scores / self.decoding.temperature).softmax(-1)
+            best, token = base.max(-1)
+            best_added, special = added.max(-1)
+            return torch.where(best_added > best, special + self.base, token)
+        probabilities = (torch.cat([base, added], dim=-1).float() / self.decoding.temperature).softmax(-1)
         if self.decoding.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             beyond = ordered.cumsum(-1) - ordered > self.decoding.top_p

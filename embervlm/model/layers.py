@@ -29,7 +29,8 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False
     ) -> Tensor:
-        """`mask`: bool, True where a query may look, broadcastable to `[batch, heads, queries, keys]`."""
+        """`mask`: bool, True where a query may look, or what is added to the scores; broadcastable to
+        `[batch, heads, queries, keys]`."""
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(query)), key, value, attn_mask=mask, is_causal=is_causal and mask is None
         )
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         return scores.softmax(-1).mean(1)
 
     def _split(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return states.view(*states.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):

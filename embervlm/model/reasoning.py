@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS
 from embervlm.data.tokenizer import SPECIAL_TOKENS
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.layers import Block
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a head's cross-attention needs of the pictures; the same for every token of a text."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    """For each layer."""
+    visible: Tensor | None
+    """`[batch, 1, 1, 1 + num_visual_tokens]` bool; None where every record has a picture."""
+
+    def rows(self, kept: Tensor) -> Looked:
+        """Of these rows of the batch."""
+        pairs = [(key[kept], value[kept]) for key, value in self.keys_values]
+        return Looked(pairs, None if self.visible is None else self.visible[kept])
 
 
 class ReasoningHead(nn.Module):
@@ -49,8 +65,8 @@ class ReasoningHead(nn.Module):
         visual_mask: Tensor,
         text_mask: Tensor | None = None,
         cache: Cache | None = None,
-        first_cache_layer: int = 0,
         want_attention: bool = False,
+        looked: Looked | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Refined hidden states, and where asked the last layer's attention to the picture.
 
@@ -58,29 +74,44 @@ class ReasoningHead(nn.Module):
             hidden: `[batch, length, hidden]` of the text positions.
             visual: `[batch, num_visual_tokens, hidden]`, projected.
             visual_mask: `[batch]` bool, False for a record without a picture.
-            text_mask: `[batch, 1, length, keys]` bool; None means causal without padding to the left.
-            cache: Key-value cache; the head's layers stand in it from `first_cache_layer` on.
+            text_mask: `[batch, 1, length, keys]` bool, or what is added to attention scores; None means causal without
+                padding to the left.
+            cache: Key-value cache of the head's layers.
             want_attention: Also return `[batch, length, num_visual_tokens]`, averaged over heads.
+            looked: What `look` gave for the pictures, to be used for many tokens.
         """
         states = self.input(hidden)
-        batch, num_visual = visual.shape[:2]
-        seen = torch.cat([self.nothing_seen.expand(batch, 1, -1).to(states.dtype), self.visual_input(visual)], dim=1)
-        visible = visual_mask[:, None].expand(batch, num_visual)
-        visible = torch.cat([torch.ones_like(visible[:, :1]), visible], dim=1)[:, None, None, :]
+        looked = looked or self.look(visual, visual_mask)
         attention = None
+        causal = text_mask is None and hidden.shape[1] > 1  # a single token may look at all that is cached
         for index, layer in enumerate(self.layers):
             normed = layer.self_norm(states)
             key, value = layer.self_attention.keys_values(normed)
             if cache is not None:
-                key, value = cache.update(key, value, first_cache_layer + index)
-            states = states + layer.self_attention(normed, key, value, text_mask, is_causal=text_mask is None)
+                key, value = cache.update(key, value, index)
+            states = states + layer.self_attention(normed, key, value, text_mask, is_causal=causal)
             normed = layer.cross_norm(states)
-            key, value = layer.cross_attention.keys_values(seen)
+            key, value = looked.keys_values[index]
             if want_attention and index == len(self.layers) - 1:
-                attention = layer.cross_attention.weights(normed, key, visible)[:, :, 1:]
-            states = states + layer.cross_attention(normed, key, value, visible)
+                attention = layer.cross_attention.weights(normed, key, looked.visible)[:, :, 1:]
+            states = states + layer.cross_attention(normed, key, value, looked.visible)
             states = states + layer.ffn(layer.ffn_norm(states))
         return hidden + self.output(self.norm(states)), attention
+
+    def look(self, visual: Tensor, visual_mask: Tensor, everyone_sees: bool = False) -> Looked:
+        """Keys and values of the pictures for every layer.
+
+        Args:
+            everyone_sees: every record has a picture, so that no mask is needed.
+        """
+        batch, num_visual = visual.shape[:2]
+        seen = self.visual_input(visual)
+        seen = torch.cat([self.nothing_seen.expand(batch, 1, -1).to(seen.dtype), seen], dim=1)
+        visible = None
+        if not everyone_sees:
+            visible = visual_mask[:, None].expand(batch, num_visual)
+            visible = torch.cat([torch.ones_like(visible[:, :1]), visible], dim=1)[:, None, None, :]
+        return Looked([layer.cross_attention.keys_values(seen) for layer in self.layers], visible)
 
 
 class StepValidator(nn.Module):

@@ -32,6 +32,31 @@ def metrics_table(eval_json: Mapping[str, Any]) -> str:
     return "\n".join([*about, "", *lines] if about else lines)
 
 
+def faithfulness_lines(block: Mapping[str, Any]) -> str:
+    """The `faithfulness` block of an evaluation in a few lines: what the answer follows."""
+    forced, planted = block["forced_prefix"], block["planted_mistake"]
+    cut = ", ".join(f"{float(part):.0%} of the chain {_share(value)}" for part, value in block["truncated"].items())
+    gained = " ".join("n/a" if value is None else f"{value:+.1f}" for value in block["information_gain"]["per_step"])
+    lines = [f"does the answer come from the chain? {block['num_samples']} records"]
+    for who, prefix in (("written answer", ""), ("answer head", "head_")):
+        follows = (
+            f"{label} {_share(forced[prefix + key])}"
+            for key, label in (("follows_text", "text"), ("follows_picture", "picture"), ("neither", "neither"))
+        )
+        lines.append(f"  another scene's facts put in ({forced['num']}), the {who} follows: {', '.join(follows)}")
+    lines += [
+        f"  a mistake planted ({planted['num']}): right all the same {_share(planted['accuracy'])}, "
+        f"follows the mistake {_share(planted['follows_mistake'])}",
+        f"  made to conclude early, right after {cut}",
+        f"  nats that each step adds to the gold answer: {gained}",
+    ]
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
 def _value(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "n/a"

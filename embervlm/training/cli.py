@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.training.signals import EXIT_REQUEUE, Preempted, listen
+from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
+from embervlm.run_dir import phase_dir
+from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
@@ -122,8 +124,30 @@ def main(argv: list[str] | None = None) -> None:
         if world.rank == 0:
             print(stopped, file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
+    except Exception:  # no user's mistake: a process of another node is gone, a device fails
+        traceback.print_exc()
+        sys.exit(EXIT_FAULT)
     finally:
         _leave()
+    if config.report and world.rank == 0 and "4" in stages:
+        write_run_report(config)
+
+
+def write_run_report(config: TrainConfig) -> None:
+    """Figures and pages of the run, and its figures in W&B. The run is trained: what fails here is only said."""
+    from embervlm.report.build import write_report
+    from embervlm.training.tracking import log_figures
+
+    try:
+        report = write_report(config.output_dir)
+        print(f"Report: {report.index}")
+        if config.wandb_project:
+            log_figures(
+                phase_dir(config.output_dir, 2), report.figures, project=config.wandb_project,
+                run_name=config.wandb_run_name,
+            )  # fmt: skip
+    except Exception as error:  # drawing and W&B raise what they like
+        print(f"no report ({type(error).__name__}: {error}); `embervlm report {config.output_dir}` tries again")
 
 
 def check_cluster(name: str | None, num_processes: int) -> None:

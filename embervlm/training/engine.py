@@ -52,7 +52,7 @@ class World:
             env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
             env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        local_rank = int(env.get("LOCAL_RANK", "0"))
+        local_rank = int(env.setdefault("LOCAL_RANK", "0"))  # DeepSpeed wants it also where a process is alone
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
             device = torch.device("cuda", torch.cuda.current_device())

@@ -16,7 +16,15 @@ from embervlm.data.augment import augment_cached
 from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.curriculum import records_of_epochs
-from embervlm.data.dataset import EpochPlan, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.dataset import (
+    EpochPlan,
+    Sample,
+    edit_facts,
+    encode_captions,
+    encode_direct,
+    encode_glossary,
+    encode_reasoning,
+)
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
@@ -146,7 +154,10 @@ class Run:
             raise ConfigError(f"curriculum: an epoch of phase {number} has chains above --max_reasoning_length only")
         plan = EpochPlan(
             main=samples,
-            mixed=((encode_direct(data.train, tokenizer), phase.direct_records_ratio),),
+            mixed=(
+                (encode_direct(data.train, tokenizer), phase.direct_records_ratio),
+                *self._edited(data.reasoning, samples, number, phase),
+            ),
             epochs=epochs,
             global_batch=stage.batch_size * stage.gradient_accumulation_steps * self.world.size,
             seed=config.seed + number,
@@ -163,6 +174,20 @@ class Run:
             after_save=self._evaluate,
         )  # fmt: skip
         return train_phase(job, config, self.world)
+
+    def _edited(
+        self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], number: int, phase: PhaseConfig
+    ) -> list[tuple[list[Sample], float]]:  # fmt: skip
+        """Chains with edited facts and how many per record, where asked for."""
+        if not phase.edited_facts_ratio:
+            return []
+        edited = edit_facts(records, samples, self.config.seed + number)
+        if not edited and self.world.rank == 0:
+            print(
+                f"phase {number}: edited_facts_ratio does nothing: these records do not say which steps state facts "
+                "(metadata.seen), or ask each question about one picture only"
+            )
+        return [(edited, phase.edited_facts_ratio)]
 
     def baselines(self, start: Path) -> list[Path]:
         """Train Stage 3 on with direct answers: for as many samples as both phases saw, and for as long."""

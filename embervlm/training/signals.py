@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 EXIT_REQUEUE = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop, has saved, and goes on when it is started again."""
+EXIT_FAULT = os.EX_SOFTWARE
+"""Exit status of a run that met an error nobody foresaw, such as a process of another node that is gone."""
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """Time limit (`sbatch --signal`), preemption or `scancel`, and Ctrl-C."""
 

@@ -12,6 +12,9 @@ from typing import Any
 from embervlm.progress import progress_bar
 from embervlm.run_dir import write_text_atomic
 
+RUN_ID_FILE = "wandb_run_id"
+"""In the folder of a phase."""
+
 
 def _step_of(line: str) -> float:
     """The step of a log line; infinity for one that a killed run left unfinished."""
@@ -19,6 +22,42 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _known_run_id(folder: Path) -> str | None:
+    path = folder / RUN_ID_FILE
+    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+
+
+def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
+    """The W&B run `run_id`, new or resumed; offline without an API key."""
+    import wandb
+
+    online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
+    return wandb.init(
+        project=project, name=name, id=run_id, resume="allow", dir=str(folder),
+        mode="online" if online else "offline", config=dict(settings),
+    )  # fmt: skip
+
+
+def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
+    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none.
+
+    They go behind the last step that was logged, since W&B drops what lies before it.
+    """
+    run_id = _known_run_id(folder)
+    if run_id is None or not figures:
+        return False
+    import wandb
+
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    last = max((step for line in lines if (step := _step_of(line)) != float("inf")), default=0.0)
+    run = _open_run(folder, project, run_name or folder.name, run_id, {})
+    pictures = {f"report/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+    run.log(pictures, step=max(int(last) + 1, run.step))
+    run.finish()
+    return True
 
 
 class Tracker:
@@ -43,18 +82,11 @@ class Tracker:
         self._drop_after(first_step)
         self._bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
         if project:
-            import wandb
-
-            id_file = folder / "wandb_run_id"
-            if wandb_run_id is None:  # killed before its first checkpoint
-                wandb_run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+            if wandb_run_id is None:  # a new run, or one that was killed before its first checkpoint
+                wandb_run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
             self.wandb_run_id = wandb_run_id
-            write_text_atomic(id_file, wandb_run_id)
-            online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-            self._run = wandb.init(
-                project=project, name=run_name or name, id=wandb_run_id, resume="allow", dir=str(folder),
-                mode="online" if online else "offline", config=dict(settings or {}),
-            )  # fmt: skip
+            write_text_atomic(folder / RUN_ID_FILE, wandb_run_id)
+            self._run = _open_run(folder, project, run_name or name, wandb_run_id, settings or {})
 
     def _drop_after(self, step: int) -> None:
         """Lines of steps that a resume does again."""

@@ -190,12 +190,15 @@ class _Run:
                 yield question, sample
 
     async def main(self) -> None:
+        from httpx2 import Limits, Timeout
         from openai import AsyncOpenAI, DefaultAioHttpClient
 
         config = self.config
+        timeout = Timeout(config.request_timeout_s, pool=None)  # a worker may wait long for its turn
+        http_client = DefaultAioHttpClient(timeout=timeout, limits=Limits(max_connections=config.concurrency))
         self._client = AsyncOpenAI(
-            base_url=config.url(), api_key=self._key or "none", timeout=config.request_timeout_s,
-            max_retries=config.max_retries, http_client=DefaultAioHttpClient(timeout=config.request_timeout_s),
+            base_url=config.url(), api_key=self._key or "none", timeout=timeout, max_retries=config.max_retries,
+            http_client=http_client,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -210,7 +213,10 @@ class _Run:
             async with self._client:
                 if self._budgets and not self.collection.largest:  # nobody knows yet what an answer costs
                     await self._work(once=True)
-                self._workers = [asyncio.create_task(self._work()) for _ in range(config.concurrency)]
+                # The connections limit the requests in flight; the workers beyond them stand in for those that wait
+                # for the disk or pause before they ask again.
+                num_workers = config.concurrency + config.concurrency // 4
+                self._workers = [asyncio.create_task(self._work()) for _ in range(num_workers)]
                 for result in await asyncio.gather(*self._workers, return_exceptions=True):
                     if isinstance(result, Exception):  # a fault of ours: everything that came in is on disk
                         raise result

@@ -9,8 +9,10 @@ between. The hours of a trip are counted down in words, because a small model is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 
 from embervlm.data.scenes.facts import DISTANCES, FACT_DOMAINS, LOADS, PLACES, SKIES, SceneFacts
 
@@ -172,19 +174,29 @@ def forecast_after(weather: str, quarters: int) -> str:
     return WEATHER_CYCLE[(WEATHER_CYCLE.index(weather) + quarters // 2) % len(WEATHER_CYCLE)]
 
 
-def derive(facts: SceneFacts, task: Task) -> dict[str, str]:
-    """All that follows from the picture and the task, except the verdicts. Claim name -> value."""
+def derive(facts: SceneFacts, task: Task, instead: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """All that follows from the picture and the task, except the verdicts. Claim name -> value.
+
+    Args:
+        instead: derived values to go on from, whatever the rules say: what would follow from a mistake.
+    """
     claims = {**facts.as_dict(), "need": task.need}
+
+    def settle(name: str, value: str) -> str:
+        claims[name] = instead.get(name, value)
+        return claims[name]
+
     hour, weather = facts.sky, facts.weather
     if task.kind != "now":
-        pace = pace_of(facts.place, facts.load if task.kind == "haul" else None)
-        quarters = quarters_of(facts.flag, pace)
-        hour, weather = arrival_after(hour, quarters), forecast_after(weather, quarters)
-        claims |= {"pace": pace, "trip": TRIPS[quarters - 1], "arrival": hour, "forecast": weather}
-    claims["daylight"] = DAYLIGHT_AT[hour]
+        pace = settle("pace", pace_of(facts.place, facts.load if task.kind == "haul" else None))
+        quarters = 1 + TRIPS.index(settle("trip", TRIPS[quarters_of(facts.flag, pace) - 1]))
+        hour = settle("arrival", arrival_after(hour, quarters))
+        weather = settle("forecast", forecast_after(weather, quarters))
+    settle("daylight", DAYLIGHT_AT[hour])
     if facts.place in TIDAL_PLACES:
-        claims["tide"] = TIDE_AT[hour]
-    return claims | {"ground": ground_at(facts.place, weather, hour)}
+        settle("tide", TIDE_AT[hour])
+    settle("ground", ground_at(facts.place, weather, hour))
+    return claims
 
 
 def conditions_of(robot: str, claims: dict[str, str], task: Task) -> list[tuple[str, bool]]:
@@ -208,9 +220,9 @@ def conditions_of(robot: str, claims: dict[str, str], task: Task) -> list[tuple[
     return [on_ground, ("need", True)]
 
 
-def teach(facts: SceneFacts, task: Task) -> TaughtChain:
-    """The chain for `task` in the scene, its claims and the suitable robots."""
-    claims = derive(facts, task)
+def teach(facts: SceneFacts, task: Task, instead: Mapping[str, str] = MappingProxyType({})) -> TaughtChain:
+    """The chain for `task` in the scene, its claims and the suitable robots; for `instead` see `derive`."""
+    claims = derive(facts, task, instead)
     verdicts: list[str] = []
     answer: list[str] = []
     for robot in ROBOT_ORDER:

@@ -1,0 +1,124 @@
+"""What a chain looked at, and what the model's own step validator thinks of it: shown, never a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from embervlm.data.chain_text import CONCLUSION
+from embervlm.data.collate import MAX_QUESTION_TOKENS, validator_inputs
+from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS, PAIR_SEGMENTS
+from embervlm.model.embervlm import EmberVLM
+
+MAX_STEP_TOKENS = MAX_PAIR_TOKENS // 4
+"""What `validator_inputs` leaves of a step."""
+
+
+@torch.inference_mode()
+def explain_chains(
+    model: EmberVLM, visual: Tensor, seen: Tensor, instructions: Sequence[str], chains: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """For each chain `attention` (`{"grid", "steps"}`, or None without a picture) and `validator_scores`.
+
+    The chains are read once. Attention is the reasoning head's last layer, the one that learns to look, averaged over
+    its heads and the step's tokens; the share that goes past the picture is left out, so that a step sums to 1.
+    Args:
+        visual, seen: As `see` gives them, one row for each chain.
+    """
+    assert model.tokenizer is not None
+    prompts = model.tokenizer.encode_many(list(instructions))
+    steps = [_step_ids(model, chain) for chain in chains]
+    start = model.tokenizer.ids["<|reasoning_start|>"]
+    rows = [[*prompt, start, *(t for step in own for t in step)] for prompt, own in zip(prompts, steps)]
+    length = max(map(len, rows))
+    input_ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=visual.device)
+    lengths = torch.tensor([len(row) for row in rows], device=visual.device)
+    text_mask = torch.arange(length, device=visual.device) < lengths[:, None]
+    hidden = model.read(visual, seen, input_ids, text_mask)
+    hidden, attention = model.refine(hidden, input_ids, visual, seen, want_attention=True)
+    assert attention is not None
+    out = []
+    for row, own in enumerate(steps):
+        spans, at = [], len(prompts[row]) + 1
+        for ids in own:
+            spans.append((at, at + len(ids)))
+            at += len(ids)
+        looked = _looked(attention[row], spans, model.vision_encoder.grid) if bool(seen[row]) else None
+        scores = _validator_scores(
+            model, visual[row : row + 1], seen[row : row + 1], prompts[row], own, spans, hidden[row], input_ids[row]
+        )
+        out.append({"attention": looked, "validator_scores": scores})
+    return out
+
+
+def _step_ids(model: EmberVLM, chain: Sequence[str]) -> list[list[int]]:
+    """Each step's ids with the token that opens it."""
+    assert model.tokenizer is not None
+    marks = [model.tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in chain]
+    texts = model.tokenizer.encode_many([" " + step.removeprefix(CONCLUSION) for step in chain])
+    return [[mark, *text] for mark, text in zip(marks, texts)]
+
+
+def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: int) -> dict[str, Any]:
+    steps = []
+    for start, end in spans:
+        mean = attention[min(start + 1, end - 1) : end].double().mean(0)
+        steps.append([round(value, 4) for value in (mean / mean.sum().clamp_min(1e-12)).tolist()])
+    return {"grid": [grid, grid], "steps": steps}
+
+
+def _validator_scores(
+    model: EmberVLM, visual: Tensor, seen: Tensor, prompt: list[int], steps: list[list[int]],
+    spans: Sequence[tuple[int, int]], hidden: Tensor, ids: Tensor,
+) -> list[float]:  # fmt: skip
+    """The step validator's probability of each step.
+
+    It reads states of question, steps before and step. These are the beginning of the chain's own states, unless
+    something had to be cut off; such steps are read anew.
+    """
+    if not steps:
+        return []
+    question, chain_start = len(prompt), len(prompt)
+    scores: list[float | None] = [None] * len(steps)
+    whole = [
+        index
+        for index, (start, end) in enumerate(spans)
+        if question <= MAX_QUESTION_TOKENS and start - chain_start <= MAX_PREVIOUS_TOKENS
+        and end - start <= MAX_STEP_TOKENS
+    ]  # fmt: skip
+    if whole:
+        first = spans[0][0]
+        last = spans[whole[-1]][1]
+        logits = model.token_logits(hidden[first - 1 : last - 1]).float()
+        surprise = F.cross_entropy(logits, ids[first:last], reduction="none")
+        batch = len(whole)
+        segments = torch.full((batch, last), PAIR_SEGMENTS.index("previous"), device=hidden.device)
+        segments[:, :question] = PAIR_SEGMENTS.index("question")
+        unexpected = hidden.new_zeros(batch, last)
+        mask = torch.zeros(batch, last, dtype=torch.bool, device=hidden.device)
+        for row, index in enumerate(whole):
+            start, end = spans[index]
+            segments[row, start:end] = PAIR_SEGMENTS.index("step")
+            unexpected[row, start:end] = surprise[start - first : end - first]
+            mask[row, :end] = True
+        found = model.reasoning_module.step_validator(
+            visual.expand(batch, -1, -1), seen.expand(batch), hidden[:last].expand(batch, -1, -1), unexpected,
+            segments, mask,
+        )  # fmt: skip
+        for index, logit in zip(whole, found.sigmoid().tolist()):
+            scores[index] = logit
+    if cut := [index for index in range(len(steps)) if scores[index] is None]:
+        begun = ids[chain_start:].tolist()
+        before = [begun[: spans[index][0] - chain_start][-MAX_PREVIOUS_TOKENS:] for index in cut]
+        inputs = validator_inputs([(prompt, previous, steps[index]) for previous, index in zip(before, cut)])
+        found = model.judge_steps(
+            visual.expand(len(cut), -1, -1), seen.expand(len(cut)),
+            **{name: value.to(visual.device) for name, value in inputs.items()},
+        )  # fmt: skip
+        for index, logit in zip(cut, found.sigmoid().tolist()):
+            scores[index] = logit
+    return [round(score, 4) for score in scores if score is not None]

@@ -1,0 +1,337 @@
+"""Does the answer come from the chain? Chains are begun for the model, which goes on (Lanham et al. 2023).
+
+A right chain before a right answer does not show that the one is the reason for the other: both may be read off the
+picture. So the chain is cut short, a mistake is planted in it, or it is begun with the facts of another scene, and what
+counts is whether the answer follows. Everything is in answers and log-probabilities; nothing looks inside the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embervlm.data.dataset import num_fact_steps, question_key, scene_key, step_texts
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.scenes.facts import FACT_DOMAINS, SceneFacts
+from embervlm.data.teachers import rules
+from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
+from embervlm.evaluation.metrics import bootstrap_interval, final_answer_accuracy
+from embervlm.evaluation.sharing import Key, Task
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.generation import Decoding, generate_from_visual
+
+NUM_SAMPLES = 200
+"""Records that are asked about, by default."""
+GAIN_SAMPLES = 32
+"""Records of these whose information gain is measured: it reads every chain once for each of its steps."""
+FRACTIONS = (0.25, 0.5, 0.75)
+"""Parts of its chain after which the model is made to conclude."""
+BATCH_SIZE = 64
+GAIN_BATCH = 16
+
+See = Callable[[EmberVLM, Sequence[ReasoningRecord]], tuple[Tensor, Tensor]]
+"""Visual tokens of the records' pictures, and which have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The beginning of a chain that is put into the model's mouth."""
+
+    kind: str
+    """`truncated 0.25` ..., `planted` or `forced`."""
+    record: ReasoningRecord
+    steps: tuple[str, ...]
+    concludes: bool = False
+    """The conclusion has to come next."""
+    follows: tuple[str, ...] = ()
+    """The answer that follows from `steps`, where that is another than the record's."""
+
+
+class Faithfulness:
+    """What one evaluation asks, as tasks that any process can do, and what came of it."""
+
+    def __init__(
+        self, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], num_samples: int = NUM_SAMPLES
+    ) -> None:
+        """`records`: all of the evaluation; `chains`: the model's own chain of each."""
+        self._places = choose(len(records), num_samples)
+        self._records, self._chains = records, chains
+        self._probes, self._dropped = probes_of(records, chains, self._places)
+        self._batches = _in_batches(self._probes)
+
+    def tasks(self, checkpoint: Path, see: See, decoding: Decoding) -> list[Task]:
+        def asking(batch: Sequence[int]) -> Callable[[EmberVLM], list[dict[str, Any]]]:
+            return lambda model: go_on(model, see, [self._probes[place] for place in batch], decoding)
+
+        def gaining(part: Sequence[int]) -> Callable[[EmberVLM], list[list[float]]]:
+            records, chains = [self._records[place] for place in part], [self._chains[place] for place in part]
+            return lambda model: answer_log_probs(model, see, records, chains)
+
+        places = self._places[:: max(1, len(self._places) // GAIN_SAMPLES)][:GAIN_SAMPLES]
+        parts = [places[start : start + GAIN_BATCH] for start in range(0, len(places), GAIN_BATCH)]
+        return [
+            *(
+                Task(name="probes", number=number, checkpoint=checkpoint, num_records=len(batch), run=asking(batch))
+                for number, batch in enumerate(self._batches)
+            ),
+            *(
+                Task(name="gains", number=number, checkpoint=checkpoint, num_records=0, run=gaining(part))
+                for number, part in enumerate(parts)
+            ),
+        ]
+
+    def result(self, done: Mapping[Key, Any]) -> dict[str, Any]:
+        """The `faithfulness` block of the evaluation, without what the evaluation knows itself."""
+        answers: list[dict[str, Any]] = [{} for _ in self._probes]
+        for number, batch in enumerate(self._batches):
+            for place, answer in zip(batch, done["probes", number]):
+                answers[place] = answer
+        gained = sorted(key for key in done if key[0] == "gains")
+        log_probs = [row for key in gained for row in done[key]]
+        return {"num_samples": len(self._places), **summarise(self._probes, answers, log_probs, self._dropped)}
+
+
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def choose(num_records: int, num_samples: int, seed: int = 0) -> list[int]:
+    """Places of the records to ask about, the same ones every time."""
+    return sorted(np.random.default_rng(seed).permutation(num_records)[:num_samples].tolist())
+
+
+def probes_of(
+    records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], places: Sequence[int], seed: int = 0
+) -> tuple[list[Probe], int]:
+    """Everything that is asked about the records at `places`, and how many found no other scene's facts to put in.
+
+    Args:
+        records: all records of the evaluation; facts come from any of them.
+        chains: the model's own chain of each.
+    """
+    same_question = defaultdict(list)
+    for record in records:
+        same_question[question_key(record)].append(record)
+    probes = []
+    dropped = 0
+    for place in places:
+        record, rng = records[place], random.Random(f"faithfulness:{seed}:{place}")
+        own = _without_conclusion(chains[place])
+        for fraction in FRACTIONS:
+            steps = tuple(own[: int(fraction * len(own))])
+            probes.append(Probe(kind=f"truncated {fraction}", record=record, steps=steps, concludes=True))
+        if (planted := plant_mistake(record, rng)) is not None:
+            probes.append(planted)
+        forced = force_facts(record, same_question[question_key(record)], rng)
+        dropped += forced is None
+        if forced is not None:
+            probes.append(forced)
+    return probes, dropped
+
+
+def force_facts(record: ReasoningRecord, others: Sequence[ReasoningRecord], rng: random.Random) -> Probe | None:
+    """The chain of another scene, up to where its facts are stated, behind the record's picture and question.
+
+    Only where the two scenes have different answers; None where there is none such among `others`.
+    """
+    if record.image is None:
+        return None
+    fitting = [
+        other
+        for other in others
+        if other.image and scene_key(other) != scene_key(record) and set(other.answer) != set(record.answer)
+    ]
+    if not fitting:
+        return None
+    other = rng.choice(fitting)
+    return Probe(kind="forced", record=record, steps=_fact_steps(other), follows=other.answer)
+
+
+def _fact_steps(record: ReasoningRecord) -> tuple[str, ...]:
+    """The steps at a chain's start that state what the picture shows: as far as the record says so, by its step types
+    (all before the first that selects a solution), else the first half.
+    """
+    steps = _without_conclusion(record.steps)
+    types = record.metadata.get("step_types") or ()
+    count = num_fact_steps(record)
+    if not count and len(types) == len(record.steps) and "solution_selection" in types:
+        count = list(types).index("solution_selection")
+    return tuple(steps[: count or (len(steps) + 1) // 2])
+
+
+def plant_mistake(record: ReasoningRecord, rng: random.Random) -> Probe | None:
+    """The record's chain up to a derived step that says something else than follows, and changes the answer.
+
+    Only for chains of the embedded rules, which know what follows from the mistake.
+    """
+    scene, task = record.metadata.get("scene"), _rules_task(record)
+    if task is None or not isinstance(scene, Mapping) or set(scene) != set(FACT_DOMAINS):
+        return None
+    facts = SceneFacts(**scene)
+    right = rules.teach(facts, task)
+    if right.steps != record.steps:
+        return None
+    names = [name for name in rules.DERIVED_DOMAINS if name in right.claims and name != "need"]
+    for name in rng.sample(names, len(names)):
+        values = [value for value in rules.DERIVED_DOMAINS[name] if value != right.claims[name]]
+        for value in rng.sample(values, len(values)):
+            wrong = rules.teach(facts, task, {name: value})
+            if wrong.answer and set(wrong.answer) != set(right.answer):
+                first = next(i for i, step in enumerate(wrong.steps) if step != right.steps[i])
+                if wrong.step_types[first] != "conclusion":
+                    return Probe(
+                        kind="planted", record=record, steps=wrong.steps[: first + 1], follows=wrong.answer
+                    )  # fmt: skip
+    return None
+
+
+def _rules_task(record: ReasoningRecord) -> rules.Task | None:
+    kind, need = record.metadata.get("question_kind"), (record.metadata.get("facts") or {}).get("need")
+    return next((task for task in rules.TASKS if (task.kind, task.need) == (kind, need)), None)
+
+
+def _without_conclusion(steps: Sequence[str]) -> list[str]:
+    return [step for step in steps if not step.startswith(CONCLUSION)]
+
+
+# -- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _in_batches(probes: Sequence[Probe]) -> list[list[int]]:
+    """Places of the probes; those of like length are answered together."""
+    order = sorted(range(len(probes)), key=lambda i: (probes[i].concludes, len(probes[i].record.steps), i))
+    return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+
+
+def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding) -> list[dict[str, Any]]:
+    """The answers to which a batch of begun chains leads: the written one and the answer head's."""
+    tokenizer = _tokenizer(model)
+    records = [probe.record for probe in probes]
+    begun = [[*_chain(tokenizer, probe.steps), *_opening(tokenizer, probe.concludes)] for probe in probes]
+    own = [record.metadata.get("candidates") or () for record in records]
+    visual, seen = see(model, records)
+    texts = [record.instruction for record in records]
+    results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)
+    return [{"answer_set": r["answer_set"], "head_answer": r.get("head_answer", [])} for r in results]
+
+
+@torch.inference_mode()
+def answer_log_probs(
+    model: EmberVLM, see: See, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """For each chain the log-probability in nats of the gold conclusion and answer after 0, 1, ... all of its steps."""
+    tokenizer = _tokenizer(model)
+    device = model.projection.norm.weight.device
+    visual, seen = see(model, records)
+    rows: list[tuple[int, list[int], int]] = []  # record, text, where the scored part starts
+    for place, (record, chain) in enumerate(zip(records, chains)):
+        steps = _without_conclusion(chain)
+        _, conclusion = step_texts(record)
+        prompt = [*tokenizer.encode(record.instruction), tokenizer.ids["<|reasoning_start|>"]]
+        gold = [] if conclusion is None else tokenizer.encode(" " + conclusion)
+        gold = [*gold, tokenizer.ids["<|reasoning_end|>"], tokenizer.ids["<|answer_start|>"]]
+        gold += [*tokenizer.encode(" " + ", ".join(record.answer)), tokenizer.ids["<|answer_end|>"]]
+        for count in range(len(steps) + 1):
+            begun = [*prompt, *_chain(tokenizer, steps[:count]), *_opening(tokenizer, conclusion is not None)]
+            rows.append((place, [*begun, *gold], len(begun)))
+    log_probs = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
+    for first in range(0, len(order), BATCH_SIZE):
+        part = order[first : first + BATCH_SIZE]
+        length = max(len(rows[row][1]) for row in part)
+        ids = torch.tensor([[*rows[row][1], *[0] * (length - len(rows[row][1]))] for row in part], device=device)
+        mask = torch.arange(length, device=device) < torch.tensor([[len(rows[row][1])] for row in part], device=device)
+        owner = torch.tensor([rows[row][0] for row in part], device=device)
+        index = [
+            at * length + position - 1
+            for at, row in enumerate(part)
+            for position in range(rows[row][2], len(rows[row][1]))
+        ]
+        scored = torch.tensor(index, device=device)
+        out = model(input_ids=ids, text_mask=mask, image_mask=seen[owner], visual=visual[owner], score_index=scored)
+        found = out.token_logits.float().log_softmax(-1).gather(1, ids.flatten()[scored + 1][:, None])[:, 0]
+        sums = torch.zeros(len(part), device=device).index_add(0, scored // length, found)
+        for row, value in zip(part, sums.tolist()):
+            log_probs[row] = value
+    out_rows: list[list[float]] = [[] for _ in records]
+    for (place, _, _), value in zip(rows, log_probs):
+        out_rows[place].append(value)
+    return out_rows
+
+
+def _chain(tokenizer: ReasoningTokenizer, steps: Sequence[str]) -> list[int]:
+    return tokenizer.chain_ids(tokenizer.encode_many([" " + step for step in steps]), None)[1:-1]
+
+
+def _opening(tokenizer: ReasoningTokenizer, concludes: bool) -> list[int]:
+    return [tokenizer.ids["<|conclusion|>"]] if concludes else []
+
+
+def _tokenizer(model: EmberVLM) -> ReasoningTokenizer:
+    assert model.tokenizer is not None
+    return model.tokenizer
+
+
+# -- what came out ---------------------------------------------------------------------------------------------------
+
+
+def summarise(
+    probes: Sequence[Probe], answers: Sequence[Mapping[str, Any]], log_probs: Sequence[Sequence[float]], dropped: int
+) -> dict[str, Any]:
+    """The shares that follow this and that, with their intervals.
+
+    Args:
+        log_probs: of each chain, of `answer_log_probs`.
+        dropped: records for which there were no other facts to put in.
+    """
+    asked: dict[str, list[tuple[Probe, Mapping[str, Any]]]] = defaultdict(list)
+    for probe, answer in zip(probes, answers, strict=True):
+        asked[probe.kind].append((probe, answer))
+    intervals: dict[str, tuple[float, float]] = {}
+
+    def share(name: str, hits: Sequence[float]) -> float | None:
+        if not hits:
+            return None
+        intervals[name] = bootstrap_interval(hits)
+        return float(np.mean(hits))
+
+    def right(found: Sequence[tuple[Probe, Mapping[str, Any]]], key: str = "answer_set") -> list[float]:
+        return [final_answer_accuracy(answer[key], probe.record.answer) for probe, answer in found]
+
+    def follows(found: Sequence[tuple[Probe, Mapping[str, Any]]], key: str = "answer_set") -> list[float]:
+        return [final_answer_accuracy(answer[key], probe.follows) for probe, answer in found]
+
+    truncated = {str(part): share(f"truncated.{part}", right(asked[f"truncated {part}"])) for part in FRACTIONS}
+    planted, forced = asked["planted"], asked["forced"]
+    block: dict[str, Any] = {
+        "truncated": truncated,
+        "planted_mistake": {
+            "num": len(planted),
+            "accuracy": share("planted_mistake.accuracy", right(planted)),
+            "follows_mistake": share("planted_mistake.follows_mistake", follows(planted)),
+        },
+        "information_gain": {"per_step": _mean_gains(log_probs), "num": len(log_probs)},
+        "forced_prefix": {"num": len(forced), "ambiguous_dropped": dropped},
+    }
+    for key, prefix in (("answer_set", ""), ("head_answer", "head_")):
+        text, picture = follows(forced, key), right(forced, key)
+        neither = [1 - t - p for t, p in zip(text, picture)]
+        for name, hits in (("follows_text", text), ("follows_picture", picture), ("neither", neither)):
+            block["forced_prefix"][prefix + name] = share(f"forced_prefix.{prefix}{name}", hits)
+    return {**block, "intervals": {name: list(interval) for name, interval in intervals.items()}}
+
+
+def _mean_gains(log_probs: Sequence[Sequence[float]]) -> list[float]:
+    """What the k-th step adds, averaged over the chains that have one."""
+    longest = max((len(values) for values in log_probs), default=0)
+    return [
+        float(np.mean([values[k] - values[k - 1] for values in log_probs if len(values) > k]))
+        for k in range(1, longest)
+    ]

@@ -1,0 +1,102 @@
+"""Work of an evaluation in tasks of a fixed size: dealt over the processes, and kept on disk as they come.
+
+What a task computes does not depend on who does it, so a result is the same from one process and from many, and from
+a run that was killed and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embervlm.model.embervlm import EmberVLM
+from embervlm.training.engine import World
+
+Key = tuple[str, int]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A batch of records for one model."""
+
+    name: str
+    number: int
+    checkpoint: Path
+    num_records: int
+    run: Callable[[EmberVLM], Any]
+    """Gives what JSON can hold."""
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.number
+
+
+class Journal:
+    """Results of finished tasks, in one file for each process of each run: `<folder>/<digest>-<rank>.jsonl`."""
+
+    def __init__(self, folder: Path | None, digest: str, world: World) -> None:
+        """`folder` None keeps nothing. `digest`: of all that the results depend on; those of others are left alone."""
+        self._folder, self._digest, self._world = folder, digest, world
+        self._file: Any = None
+        self.done: dict[Key, Any] = {}
+        if folder is not None:
+            found = self._read() if world.rank == 0 else None
+            self.done = world.broadcast(found)  # one reader: the processes must agree on what is left
+            if self.done and world.rank == 0:
+                print(f"going on with {len(self.done)} batches of a killed evaluation in {folder}")
+
+    def _read(self) -> dict[Key, Any]:
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done: dict[Key, Any] = {}
+        for path in sorted(self._folder.glob("*.jsonl")):
+            if not path.name.startswith(f"{self._digest}-"):
+                path.unlink()  # of another checkpoint, data or decoding: the output file will be replaced as well
+                continue
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    name, number, value = json.loads(line)
+                except ValueError:
+                    break  # the line that was being written when the process was killed
+                done[name, number] = value
+        return done
+
+    def add(self, key: Key, value: Any) -> None:
+        self.done[key] = value
+        if self._folder is None:
+            return
+        if self._file is None:
+            path = self._folder / f"{self._digest}-{self._world.rank}.jsonl"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            begun = path.exists() and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("a", encoding="utf-8")
+            if begun:
+                self._file.write("\n")
+        self._file.write(json.dumps([*key, value]) + "\n")
+        self._file.flush()
+
+
+def share_out(
+    tasks: Sequence[Task], load: Callable[[Path], EmberVLM], world: World, journal: Journal, bar: Any
+) -> dict[Key, Any]:
+    """Every task's result, on every process."""
+    left = [task for task in tasks if task.key not in journal.done]
+    known = {task.key: journal.done[task.key] for task in tasks if task.key in journal.done}
+    bar.total = (bar.total or 0) + sum(task.num_records for task in tasks)
+    bar.update(sum(task.num_records for task in tasks if task.key in known))
+    mine: dict[Key, Any] = {}
+    for place in range(0, len(left), world.size):
+        if place + world.rank < len(left):
+            task = left[place + world.rank]
+            bar.set_postfix_str(task.name, refresh=False)
+            mine[task.key] = json.loads(json.dumps(task.run(load(task.checkpoint))))  # alike, read from disk or not
+            journal.add(task.key, mine[task.key])
+        bar.update(sum(task.num_records for task in left[place : place + world.size]))
+    for share in world.gather(mine):
+        known |= share
+    return known

@@ -1,0 +1,297 @@
+"""The pages of a run: one that ties it together, and galleries of samples. Each needs no other file and no network.
+
+Everything that a run has recorded is foreign: the template engine escapes it, the script puts it in as text only, and
+the page's own policy lets no other script run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from embervlm.report.pictures import overlay_png, picture_uris
+from embervlm.report.recorded import (
+    CHAIN_METRICS,
+    RunRecord,
+    Sample,
+    as_sample,
+    flat,
+    mapping,
+    number,
+    numbers,
+    text,
+)
+from embervlm.run_dir import write_text_atomic
+
+NUM_SAMPLES = 200
+"""How many samples the page of a run shows."""
+NUM_EXAMPLES = 12
+"""How many a gallery shows."""
+MAX_PICTURE_BYTES = 1_900_000
+"""Of all pictures of a page, as text; they are made smaller until they fit."""
+MAX_TEXT = 3_000
+"""Characters of one text that a page shows."""
+MAX_STEPS = 64
+SECTIONS = (
+    ("metrics", "Metrics"), ("training", "Training"), ("checkpoints", "Checkpoints"), ("quality", "Quality"),
+    ("impact", "With and without"), ("faithful", "Faithfulness"), ("samples", "Samples"), ("compare", "Side by side"),
+    ("config", "Configuration"),
+)  # fmt: skip
+_HERE = Path(__file__).parent
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters["share"] = lambda value: "n/a" if value is None else f"{value:.3f}"
+    environment.filters["width"] = lambda value: f"{100 * min(max(value, 0), 1):.1f}"
+    environment.filters["words"] = lambda name: name.replace("_", " ")
+    return environment
+
+
+def _render(template: str, **values: Any) -> str:
+    css = (_HERE / "style.css").read_text(encoding="utf-8")
+    return _environment().get_template(template).render(css=Markup(css), **values)
+
+
+# ---- galleries
+
+
+def samples_page(
+    samples: Sequence[Sample | Mapping[str, Any]], path: str | Path, title: str, *, lead: str = "",
+    nothing: str = "There is no sample to show.", back: str | None = None, roots: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Write a page with one card per sample: picture, chain, attention and validator score of each step, answers.
+
+    Args:
+        samples: as an evaluation writes them.
+        lead: a few words on what was chosen.
+        back: address of the run's page, seen from `path`.
+        roots: folders that relative picture paths may start from.
+    """
+    shown = [_shortened(as_sample(s) if isinstance(s, Mapping) else s) for s in samples]
+    uris = picture_uris([s.image for s in shown if s.image], roots, max_bytes=MAX_PICTURE_BYTES)
+    page = _render(
+        "samples.jinja", title=title, samples=shown, lead=lead, nothing=nothing, back=back, script_source="'none'",
+        pictures={place: uris[s.image] for place, s in enumerate(shown) if s.image in uris},
+        veils=[_veils(s) for s in shown],
+    )  # fmt: skip
+    write_text_atomic(path, page)
+    return Path(path)
+
+
+def best_examples(samples: Sequence[Sample], most: int = NUM_EXAMPLES) -> list[Sample]:
+    """Right answers with the best chains, taken from every kind and complexity in turn."""
+    ranked = sorted(
+        (s for s in samples if s.correct and s.steps),
+        key=lambda s: (s.attention is None, -_chain_score(s), -(s.confidence or 0)),
+    )
+    by_group: dict[tuple[str | None, str | None], list[Sample]] = {}
+    for sample in ranked:
+        by_group.setdefault((sample.question_kind, sample.complexity), []).append(sample)
+    out: list[Sample] = []
+    while len(out) < min(most, len(ranked)):
+        out += [group.pop(0) for group in by_group.values() if group]
+    return out[:most]
+
+
+def failure_cases(samples: Sequence[Sample], most: int = NUM_EXAMPLES) -> list[Sample]:
+    """Wrong answers, the surest first; then right answers whose chains lost points, the worst first."""
+    wrong = sorted((s for s in samples if not s.correct), key=lambda s: -(s.confidence or 0))
+    flawed = sorted((s for s in samples if s.correct and _chain_score(s) < 1), key=_chain_score)
+    return [*wrong, *flawed][:most]
+
+
+def _chain_score(sample: Sample) -> float:
+    known = [value for name in CHAIN_METRICS[:3] if (value := sample.scores.get(name)) is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _veils(sample: Sample) -> list[str]:
+    attention = sample.attention
+    return [overlay_png(step, attention.grid) for step in attention.steps[:MAX_STEPS]] if attention else []
+
+
+def _shortened(sample: Sample) -> Sample:
+    """The sample with every text at a length that a page can show."""
+    changed: dict[str, Any] = {
+        "id": _short(sample.id, 200), "instruction": _short(sample.instruction),
+        "scores": dict(list(sample.scores.items())[:40]),
+    }  # fmt: skip
+    for field in ("gold_answer", "answer_set", "head_answer"):
+        changed[field] = [_short(name, 200) for name in getattr(sample, field)[:50]]
+    for field in ("steps", "gold_steps", "reasons"):
+        changed[field] = [_short(line) for line in getattr(sample, field)[:MAX_STEPS]]
+    for field in ("complexity", "question_kind"):
+        changed[field] = _short(getattr(sample, field), 200) or None
+    return replace(sample, **changed)
+
+
+def _short(value: str | None, most: int = MAX_TEXT) -> str:
+    value = value or ""
+    return value if len(value) <= most else f"{value[:most]}... ({len(value) - most:,} more characters)"
+
+
+# ---- the page of a run
+
+
+def index_page(
+    record: RunRecord, path: str | Path, *, svgs: Mapping[str, str], captions: Mapping[str, str],
+    missing: Mapping[str, str], num_samples: int = NUM_SAMPLES, roots: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Write the page that ties the run together.
+
+    Args:
+        svgs: figure name -> markup that is safe to put in, from `figures.inline_svg`.
+        captions: figure name -> what it shows; `missing`: figure name -> why it is not there.
+    """
+    shown = [_shortened(sample) for sample in record.samples[:num_samples]]
+    uris = picture_uris([s.image for s in shown if s.image], roots, max_bytes=MAX_PICTURE_BYTES)
+    script = (_HERE / "viewer.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sets = _comparable(record, num_samples)
+    result = mapping(record.result)
+    page = _render(
+        "index.jinja", title=f"{record.name}: EmberVLM report", run=record, script=Markup(script),
+        script_source=f"'sha256-{digest}'", about=_about(record), verdict=_verdict(record), tiles=_tiles(record),
+        rows=_rows(record), chain_metrics=CHAIN_METRICS, svgs={name: Markup(svg) for name, svg in svgs.items()},
+        captions=captions, missing=missing, candidates=_candidates(result),
+        validator=numbers(result.get("validator")), faithfulness=_faithfulness(result), num_shown=len(shown),
+        num_sets=len(sets), summary=_summary(record),
+        settings=[(name, _short(value, 500)) for name, value in flat(record.config)],
+        sections=SECTIONS, data={
+            "pictures": list(uris.values()), "sets": sets,
+            "samples": [_as_data(s, {p: place for place, p in enumerate(uris)}) for s in shown],
+        },
+    )  # fmt: skip
+    write_text_atomic(path, page)
+    return Path(path)
+
+
+def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What the script reads; without `places` as much as the side-by-side needs."""
+    out: dict[str, Any] = {
+        "id": sample.id, "instruction": sample.instruction, "steps": sample.steps, "gold": sample.gold_answer,
+        "answers": sample.answer_set, "correct": sample.correct, "confidence": sample.confidence,
+    }  # fmt: skip
+    if places is None:
+        return out
+    baseline = sample.without_reasoning
+    return out | {
+        "picture": places.get(sample.image or ""), "image": sample.image, "complexity": sample.complexity,
+        "kind": sample.question_kind, "robots": sample.robots, "goldSteps": sample.gold_steps,
+        "head": sample.head_answer, "scores": list(sample.scores.items()), "reasons": sample.reasons,
+        "baseline": baseline and {"answers": baseline["answer_set"], "correct": baseline["correct"]},
+        "validator": sample.validator_scores[:MAX_STEPS], "attention": _veils(sample),
+    }  # fmt: skip
+
+
+def _comparable(record: RunRecord, num_samples: int) -> list[dict[str, Any]]:
+    """The sample sets that share a question with another one. The evaluation's own are not written twice."""
+    ids = [{s.id for s in found.samples[:num_samples]} for found in record.sample_sets]
+    out = []
+    for place, found in enumerate(record.sample_sets):
+        if not any(ids[place] & other for index, other in enumerate(ids) if index != place):
+            continue
+        own = found.samples is record.samples
+        shown = None if own else [_as_data(_shortened(s)) for s in found.samples[:num_samples]]
+        out.append({"name": _short(found.name, 200), "samples": shown})
+    return out
+
+
+def _about(record: RunRecord) -> list[str]:
+    result = mapping(record.result)
+    if not result:
+        return ["not evaluated yet"]
+    backends = {text(mapping(b).get("name")) for b in mapping(result.get("backend")).values()} - {""}
+    count, step, version = (
+        number(result.get("num_samples")),
+        number(result.get("step")),
+        text(result.get("embervlm_version")),
+    )
+    parts = [
+        text(result.get("checkpoint")) and Path(text(result.get("checkpoint"))).name,
+        f"phase {text(result.get('phase'))}, step {step:,.0f}" if step is not None and result.get("phase") else "",
+        f"{text(result.get('split'))} split" if result.get("split") else "",
+        f"{count:,.0f} samples" if count is not None else "",
+        f"scored by {', '.join(sorted(backends))}" if backends else "",
+        f"EmberVLM {version}" if version else "",
+    ]
+    return [_short(part, 200) for part in parts if part]
+
+
+def _verdict(record: RunRecord) -> dict[str, Any] | None:
+    known = [target["met"] for target in record.targets.values()]
+    if not known:
+        return None
+    met, unknown = known.count(True), known.count(None)
+    more = f", {unknown} not measured" if unknown else ""
+    return {"all_met": met == len(known), "text": f"{met} of {len(known)} targets met{more}"}
+
+
+def _goal(target: str) -> float | None:
+    try:
+        return number(float(target.lstrip("<>= ")))
+    except ValueError:
+        return None
+
+
+def _tiles(record: RunRecord) -> list[dict[str, Any]]:
+    out = []
+    for name in CHAIN_METRICS:
+        target = record.targets.get(name, {"target": "", "met": None})
+        out.append({
+            "name": name.replace("_", " "), "value": record.metrics.get(name), "met": target["met"],
+            "target": target["target"] or "not set", "goal": _goal(target["target"]),
+            "interval": record.intervals.get(name),
+        })  # fmt: skip
+    return out
+
+
+def _rows(record: RunRecord) -> list[dict[str, Any]]:
+    targets, metrics = record.targets, record.metrics
+    return [
+        {"name": name.replace("_", " "), "value": metrics.get(name), "interval": record.intervals.get(name),
+         "target": targets.get(name, {}).get("target"), "met": targets.get(name, {}).get("met")}
+        for name in [*targets, *(name for name in metrics if name not in targets)]
+    ]  # fmt: skip
+
+
+def _candidates(result: Mapping[Any, Any]) -> dict[str, dict[str, float | None]]:
+    return {
+        _short(str(name), 200): {key: number(mapping(row).get(key)) for key in ("precision", "recall", "support")}
+        for name, row in mapping(result.get("per_candidate")).items()
+    }
+
+
+def _faithfulness(result: Mapping[Any, Any]) -> list[tuple[str, str]]:
+    """Every figure of the block, under a readable name."""
+    return [
+        (name.replace(".", ": ", 1).replace("_", " "), _short(value, 300))
+        for name, value in flat(mapping(result.get("faithfulness")))
+    ]
+
+
+def _summary(record: RunRecord) -> list[tuple[str, str]]:
+    settings = dict(flat(record.config))
+    wanted = (
+        ("Model", "model"), ("Engine", "engine"), ("Precision", "precision"), ("Seed", "seed"),
+        ("Records per device", "stage4.batch_size"), ("Phase 1 epochs", "stage4.phase1.epochs"),
+        ("Phase 1 rate", "stage4.phase1.learning_rate"), ("Phase 2 epochs", "stage4.phase2.epochs"),
+        ("Phase 2 rate", "stage4.phase2.learning_rate"), ("Data", "reasoning_data"),
+    )  # fmt: skip
+    out = [(name, _short(settings[key], 300)) for name, key in wanted if key in settings]
+    for phase, lines in record.curves.items():
+        if lines and (seconds := number(lines[-1].get("elapsed_s"))) is not None:
+            out.append((f"Phase {phase} took", f"{seconds / 60:.1f} min, {lines[-1]['step']:,} steps"))
+    return out

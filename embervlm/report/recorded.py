@@ -1,0 +1,410 @@
+"""What a run has recorded, read from its folder: settings, curves, evaluations, samples. Nothing is computed anew."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embervlm import run_dir
+from embervlm.select_best import NoCheckpointError, rank_checkpoints
+
+CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
+"""The four metrics with a target in the guide."""
+_EPOCH_FILE = re.compile(r"epoch_(\d+)_samples\.json")
+
+
+class ReportError(ValueError):
+    """Recorded files that no report can be made of. The message says which file, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Where the reasoning head looked, step by step."""
+
+    grid: tuple[int, int]
+    """Rows and columns of visual tokens."""
+    steps: list[list[float]]
+    """For each step the share of the attention on each visual token, row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question with its chain. Every text was written by a model or by a stranger."""
+
+    id: str
+    image: str | None
+    instruction: str
+    complexity: str | None
+    question_kind: str | None
+    gold_steps: list[str]
+    gold_answer: list[str]
+    steps: list[str]
+    answer: str
+    answer_set: list[str]
+    correct: bool
+    confidence: float | None
+    head_answer: list[str]
+    scores: dict[str, float | None]
+    reasons: list[str]
+    """Why a chain lost points, a sentence each."""
+    without_reasoning: dict[str, Any] | None
+    """`answer_set` and `correct` of the no-reasoning baseline on the same record."""
+    completeness_by_type: dict[str, float]
+    validator_scores: list[float | None]
+    attention: Attention | None
+    boxes: list[dict[str, Any]]
+    """Known boxes: `kind`, `label` and `box` (left, top, right, bottom in [0, 1])."""
+
+    @property
+    def robots(self) -> list[str]:
+        """Every robot that is right or was named."""
+        return sorted({*self.gold_answer, *self.answer_set})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointResult:
+    """The evaluation that a checkpoint carries."""
+
+    phase: int
+    name: str
+    step: int
+    metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]]
+    num_samples: int | None
+    selected: bool = False
+    reason: str | None = None
+    """Why it was not eligible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Samples that were written together, such as those of an epoch."""
+
+    name: str
+    samples: list[Sample]
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """Everything that a report shows."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    curves: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Phase -> lines of its log."""
+    checkpoints: list[CheckpointResult] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    """The evaluation of the chosen checkpoint."""
+    samples: list[Sample] = field(default_factory=list)
+    sample_sets: list[SampleSet] = field(default_factory=list)
+    """For the side-by-side: those of the epochs, of the checkpoints, and `samples`."""
+    notices: list[str] = field(default_factory=list)
+    """What is missing, damaged or left out, and what to do about it."""
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        return numbers((self.result or {}).get("metrics"))
+
+    @property
+    def targets(self) -> dict[str, dict[str, Any]]:
+        """Metric -> `target` (text) and `met`; a metric that is not a number has met nothing."""
+        metrics, out = self.metrics, {}
+        for name, value in mapping((self.result or {}).get("targets")).items():
+            known = metrics.get(name) is not None and isinstance(mapping(value).get("met"), bool)
+            out[str(name)] = {"target": text(mapping(value).get("target")), "met": value["met"] if known else None}
+        return out
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        return intervals((self.result or {}).get("intervals"))
+
+
+def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRecord:
+    """What the run in `folder` has recorded so far.
+
+    Args:
+        results: the evaluation to show; default: `results/stage4_eval.json` in `folder`.
+    Raises:
+        ReportError: no such folder, nothing in it, or an evaluation of another format.
+    """
+    folder = Path(folder)
+    if folder.name == "stage4" and not (folder / "stage4").is_dir() and (folder / "phase1").is_dir():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: no such folder; give the --output_dir of a training run")
+    record = RunRecord(name=folder.resolve().name, folder=folder)
+    for phase in (1, 2):
+        record.curves[phase] = _read_log(run_dir.metrics_log_path(run_dir.phase_dir(folder, phase)), record.notices)
+        record.checkpoints += _read_checkpoints(folder, phase, record)
+    record.config = _read_config(folder, record.notices)
+    path = Path(results) if results is not None else run_dir.eval_results_path(folder)
+    if path.exists():
+        record.result = read_result(path)
+        beside = samples_path(path)
+        if beside.exists():
+            record.samples = read_samples(beside)
+        else:
+            record.notices.append(f"{beside} is not there: evaluate with --save_reasoning_samples to see chains here.")
+    elif results is not None:
+        raise ReportError(f"{path}: no such file; make it with `embervlm evaluate --output_file {path}`")
+    else:
+        record.notices.append(f"No evaluation yet: `embervlm evaluate --output_file {path}` writes one.")
+    _read_sample_sets(folder, record)
+    if not (record.result or record.checkpoints or record.sample_sets or any(record.curves.values())):
+        raise ReportError(
+            f"{folder}: nothing to report; looked for stage4/phase1|phase2/metrics.jsonl, evaluations in "
+            f"checkpoints, stage4/reasoning_samples/ and {path}"
+        )
+    return record
+
+
+def samples_path(eval_file: Path) -> Path:
+    """The samples beside an evaluation."""
+    return eval_file.with_name(f"{eval_file.stem}_samples.json")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """An evaluation of `run_dir.EVAL_FORMAT`; ReportError for any other file."""
+    found = _read(path)
+    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+        raise ReportError(f"{path}: not an evaluation, it has no 'metrics'; evaluate again with `embervlm evaluate`")
+    if found.get("format") != run_dir.EVAL_FORMAT:
+        raise ReportError(
+            f"{path}: written in format {found.get('format')!r}, this version reads {run_dir.EVAL_FORMAT}; evaluate "
+            f"again: `embervlm evaluate --checkpoint {found.get('checkpoint', '...')} --output_file {path} "
+            f"--save_reasoning_samples`"
+        )
+    return found
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples in a file; ReportError when it is no list of objects."""
+    found = _read(path)
+    if not isinstance(found, list):
+        raise ReportError(f"{path}: not a list of samples; evaluate again with --save_reasoning_samples")
+    if wrong := [place for place, item in enumerate(found) if not isinstance(item, dict)]:
+        raise ReportError(f"{path} sample {wrong[0]}: not an object; evaluate again with --save_reasoning_samples")
+    return [as_sample(item) for item in found]
+
+
+def as_sample(raw: Mapping[str, Any]) -> Sample:
+    """`raw` with every field of the type it should have; what is unusable becomes empty."""
+    scores = mapping(raw.get("scores"))
+    gold, answered = texts(raw.get("gold_answer")), texts(raw.get("answer_set"))
+    baseline = raw.get("without_reasoning")
+    if isinstance(baseline, Mapping):
+        baseline = {"answer_set": texts(baseline.get("answer_set")), "correct": bool(baseline.get("correct"))}
+    correct = raw.get("correct")
+    validator = raw.get("validator_scores")
+    return Sample(
+        id=text(raw.get("id")), image=text(raw["image"]) if raw.get("image") else None,
+        instruction=text(raw.get("instruction")), complexity=text(raw.get("complexity")) or None,
+        question_kind=text(raw.get("question_kind")) or None, gold_steps=texts(raw.get("gold_steps")),
+        gold_answer=gold, steps=texts(raw.get("reasoning_steps")), answer=text(raw.get("answer")),
+        answer_set=answered, correct=correct if isinstance(correct, bool) else _folded(gold) == _folded(answered),
+        confidence=number(raw.get("confidence")), head_answer=texts(raw.get("head_answer")),
+        scores=numbers(scores), reasons=texts(scores.get("reasons")),
+        without_reasoning=baseline if isinstance(baseline, dict) else None,
+        completeness_by_type={
+            name: value for name, value in numbers(raw.get("completeness_by_type")).items() if value is not None
+        },
+        validator_scores=[number(value) for value in validator] if isinstance(validator, list) else [],
+        attention=_attention(raw.get("attention")), boxes=_boxes(raw.get("boxes")),
+    )  # fmt: skip
+
+
+# ---- values of unknown origin
+
+
+def number(value: object) -> float | None:
+    """A finite number, else None: NaN and infinity are no measurement."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def numbers(value: object) -> dict[str, float | None]:
+    """The entries that are numbers, or would be if they were finite."""
+    return {
+        str(name): number(entry)
+        for name, entry in mapping(value).items()
+        if entry is None or (isinstance(entry, (int, float)) and not isinstance(entry, bool))
+    }
+
+
+def mapping(value: object) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def text(value: object) -> str:
+    return "" if value is None else value if isinstance(value, str) else str(value)
+
+
+def texts(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text(entry) for entry in value] if isinstance(value, (list, tuple)) else []
+
+
+def intervals(value: object) -> dict[str, tuple[float, float]]:
+    out = {}
+    for name, entry in mapping(value).items():
+        ends = [number(end) for end in entry] if isinstance(entry, (list, tuple)) else []
+        if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
+            out[str(name)] = (ends[0], ends[1])
+    return out
+
+
+def _folded(names: Iterable[str]) -> set[str]:
+    return {name.strip().casefold() for name in names}
+
+
+def _attention(value: object) -> Attention | None:
+    grid, steps = mapping(value).get("grid"), mapping(value).get("steps")
+    if not (isinstance(grid, list) and len(grid) == 2 and isinstance(steps, list)):
+        return None
+    if not all(isinstance(size, int) and 0 < size <= 1024 for size in grid):
+        return None
+    rows = [[number(share) for share in step] if isinstance(step, list) else [] for step in steps]
+    if any(len(row) != grid[0] * grid[1] or any(share is None or share < 0 for share in row) for row in rows):
+        return None
+    return Attention(grid=(grid[0], grid[1]), steps=[[share or 0.0 for share in row] for row in rows])
+
+
+def _boxes(value: object) -> list[dict[str, Any]]:
+    """From `[{"kind", "label", "box"}, ...]`, or `{kind: box}`."""
+    if isinstance(value, Mapping):
+        value = [{"kind": kind, "box": box} for kind, box in value.items()]
+    out = []
+    for entry in value if isinstance(value, (list, tuple)) else ():
+        ends = mapping(entry).get("box")
+        ends = [number(end) for end in ends] if isinstance(ends, (list, tuple)) else []
+        if len(ends) == 4 and all(end is not None and 0 <= end <= 1 for end in ends):
+            kind = text(entry.get("kind"))
+            out.append({"kind": kind, "label": text(entry.get("label")) or kind, "box": ends})
+    return out
+
+
+# ---- files
+
+
+def _read(path: Path) -> Any:
+    try:
+        return run_dir.read_json(path)
+    except (ValueError, OSError) as error:
+        raise ReportError(str(error)) from error
+
+
+def _read_log(path: Path, notices: list[str]) -> list[dict[str, Any]]:
+    """The lines of a log, by step; a line that cannot be read, as a killed run may leave, is left out."""
+    if not path.exists():
+        return []
+    lines, bad = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and number(entry.get("step")) is not None:
+            lines.append(entry)
+        else:
+            bad += 1
+    if bad:
+        notices.append(f"{path}: {bad} unreadable line{'s' if bad > 1 else ''} left out.")
+    return sorted(lines, key=lambda entry: float(entry["step"]))
+
+
+def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[CheckpointResult]:
+    """The evaluated checkpoints of a phase, each step once, with the choice that `select_best` makes among them."""
+    found: dict[int, CheckpointResult] = {}
+    for checkpoint in run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)):
+        path = run_dir.eval_path(checkpoint.path, "val")
+        if not path.exists():
+            continue
+        try:
+            evaluation = read_result(path)
+        except ReportError as error:
+            record.notices.append(f"Left out: {error}")
+            continue
+        found[checkpoint.step] = CheckpointResult(
+            phase=phase, name=checkpoint.path.name, step=checkpoint.step, metrics=numbers(evaluation["metrics"]),
+            intervals=intervals(evaluation.get("intervals")),
+            num_samples=int(number(evaluation.get("num_samples")) or 0) or None,
+        )  # fmt: skip
+    if phase == 2 and found:
+        try:
+            ranking = rank_checkpoints(run_dir.phase_dir(folder, 2), evaluate=lambda path, split: {"metrics": {}})
+        except (NoCheckpointError, ValueError) as error:
+            record.notices.append(f"No checkpoint is marked as the selected one: {error}")
+            ranking = []
+        for place, ranked in enumerate(ranking):
+            if (of_step := found.get(ranked.step)) is not None:
+                values = {**vars(of_step), "selected": place == 0 and ranked.eligible, "reason": ranked.reason}
+                found[ranked.step] = CheckpointResult(**values)
+    return [found[step] for step in sorted(found)]
+
+
+def _read_config(folder: Path, notices: list[str]) -> dict[str, Any]:
+    """The settings that the run's newest checkpoint was trained with."""
+    for place in (run_dir.phase_dir(folder, 2), run_dir.phase_dir(folder, 1), run_dir.stage3_dir(folder)):
+        for checkpoint in reversed(run_dir.list_checkpoints(place)):
+            path = checkpoint.path / "state.json"
+            if path.exists():
+                return dict(mapping(mapping(mapping(_read(path)).get("settings")).get("config")))
+    notices.append("No checkpoint with its settings was found, so the configuration is not shown.")
+    return {}
+
+
+def _read_sample_sets(folder: Path, record: RunRecord) -> None:
+    by_epoch = {}
+    for path in (folder / "stage4" / "reasoning_samples").glob("epoch_*_samples.json"):
+        if match := _EPOCH_FILE.fullmatch(path.name):
+            by_epoch[int(match[1])] = path
+    files = [(f"Epoch {epoch}", by_epoch[epoch]) for epoch in sorted(by_epoch)]
+    for phase in (1, 2):
+        for checkpoint in run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)):
+            for path in sorted((checkpoint.path / run_dir.EVALS).glob("*_samples.json")):
+                split = path.name.removesuffix("_samples.json")
+                files.append((f"Phase {phase}, {checkpoint.path.name} ({split})", path))
+    for name, path in files:
+        try:
+            record.sample_sets.append(SampleSet(name=name, samples=read_samples(path)))
+        except ReportError as error:
+            record.notices.append(f"Left out: {error}")
+    if record.samples:
+        of = Path(text((record.result or {}).get("checkpoint")) or "checkpoint").name
+        split = text((record.result or {}).get("split"))
+        record.sample_sets.append(SampleSet(name=f"Evaluation of {of} ({split})", samples=record.samples))
+
+
+def flat(config: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted key and value of every setting."""
+    out = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out += flat(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            out.append((f"{prefix}{key}", shown))
+    return out
+
+
+def groups(samples: Sequence[Sample], of: str) -> dict[str, list[Sample]]:
+    """Samples by their `complexity` or `question_kind`, without those that name none."""
+    out: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if (name := getattr(sample, of)) is not None:
+            out.setdefault(name, []).append(sample)
+    return dict(sorted(out.items(), key=lambda item: by_difficulty(item[0])))
+
+
+def by_difficulty(name: str) -> tuple[int, str]:
+    """Sorts the complexities that we know from simple to complex, and before all other names."""
+    known = ("simple", "medium", "complex")
+    return (known.index(name) if name in known else len(known), name)

@@ -1,0 +1,480 @@
+"""The report of a run: what is in it, what it says of bad input, and that nothing recorded becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_run import METRICS, evaluation, sample, write_checkpoint, write_json, write_run
+
+from embervlm import run_dir
+from embervlm.report import figures
+from embervlm.report.build import Report, write_report
+from embervlm.report.pages import best_examples, failure_cases, index_page, samples_page
+from embervlm.report.pictures import file_name, overlay_png, relative_attention
+from embervlm.report.recorded import ReportError, as_sample, read_run, read_samples
+from embervlm.select_best import select_best_checkpoint
+
+GUIDE_TREE = (
+    "reasoning_quality/step_distribution.png", "reasoning_quality/consistency_scores.png",
+    "reasoning_quality/completeness_heatmap.png", "comparison/with_vs_without_reasoning.png",
+    "comparison/reasoning_impact.png", "samples/best_reasoning_examples.html", "samples/failure_cases.html",
+)  # fmt: skip
+HOSTILE = (
+    "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\"'><svg/onload=window.hit=1></script></style><!--"
+    "{{ 7*7 }}{% raw %}$\\frac{1}$\u2028\ud800\x00\u202e"
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, addresses, and the text of its scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+        self.text += data
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> Report:
+    return write_report(run)
+
+
+def bare_index(folder: Path) -> Page:
+    """The page of the run in `folder` without its figures, which take seconds."""
+    captions = {name: caption for name, (caption, _) in figures.FIGURES.items()}
+    path = index_page(read_run(folder), folder / "index.html", svgs={}, captions=captions, missing=captions)
+    return Page(path)
+
+
+def edited(folder: Path, path: str, **changed: Any) -> None:
+    value = json.loads((folder / path).read_text())
+    write_json(folder / path, {**value, **changed})
+
+
+# ---- what is there
+
+
+def test_the_guides_tree_is_written(report: Report) -> None:
+    out = report.index.parent
+    assert out.parts[-2:] == ("stage4", "visualizations")
+    for name in GUIDE_TREE:
+        assert (out / name).stat().st_size > 1000, name
+    for part in ("reasoning_attention", "multimodal_grounding"):
+        assert len(list((out / "attention_maps" / part).glob("*.png"))) == figures.ATTENTION_SAMPLES
+
+
+def test_every_figure_is_drawn_and_stands_in_the_page(report: Report) -> None:
+    page = Page(report.index)
+    assert set(figures.FIGURES) <= report.figures.keys()
+    assert sum(tag == "svg" for tag, _ in page.elements) == len(figures.FIGURES)
+    for path in report.figures.values():
+        with Image.open(path) as image:
+            assert min(image.size) > 200 and len(set(image.convert("L").getdata())) > 20, path
+
+
+def test_the_page_holds_every_sample_with_its_steps_and_attention(run: Path, report: Report) -> None:
+    written = json.loads((run / "results" / "stage4_eval_samples.json").read_text())
+    data = Page(report.index).data
+    assert [found["id"] for found in data["samples"]] == [item["id"] for item in written]
+    for found, item in zip(data["samples"], written, strict=True):
+        assert found["steps"] == item["reasoning_steps"] and found["correct"] == item["correct"]
+        assert len(found["attention"]) == len(found["validator"]) == len(item["reasoning_steps"])
+        assert data["pictures"][found["picture"]].startswith("data:image/jpeg;base64,")
+
+
+def test_the_marked_checkpoint_is_the_one_that_select_best_takes(run: Path) -> None:
+    marked = [item for item in read_run(run).checkpoints if item.selected]
+    assert [item.name for item in marked] == [select_best_checkpoint(run_dir.phase_dir(run, 2)).name]
+
+
+def test_epochs_and_their_common_questions_can_be_compared(report: Report) -> None:
+    sets = Page(report.index).data["sets"]
+    assert [found["name"] for found in sets] == ["Epoch 1", "Epoch 2", "Epoch 3"]
+    assert len({tuple(item["id"] for item in found["samples"]) for found in sets}) == 1
+
+
+def test_the_pages_load_nothing_from_anywhere(report: Report) -> None:
+    for path in (report.index, *(report.index.parent / "samples").glob("*.html")):
+        page = Page(path)
+        for tag, attributes in page.elements:
+            assert tag not in ("iframe", "object", "embed", "base", "form") or "action" not in attributes
+            if "src" in attributes:
+                assert (attributes["src"] or "").startswith("data:"), path
+            if tag == "link":
+                assert attributes["href"] == "data:,"
+            if tag == "a":
+                assert not re.match(r"\w+:", attributes["href"] or "")
+        assert "url(http" not in path.read_text() and "@import" not in path.read_text()
+
+
+def test_only_the_pages_own_script_may_run(report: Report) -> None:
+    page = Page(report.index)
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a) or ""
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    gallery = Page(report.index.parent / "samples" / "failure_cases.html")
+    assert not gallery.scripts
+
+
+def test_the_report_needs_no_torch(run: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, deepspeed=None);"
+        "from embervlm.report import build, figures; from embervlm.report.recorded import read_run;"
+        f"print(len(read_run({str(run)!r}).samples))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and found.stdout == "24\n", found.stderr
+
+
+@pytest.mark.slow
+def test_two_hundred_samples_with_photos_stay_below_five_megabytes(tmp_path: Path, report: Report) -> None:
+    folder = write_run(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    for place in range(200):  # noise is what a JPEG can least make small
+        pixels = rng.integers(0, 255, (320, 400, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "data" / f"{place}.jpg", quality=95)
+    samples = [sample(place, image=str(folder / "data" / f"{place}.jpg"), grid=24) for place in range(200)]
+    write_json(folder / "results" / "stage4_eval_samples.json", samples)
+    began = time.process_time()
+    page = bare_index(folder)
+    assert time.process_time() - began < 20
+    svgs = sum(len(figures.inline_svg(figure, name)) for name, figure in figures.draw_all(read_run(folder))[0].items())
+    assert (folder / "index.html").stat().st_size + svgs < 5_000_000
+    assert len(page.data["samples"]) == 200 and all(found["picture"] is not None for found in page.data["samples"])
+
+
+def test_a_page_says_how_many_of_the_samples_it_shows(run: Path, tmp_path: Path) -> None:
+    path = index_page(read_run(run), tmp_path / "i.html", svgs={}, num_samples=5,
+                      captions={n: n for n in figures.FIGURES}, missing={n: n for n in figures.FIGURES})  # fmt: skip
+    page = Page(path)
+    assert len(page.data["samples"]) == 5 and "The first 5 of 24" in page.text
+
+
+# ---- untrusted text
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run in which every recorded text is hostile."""
+    config = {"model": HOSTILE, HOSTILE: {"seed": HOSTILE}, "reasoning_data": HOSTILE}
+    write_run(folder, num_samples=4, config=config)
+    items = []
+    for place in range(4):
+        item = sample(place, image=str(folder / "data" / HOSTILE.replace("\x00", "").replace("/", "")))
+        texts = ("id", "complexity", "question_kind", "instruction", "answer")
+        item |= {name: f"{HOSTILE}{place}" for name in texts}
+        item |= {
+            name: [HOSTILE] * 3
+            for name in ("reasoning_steps", "gold_steps", "gold_answer", "answer_set", "head_answer")
+        }
+        item["scores"] |= {HOSTILE: 0.5, "reasons": [HOSTILE]}
+        item["completeness_by_type"] = {HOSTILE: 0.5}
+        item["without_reasoning"] = {"answer_set": [HOSTILE], "correct": False}
+        item["boxes"] = [{"kind": HOSTILE, "label": HOSTILE, "box": [0.1, 0.1, 0.5, 0.5]}]
+        items.append(item | {"correct": place % 2 == 0})
+    write_json(folder / "results" / "stage4_eval_samples.json", items)
+    for epoch in (1, 2, 3):
+        write_json(folder / "stage4" / "reasoning_samples" / f"epoch_{epoch}_samples.json", items)
+    entry = {"num": 4, "reasoning": 0.5, "no_reasoning": 0.25}
+    edited(
+        folder, "results/stage4_eval.json", checkpoint=HOSTILE, split=HOSTILE, embervlm_version=HOSTILE,
+        backend={HOSTILE: {"name": HOSTILE, "version": HOSTILE}}, metrics={**METRICS, HOSTILE: 0.5},
+        targets={"final_answer_accuracy": {"target": HOSTILE, "met": True}, HOSTILE: {"target": HOSTILE, "met": False}},
+        per_candidate={HOSTILE: {"precision": 0.5, "recall": 0.5, "support": 2}}, validator={HOSTILE: 0.5},
+        accuracy_by_question_kind={HOSTILE: entry}, impact_by_complexity={HOSTILE: entry}, phase=HOSTILE,
+        faithfulness={HOSTILE: HOSTILE, "truncated": {HOSTILE: 0.5}},
+    )  # fmt: skip
+    for phase in (1, 2):
+        log = run_dir.metrics_log_path(run_dir.phase_dir(folder, phase))
+        lines = [
+            {"step": step, "loss": {HOSTILE: 1 / step}, "learning_rate": {HOSTILE: 1 / step}} for step in (1, 2, 3)
+        ]
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines) + HOSTILE.replace("\ud800", ""))
+    return folder
+
+
+@pytest.mark.slow
+def test_no_recorded_text_becomes_markup_or_a_script(tmp_path: Path) -> None:
+    folder = hostile_run(tmp_path / "<img src=x onerror=window.hit=1>")
+    report = write_report(folder)
+    for path in (report.index, *(report.index.parent / "samples").glob("*.html")):
+        page = Page(path)
+        assert len(page.scripts) == (2 if path == report.index else 0)
+        for tag, attributes in page.elements:
+            assert not [name for name in attributes if name.startswith("on")], (path, tag)
+            assert (attributes.get("src") or "data:").startswith("data:"), (path, tag)
+        assert page.text.count("window.hit=1") > 5, "it is shown as text"
+        assert "{{ 7*7 }}" in page.text
+    shown = Page(report.index).data["samples"][0]
+    assert shown["instruction"] == f"{HOSTILE}0" and shown["steps"] == [HOSTILE] * 3
+    assert "</script" not in re.search(r'id="data">(.*?)</script>', report.index.read_text(), re.S)[1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "a/b\\c", "", "..", "x" * 500, "<script>", "\u0430\u0431", "CON:"]
+)
+def test_the_name_of_a_file_is_only_letters_and_digits(name: str) -> None:
+    assert re.fullmatch(r"007_[A-Za-z0-9-]{1,60}", file_name(7, name))
+
+
+def test_a_very_long_text_is_cut(tmp_path: Path) -> None:
+    path = samples_page([{**sample(0), "instruction": "word " * 100_000}], tmp_path / "page.html", "Long")
+    assert path.stat().st_size < 200_000 and "more characters" in path.read_text()
+
+
+# ---- bad input
+
+
+def test_an_evaluation_of_an_older_version_says_evaluate_again(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    edited(folder, "results/stage4_eval.json", format=1)
+    with pytest.raises(ReportError, match=r"stage4_eval.json: written in format 1.*evaluate again: `embervlm evaluate"):
+        read_run(folder)
+
+
+def test_a_checkpoints_older_evaluation_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    edited(folder, "stage4/phase2/checkpoint-275/evals/val.json", format=1)
+    record = read_run(folder)
+    assert [item.name for item in record.checkpoints if item.phase == 2] == ["checkpoint-final"]
+    assert any("checkpoint-275/evals/val.json" in notice and "format 1" in notice for notice in record.notices)
+
+
+def test_metrics_that_are_not_numbers_are_shown_as_missing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=3)
+    nothing = {name: float("nan") for name in METRICS}
+    edited(folder, "results/stage4_eval.json", metrics=nothing, intervals={n: [float("nan"), 1] for n in METRICS})
+    items = [{**sample(0), "confidence": float("nan"), "validator_scores": [float("inf")] * 4,
+              "scores": {"reasoning_consistency": float("nan")}}]  # fmt: skip
+    write_json(folder / "results" / "stage4_eval_samples.json", items)
+    page = bare_index(folder)
+    assert page.text.count("n/a") >= len(METRICS) and "nan" not in page.text.split()
+    assert page.data["samples"][0]["confidence"] is None and page.data["samples"][0]["validator"] == [None] * 4
+    assert "0 of 5 targets met, 5 not measured" in page.text
+
+
+def test_figures_say_what_they_lack(tmp_path: Path) -> None:
+    write_json(tmp_path / "results" / "stage4_eval.json", evaluation(0, metrics={}, calibration=None, faithfulness=None,
+               accuracy_by_question_kind={}, impact_by_complexity={}))  # fmt: skip
+    drawn, missing = figures.draw_all(read_run(tmp_path))
+    assert not drawn and missing.keys() == figures.FIGURES.keys()
+    assert all(reason.endswith(".") for reason in missing.values())
+
+
+def test_a_figure_that_nothing_is_left_for_is_removed(run: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "comparison" / "faithfulness.png"
+    stale.parent.mkdir()
+    stale.write_bytes(b"old")
+    figures.save_figures({}, tmp_path)
+    assert not stale.exists()
+
+
+def test_a_missing_picture_is_named(tmp_path: Path) -> None:
+    path = samples_page([sample(0, image="/gone/picture.jpg"), sample(1)], tmp_path / "page.html", "Gone")
+    assert "picture not found: /gone/picture.jpg" in Page(path).text and "text only, no picture" in Page(path).text
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0 half a JPEG"])
+def test_a_damaged_picture_is_treated_as_missing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.jpg").write_bytes(content)
+    path = samples_page([sample(0, image=str(tmp_path / "bad.jpg"))], tmp_path / "page.html", "Bad")
+    assert "picture not found" in Page(path).text
+
+
+def test_no_samples_at_all_is_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    write_json(folder / "results" / "stage4_eval_samples.json", [])
+    page = bare_index(folder)
+    assert "The evaluation holds no sample." in " ".join(page.text.split()) and page.data["samples"] == []
+    path = samples_page([], tmp_path / "none.html", "None", nothing="Nothing was recorded.")
+    assert "Nothing was recorded." in Page(path).text
+
+
+def test_without_saved_samples_the_page_says_how_to_get_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    (folder / "results" / "stage4_eval_samples.json").unlink()
+    assert any("--save_reasoning_samples" in notice for notice in read_run(folder).notices)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "not valid JSON"), ("[]", "has no 'metrics'"), ('{"metrics": 3}', "has no 'metrics'")],
+)
+def test_a_damaged_evaluation_is_named(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "results" / "stage4_eval.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ReportError, match=f"stage4_eval.json: .*{says}"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "says"), [({}, "not a list"), ([1], "sample 0: not an object")])
+def test_damaged_samples_are_named(tmp_path: Path, content: Any, says: str) -> None:
+    write_json(tmp_path / "samples.json", content)
+    with pytest.raises(ReportError, match=says):
+        read_samples(tmp_path / "samples.json")
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="nothing to report; looked for"):
+        read_run(tmp_path)
+    with pytest.raises(ReportError, match="no such folder"):
+        read_run(tmp_path / "typo")
+
+
+def test_half_a_log_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    log = run_dir.metrics_log_path(run_dir.phase_dir(folder, 1))
+    num_lines = len(log.read_text().splitlines())
+    with log.open("a") as file:
+        file.write('{"step": 300, "lo')
+    record = read_run(folder)
+    assert len(record.curves[1]) == num_lines and any("1 unreadable line" in notice for notice in record.notices)
+
+
+def test_fields_of_the_wrong_type_become_empty() -> None:
+    wrong = as_sample({
+        "id": 7, "reasoning_steps": "one step", "gold_answer": None, "scores": 3,
+        "attention": {"grid": [2, 2], "steps": [[1]]}, "validator_scores": "high",
+        "boxes": [{"kind": "x", "box": [0, 0, 9, 9]}, 3], "confidence": True,
+    })  # fmt: skip
+    assert wrong.id == "7" and wrong.steps == ["one step"] and wrong.gold_answer == [] and wrong.scores == {}
+    assert wrong.attention is None and wrong.validator_scores == [] and wrong.boxes == [] and wrong.confidence is None
+
+
+# ---- what is chosen and drawn
+
+
+def test_best_examples_are_right_and_of_every_kind() -> None:
+    samples = [as_sample(sample(place)) for place in range(24)]
+    best = best_examples(samples, 6)
+    assert all(item.correct for item in best)
+    assert {item.complexity for item in best} == {"simple", "medium", "complex"}
+
+
+def test_failure_cases_begin_with_the_surest_wrong_answers() -> None:
+    samples = [as_sample(sample(place)) for place in range(24)]
+    failed = failure_cases(samples, 12)
+    wrong = [item for item in failed if not item.correct]
+    assert wrong == failed[: len(wrong)] and len(wrong) == 6
+    assert [item.confidence for item in wrong] == sorted((item.confidence for item in wrong), reverse=True)
+
+
+def test_the_veil_is_clear_where_a_step_looked_most() -> None:
+    shares = [0.0, 0.1, 0.2, 0.7]
+    assert relative_attention(shares, (2, 2)).tolist() == [[0, pytest.approx(1 / 7)], [pytest.approx(2 / 7), 1]]
+    png = Image.open(io.BytesIO(base64.b64decode(overlay_png(shares, (2, 2)))))
+    opacity = np.asarray(png)[..., 1]
+    assert png.size == (2, 2) and opacity[1, 1] == 0 and opacity[0, 0] == opacity.max() > 200
+
+
+def test_a_fine_grid_is_averaged_and_keeps_its_place() -> None:
+    shares = np.zeros((40, 24))
+    shares[39, 23] = 1
+    small = relative_attention(shares.ravel().tolist(), (40, 24))
+    assert small.shape == (16, 16) and small[15, 15] == 1 and small.sum() == 1
+
+
+def test_wilsons_interval_of_a_hand_worked_case() -> None:
+    assert figures.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert figures.wilson(1.0, 10)[1] == 1.0 and figures.wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-3)
+
+
+def test_figures_are_told_apart_without_colour() -> None:
+    looks = [(str(dashes), marker) for _, dashes, marker in figures.SERIES]
+    assert len(set(looks)) == len(looks) and len({marker for _, marker in looks}) == len(looks)
+
+
+# ---- commands
+
+
+def test_the_commands_error_is_one_line(run: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "embervlm.cli", "report", str(run / "nowhere")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1 and found.stderr.startswith("error: ") and "no such folder" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_trained_run_does_not_fail_by_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from embervlm.config import TrainConfig
+    from embervlm.training.cli import write_run_report
+
+    write_run_report(TrainConfig(output_dir=str(tmp_path / "gone")))
+    assert "no report (ReportError" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_figures_reach_the_phases_own_wandb_run(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real run, offline: what a later `wandb sync` sends."""
+    from embervlm.training.tracking import Tracker, log_figures
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker(
+        tmp_path, active=True, name="phase 2", first_step=0, total_steps=1, project="embervlm", settings={"seed": 0}
+    )
+    values = {"loss": {"total": 1.0}, "learning_rate": {"all": 0.1}, "samples_per_s": 1.0, "epoch": 1}
+    tracker.advance(1, values)
+    tracker.close()
+    chosen = {name: report.figures[name] for name in ("comparison/reasoning_impact", "training/losses")}
+    assert log_figures(tmp_path, chosen, project="embervlm")
+    assert not log_figures(tmp_path / "other", chosen, project="embervlm")
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in runs} == {tracker.wandb_run_id}
+    sent = [path.read_bytes() for path in (tmp_path / "wandb").rglob("files/media/images/report/**/*.png")]
+    assert sorted(sent) == sorted(path.read_bytes() for path in chosen.values())
+
+
+def test_a_run_that_is_only_trained_has_curves_but_no_metrics(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    for name in ("stage4_eval.json", "stage4_eval_samples.json"):
+        (folder / "results" / name).unlink()
+    record = read_run(folder)
+    assert record.result is None and record.curves[2] and len(record.sample_sets) == 3
+    assert "No evaluation has been recorded" in bare_index(folder).text
+
+
+def test_a_checkpoint_without_evaluation_does_not_need_a_model(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    write_checkpoint(folder / "stage4" / "phase2", 400)
+    before = copy.deepcopy([item.name for item in read_run(folder).checkpoints])
+    assert "checkpoint-400" not in before and any(item.selected for item in read_run(folder).checkpoints)
