@@ -279,6 +279,7 @@ def task_chains(path: Path) -> list[Chain]:
             instruction=f"Task: {task} Which robot is suited: {', '.join(ROBOTS)}?", answer=frozenset(answer),
             gold_answer=frozenset(answer), candidates=frozenset(ROBOTS),
             statements=tuple(f"The {name} {part}." for name in ROBOTS for part in SKILLS[name]),
+            reference_steps=tuple(steps),
         )  # fmt: skip
         out.append(Chain(
             steps=tuple(steps), context=context, needed=tuple(range(len(steps) - 1)),
@@ -302,7 +303,7 @@ def everyday_chains(path: Path = EVERYDAY) -> list[Chain]:
             gold_answer=frozenset({row["gold_answer"]}),
         )
         out.append(Chain(
-            steps=tuple(row["steps"]), context=context, needed=tuple(row["needed"]),
+            steps=tuple(row["steps"]), context=dataclasses.replace(context, reference_steps=tuple(row["steps"])), needed=tuple(row["needed"]),
             other_answers=(row["wrong_answer"],), paraphrases=dict([row["paraphrase"]]),
             wrong_facts=dict([row["wrong_fact"]]),
         ))  # fmt: skip
@@ -391,15 +392,18 @@ def settings(sets: Sequence[str], tasks_file: Path, **backends: str) -> list[tup
             ("scenes, no facts, nothing fitted", told(test, facts=False, reference=False, domains=False), general),
         ]
     if "tasks" in sets and tasks_file.exists():
-        tasks = task_chains(tasks_file)
+        chains = task_chains(tasks_file)
+        train, tasks = chains[::2], chains[1::2]
         out += [
-            ("tasks, facts", tasks, general),
-            ("tasks, no facts", told(tasks, facts=False, reference=False), general),
+            ("tasks, as in an evaluation", tasks, ChainScorer.fit([chain.steps for chain in train], **backends)),
+            ("tasks, facts, nothing fitted", told(tasks, facts=True, reference=False), general),
+            ("tasks, no facts, nothing fitted", told(tasks, facts=False, reference=False), general),
         ]
     if "everyday" in sets:
         chains = everyday_chains()
         out += [
-            ("everyday, facts", chains, general),
+            ("everyday, as in an evaluation", chains, general),
+            ("everyday, facts", told(chains, facts=True, reference=False), general),
             ("everyday, no facts", told(chains, facts=False, reference=False), general),
         ]
     return out

@@ -207,9 +207,10 @@ def test_the_same_words_and_claims_in_another_order_are_redundant(scorer):
 
 
 def test_the_first_conclusion_may_repeat_a_step_and_the_second_may_not():
-    context = ChainContext(instruction="Which robot?")
-    assert reasoning_consistency(["Look at each robot", "Robot Humanoid", "Conclusion: Robot Humanoid"], context) == 1
-    twice = ["Look at each robot", "Conclusion: Robot Humanoid", "Conclusion: Robot Humanoid"]
+    context = ChainContext(instruction="Which robot can lift the box?")
+    lifts, ends = "The humanoid robot can lift the box.", "Conclusion: the humanoid robot can lift the box."
+    assert reasoning_consistency(["Only one robot can lift this box.", lifts, ends], context) == 1
+    twice = ["Only one robot can lift this box.", ends, ends]
     assert reasoning_consistency(twice, context) == pytest.approx(2 / 3)
 
 

@@ -37,6 +37,7 @@ _CONCLUSION = re.compile(
     r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*(?:[:,]|\bis\b))",
     re.IGNORECASE,
 )
+_NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 _LINK = re.compile(r"[\s:=]*(?:(?:is|are|was|were|be|being|not|a|an|the)\s+)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|never|no|without)\b|n['\u2019]t\b", re.IGNORECASE)
@@ -91,7 +92,7 @@ class ChainContext:
         for name, value in self.facts.items():
             if value not in domains.get(name, ()):
                 domains[name] = domains.get(name, frozenset()) | {value}
-        return ClaimReader.of(domains)
+        return ClaimReader.of(domains, any_number=True)
 
     @cached_property
     def verdict_names(self) -> frozenset[str]:
@@ -136,16 +137,18 @@ class ClaimReader:
     """Reads claims out of a step: a name and, before the next name or the sentence's end, one of its values.
 
     Longest value first, whole words, any case; also "<value> <name>" side by side. A value word that is a name too
-    ("The load is light") counts as the value when only a linking word stands between.
+    ("The load is light") counts as the value when only a linking word stands between. With `any_number`, a number with
+    the unit of a known value is a value too: "The delay is 7 seconds", where 6 seconds are known.
     """
 
     @classmethod
-    def of(cls, domains: Mapping[str, Collection[str]]) -> ClaimReader:
+    def of(cls, domains: Mapping[str, Collection[str]], *, any_number: bool = False) -> ClaimReader:
         """The shared reader of `domains`, which remembers the steps it has read."""
-        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()))
+        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()), any_number)
 
-    def __init__(self, domains: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, domains: Mapping[str, Collection[str]], *, any_number: bool = False) -> None:
         self.key = frozenset((name, frozenset(values)) for name, values in domains.items())
+        self._numbers = {name: _numbers(values) for name, values in domains.items()} if any_number else {}
         self._canonical = {name.casefold(): name for name in domains}
         self._names = _alternatives(domains)
         self._values = {name: _alternatives(values) for name, values in domains.items()}
@@ -177,6 +180,10 @@ class ClaimReader:
                 if match.end() < len(before) and before[match.end() :].isspace():
                     yield Claim(name, self._value_of[name][match[0].casefold()])
             limit = next((m.start() for m in mentions[index + 1 :] if m.start() >= mention.end()), len(sentence))
+            if (other := self._other_number(name, sentence, mention.end())) is not None:
+                taken, claim = other
+                yield claim
+                continue
             found = values.search(sentence, mention.end())
             if not found:
                 continue
@@ -184,6 +191,17 @@ class ClaimReader:
             if found.start() < limit or _LINK.fullmatch(gap):
                 taken = found.end()
                 yield Claim(name, self._value_of[name][found[0].casefold()], bool(_NEGATION.search(gap)))
+
+
+    def _other_number(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
+        """Where the text right after a name gives it a number, and what it claims."""
+        if (pattern := self._numbers.get(name)) is None or (link := _LINK.match(sentence, start)) is None:
+            return None
+        if not (found := pattern.match(sentence, link.end())):
+            return None
+        stated = " ".join(found[0].casefold().split())
+        same = (value for value in self._value_of[name].values() if _plain_number(value) == _plain_number(stated))
+        return found.end(), Claim(name, next(same, stated), bool(_NEGATION.search(link[0])))
 
 
 @dataclass(frozen=True)
@@ -372,8 +390,22 @@ def _alternatives(phrases: Collection[str]) -> re.Pattern[str] | None:
 
 
 @lru_cache(maxsize=256)
-def _reader(domains: frozenset[tuple[str, frozenset[str]]]) -> ClaimReader:
-    return ClaimReader(dict(domains))
+def _reader(domains: frozenset[tuple[str, frozenset[str]]], any_number: bool) -> ClaimReader:
+    return ClaimReader(dict(domains), any_number=any_number)
+
+
+def _numbers(values: Collection[str]) -> re.Pattern[str] | None:
+    """Matches any number with the unit of one of `values`; None where none is a number."""
+    units = {match[2].strip() for value in values if (match := _NUMBER.fullmatch(value.strip()))}
+    if not units:
+        return None
+    after = "|".join(rf"\s*{re.escape(unit)}" for unit in sorted(units, key=lambda unit: (-len(unit), unit)))
+    return re.compile(rf"-?\d[\d,]*(?:\.\d+)?(?:{after})(?![\w%])", re.IGNORECASE)
+
+
+def _plain_number(value: str) -> tuple[float, str] | None:
+    match = _NUMBER.fullmatch(value.strip())
+    return (float(match[1].replace(",", "")), match[2].strip().casefold()) if match else None
 
 
 @lru_cache(maxsize=256)

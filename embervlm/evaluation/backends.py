@@ -26,6 +26,8 @@ SAID = (0.45, 0.75)
 """Share of a text said by another: from none of it to all of it."""
 SAME_STATEMENT = (0.55, 0.85)
 """Share of a clause said by another: below the first they speak of different things, from the second of the same."""
+SAME_TEXT = (0.85, 0.95)
+"""The same of a whole text."""
 Array = NDArray[np.float32]
 
 
@@ -101,7 +103,7 @@ class EmbeddedBackend:
 
     def judge(self, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
         """Entailed: the share of its words that the premise says. Contradicted: it has a clause that the premise says
-        with the opposite negation."""
+        with the opposite negation, or is the premise with one negation more or less."""
         reading = self.reading(texts)
         entailed = _ramp(reading.text_cover[0], *SAID)
         opposed = np.zeros((len(texts), len(texts)), np.float32)
@@ -110,9 +112,19 @@ class EmbeddedBackend:
             starts = [reading.spans[number].start for number in filled]
             opposes = np.maximum.reduceat(self._opposing_clauses(reading), starts, axis=0)
             opposed[np.ix_(filled, filled)] = np.maximum.reduceat(opposes, starts, axis=1)
+            opposed = np.maximum(opposed, self._opposing_texts(reading))
         rows, columns = [a for a, _ in pairs], [b for _, b in pairs]
         contradicted = opposed[rows, columns]
         return entailed[rows, columns] * (1 - contradicted), contradicted
+
+    def _opposing_texts(self, reading: Reading) -> Array:
+        """`[text, text]`: how sure both say the same, one of them with an odd number of negations more."""
+        share = reading.text_cover[0]
+        same = _ramp(np.minimum(share, share.T), *SAME_TEXT)
+        odd = np.array([sum(reading.clauses[n].negated for n in span) % 2 == 1 for span in reading.spans], dtype=bool)
+        long_enough = np.array([len(places) > 1 for places in reading.text_places], dtype=bool)
+        comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough
+        return np.where(comparable, same, 0).astype(np.float32)  # type: ignore[no-any-return]
 
     def _opposing_clauses(self, reading: Reading) -> Array:
         """`[clause, clause]`: how sure both speak of the same thing, one of them with a negation."""

@@ -31,7 +31,7 @@ from embervlm.data.claims import (
 )
 from embervlm.evaluation.backends import EMBEDDED, Backends, EmbeddedBackend, make_backends, wrong_equation
 from embervlm.evaluation.order import OrderScorer
-from embervlm.evaluation.wording import Reading, clauses_of
+from embervlm.evaluation.wording import SYNONYM, Reading, clauses_of
 
 __all__ = [
     "MARGINS", "STEP_TYPES", "TARGETS", "ChainContext", "ChainScorer", "OrderScorer", "balanced_accuracy",
@@ -61,6 +61,12 @@ ADDS = (0.05, 0.25)
 """Share of a step's words that an earlier one lacks and the rest of the chain or the question has."""
 SUPPORTED = (0.08, 0.30)
 """Share of a step's words that the question, the facts or other steps have too."""
+SUPPORTED_WORDS = (0.6, 1.2)
+"""Rarities of those words, the very same ones, added up: 1 is one word that few texts have."""
+SAID_WHOLLY = (0.85, 0.95)
+"""Share of a step that a given text says, which therefore is given as well."""
+SAME_STEP = (0.35, 0.7)
+"""Likeness of a step to one of the gold chain: below the first another step, from the second the same."""
 POLAR = frozenset(("yes", "no", "true", "false"))
 RELEVANT = (0.05, 0.35)
 """Share of the question that the chain speaks of."""
@@ -235,7 +241,11 @@ class _Chain:
             answer,
         ]
         self.offset = len(self.background)
-        self.given = [*context.statements, *_statements(context.instruction)]
+        self.given = [
+            *context.statements, *_statements(context.instruction),
+            *(step for step in context.reference_steps if not is_conclusion(step)),
+        ]  # fmt: skip
+        """What steps must not contradict."""
         self.texts = [*self.background, *self.steps, *self.given]
 
     @property
@@ -256,16 +266,19 @@ class _Chain:
             return 1.0
         share, _, best = reading.text_cover
         said = best[:, self.offset : self.end].max(axis=1) if self.steps else np.zeros(len(reading.words), np.float32)
-        weights = reading.weights
-        whole = float(weights[rows[0]] @ said[rows[0]] / weights[rows[0]].sum())
-        last = sorted({place for number in _asking(reading, 0) for place in reading.places[number]})
-        asked = float(weights[last] @ said[last] / weights[last].sum()) if last else whole
+        weights = reading.weights**3  # what tells this question from others, not what all of them say
+        last = sorted({place for number in _asking(reading, 0) for place in reading.places[number]}) or rows[0]
+        whole, asked = (float(weights[places] @ said[places] / weights[places].sum()) for places in (rows[0], last))
+        both = [*rows[0], *last]
         of_steps = float(share[0, self.offset : self.end].max()) if self.steps else 0.0
-        return max((whole + asked) / 2, min(whole, asked, of_steps))
+        return max(float(weights[both] @ said[both] / weights[both].sum()), min(whole, asked, of_steps))
 
     @cached_property
     def support(self) -> Array:
-        """`[step]` share of its words that the question, the facts, the answer or another step has too."""
+        """`[step]` how sure its words stand in the question, the facts, the answer or other steps.
+
+        Of its words a share must, and more than one or two: "This is an interesting question" names the question.
+        """
         reading = self.reading
         _, _, best = reading.text_cover
         out = np.zeros(len(self.steps), np.float32)
@@ -275,7 +288,10 @@ class _Chain:
             if places:
                 column = others[:, self.offset + number].copy()
                 others[:, self.offset + number] = 0
-                out[number] = reading.weights[places] @ others[places].max(axis=1) / reading.weights[places].sum()
+                said = others[places].max(axis=1)
+                share = float(reading.weights[places] @ said / reading.weights[places].sum())
+                exact = float(reading.english_weights[places] @ (said > SYNONYM))
+                out[number] = _ramp(share, *SUPPORTED) * max(_ramp(exact, *SUPPORTED_WORDS), _ramp(share, 0.8, 1.0))
                 others[:, self.offset + number] = column
         return out
 
@@ -299,13 +315,16 @@ class _Chain:
         pairs += [(start + i, self.offset + j) for i in range(len(statements)) for j in range(size)]
         entailed, opposed = self.scorer.backends.entailment.judge(texts, pairs)
         follows, opposes = np.zeros((size, size)), np.zeros((size, size))
-        against = [(0.0, 0)] * size
+        against, granted, said = [(0.0, 0)] * size, [0.0] * size, self.reading.text_cover[0]
         for (i, j), entails, contradicts in zip(pairs, entailed, opposed, strict=True):
             a, b = i - self.offset, j - self.offset
             if i < start:
                 follows[a, b], opposes[a, b] = entails, contradicts
             else:
                 against[b] = max(against[b], (float(contradicts), i - start))
+                granted[b] = max(granted[b], _ramp(float(said[i, j]), *SAID_WHOLLY) * (1 - float(contradicts)))
+        # What one given text says and another denies is a matter of wording: "it" is another thing in each.
+        against = [(strongest * (1 - grants), i) for (strongest, i), grants in zip(against, granted)]
         reader = context.reader
         claims = [frozenset(reader.read(step)) for step in self.steps]
         judgments: list[StepJudgment] = []
@@ -320,7 +339,8 @@ class _Chain:
             true_claims = [c for c in claims[j] if (context.facts.get(c.name) == c.value) != c.negated]
             known = bool(claims[j]) and len(true_claims) == len([c for c in claims[j] if c.name in context.facts]) > 0
             contradicted = self._contradicted(j, known, opposes, against[j], statements, judgments, reasons)
-            unsupported = self._unsupported(j, bool(true_claims), concludes, anchor, reasons)
+            about_known = bool(true_claims) or bool(claims[j] and not context.facts)
+            unsupported = self._unsupported(j, about_known, concludes, anchor, reasons)
             judgments.append(StepJudgment(redundant, contradicted, unsupported, tuple(reasons)))
         return judgments
 
@@ -374,7 +394,7 @@ class _Chain:
         strongest = scores[best] if scores else 0.0
         if is_conclusion(self.steps[j]):  # whether it follows is a question of its own
             return 0.0
-        if against[0] > strongest and not known:
+        if against[0] > strongest:
             if against[0] >= FAULT:
                 reasons.append(f"contradicts what is given: '{_short(statements[against[1]])}'")
             return against[0]
@@ -389,14 +409,34 @@ class _Chain:
             return 1.0
         if knows or concludes:
             return 0.0
-        supported = _ramp(float(self.support[j]), *SUPPORTED) * anchor
+        if name := self._told_otherwise(j):
+            reasons.append(f"says something of {name} that is not known: it is {self.context.facts[name]}")
+            return 1.0
+        supported = float(self.support[j]) * anchor
         if 1 - supported >= FAULT:
-            alone = self.support[j] <= (SUPPORTED[0] + SUPPORTED[1]) / 2
+            alone = self.support[j] < FAULT
             reasons.append(
                 "shares hardly a word with the question, the facts or other steps" if alone
                 else "belongs to a chain that does not speak of the question"
             )  # fmt: skip
         return 1 - supported
+
+    def _told_otherwise(self, j: int) -> str | None:
+        """The first known fact of which step j says, right after its name, what stands nowhere else."""
+        reading, row, step = self.reading, self.offset + j, self.steps[j]
+        claimed = {claim.name for claim in self.context.reader.read(step)}
+        elsewhere: set[str] = set()
+        for name, value in self.context.facts.items():
+            if name in claimed or value.casefold() in step.casefold() or not (match := _says_of(name).search(step)):
+                continue
+            elsewhere = elsewhere or {
+                reading.words[place]
+                for number, places in enumerate(reading.text_places[: self.end]) if number != row for place in places
+            }  # fmt: skip
+            stated = {word for clause in clauses_of(match[1]) for word in clause.words}
+            if stated and not stated & elsewhere:
+                return name
+        return None
 
     @property
     def reasons(self) -> list[str]:
@@ -426,6 +466,8 @@ class _Chain:
         if self.context.reference_steps and self.context.step_types:
             return self._coverage_of_reference([self.steps[j] for j in usable])
         parts = {"type_coverage": self._type_coverage(usable), "grounds": self._grounds(usable)}
+        if self.context.reference_steps:
+            parts["gold_coverage"] = self._gold_coverage(usable)
         if self.context.facts or self.context.statements:
             parts["fact_coverage"] = self._fact_coverage(usable)
         self.parts |= parts
@@ -466,6 +508,32 @@ class _Chain:
         filled = {row for row, column in zip(rows, columns, strict=True) if fits[row, column]}
         self.completeness_by_type = {name: float(row in filled) for row, name in enumerate(STEP_TYPES)}
         return len(filled) / len(STEP_TYPES)
+
+    @cached_property
+    def likeness_to_gold(self) -> Array:
+        """`[gold step, step]` geometric mean of what each says of the other."""
+        reading = self.scorer.words.reading([*self.context.reference_steps, *self.steps])
+        share, split = reading.text_cover[0], len(self.context.reference_steps)
+        return np.sqrt(share[:split, split:] * share[split:, :split].T)  # type: ignore[no-any-return]
+
+    def _gold_coverage(self, usable: Sequence[int]) -> float:
+        """How much of the gold chain is said, one step for each of its steps."""
+        likeness = self.likeness_to_gold[:, list(usable)]
+        rows, columns = linear_sum_assignment(likeness, maximize=True)
+        said = [_ramp(float(likeness[row, column]), *SAME_STEP) for row, column in zip(rows, columns, strict=True)]
+        return sum(said) / len(likeness)
+
+    @cached_property
+    def gold_order(self) -> Array | None:
+        """`[step, step]` from -1 to 1: how sure the gold chain has the row's step before the column's."""
+        if not self.context.reference_steps or not self.steps:
+            return None
+        likeness = self.likeness_to_gold
+        rows, columns = linear_sum_assignment(likeness, maximize=True)
+        place, sure = np.zeros(len(self.steps)), np.zeros(len(self.steps))
+        for row, column in zip(rows, columns, strict=True):
+            place[column], sure[column] = row, _ramp(float(likeness[row, column]), *SAME_STEP)
+        return np.sign(place[None, :] - place[:, None]) * np.outer(sure, sure)  # type: ignore[no-any-return]
 
     def _grounds(self, usable: Sequence[int]) -> float:
         """1 - 0.5^k for the k sound steps on which the conclusion builds, directly or by way of others."""
@@ -512,7 +580,7 @@ class _Chain:
             return 0.0
         context = self.context
         order = self.scorer.order.order_score(
-            self.steps, question=context.instruction, answer=", ".join(sorted(context.answer))
+            self.steps, question=context.instruction, answer=", ".join(sorted(context.answer)), known=self.gold_order
         )
         strongest = max(judged.contradicted for judged in self.judgments)
         follows = self.conclusion_follows
@@ -624,6 +692,16 @@ def context_free(answer: Collection[str]) -> bool:
 def _statements(instruction: str) -> list[str]:
     """Sentences of the question that state something."""
     return [part for part in re.split(r"(?<=[.!?])\s+|\n+", instruction) if part and not part.rstrip().endswith("?")]
+
+
+@lru_cache(maxsize=1 << 10)
+def _says_of(name: str) -> re.Pattern[str]:
+    """Matches "NAME is WORDS" up to the clause's end."""
+    return re.compile(
+        rf"(?<!\w){re.escape(name)}\s+(?:is|are|was|were)\s+([^,.;:!?]{{1,40}}?)"
+        r"(?=[,.;:!?]|\s+(?:and|so|but|or|because|since|which|while|when|if|for|to|than)\b|$)",
+        re.IGNORECASE,
+    )
 
 
 def _ramp(value: float, low: float, high: float) -> float:

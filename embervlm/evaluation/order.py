@@ -3,7 +3,8 @@
 Two scorers are added up. One is general and knows English: a thing is introduced late in a step and taken up early in
 the next ("given before new", Halliday 1967; "a box" before "the box"), results of sums before their use, "therefore"
 never first, the question's words first and the answer's last, neighbours that speak of the same things. The other is
-learned: which words and claims come in an earlier step than which others in the training chains.
+learned: which words and claims come in an earlier step than which others in the training chains. Where the gold chain
+is known, its order counts as well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ WEIGHTS = {
 }  # fmt: skip
 """Of the general scorer. Chosen on training chains of other data sets; see docs/evaluation.md."""
 LEARNED_WEIGHT = 0.5
+KNOWN_WEIGHT = 2.0
+"""Of the order in the gold chain, where there is one."""
 
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][^\W\d_]+)*|=")
 _POINTS_BACK = re.compile(
@@ -243,25 +246,32 @@ class OrderScorer:
         share = present / np.maximum(present.sum(axis=1, keepdims=True), 1)
         return share @ self._log_odds[np.ix_(ids, ids)] @ share.T  # type: ignore[no-any-return]
 
-    def evidence(self, steps: Sequence[str], *, question: str = "", answer: str = "") -> OrderEvidence:
+    def evidence(
+        self, steps: Sequence[str], *, question: str = "", answer: str = "", known: Array | None = None
+    ) -> OrderEvidence:
         general = general_features(steps, question=question, answer=answer, rarity=self._rarity)
         weighed = [(WEIGHTS[name], part) for name, part in general.items()]
+        pairs = sum(weight * part.pairs for weight, part in weighed) + LEARNED_WEIGHT * self.learned_pairs(steps)
         return OrderEvidence(
-            sum(weight * part.pairs for weight, part in weighed) + LEARNED_WEIGHT * self.learned_pairs(steps),
+            pairs if known is None else pairs + KNOWN_WEIGHT * known[: len(steps), : len(steps)],  # type: ignore[arg-type]
             sum(weight * part.neighbours for weight, part in weighed),  # type: ignore[arg-type]
             sum(weight * part.first for weight, part in weighed),  # type: ignore[arg-type]
         )
 
-    def order_score(self, steps: Sequence[str], *, question: str = "", answer: str = "") -> float:
+    def order_score(
+        self, steps: Sequence[str], *, question: str = "", answer: str = "", known: Array | None = None
+    ) -> float:
         """Share of other orders that read worse than the given one; a tie is not worse.
 
         Up to 5 steps: all other orders. More: every swap of two neighbours, and swaps of other steps and random orders,
         fixed for each number of steps. 0 for fewer than two steps.
+        Args:
+            known: `[step, step]` from -1 to 1, how sure the row's step is known to come before the column's.
         """
         steps = steps[:MAX_STEPS]
         if len(steps) < 2:
             return 0.0
-        totals = self.evidence(steps, question=question, answer=answer).total(_orders(len(steps)))
+        totals = self.evidence(steps, question=question, answer=answer, known=known).total(_orders(len(steps)))
         return float(np.mean(totals[1:] < totals[0] - _TIE))
 
 

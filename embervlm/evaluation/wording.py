@@ -41,12 +41,18 @@ SYNONYM = 0.9
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
 _CLAUSE_BREAK = re.compile(
-    r"(?<=[;:])\s+|,\s+(?=\S)|\s+(?=(?:so|because|since|but|while|whereas|although|therefore|thus|hence|which)\b)"
+    r"(?<=[;:])\s+|,\s+(?=\S)|\s+(?=(?:so|because|since|but|while|whereas|although|though|therefore|thus|hence|which|when|if|unless)\b)"
     r"|\s+and\s+(?=(?:the|a|an|it|they|this|that|these|those|there|he|she|we|so|is|are|was|were|do|does|did|can|cannot"
     r"|has|have|had|will|must|may)\b)",
     re.IGNORECASE,
 )
 _OPENING_ANSWER = re.compile(r"^\s*(?:conclusion:\s*|the answer is\s+|so\s+)*(?:yes|no)\s*(?=[,.;!]|$)", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\bit (?:is|was) (?:(?:not|never) (?:true|so|correct|the case)|untrue|false|incorrect|wrong) that\s+"
+    r"(?:(?:so|but|and|because|therefore)\b,?\s*)?",
+    re.IGNORECASE,
+)
+_NO_DENIAL = re.compile(r"\b(?:no|not) (?:more|less|fewer|later|sooner|longer|only|just|merely)\b", re.IGNORECASE)
 _SUPPOSES = re.compile(r"\b(?:if|unless|would|whether)\b", re.IGNORECASE)
 _RESULT = re.compile(r"^(?:so|therefore|thus|hence|consequently|it follows|this means|which means|as a result)\b", re.I)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|dis|non)(?=\w{4})")
@@ -67,14 +73,15 @@ class Clause:
 
 @lru_cache(maxsize=1 << 15)
 def clauses_of(text: str) -> tuple[Clause, ...]:
-    """Statements of `text`; a part without a content word belongs to the next one."""
+    """Statements of `text`. Of a part without a content word only a "so" is kept, for the next one."""
     out: list[Clause] = []
     for sentence in _SENTENCE_BREAK.split(strip_numbering(text)):
         supposed = _SUPPOSES.search(sentence) is not None
-        negations, result = 0, False
-        for part in _CLAUSE_BREAK.split(_OPENING_ANSWER.sub("", sentence)):
+        result = False
+        sentence = _NO_DENIAL.sub("", _DENIAL.sub("not ", _OPENING_ANSWER.sub("", sentence)))
+        for part in _CLAUSE_BREAK.split(sentence):
             result = result or _RESULT.match(part) is not None
-            words = []
+            negations, words = 0, []
             for token in _TOKEN.findall(part.casefold()):
                 token = token.replace("\u2019", "'")
                 if token in NEGATIONS or token.endswith("n't"):
@@ -85,7 +92,7 @@ def clauses_of(text: str) -> tuple[Clause, ...]:
                     words.append(word)
             if words:
                 out.append(Clause(tuple(words), negations % 2 == 1, result, supposed))
-                negations, result = 0, False
+                result = False
     return tuple(out)
 
 
@@ -194,6 +201,9 @@ class Reading:
         self.words = list(dict.fromkeys(word for clause in self.clauses for word in clause.words))
         self._place = {word: place for place, word in enumerate(self.words)}
         self.weights = np.array([rarity(word) for word in self.words], dtype=np.float32)
+        english = word_vectors().rarity
+        self.english_weights = np.array([english(word) for word in self.words], dtype=np.float32)
+        """The same, whatever was fitted."""
         self.places = [[self._place[word] for word in clause.words] for clause in self.clauses]
         self.text_places = [
             sorted({place for number in span for place in self.places[number]}) for span in self.spans
