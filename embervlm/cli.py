@@ -161,6 +161,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root")
     parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
     parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    _add_judges(parser)
     _add_decoding(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.set_defaults(run=_evaluate)
@@ -201,10 +202,14 @@ def _add_score_chains(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: "
         "rarity of words, usual order, values of facts; default: nothing is fitted"
     )  # fmt: skip
-    backend = "embedded, or a Hugging Face id or local folder of"
+    _add_judges(parser)
+    parser.set_defaults(run=_score_chains)
+
+
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    backend = "who judges the chains: embedded, or a Hugging Face id or local folder of"
     parser.add_argument("--similarity", default="embedded", help=f"{backend} a sentence-transformers model")
     parser.add_argument("--entailment", default="embedded", help=f"{backend} an NLI cross-encoder")
-    parser.set_defaults(run=_score_chains)
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -367,6 +372,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
             reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
             decoding=_decoding(args), compare=not args.no_comparisons, world=world,
+            similarity=args.similarity, entailment=args.entailment,
         )  # fmt: skip
         if world.rank == 0:
             print_result(result, args.output_file)

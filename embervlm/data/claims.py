@@ -89,10 +89,9 @@ class ChainContext:
     def reader(self) -> ClaimReader:
         """Reads the names of `domains` and `facts`."""
         domains = {name: frozenset(values) for name, values in self.domains.items()}
-        for name, value in self.facts.items():
-            if value not in domains.get(name, ()):
-                domains[name] = domains.get(name, frozenset()) | {value}
-        return ClaimReader.of(domains, any_number=True)
+        unusual = {name: value for name, value in self.facts.items() if value not in domains.get(name, ())}
+        domains |= {name: domains.get(name, frozenset()) | {value} for name, value in unusual.items()}
+        return ClaimReader.of(domains, frozenset(name for name in self.facts if name not in self.domains))
 
     @cached_property
     def verdict_names(self) -> frozenset[str]:
@@ -137,18 +136,22 @@ class ClaimReader:
     """Reads claims out of a step: a name and, before the next name or the sentence's end, one of its values.
 
     Longest value first, whole words, any case; also "<value> <name>" side by side. A value word that is a name too
-    ("The load is light") counts as the value when only a linking word stands between. With `any_number`, a number with
-    the unit of a known value is a value too: "The delay is 7 seconds", where 6 seconds are known.
+    ("The load is light") counts as the value when only a linking word stands between.
+
+    The values of names in `open_names` are not all known. What stands right after "NAME is" may be the value of another
+    of them, or a number with the same unit: "The delay is 7 seconds", where 6 seconds are known.
     """
 
     @classmethod
-    def of(cls, domains: Mapping[str, Collection[str]], *, any_number: bool = False) -> ClaimReader:
+    def of(cls, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> ClaimReader:
         """The shared reader of `domains`, which remembers the steps it has read."""
-        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()), any_number)
+        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()), open_names)
 
-    def __init__(self, domains: Mapping[str, Collection[str]], *, any_number: bool = False) -> None:
+    def __init__(self, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> None:
         self.key = frozenset((name, frozenset(values)) for name, values in domains.items())
-        self._numbers = {name: _numbers(values) for name, values in domains.items()} if any_number else {}
+        self._open_names = open_names
+        open_values = {value for name in open_names for value in domains[name]}
+        self._open_values = _alternatives(open_values, _units(open_values))
         self._canonical = {name.casefold(): name for name in domains}
         self._names = _alternatives(domains)
         self._values = {name: _alternatives(values) for name, values in domains.items()}
@@ -180,7 +183,7 @@ class ClaimReader:
                 if match.end() < len(before) and before[match.end() :].isspace():
                     yield Claim(name, self._value_of[name][match[0].casefold()])
             limit = next((m.start() for m in mentions[index + 1 :] if m.start() >= mention.end()), len(sentence))
-            if (other := self._other_number(name, sentence, mention.end())) is not None:
+            if (other := self._open_claim(name, sentence, mention.end())) is not None:
                 taken, claim = other
                 yield claim
                 continue
@@ -192,16 +195,20 @@ class ClaimReader:
                 taken = found.end()
                 yield Claim(name, self._value_of[name][found[0].casefold()], bool(_NEGATION.search(gap)))
 
-
-    def _other_number(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
-        """Where the text right after a name gives it a number, and what it claims."""
-        if (pattern := self._numbers.get(name)) is None or (link := _LINK.match(sentence, start)) is None:
+    def _open_claim(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
+        """Where a value that need not be in the domain ends right after "NAME is", and the claim."""
+        if name not in self._open_names or self._open_values is None:
             return None
-        if not (found := pattern.match(sentence, link.end())):
+        link = _LINK.match(sentence, start)
+        found = self._open_values.match(sentence, link.end()) if link and link[0].strip() else None
+        if not link or not found:
             return None
-        stated = " ".join(found[0].casefold().split())
-        same = (value for value in self._value_of[name].values() if _plain_number(value) == _plain_number(stated))
-        return found.end(), Claim(name, next(same, stated), bool(_NEGATION.search(link[0])))
+        stated, own = " ".join(found[0].casefold().split()), self._value_of[name]
+        number = _number_of(stated)
+        if number and number[1] not in _units(own):  # "The lake is 3 kilometres away" says nothing of its oxygen
+            return None
+        value = own.get(stated) or next((v for v in own.values() if number and _number_of(v) == number), stated)
+        return found.end(), Claim(name, value, bool(_NEGATION.search(link[0])))
 
 
 @dataclass(frozen=True)
@@ -383,27 +390,23 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
-def _alternatives(phrases: Collection[str]) -> re.Pattern[str] | None:
-    """Matches any of `phrases` as whole words, in any case, the longest first."""
+def _alternatives(phrases: Collection[str], units: Iterable[str] = ()) -> re.Pattern[str] | None:
+    """Matches any of `phrases` as whole words, in any case, the longest first; then any number with one of `units`."""
     parts = [re.escape(phrase) for phrase in sorted(phrases, key=lambda p: (-len(p), p)) if phrase.strip()]
+    parts += [rf"-?\d[\d,]*(?:\.\d+)?\s*{re.escape(unit)}" for unit in sorted(units, key=lambda u: (-len(u), u))]
     return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE) if parts else None
 
 
 @lru_cache(maxsize=256)
-def _reader(domains: frozenset[tuple[str, frozenset[str]]], any_number: bool) -> ClaimReader:
-    return ClaimReader(dict(domains), any_number=any_number)
+def _reader(domains: frozenset[tuple[str, frozenset[str]]], open_names: frozenset[str]) -> ClaimReader:
+    return ClaimReader(dict(domains), open_names)
 
 
-def _numbers(values: Collection[str]) -> re.Pattern[str] | None:
-    """Matches any number with the unit of one of `values`; None where none is a number."""
-    units = {match[2].strip() for value in values if (match := _NUMBER.fullmatch(value.strip()))}
-    if not units:
-        return None
-    after = "|".join(rf"\s*{re.escape(unit)}" for unit in sorted(units, key=lambda unit: (-len(unit), unit)))
-    return re.compile(rf"-?\d[\d,]*(?:\.\d+)?(?:{after})(?![\w%])", re.IGNORECASE)
+def _units(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(number[1] for value in values if (number := _number_of(value)))
 
 
-def _plain_number(value: str) -> tuple[float, str] | None:
+def _number_of(value: str) -> tuple[float, str] | None:
     match = _NUMBER.fullmatch(value.strip())
     return (float(match[1].replace(",", "")), match[2].strip().casefold()) if match else None
 

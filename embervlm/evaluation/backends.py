@@ -7,8 +7,10 @@ the checkpoint under test or its validator: a judge that is being trained does n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from embervlm import __version__
 from embervlm.config import ConfigError
 from embervlm.evaluation.wording import Rarity, Reading
 
 EMBEDDED = "embedded"
+EMBEDDED_VERSION = "1"
+"""Changes whenever the same chain would get another score."""
 SAID = (0.45, 0.75)
 """Share of a text said by another: from none of it to all of it."""
 SAME_STATEMENT = (0.55, 0.85)
@@ -68,10 +71,10 @@ class Backends:
 
 
 def make_backends(
-    similarity: str = EMBEDDED, entailment: str = EMBEDDED, *, chains: Iterable[Sequence[str]] = ()
+    similarity: str = EMBEDDED, entailment: str = EMBEDDED, *, chains: Sequence[Sequence[str]] = ()
 ) -> Backends:
     """Backends by name: `embedded`, fitted on `chains`, or the id or folder of a model."""
-    shared = EmbeddedBackend(Rarity(" ".join(chain) for chain in chains))
+    shared = EmbeddedBackend(chains)
     return Backends(
         shared if similarity == EMBEDDED else SentenceEncoder(similarity),
         shared if entailment == EMBEDDED else CrossEncoder(entailment),
@@ -81,10 +84,14 @@ def make_backends(
 class EmbeddedBackend:
     """Similarity and entailment from words alone, clause by clause; reads no model."""
 
-    name, version = EMBEDDED, __version__
+    name = EMBEDDED
 
-    def __init__(self, rarity: Rarity | None = None) -> None:
-        self.rarity = rarity or Rarity()
+    def __init__(self, chains: Sequence[Sequence[str]] = ()) -> None:
+        self.rarity = Rarity(" ".join(chain) for chain in chains)
+        self.version = EMBEDDED_VERSION
+        if chains:
+            digest = hashlib.blake2b(json.dumps([list(chain) for chain in chains]).encode(), digest_size=4).hexdigest()
+            self.version += f", fitted on {len(chains):,} chains ({digest})"
         self._last: tuple[tuple[str, ...], Reading] | None = None
 
     def reading(self, texts: Sequence[str]) -> Reading:
@@ -112,7 +119,9 @@ class EmbeddedBackend:
             starts = [reading.spans[number].start for number in filled]
             opposes = np.maximum.reduceat(self._opposing_clauses(reading), starts, axis=0)
             opposed[np.ix_(filled, filled)] = np.maximum.reduceat(opposes, starts, axis=1)
-            opposed = np.maximum(opposed, self._opposing_texts(reading))
+            # "Anna: ..., so Anna is not": where a text opposes itself, one of its clauses states nothing.
+            itself = np.diag(opposed)
+            opposed = np.maximum(opposed * (1 - np.maximum(itself[:, None], itself)), self._opposing_texts(reading))
         rows, columns = [a for a, _ in pairs], [b for _, b in pairs]
         contradicted = opposed[rows, columns]
         return entailed[rows, columns] * (1 - contradicted), contradicted
@@ -185,13 +194,14 @@ def _calculate(terms: Sequence[str]) -> float:
 
 
 class SentenceEncoder:
-    """Cosine of mean-pooled, normalised token states: what sentence-transformers models of that kind compute."""
+    """Cosine of what a sentence-transformers model says of each text: its token states, pooled as the model wants."""
 
     def __init__(self, model: str) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         self._tokenizer, self._model, self.version = _load(model, AutoTokenizer, AutoModel, "similarity")
         self.name = model
+        self._pooling = _pooling_of(model)
         self._embed = lru_cache(maxsize=1 << 15)(self._embed_one)
 
     def matrix(self, texts: Sequence[str]) -> Array:
@@ -207,7 +217,7 @@ class SentenceEncoder:
             batch = self._tokenizer([text or " "], truncation=True, max_length=256, return_tensors="pt")
             states = self._model(**batch.to(self._model.device)).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            pooled = states[:, 0] if self._pooling == "cls" else (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             return torch.nn.functional.normalize(pooled, dim=1)[0].float().cpu().numpy()  # type: ignore[no-any-return]
 
 
@@ -249,6 +259,23 @@ class CrossEncoder:
             return np.zeros(0, np.float32), np.zeros(0, np.float32)
         shares = np.concatenate(found)
         return shares[:, self._entailment], shares[:, self._contradiction]
+
+
+def _pooling_of(model: str) -> str:
+    """`mean` or `cls`, as the model's folder says; `mean` where it says nothing."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        model, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    settings = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
+    mode = settings.get("pooling_mode") or (" and ".join(modes) if modes else "mean")
+    mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(mode, mode)
+    if mode not in ("mean", "cls"):
+        raise ConfigError(f"similarity backend {model}: pools by {mode}; name a model that pools by mean or cls")
+    return str(mode)
 
 
 def _load(model: str, tokenizer_class: Any, model_class: Any, kind: str) -> tuple[Any, Any, str]:

@@ -1,21 +1,22 @@
 """`embervlm score-chains`: chains of any model and subject, one JSON object to a line, with their scores.
 
-In: {"steps": [...], "answer": ..., "gold_answer"?, "instruction"?, "facts"?, "candidates"?}. Out: the same lines with
-"scores". A line that cannot be read scores 0 and is counted.
+In: {"steps": [...], "answer": ..., "gold_answer"?, "instruction"?, "facts"?, "candidates"?, "gold_steps"?}. Out: the
+same lines with "scores". A line that cannot be read scores 0 and is counted.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embervlm.data.chain_text import parse_answer, parse_reasoning_text
-from embervlm.data.claims import ChainContext, fact_domains
+from embervlm.data.claims import ChainContext, content_words, fact_domains
 from embervlm.data.record_fields import kind
 from embervlm.data.records import DataError, file_values, read_records
 from embervlm.evaluation.backends import EMBEDDED
@@ -24,6 +25,8 @@ from embervlm.progress import progress_bar
 from embervlm.run_dir import atomic_text
 
 SCORES = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
+MAX_STEPS, MAX_CHARACTERS = 200, 30_000
+"""Of a line; scoring compares every step with every other, and every word."""
 MAX_VALUES = 200
 """A fact with more values over the reference chains is free text."""
 _AND = re.compile(r"\s*(?:[,;]|\band\b)\s*")
@@ -86,13 +89,20 @@ def _read_line(number: int, value: Any) -> ChainLine:
         steps = list(parse_reasoning_text(steps)) or [line for line in steps.splitlines() if line.strip()]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise DataError(f"steps: is {kind(steps)}, not a list of texts; write one text for each step")
+    if len(steps) > MAX_STEPS:
+        raise DataError(f"steps: are {len(steps):,}; at most {MAX_STEPS} can be scored")
     candidates = _texts(value, "candidates")
+    gold_steps = _texts(value, "gold_steps")
     facts, statements = _facts(value.get("facts"))
     instruction = value.get("instruction") or ""
     if not isinstance(instruction, str):
         raise DataError(f"instruction: is {kind(instruction)}, not a text; write the question")
+    size = sum(map(len, (instruction, *steps, *gold_steps, *statements, *facts, *facts.values())))
+    if size > MAX_CHARACTERS:
+        raise DataError(f"holds {size:,} characters; at most {MAX_CHARACTERS:,} can be scored")
     context = ChainContext(
         instruction=instruction, facts=facts, statements=statements, candidates=frozenset(candidates),
+        reference_steps=gold_steps,
         answer=_answer(value, "answer", candidates), gold_answer=_answer(value, "gold_answer", candidates),
     )  # fmt: skip
     return ChainLine(number, value, tuple(steps), context)
@@ -164,17 +174,16 @@ def score_lines(
     lines: Iterable[ChainLine], scorer: ChainScorer, domains: Mapping[str, frozenset[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Each line's value with its scores; zeros and a reason for one that could not be read."""
-    from dataclasses import replace
-
     for line in lines:
         if line.problem:
             value = line.value if isinstance(line.value, dict) else {"line": line.number}
             zeros: dict[str, Any] = dict.fromkeys((*SCORES, "adjacent_similarity"), 0.0)
-            yield {**value, "scores": {**zeros, "parts": {}, "reasons": [f"unparseable: {line.problem}"]}}
+            nothing = {"completeness_by_type": {}, "parts": {}, "reasons": [f"unparseable: {line.problem}"]}
+            yield {**value, "scores": {**zeros, **nothing}}
             continue
         context = replace(line.context, domains=domains) if domains else line.context
         scores = scorer.score(line.steps, context)
-        if not any(step.strip() for step in line.steps):
+        if not any(content_words(step) for step in line.steps):
             scores["reasons"] = ["the chain is empty"]
         yield {**line.value, "scores": scores}
 
@@ -185,8 +194,12 @@ def score_file(
 ) -> None:  # fmt: skip
     """Score every line of `path`; print the lines with `as_json`, else what is wrong with each and the means."""
     scorer, domains = scorer_for(reference, similarity, entailment)
-    bar = progress_bar(read_lines(path), desc="score", unit=" chains", disable=as_json or None)
+    lines = list(read_lines(path))
+    bar = progress_bar(lines, desc="score", unit=" chains", disable=as_json or None)
     scored = list(score_lines(bar, scorer, domains))
+    for line in lines:
+        if line.problem:
+            print(f"{path} line {line.number}: {line.problem}", file=sys.stderr)
     if output_file is not None:
         output_file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_text(output_file) as file:
@@ -194,11 +207,11 @@ def score_file(
     if as_json:
         for value in scored:
             print(json.dumps(value))
-        return
-    for number, value in enumerate(scored, 1):
-        for reason in value["scores"]["reasons"]:
-            print(f"chain {value.get('id', number)}: {reason}")
-    print("\n".join(summary(scored, scorer)))
+    else:
+        for line, value in zip(lines, scored, strict=True):
+            for reason in value["scores"]["reasons"] if not line.problem else ():
+                print(f"line {line.number}: {reason}")
+    print("\n".join(summary(scored, scorer)), file=sys.stderr if as_json else sys.stdout)
 
 
 def summary(scored: Sequence[Mapping[str, Any]], scorer: ChainScorer) -> list[str]:

@@ -407,11 +407,11 @@ class _Chain:
         if fault and ("says nothing" in fault or "claims something" in fault):
             reasons.append(fault)
             return 1.0
-        if knows or concludes:
-            return 0.0
         if name := self._told_otherwise(j):
             reasons.append(f"says something of {name} that is not known: it is {self.context.facts[name]}")
             return 1.0
+        if knows or concludes:
+            return 0.0
         supported = float(self.support[j]) * anchor
         if 1 - supported >= FAULT:
             alone = self.support[j] < FAULT
@@ -422,7 +422,7 @@ class _Chain:
         return 1 - supported
 
     def _told_otherwise(self, j: int) -> str | None:
-        """The first known fact of which step j says, right after its name, what stands nowhere else."""
+        """The first known fact of which step j says, right after its name, what mostly stands nowhere else."""
         reading, row, step = self.reading, self.offset + j, self.steps[j]
         claimed = {claim.name for claim in self.context.reader.read(step)}
         elsewhere: set[str] = set()
@@ -434,7 +434,7 @@ class _Chain:
                 for number, places in enumerate(reading.text_places[: self.end]) if number != row for place in places
             }  # fmt: skip
             stated = {word for clause in clauses_of(match[1]) for word in clause.words}
-            if stated and not stated & elsewhere:
+            if stated and 2 * len(stated - elsewhere) >= len(stated):
                 return name
         return None
 
@@ -524,7 +524,7 @@ class _Chain:
         return sum(said) / len(likeness)
 
     @cached_property
-    def gold_order(self) -> Array | None:
+    def gold_order(self) -> NDArray[np.float64] | None:
         """`[step, step]` from -1 to 1: how sure the gold chain has the row's step before the column's."""
         if not self.context.reference_steps or not self.steps:
             return None
@@ -533,7 +533,7 @@ class _Chain:
         place, sure = np.zeros(len(self.steps)), np.zeros(len(self.steps))
         for row, column in zip(rows, columns, strict=True):
             place[column], sure[column] = row, _ramp(float(likeness[row, column]), *SAME_STEP)
-        return np.sign(place[None, :] - place[:, None]) * np.outer(sure, sure)  # type: ignore[no-any-return]
+        return np.asarray(np.sign(place[None, :] - place[:, None]) * np.outer(sure, sure))
 
     def _grounds(self, usable: Sequence[int]) -> float:
         """1 - 0.5^k for the k sound steps on which the conclusion builds, directly or by way of others."""
@@ -613,6 +613,8 @@ class _Chain:
         if named:
             return float(named == answer)
         wanted = {word for name in answer for word in all_words(name)}
+        if answer < POLAR and (clauses := clauses_of(text)) and not wanted & set(all_words(text)):
+            return float(clauses[-1].negated == (answer <= {"no", "false"}))  # "No", and "it does not"
         return float(bool(wanted) and wanted <= set(all_words(text)))
 
     @cached_property

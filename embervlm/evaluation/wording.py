@@ -53,7 +53,9 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _NO_DENIAL = re.compile(r"\b(?:no|not) (?:more|less|fewer|later|sooner|longer|only|just|merely)\b", re.IGNORECASE)
-_SUPPOSES = re.compile(r"\b(?:if|unless|would|whether)\b", re.IGNORECASE)
+_SUPPOSES = re.compile(
+    r"\b(?:if|unless|would|whether|when|whenever|until|as long as|only\b.*\b(?:while|where|as))\b", re.IGNORECASE
+)
 _RESULT = re.compile(r"^(?:so|therefore|thus|hence|consequently|it follows|this means|which means|as a result)\b", re.I)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|dis|non)(?=\w{4})")
 
@@ -68,7 +70,7 @@ class Clause:
     is_result: bool
     """Opens with "so", "therefore" and the like."""
     supposed: bool
-    """Stands in a sentence with "if" or "unless", and so is not stated."""
+    """Stands in a sentence with "if", "when" and the like, and so is not stated."""
 
 
 @lru_cache(maxsize=1 << 15)
