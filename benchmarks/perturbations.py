@@ -379,7 +379,9 @@ def mean_scores(chains: Sequence[Chain], scorer: ChainScorer) -> dict[str, float
     return {name: sum(score[name] for score in scores) / len(scores) for name in SCORES}
 
 
-def settings(sets: Sequence[str], tasks_file: Path | None, **backends: str) -> list[tuple[str, list[Chain], ChainScorer]]:
+def settings(
+    sets: Sequence[str], tasks_file: Path | None, **backends: str
+) -> list[tuple[str, list[Chain], ChainScorer]]:
     """(title, chains, scorer) of every setting."""
     out: list[tuple[str, list[Chain], ChainScorer]] = []
     general = ChainScorer.fit((), **backends)
