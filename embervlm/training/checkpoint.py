@@ -29,6 +29,7 @@ import torch
 from embervlm import run_dir
 from embervlm.model.storage import CheckpointError, read_tensors
 from embervlm.training.engine import Engine, EngineState, Snapshot, World
+from embervlm.training.eval_jobs import awaiting_evaluation
 from embervlm.training.module import TrainingModule
 
 TRAINING_STATE = "training_state.pt"
@@ -186,7 +187,7 @@ class CheckpointStore:
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
             raise SaveError(f"{target}: not written: {reason}") from error
-        kept = best_checkpoints(self.folder, self._keep_best)
+        kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
         run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
 
     @staticmethod
