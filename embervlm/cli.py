@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_try(commands.add_parser("test-reasoning", help="a few chains of a checkpoint, and whether it reasons"))
     _add_analyze(commands.add_parser("analyze", help="what a checkpoint does well and badly on a test set"))
     _add_transition(commands.add_parser("check-transition", help="what moved at the switch from phase 1 to phase 2"))
+    _add_score_chains(commands.add_parser("score-chains", help="metrics of chains from any model, with reasons"))
     _add_report(commands.add_parser("report", help="figures and pages of a run, from its recorded files"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
     _add_quickstart(commands.add_parser("quickstart", help="the newcomer's run, from data to evaluation"))
@@ -163,6 +164,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
     parser.add_argument("--wandb_project", help="W&B project for numbers and figures; default: the training's")
     parser.add_argument("--no_wandb", action="store_true", help="send nothing there")
+    _add_judges(parser)
     _add_decoding(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.set_defaults(run=_evaluate)
@@ -228,6 +230,26 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=int, default=200, help="samples that the page shows")
     parser.add_argument("--wandb", action="store_true", help="also add the figures to the run's W&B run")
     parser.set_defaults(run=_report)
+
+
+def _add_score_chains(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.jsonl", help="{steps, answer, gold_answer?, instruction?, facts?}"
+    )
+    parser.add_argument("--output_file", type=Path, help="JSONL: the same lines with their scores")
+    parser.add_argument("--json", action="store_true", help="print the lines with their scores, and nothing else")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: "
+        "rarity of words, usual order, values of facts; default: nothing is fitted"
+    )  # fmt: skip
+    _add_judges(parser)
+    parser.set_defaults(run=_score_chains)
+
+
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    backend = "who judges the chains: embedded, or a Hugging Face id or local folder of"
+    parser.add_argument("--similarity", default="embedded", help=f"{backend} a sentence-transformers model")
+    parser.add_argument("--entailment", default="embedded", help=f"{backend} an NLI cross-encoder")
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -390,6 +412,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
             reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
             decoding=_decoding(args), compare=not args.no_comparisons, world=world,
+            similarity=args.similarity, entailment=args.entailment,
         )  # fmt: skip
         if world.rank == 0:
             print_result(result, args.output_file)
@@ -469,6 +492,15 @@ def _report(args: argparse.Namespace) -> None:
             phase_dir(args.run_dir, 2), report.figures, project=project, run_name=report.config.get("wandb_run_name")
         ):
             raise ConfigError(f"--wandb: {args.run_dir} was trained without --wandb_project, so there is no W&B run")
+
+
+def _score_chains(args: argparse.Namespace) -> None:
+    from embervlm.evaluation.chain_file import score_file
+
+    score_file(
+        args.file, output_file=args.output_file, as_json=args.json, reference=args.reference,
+        similarity=args.similarity, entailment=args.entailment,
+    )  # fmt: skip
 
 
 def _quickstart(args: argparse.Namespace) -> None:

@@ -94,6 +94,8 @@ def rank_checkpoints(
         raise ValueError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
     if len(sizes := {evaluation.get("num_samples") for evaluation in evaluations.values()}) > 1:
         _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
+    if len(backends := {json.dumps(evaluation.get("backend")) for evaluation in evaluations.values()}) > 1:
+        _log.warning("the chains were judged by different backends: %s", "; ".join(sorted(backends)))
 
     accuracies = [_number(evaluation["metrics"].get(ACCURACY)) for evaluation in evaluations.values()]
     best_accuracy = max((value for value in accuracies if value is not None), default=None)

@@ -38,6 +38,7 @@ _CONCLUSION = re.compile(
     r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*(?:[:,]|\bis\b))",
     re.IGNORECASE,
 )
+_NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 _LINK = re.compile(r"[\s:=]*(?:(?:is|are|was|were|be|being|not|a|an|the)\s+)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|never|no|without)\b|n['\u2019]t\b", re.IGNORECASE)
@@ -65,6 +66,8 @@ class ChainContext:
     instruction: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Fact name -> true value, for all that a correct chain may claim; {} when nothing is known."""
+    statements: Sequence[str] = ()
+    """Facts that are sentences."""
     domains: Mapping[str, Collection[str]] = field(default_factory=dict)
     """Fact name -> every value seen over the data set."""
     reference_steps: Sequence[str] = ()
@@ -87,10 +90,9 @@ class ChainContext:
     def reader(self) -> ClaimReader:
         """Reads the names of `domains` and `facts`."""
         domains = {name: frozenset(values) for name, values in self.domains.items()}
-        for name, value in self.facts.items():
-            if value not in domains.get(name, ()):
-                domains[name] = domains.get(name, frozenset()) | {value}
-        return ClaimReader.of(domains)
+        unusual = {name: value for name, value in self.facts.items() if value not in domains.get(name, ())}
+        domains |= {name: domains.get(name, frozenset()) | {value} for name, value in unusual.items()}
+        return ClaimReader.of(domains, frozenset(name for name in self.facts if name not in self.domains))
 
     @cached_property
     def verdict_names(self) -> frozenset[str]:
@@ -136,15 +138,21 @@ class ClaimReader:
 
     Longest value first, whole words, any case; also "<value> <name>" side by side. A value word that is a name too
     ("The load is light") counts as the value when only a linking word stands between.
+
+    The values of names in `open_names` are not all known. What stands right after "NAME is" may be the value of another
+    of them, or a number with the same unit: "The delay is 7 seconds", where 6 seconds are known.
     """
 
     @classmethod
-    def of(cls, domains: Mapping[str, Collection[str]]) -> ClaimReader:
+    def of(cls, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> ClaimReader:
         """The shared reader of `domains`, which remembers the steps it has read."""
-        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()))
+        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()), open_names)
 
-    def __init__(self, domains: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> None:
         self.key = frozenset((name, frozenset(values)) for name, values in domains.items())
+        self._open_names = open_names
+        open_values = {value for name in open_names for value in domains[name]}
+        self._open_values = _alternatives(open_values, _units(open_values))
         self._canonical = {name.casefold(): name for name in domains}
         self._names = _alternatives(domains)
         self._values = {name: _alternatives(values) for name, values in domains.items()}
@@ -176,6 +184,10 @@ class ClaimReader:
                 if match.end() < len(before) and before[match.end() :].isspace():
                     yield Claim(name, self._value_of[name][match[0].casefold()])
             limit = next((m.start() for m in mentions[index + 1 :] if m.start() >= mention.end()), len(sentence))
+            if (other := self._open_claim(name, sentence, mention.end())) is not None:
+                taken, claim = other
+                yield claim
+                continue
             found = values.search(sentence, mention.end())
             if not found:
                 continue
@@ -183,6 +195,21 @@ class ClaimReader:
             if found.start() < limit or _LINK.fullmatch(gap):
                 taken = found.end()
                 yield Claim(name, self._value_of[name][found[0].casefold()], bool(_NEGATION.search(gap)))
+
+    def _open_claim(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
+        """Where a value that need not be in the domain ends right after "NAME is", and the claim."""
+        if name not in self._open_names or self._open_values is None:
+            return None
+        link = _LINK.match(sentence, start)
+        found = self._open_values.match(sentence, link.end()) if link and link[0].strip() else None
+        if not link or not found:
+            return None
+        stated, own = " ".join(found[0].casefold().split()), self._value_of[name]
+        number = _number_of(stated)
+        if number and number[1] not in _units(own):  # "The lake is 3 kilometres away" says nothing of its oxygen
+            return None
+        value = own.get(stated) or next((v for v in own.values() if number and _number_of(v) == number), stated)
+        return found.end(), Claim(name, value, bool(_NEGATION.search(link[0])))
 
 
 @dataclass(frozen=True)
@@ -235,7 +262,7 @@ def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]
     known_words = set(content_words(context.instruction))
     for name, value in context.facts.items():
         known_words.update(content_words(name), content_words(value))
-    for step in context.reference_steps:
+    for step in (*context.statements, *context.reference_steps):
         known_words.update(content_words(step))
     claimed: dict[str, Claim] = {}
     earlier: list[tuple[tuple[str, ...], frozenset[str], frozenset[Claim]]] = []
@@ -364,15 +391,25 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
-def _alternatives(phrases: Collection[str]) -> re.Pattern[str] | None:
-    """Matches any of `phrases` as whole words, in any case, the longest first."""
+def _alternatives(phrases: Collection[str], units: Iterable[str] = ()) -> re.Pattern[str] | None:
+    """Matches any of `phrases` as whole words, in any case, the longest first; then any number with one of `units`."""
     parts = [re.escape(phrase) for phrase in sorted(phrases, key=lambda p: (-len(p), p)) if phrase.strip()]
+    parts += [rf"-?\d[\d,]*(?:\.\d+)?\s*{re.escape(unit)}" for unit in sorted(units, key=lambda u: (-len(u), u))]
     return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE) if parts else None
 
 
 @lru_cache(maxsize=256)
-def _reader(domains: frozenset[tuple[str, frozenset[str]]]) -> ClaimReader:
-    return ClaimReader(dict(domains))
+def _reader(domains: frozenset[tuple[str, frozenset[str]]], open_names: frozenset[str]) -> ClaimReader:
+    return ClaimReader(dict(domains), open_names)
+
+
+def _units(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(number[1] for value in values if (number := _number_of(value)))
+
+
+def _number_of(value: str) -> tuple[float, str] | None:
+    match = _NUMBER.fullmatch(value.strip())
+    return (float(match[1].replace(",", "")), match[2].strip().casefold()) if match else None
 
 
 @lru_cache(maxsize=256)

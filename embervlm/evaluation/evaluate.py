@@ -26,18 +26,18 @@ from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordStore, prepare
+from embervlm.evaluation.backends import EMBEDDED
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
 from embervlm.evaluation.metrics import (
     ChainContext,
-    OrderScorer,
+    ChainScorer,
     balanced_accuracy,
     bootstrap_interval,
     compare_with_targets,
     final_answer_accuracy,
     per_candidate_precision_recall,
-    score_chain,
 )
 from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
@@ -61,9 +61,6 @@ METRICS = (
     *CHAIN_METRICS, "final_answer_accuracy", "head_accuracy", "head_agreement", "unparseable_share",
     *COMPARISONS.values(),
 )  # fmt: skip
-BACKEND = {
-    "similarity": {"name": "words", "version": __version__}, "entailment": {"name": "claims", "version": __version__},
-}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -72,7 +69,7 @@ class EvalData:
 
     records: list[ReasoningRecord]
     pictures: PictureCache
-    order_scorer: OrderScorer
+    scorer: ChainScorer
     domains: Mapping[str, frozenset[str]]
     val: list[ReasoningRecord] = field(default_factory=list)
     """Where the split is another one: records to calibrate on."""
@@ -100,6 +97,9 @@ class Evaluation:
     progress: bool = True
     world: World | None = None
     """The processes that share the work; None is this one alone."""
+    similarity: str = EMBEDDED
+    entailment: str = EMBEDDED
+    """Who judges the chains: `embedded`, or the id or folder of a model."""
     partial: Path | None = None
     """Folder that keeps finished batches until the evaluation is written."""
 
@@ -307,7 +307,9 @@ def _eval_data(job: Evaluation, store: RecordStore | None, outside: bool, path: 
     return EvalData(
         records=records,
         pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
-        order_scorer=OrderScorer.fit([r.steps for r in reference], domains),
+        scorer=ChainScorer.fit(
+            [r.steps for r in reference if r.steps], domains, similarity=job.similarity, entailment=job.entailment
+        ),
         domains=domains,
         val=val,
     )
@@ -390,7 +392,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         answer=frozenset(result["answer_set"]), gold_answer=frozenset(record.answer),
         candidates=frozenset(record.metadata.get("candidates") or ROBOTS),
     )  # fmt: skip
-    scores = score_chain(result["reasoning_steps"], context, data.order_scorer)
+    scores = data.scorer.score(result["reasoning_steps"], context)
     boxes = known_boxes(record.metadata)
     return {
         "id": record.record_id, "image": record.image, "instruction": record.instruction,
@@ -398,7 +400,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "gold_steps": list(record.steps), "gold_answer": list(record.answer), **result,
         "correct": bool(final_answer_accuracy(result["answer_set"], record.answer)),
         "step_types": list(record.metadata.get("step_types") or ()) or None,
-        "completeness_by_type": scores.pop("completeness_by_type", {}),
+        "completeness_by_type": scores.pop("completeness_by_type"),
         "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
         "validator_scores": None, "attention": None,
     }  # fmt: skip
@@ -435,7 +437,7 @@ def _result(
         "split": job.split,
         "num_samples": len(samples),
         "decoding": dataclasses.asdict(job.decoding),
-        "backend": BACKEND,
+        "backend": data.scorer.backends.record,
         "metrics": metrics,
         "intervals": {name: list(bootstrap_interval(found)) for name, found in values.items() if found},
         "gains": gains(values),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -301,6 +302,7 @@ class Run:
 
     def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
         """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
+        gc.collect()  # engine and samples of the phase before refer to themselves, and would stay through this one
         if not checkpoint.is_dir():
             hint = (
                 "train a stand-in with `python launch/train.py --stages 3` (the same flags as here)"
