@@ -496,7 +496,9 @@ class TorchEngine(Engine):
         return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
     def _set_loss_scale(self, state: Mapping[str, float]) -> None:
-        found = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+        # beyond the interval the scale would never grow again; DeepSpeed's count may stand just there
+        good_steps = min(int(state["good_steps"]), self._scaler.get_growth_interval() - 1)
+        found = {"scale": state["scale"], "_growth_tracker": good_steps}
         self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
 
 
