@@ -238,7 +238,7 @@ def _form_faults(reasoning: Reasoning) -> Iterator[str]:
         yield "it has no conclusion"
     counts = Counter(" ".join(step.lower().split()) for step in steps)
     yield from (f"it says {count} times: {step[:80]}" for step, count in counts.items() if count > 1)
-    if steps and reasoning.answer_set:
+    if steps and steps[-1].startswith(CONCLUSION):
         ends = steps[-1].lower()
         yield from (f"the conclusion does not name {name}" for name in reasoning.answer_set if name.lower() not in ends)
 
