@@ -1,11 +1,12 @@
 """The guide's advanced topics on the model: templates, follow-up questions, self-verification."""
 
 import dataclasses
+import json
 
 import pytest
 
 from embervlm.config import ConfigError
-from embervlm.data.records import ReasoningRecord, read_records, write_jsonl
+from embervlm.data.records import ReasoningRecord, read_records
 from embervlm.model import interactive
 from embervlm.model.interactive import TEMPLATES, Reasoning, as_reasoning, lay_out
 
@@ -86,7 +87,7 @@ def test_generated_reasoning_is_that_of_generate_with_reasoning(lively_model, re
 def test_reasoning_is_a_record_that_can_be_read_back(records, tmp_path):
     found = dataclasses.replace(reasoning(), image=records[0].image)
     path = tmp_path / "own.jsonl"
-    write_jsonl(path, [found.record()])
+    path.write_text(json.dumps(found.record()) + "\n")
     (read,) = read_records(path, allow_outside=True)
     assert isinstance(read, ReasoningRecord)
     assert list(read.steps) == CHAIN and read.answer == ("Drone",) and read.instruction == "Which?"
