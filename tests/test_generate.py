@@ -251,6 +251,12 @@ def test_the_command_prints_what_was_made_and_the_blind_figure(tmp_path, capsys)
     assert "answering from the instruction alone" in printed
 
 
+def test_without_a_test_record_the_command_says_so_and_no_number(tmp_path, capsys):
+    main(["data", "generate", "--output_file", str(tmp_path / "data.json"), "--num_samples", "2", "--workers", "1"])
+    printed = capsys.readouterr().out
+    assert "test split: no record falls into it" in printed and "nan" not in printed
+
+
 def test_the_command_makes_records_for_the_tasks_of_others(tmp_path, capsys):
     tasks = tmp_path / "robot_selection.json"
     tasks.write_text(json.dumps([{"input": text, "output": ", ".join(gold)} for text, gold in TASKS_OF_OTHERS[:2]]))
