@@ -1,6 +1,6 @@
 """Does each way of damaging a chain lower the score it is aimed at? Pairs of an untouched and a damaged chain.
 
-    python benchmarks/perturbations.py [--set scenes tasks everyday unseen] [--pairs 500] [--tasks_file FILE] [--similarity M]
+    python benchmarks/perturbations.py [--set scenes tasks everyday unseen] [--pairs 500] [--tasks_file FILE]
 
 Sets: `scenes`, the rule teacher's chains for scenes that were not trained on; `tasks`, chains about the tasks of others
 (`--tasks_file`, the format of robot_selection.json), one half to fit on; `everyday`, hand-written chains about anything
