@@ -1,6 +1,6 @@
 """Does each way of damaging a chain lower the score it is aimed at? Pairs of an untouched and a damaged chain.
 
-    python benchmarks/perturbations.py [--set scenes tasks everyday unseen] [--pairs 500] [--tasks_file FILE]
+    python benchmarks/perturbations.py --tasks_file single_robot_selection.json
 
 Sets: `scenes`, the rule teacher's chains for scenes that were not trained on; `tasks`, chains about the tasks of others
 (`--tasks_file`, the format of robot_selection.json), one half to fit on; `everyday`, hand-written chains about anything
@@ -34,7 +34,6 @@ from embervlm.data.teachers.real_tasks import read_tasks  # noqa: E402
 from embervlm.data.teachers.rules import TASKS, claim_domains, teach  # noqa: E402
 from embervlm.evaluation.metrics import ChainScorer  # noqa: E402
 
-TASKS_FILE = Path("../shared/data/robot_selection/single_robot_selection.json")
 EVERYDAY = REPOSITORY / "tests" / "data" / "everyday_chains.jsonl"
 UNSEEN = REPOSITORY / "tests" / "data" / "unseen_chains.jsonl"
 SETS = ("scenes", "tasks", "everyday", "unseen")
@@ -380,7 +379,9 @@ def mean_scores(chains: Sequence[Chain], scorer: ChainScorer) -> dict[str, float
     return {name: sum(score[name] for score in scores) / len(scores) for name in SCORES}
 
 
-def settings(sets: Sequence[str], tasks_file: Path, **backends: str) -> list[tuple[str, list[Chain], ChainScorer]]:
+def settings(
+    sets: Sequence[str], tasks_file: Path | None, **backends: str
+) -> list[tuple[str, list[Chain], ChainScorer]]:
     """(title, chains, scorer) of every setting."""
     out: list[tuple[str, list[Chain], ChainScorer]] = []
     general = ChainScorer.fit((), **backends)
@@ -395,7 +396,7 @@ def settings(sets: Sequence[str], tasks_file: Path, **backends: str) -> list[tup
             ("scenes, facts, nothing fitted", told(test, facts=True, reference=False, domains=False), general),
             ("scenes, no facts, nothing fitted", told(test, facts=False, reference=False, domains=False), general),
         ]
-    if "tasks" in sets and tasks_file.exists():
+    if "tasks" in sets and tasks_file is not None:
         chains = task_chains(tasks_file)
         train, tasks = chains[::2], chains[1::2]
         out += [
@@ -416,11 +417,9 @@ def settings(sets: Sequence[str], tasks_file: Path, **backends: str) -> list[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", nargs="+", default=SETS, choices=SETS)
+    parser.add_argument("--set", nargs="+", default=SETS, choices=SETS, help="`tasks` needs --tasks_file")
     parser.add_argument("--pairs", type=int, default=500)
-    parser.add_argument(
-        "--tasks_file", type=Path, default=Path("../shared/data/robot_selection/single_robot_selection.json")
-    )
+    parser.add_argument("--tasks_file", type=Path)
     parser.add_argument("--similarity", default="embedded")
     parser.add_argument("--entailment", default="embedded")
     parser.add_argument("--misses", type=int, default=0, help="print this many misses of each row")

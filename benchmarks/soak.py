@@ -5,6 +5,7 @@
 Trains a tiny model once undisturbed, and once with SIGKILL to all of its processes at random moments: while it starts,
 between steps, and while it writes a checkpoint. Afterwards: every sample was seen exactly once per epoch, no checkpoint
 was damaged at any time, weights and optimizer are bit for bit those of the undisturbed run. Exit code 1 otherwise.
+It may be stopped at any time; the same command goes on with the next kill.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,9 +30,29 @@ from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.progress import progress_bar
 
-MOST_STEPS_PER_LIFE = 12
+MOST_STEPS_PER_LIFE = 8
+STARTING_RATIO = 0.2
+"""Share of the kills that fall into the start, before a step is done."""
 SAVE_STEPS = 2
 BATCH = 4
+HANGS_AFTER_S = 3600
+
+
+@dataclass
+class Tally:
+    """What has happened so far; kept in the work folder."""
+
+    settings: dict[str, object]
+    kills: int = 0
+    while_starting: int = 0
+    while_saving: int = 0
+    steps_done_again: int = 0
+    most_steps_done_again: int = 0
+    """After one kill."""
+    startup_s: float = 10.0
+    """Until the first step, in the fastest life."""
+    damaged: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def main() -> None:
@@ -38,13 +60,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--engine", default="torch", choices=("deepspeed", "fsdp", "torch"))
-    parser.add_argument("--work_dir", type=Path, required=True, help="a new folder for data and both runs")
+    parser.add_argument("--work_dir", type=Path, required=True, help="data and both runs; a folder of its own")
     parser.add_argument("--output_file", type=Path, help="JSON with the figures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     args = parser.parse_args()
-    if args.work_dir.exists():
-        sys.exit(f"error: --work_dir {args.work_dir} exists; name a new folder")
-    args.work_dir.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    args.work_dir.mkdir(parents=True, exist_ok=True)
     report = Soak(args).run()
     for name, value in report.items():
         print(f"{name:<32} {value}")
@@ -56,9 +77,8 @@ def main() -> None:
 class Soak:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.random = random.Random(args.seed)
         self.data = make_data(args.work_dir, 48)
-        # no life gets further than this, so that the run cannot end before its last kill
+        # a life gets half as far on average, so the run does not end before its last kill
         self.steps = (args.kills + 1) * MOST_STEPS_PER_LIFE
         self.ids = [record.record_id for record in split_records(read_records(self.data))["train"]]
         batches_per_epoch = -(-len(self.ids) // (BATCH * args.processes))
@@ -69,57 +89,81 @@ class Soak:
         )  # fmt: skip
         self.undisturbed, self.disturbed = args.work_dir / "undisturbed", args.work_dir / "disturbed"
         self.folder = run_dir.stage3_dir(self.disturbed)
-        self.in_save = self.while_starting = self.redone = 0
-        self.damaged: list[str] = []
+        self.tally = self._tally()
+
+    def _tally(self) -> Tally:
+        self.tally_path = self.args.work_dir / "tally.json"
+        settings = {name: getattr(self.args, name) for name in ("kills", "processes", "engine", "seed")}
+        if not self.tally_path.exists():
+            return Tally(settings=settings)
+        tally = Tally(**run_dir.read_json(self.tally_path))
+        if tally.settings != settings:
+            sys.exit(f"error: {self.args.work_dir} is of {tally.settings}; give the same, or another --work_dir")
+        return tally
 
     def run(self) -> dict[str, object]:
         began = time.monotonic()
-        straight = self.start(self.undisturbed)
-        finish(straight, self.undisturbed)
-        self.startup_s = 10.0
-        for _ in progress_bar(range(self.args.kills), desc="kills"):
-            self.live_and_die()
+        if not run_dir.checkpoint_path(run_dir.stage3_dir(self.undisturbed), None).exists():
+            finish(self.start(self.undisturbed, "--set", "save_steps=1000000"), self.undisturbed)
+        tally = self.tally
+        for number in progress_bar(range(tally.kills, self.args.kills), desc="kills"):
+            self.live_and_die(random.Random(f"{self.args.seed}:{number}"))
+            tally.kills += 1
+            began, tally.seconds = time.monotonic(), tally.seconds + time.monotonic() - began
+            run_dir.write_json_atomic(self.tally_path, asdict(tally))
         finish(self.start(self.disturbed), self.disturbed)
         self.look_for_damage()
         same_weights, same_optimizer = self.compare("pytorch_model.bin"), self.compare("training_state.pt")
         wrong_epochs = self.wrong_epochs()
         return {
-            "kills": self.args.kills,
-            "kills_while_starting": self.while_starting,
-            "kills_while_saving": self.in_save,
+            "kills": tally.kills,
+            "kills_while_starting": tally.while_starting,
+            "kills_while_saving": tally.while_saving,
             "steps": self.steps,
-            "steps_done_again": self.redone,
+            "save_steps": SAVE_STEPS,
+            "steps_done_again": tally.steps_done_again,
+            "most_steps_done_again_after_a_kill": tally.most_steps_done_again,
             "epochs": metrics(self.disturbed)[-1]["epoch"],
             "epochs_with_a_sample_not_once": wrong_epochs,
-            "damaged_checkpoints": self.damaged,
+            "damaged_checkpoints": tally.damaged,
             "same_final_weights": same_weights,
             "same_final_optimizer": same_optimizer,
-            "seconds": round(time.monotonic() - began),
-            "passed": same_weights and same_optimizer and not self.damaged and not wrong_epochs,
+            "seconds": round(tally.seconds + time.monotonic() - began),
+            "passed": same_weights and same_optimizer and not tally.damaged and not wrong_epochs,
         }
 
-    def start(self, output: Path) -> subprocess.Popen[bytes]:
-        return start(self.config, output, self.args.processes, 1)
+    def start(self, output: Path, *flags: str) -> subprocess.Popen[bytes]:
+        return start(self.config, output, self.args.processes, 1, *flags)
 
-    def live_and_die(self) -> None:
+    def live_and_die(self, rng: random.Random) -> None:
         """One start, killed at a random moment."""
-        saved, log_before = self.newest(), self.log_id()
+        tally, saved, log_before = self.tally, self.newest(), self.log_id()
         began, process = time.monotonic(), self.start(self.disturbed)
-        steps = self.random.randrange(MOST_STEPS_PER_LIFE)
-        if steps == 0:
-            self.while_starting += 1
-            self.sleep_unless_ended(process, self.random.uniform(0, self.startup_s))
-        else:
-            # a start replaces the log first: without the lines of steps that it does again
-            while self.log_id() == log_before or self.last_step() < saved + steps:
-                self.sleep_unless_ended(process, 0.002)
-            self.startup_s = min(self.startup_s, time.monotonic() - began)
-            time.sleep(self.random.uniform(0, 0.1))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        self.in_save += any(path.is_dir() for path in self.folder.glob(".tmp-*"))
-        self.redone += max(0, self.last_step() - self.newest())
+        try:
+            if rng.random() < STARTING_RATIO:
+                tally.while_starting += 1
+                self.sleep_unless_ended(process, rng.uniform(0, tally.startup_s))
+            else:
+                # a start replaces the log first: without the lines of steps that it does again
+                self.wait_for_step(saved + 1, process, log_before)
+                tally.startup_s = min(tally.startup_s, time.monotonic() - began)
+                self.wait_for_step(saved + rng.randrange(1, MOST_STEPS_PER_LIFE), process, log_before)
+                time.sleep(rng.uniform(0, 0.1))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        tally.while_saving += any(path.is_dir() for path in self.folder.glob(".tmp-*"))
+        again = max(0, self.last_step() - self.newest())
+        tally.steps_done_again += again
+        tally.most_steps_done_again = max(tally.most_steps_done_again, again)
         self.look_for_damage()
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[bytes], log_before: int | None) -> None:
+        began = time.monotonic()
+        while self.log_id() == log_before or self.last_step() < step:
+            self.sleep_unless_ended(process, 0.002)
+            if time.monotonic() - began > HANGS_AFTER_S:
+                sys.exit(f"error: no step {step} after {HANGS_AFTER_S} s; see {self.disturbed}.log")
 
     def sleep_unless_ended(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         try:
@@ -138,18 +182,22 @@ class Soak:
 
     def last_step(self) -> int:
         """Of the log; its end alone is read, because it is asked all the time."""
-        with run_dir.metrics_log_path(self.folder).open("rb") as log:
+        path = run_dir.metrics_log_path(self.folder)
+        if not path.exists():
+            return 0
+        with path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
             complete = log.read().rpartition(b"\n")[0]
         return json.loads(complete.rpartition(b"\n")[2])["step"] if complete else 0
 
     def look_for_damage(self) -> None:
+        damaged = self.tally.damaged
         for found in run_dir.list_checkpoints(self.folder):
             try:
                 run_dir.verify_checkpoint(found.path)
             except run_dir.DamagedCheckpointError as error:
-                self.damaged.append(str(error))
-        self.damaged += [str(path) for path in self.folder.glob("damaged-*") if str(path) not in self.damaged]
+                damaged.append(str(error))
+        damaged += [str(path) for path in self.folder.glob("damaged-*") if str(path) not in damaged]
 
     def compare(self, name: str) -> bool:
         """Whether the tensors of `name` are the same, bit for bit, in both final checkpoints."""

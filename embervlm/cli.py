@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embervlm.config import BACKBONE, model_preset
 
@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_augment(data.add_parser("augment", help="more chains from those of a file, each checked, none twice"))
     _add_convert(data.add_parser("convert", help="other formats to the unified spelling"))
     _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on a split"))
+    _add_try(commands.add_parser("test-reasoning", help="a few chains of a checkpoint, and whether it reasons"))
+    _add_analyze(commands.add_parser("analyze", help="what a checkpoint does well and badly on a test set"))
+    _add_transition(commands.add_parser("check-transition", help="what moved at the switch from phase 1 to phase 2"))
     _add_score_chains(commands.add_parser("score-chains", help="metrics of chains from any model, with reasons"))
     _add_report(commands.add_parser("report", help="figures and pages of a run, from its recorded files"))
     _add_plan(commands.add_parser("plan", help="memory, steps and time of a run, before anything is booked"))
@@ -157,14 +160,51 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="records of which to ask whether the answer comes from the chain; 0 leaves it out",
     )  # fmt: skip
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
-    parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
-    parser.add_argument("--image_root")
-    parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
+    _add_eval_data(parser)
     parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    parser.add_argument("--wandb_project", help="W&B project for numbers and figures; default: the training's")
+    parser.add_argument("--no_wandb", action="store_true", help="send nothing there")
     _add_judges(parser)
     _add_decoding(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.set_defaults(run=_evaluate)
+
+
+def _add_eval_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
+    parser.add_argument("--image_root", help="folder that picture paths are relative to")
+    parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
+
+
+def _add_try(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, default=10)
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--visualize", action="store_true", help="also draw where the model looked at each step")
+    parser.add_argument("--output_dir", type=Path, help="for what is drawn; default: evals/samples in the checkpoint")
+    _add_eval_data(parser)
+    _add_decoding(parser)
+    parser.set_defaults(run=_try)
+
+
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--test_set", type=Path, required=True, help="file of records; all of them are asked")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, help="at most this many records")
+    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument("--faithfulness_samples", type=int, default=200, help="as in evaluate; 0 leaves it out")
+    _add_eval_data(parser)
+    _add_decoding(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_analyze)
+
+
+def _add_transition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--phase1_checkpoint", type=Path, required=True)
+    parser.add_argument("--phase2_checkpoint", type=Path, required=True)
+    parser.add_argument("--start_checkpoint", type=Path, help="where phase 1 started; default: what the run recorded")
+    parser.set_defaults(run=_check_transition)
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -376,6 +416,65 @@ def _evaluate(args: argparse.Namespace) -> None:
         )  # fmt: skip
         if world.rank == 0:
             print_result(result, args.output_file)
+            if not args.no_wandb:
+                _send_evaluation(args.checkpoint, result, args.output_file, args.wandb_project)
+
+
+def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: Path, project: str | None) -> None:
+    """The evaluation's numbers and figures to W&B, where a project is known. What fails there is only said."""
+    from tempfile import TemporaryDirectory
+
+    from embervlm.report.figures import write_figures
+    from embervlm.report.recorded import evaluation_alone
+    from embervlm.run_dir import read_json
+    from embervlm.training.tracking import log_evaluation
+
+    state = checkpoint / "state.json"
+    trained_with = read_json(state)["settings"]["config"] if state.exists() else {}
+    project = project or trained_with.get("wandb_project")
+    if not project:
+        return
+    try:
+        with TemporaryDirectory() as folder:
+            figures = write_figures(evaluation_alone(output_file), folder)
+            log_evaluation(
+                checkpoint.absolute().parent, result, figures, project=project,
+                run_name=trained_with.get("wandb_run_name"),
+            )  # fmt: skip
+        print(f"sent to W&B: project {project}")
+    except Exception as error:  # drawing and W&B raise what they like
+        print(f"not sent to W&B ({type(error).__name__}: {error})")
+
+
+def _try(args: argparse.Namespace) -> None:
+    from embervlm.debug import try_reasoning
+
+    output_dir = args.output_dir or args.checkpoint / "evals" / "samples"
+    try_reasoning(
+        args.checkpoint, num_samples=args.num_samples, split=args.split, decoding=_decoding(args),
+        output_dir=output_dir if args.visualize else None, reasoning_data=args.reasoning_data,
+        image_root=args.image_root, allow_outside=args.allow_outside,
+    )  # fmt: skip
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from embervlm.debug import analyze
+    from embervlm.evaluation.commands import evaluating_processes
+
+    with evaluating_processes(args.local_rank) as world:
+        analyze(
+            args.checkpoint, test_set=args.test_set, output_dir=args.output_dir, world=world,
+            explain_samples=args.explain_samples, faithfulness_samples=args.faithfulness_samples,
+            num_samples=args.num_samples, reasoning_data=args.reasoning_data, image_root=args.image_root,
+            allow_outside=args.allow_outside, decoding=_decoding(args),
+        )  # fmt: skip
+
+
+def _check_transition(args: argparse.Namespace) -> None:
+    from embervlm.debug import check_phases
+
+    if not check_phases(args.phase1_checkpoint, args.phase2_checkpoint, args.start_checkpoint):
+        sys.exit(1)
 
 
 def _report(args: argparse.Namespace) -> None:

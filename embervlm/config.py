@@ -290,8 +290,12 @@ class TrainConfig:
     on_save_error: str = "stop"
     """stop ends the run when a checkpoint cannot be written; continue warns and tries again at the next one."""
     eval_steps: int | None = None
-    """Optimizer steps between evaluations on the val split; None evaluates at the end of a phase only."""
+    """Optimizer steps between evaluations on the val split, one at the end included; None leaves them to
+    `select_best`."""
     eval_samples: int = 64
+    eval_cluster: str | None = None
+    """Node recipe of which one GPU evaluates, in a Slurm job of its own while training goes on; None evaluates between
+    two steps."""
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
     keep_last: int = 3

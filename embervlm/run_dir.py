@@ -94,6 +94,11 @@ def eval_path(checkpoint: str | Path, split: str) -> Path:
     return Path(checkpoint) / EVALS / f"{split}.json"
 
 
+def eval_job_path(checkpoint: str | Path, split: str) -> Path:
+    """Which Slurm job writes that evaluation, where one was submitted: {"job_id": str}."""
+    return Path(checkpoint) / EVALS / f"{split}_job.json"
+
+
 def calibration_path(checkpoint: str | Path) -> Path:
     """Temperature of the checkpoint's `confidence`, fitted by its last evaluation."""
     return Path(checkpoint) / EVALS / "calibration.json"

@@ -19,6 +19,8 @@ submit() {
     env "${drop[@]}" sbatch "$@"
 }
 
+behind=() # what the script takes behind its flags of launch/train.py
+
 # on_these_nodes SCRIPT FLAGS: go on in a job of the recipe's nodes; elsewhere submit one and leave
 on_these_nodes() {
     local script=$1 options
@@ -32,7 +34,7 @@ on_these_nodes() {
         exit 1
     fi
     # shellcheck disable=SC2086  # several options in one string
-    EMBERVLM_SUBMITTED=1 submit $options "$script" "$@"
+    EMBERVLM_SUBMITTED=1 submit $options "$script" "$@" "${behind[@]}"
     exit
 }
 

@@ -4,6 +4,7 @@
 #SBATCH --job-name=embervlm-stage4
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+shopt -s inherit_errexit # a phase that Slurm refuses ends this, and nothing is submitted after it
 cd "${SLURM_SUBMIT_DIR:-.}"
 source slurm/job.sh
 

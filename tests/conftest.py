@@ -83,6 +83,22 @@ def tiny_model(tiny_settings, tokenizer):
     return model.eval()
 
 
+@pytest.fixture
+def lively_model(tiny_model):
+    """The tiny model with every part switched on, as after some training: no part's output is zero."""
+    import torch
+
+    torch.manual_seed(1)
+    head = tiny_model.reasoning_module.reasoning_head
+    torch.nn.init.normal_(head.output.weight, std=2.0)
+    torch.nn.init.normal_(head.token_embedding.weight, std=0.05)
+    torch.nn.init.normal_(head.nothing_seen, std=0.5)
+    for block in tiny_model.language_model.backbone.base_model.layers:
+        for weight in block.parameters():
+            weight.data.mul_(4)
+    return tiny_model
+
+
 @pytest.fixture(scope="session")
 def tiny_model_yaml(tiny_settings, tmp_path_factory):
     """Those settings as a file, for `--model`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from training_helpers import Bench, phase_config
 
 from embervlm.data.collate import Batch
 from embervlm.training.engine import Engine, EngineState, NonFiniteLossError, World, build_engine
+from embervlm.training.engine_deepspeed import DeepSpeedEngine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
+
+FP16_SCALE = 4096.0
 
 
 def micro_batches(bench: Bench, case: dict[str, Any], world: World, step: int) -> list[Batch]:
@@ -34,6 +38,37 @@ def take_pictures_away(batch: Batch) -> None:
     batch.inputs["pictures"] = torch.zeros_like(batch.inputs["pictures"])
 
 
+def let_deepspeed_compute_in_fp16() -> None:
+    """On the CPU, past its accelerator's check and ours, which both refuse what torch can do."""
+    from deepspeed.accelerator import get_accelerator
+
+    from embervlm.training import engine
+
+    get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
+    engine.resolve_precision = lambda precision, *_: precision
+
+
+def overflow_once(engine: Engine, rank: int) -> None:
+    """The next update meets an infinite gradient in what process `rank` holds or adds, and in nothing else."""
+    update = engine._update
+    if isinstance(engine, DeepSpeedEngine):  # takes gradients away as they come
+        if engine.world.rank == rank:
+            (bias,) = (p for name, p in engine.module.named_parameters() if name.endswith("answer_head.bias"))
+            hook = bias.register_hook(lambda gradient: (hook.remove(), gradient + float("inf"))[1])
+        return
+
+    def update_with_overflow(rates: Mapping[str, float]) -> bool:
+        engine._update = update  # type: ignore[method-assign]
+        if engine.world.rank == rank:
+            gradients: list[Any] = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            held = (g.to_local() if hasattr(g, "to_local") else g for g in gradients)
+            local = next(gradient for gradient in held if gradient.numel())
+            local.view(-1)[0] = float("inf")
+        return update(rates)
+
+    engine._update = update_with_overflow  # type: ignore[method-assign]
+
+
 def whole_state(engine: Engine) -> EngineState:
     """The state to save, on every rank."""
     return engine.world.broadcast(engine.snapshot().collect())
@@ -45,10 +80,12 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     accumulation, global_batch = case.get("accumulation", 1), case.get("global_batch", 8)
     bench = Bench.make(
         data, phase, global_batch=global_batch, draws=case.get("draws", True), vision=case.get("vision"),
-        seed=world.rank if case.get("seed_by_rank") else 0,
+        seed=world.rank if case.get("seed_by_rank") else 0, text_only=case.get("text_only", False),
         engine=case.get("engine", "deepspeed"), zero_stage=case.get("zero_stage", 2),
         precision=case.get("precision", "fp32"), deepspeed_config=case.get("deepspeed_config"),
     )  # fmt: skip
+    if bench.config.precision == "fp16" and bench.config.engine == "deepspeed":
+        let_deepspeed_compute_in_fp16()
     module = TrainingModule(bench.model)
     if where := case.get("nan_in"):
         with torch.no_grad():
@@ -67,9 +104,11 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         "wrapped": whole_state(engine).weights,
         "own": {key: value.clone() for key, value in module.state_dict().items()} if case.get("seed_by_rank") else {},
         "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
-        "rates": [], "terms": [], "counts": [], "error": None, "records": [],
+        "rates": [], "terms": [], "counts": [], "error": None, "records": [], "overflows": 0,
     }  # fmt: skip
     optimizer = engine._optimizer  # type: ignore[attr-defined]
+    if "overflow_on_rank" in case:  # at a scale where nothing overflows by itself
+        engine._set_loss_scale({"scale": FP16_SCALE, "good_steps": case.get("good_steps", 0)})
     for step in range(case.get("steps", 3)):
         factor = learning_rate_factor(step, case.get("steps", 3), phase.warmup_steps, phase.final_lr_ratio)
         rates = {name: phase.learning_rate * scale * factor for name, scale in phase.multipliers.items()}
@@ -79,8 +118,15 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         if case.get("nan_on_rank") == world.rank:
             batches[0].targets["answers_real"] *= float("nan")
         out["records"] += [name for batch in batches for name in batch.record_ids]
+        if step == 1 and "overflow_on_rank" in case:
+            out["at_overflow"] = vars(whole_state(engine))
+            overflow_once(engine, case["overflow_on_rank"])
         try:
             terms, counts = engine.train_step(batches, phase.loss_weights, rates, step)
+            while engine.overflowed:
+                out["overflows"] += 1
+                out["after_overflow"] = vars(whole_state(engine))
+                terms, counts = engine.train_step(batches, phase.loss_weights, rates, step)
         except NonFiniteLossError as error:
             out["error"] = str(error)
             break

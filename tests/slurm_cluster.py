@@ -199,7 +199,8 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
         found = {}
         for pid in self.processes(f"SLURM_JOB_ID={job_id}"):
             with contextlib.suppress(OSError):
-                if TRAINING & set(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:4]):
+                program, *args = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if Path(program).name.startswith("python") and TRAINING & set(args[:3]):  # srun has them, too
                     has = Path(f"/proc/{pid}/environ").read_text().split("\0")
                     found |= {int(item.partition("=")[2]): pid for item in has if item.startswith("SLURM_PROCID=")}
         return found

@@ -21,6 +21,7 @@ from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker, fact_domains
 from embervlm.data.records import DataError, read_records, write_dataset, write_jsonl
 from embervlm.data.scenes.generate import generate_scenes
+from embervlm.data.store import prepare
 from embervlm.data.tokenizer import SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
 from embervlm.run_dir import WriteError, write_json_atomic
 
@@ -330,6 +331,14 @@ def test_a_full_disk_while_pictures_are_cached_is_said(tmp_path):
     with full_disk(10_000), pytest.raises(WriteError, match=r"pictures-64-.*\.npy: not written .*is full"):
         PictureCache([tmp_path / "a.png"], 64, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_while_records_are_prepared_is_said_and_leaves_nothing(tmp_path):
+    (tmp_path / "d.jsonl").write_text((json.dumps(GOOD) + "\n") * 1000)
+    with full_disk(50_000), pytest.raises(WriteError, match=r"records\.jsonl: not written .*is full"):
+        prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(prepare(tmp_path / "d.jsonl", tmp_path / "cache")) == 1000
 
 
 def test_a_full_disk_while_scenes_are_drawn_is_said(tmp_path):

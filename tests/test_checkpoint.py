@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from embervlm.training.checkpoint import (
     load_training_state,
     newest_sound,
 )
-from embervlm.training.engine import Engine, World, build_engine
+from embervlm.training.engine import Engine, Snapshot, World, build_engine
 from embervlm.training.module import TrainingModule
 
 ALONE = World(0, 1, CPU)
@@ -74,16 +75,29 @@ def no_file_above() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.fixture
+def gate(training: Training, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No file of a checkpoint is written before this is set."""
+    opened = threading.Event()
+    write = training.bench.model.save_pretrained
+
+    def wait_and_write(*args: object, **options: object) -> None:
+        assert opened.wait(60)
+        write(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training.bench.model, "save_pretrained", wait_and_write)
+    return opened
+
+
 def test_a_checkpoint_holds_the_state_at_its_step_whatever_training_does_while_it_is_written(
-    training: Training,
+    training: Training, gate: threading.Event
 ) -> None:
     training.step(0)
     wanted = training.weights()
     with training.store() as store:
-        gate = threading.Event()
-        store._writer.submit(gate.wait)  # the writer is busy until training has gone on
         saved = training.save(store, 1)
         training.step(1)
+        training.step(2)
         gate.set()
     found = weights_of(saved)
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
@@ -91,10 +105,31 @@ def test_a_checkpoint_holds_the_state_at_its_step_whatever_training_does_while_i
     assert load_training_state(saved)["optimizer"]["updates"] == 1
 
 
-def test_a_save_returns_before_its_checkpoint_is_written(training: Training) -> None:
+def test_no_update_takes_place_before_the_state_is_copied(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.step(0)
+    wanted, opened, copy = training.weights(), threading.Event(), Snapshot._copy
+
+    def wait_and_copy(snapshot: Snapshot) -> torch.Tensor:
+        assert opened.wait(60)
+        return copy(snapshot)
+
+    monkeypatch.setattr(Snapshot, "_copy", wait_and_copy)
     with training.store() as store:
-        gate = threading.Event()
-        store._writer.submit(gate.wait)
+        saved = training.save(store, 1)
+        step = threading.Thread(target=training.step, args=(1,))
+        step.start()
+        step.join(1)
+        assert step.is_alive()
+        assert all(torch.equal(training.weights()[key], value) for key, value in wanted.items())
+        opened.set()
+        step.join()
+    assert all(torch.equal(weights_of(saved)[key], value) for key, value in wanted.items())
+    assert any(not torch.equal(training.weights()[key], value) for key, value in wanted.items())
+    assert training.engine.copy_wait_s > 0.3  # counted as time that training stood still
+
+
+def test_a_save_returns_before_its_checkpoint_is_written(training: Training, gate: threading.Event) -> None:
+    with training.store() as store:
         saved = training.save(store, 1)
         assert not saved.exists()
         gate.set()
@@ -150,6 +185,63 @@ def test_the_final_checkpoint_must_be_written_whatever_is_configured(training: T
         with pytest.raises(SaveError, match="has vanished"):
             training.save(store, 1, final=True)
     assert not training.folder.exists()  # not made anew where a mount is missing
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def test_a_disk_that_is_full_read_only_or_gone_is_named_and_training_goes_on_when_it_is_back(
+    training: Training, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real file systems, each failing in its own way, between saves that succeed."""
+    training.folder = disk / "phase2"
+    with training.store(on_error="continue") as store:
+        training.save(store, 1)
+        assert store.wait()
+        for step, options, reason in ((2, "size=1m", "No space left"), (4, "ro", "Read-only file system")):
+            remount(disk, options)
+            failed = training.save(store, step)
+            assert not store.wait()
+            assert f"{failed}: not written: " in caplog.text and reason in caplog.text
+            assert f"the last good checkpoint is {run_dir.checkpoint_path(training.folder, step - 1)}" in caplog.text
+            remount(disk, "rw,size=100m")
+            training.save(store, step + 1)
+            assert store.wait()
+        subprocess.run(["umount", "--lazy", disk], check=True)
+        training.save(store, 6)
+        assert not store.wait()
+        assert f"the folder {training.folder} has vanished" in caplog.text
+    assert not any(disk.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_ends_the_run_before_it_trains(training: Training, disk: Path) -> None:
+    remount(disk, "ro")
+    training.folder = disk / "phase2"
+    with pytest.raises(SaveError, match=f"{training.folder}: .* cannot be made .Read-only file system"):
+        training.store()
+
+
+def test_a_slow_disk_is_named_while_training_waits_for_it(
+    training: Training, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("embervlm.training.checkpoint.SLOW_S", 0.1)
+    with training.store() as store:
+        training.save(store, 1)
+        threading.Timer(0.5, gate.set).start()
+        store.wait()
+    assert f"{training.folder}: a checkpoint is still being written there" in caplog.text
 
 
 def test_an_error_of_training_waits_for_the_checkpoint_being_written(training: Training) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,18 @@ def test_without_a_recipe_the_scripts_list_them(monkeypatch: pytest.MonkeyPatch)
 def test_a_script_is_valid_bash(script: Path) -> None:
     found = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def test_nothing_is_chained_to_a_job_that_slurm_refuses(tmp_path: Path) -> None:
+    """With a Slurm here that is not set up, and without one: sbatch fails alike."""
+    (tmp_path / "slurm.conf").touch()
+    found = subprocess.run(
+        ["bash", "slurm/stage4.sh", "--cluster", "v100x1"], cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        env={**os.environ, "EMBERVLM_VENV": str(Path(sys.executable).parent.parent),
+             "SLURM_CONF": f"{tmp_path}/slurm.conf"},
+    )  # fmt: skip
+    assert found.returncode != 0 and "phase 1 is job" not in found.stdout
+    assert found.stderr.count("sbatch: fatal") + found.stderr.count("command not found") <= 1
 
 
 # -- requeues -------------------------------------------------------------------------------------------------------

@@ -228,4 +228,4 @@ def test_more_chains_are_no_more_questions(tmp_path):
     loaded = load_data(config, 36, World(rank=0, size=1, device=torch.device("cpu")))
     given = split_records(read_records(data))["train"]
     assert [record.record_id for record in loaded.train] == [record.record_id for record in given]
-    assert len(loaded.reasoning) == len(given) + 54 and loaded.reasoning[: len(given)] == loaded.train
+    assert len(loaded.reasoning) == len(given) + 54 and list(loaded.reasoning)[: len(given)] == list(loaded.train)

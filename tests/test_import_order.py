@@ -15,7 +15,14 @@ PACKAGE = REPOSITORY / "embervlm"
 ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands")
 BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
 """Left of every folder."""
-COMMANDS = {"embervlm.cli", "embervlm.quickstart", "embervlm.plan", "embervlm.slurm", "embervlm.submit"}
+COMMANDS = {
+    "embervlm.cli",
+    "embervlm.quickstart",
+    "embervlm.plan",
+    "embervlm.slurm",
+    "embervlm.submit",
+    "embervlm.debug",
+}
 """Right of every folder: they put everything together."""
 READERS = {"embervlm.select_best"}
 """Reads an output folder; may import `base` alone, and everyone may import it."""

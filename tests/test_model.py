@@ -40,20 +40,6 @@ def batch(records, samples, tokenizer, make_collator):
 
 
 @pytest.fixture
-def lively_model(tiny_model):
-    """The tiny model with every part switched on, as after some training: no part's output is zero."""
-    torch.manual_seed(1)
-    head = tiny_model.reasoning_module.reasoning_head
-    torch.nn.init.normal_(head.output.weight, std=2.0)
-    torch.nn.init.normal_(head.token_embedding.weight, std=0.05)
-    torch.nn.init.normal_(head.nothing_seen, std=0.5)
-    for block in tiny_model.language_model.backbone.base_model.layers:
-        for weight in block.parameters():
-            weight.data.mul_(4)
-    return tiny_model
-
-
-@pytest.fixture
 def checkpoint(lively_model, tmp_path):
     lively_model.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"

@@ -30,15 +30,22 @@ from embervlm.data.records import read_records
 from embervlm.training.schedule import learning_rate_factor
 
 pytestmark = pytest.mark.slow
-STEPS, STOP = 6, 3
+STEPS, STOP = 5, 3
 LAUNCH = {
     "torch": ("python", 1, ("--engine", "torch")),
     "zero2": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "2")),
+    "zero2 x4": ("torchrun", 4, ("--engine", "deepspeed", "--zero_stage", "2", "--batch_size", "2")),
     "fsdp": ("torchrun", 2, ("--engine", "fsdp")),
 }
 """Launcher, processes and flags."""
-PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2", "torch"), ("zero2", "fsdp")]
+PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2 x4", "torch"), ("zero2 x4", "fsdp")]
 """What saved, and what resumed."""
+CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
+              "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
+              "stage3": {"max_steps": 10, "epochs": [3, 3]}}  # fmt: skip
+"""Phase 2 has epochs 2 and 3, of different lengths; the checkpoint lies in the middle of the second."""
+DROPOUT = {"config": {**TINY["vision"]["config"], "hidden_dropout_prob": 0.1}}
+"""Drawn anew by every process: comparable on the same number of them alone."""
 
 
 @dataclass
@@ -66,7 +73,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     data = make_data(folder)
     save_stage3(folder / "start" / "stage3", TINY, read_records(data))
-    write_run_yaml(folder, write_model_yaml(folder), data, log_records=True, stage4__phase2__direct_records_ratio=0.0)
+    write_run_yaml(folder, write_model_yaml(folder), data, log_records=True, curriculum=CURRICULUM,
+                   stage4__phase2__direct_records_ratio=0.0)  # fmt: skip
+    (folder / "dropout").mkdir()
+    write_model_yaml(folder / "dropout", vision=DROPOUT)
     return folder
 
 
@@ -78,6 +88,8 @@ def resumed(request: pytest.FixtureRequest, bench: Path) -> Resumed:
         "--resume_from", str(bench / "start" / "stage3" / "checkpoint-final"),
         "--max_steps", str(STEPS), "--save_steps", str(STOP),
     )  # fmt: skip
+    if saved_by == resumed_by:
+        flags += ("--model", str(bench / "dropout" / "tiny.yaml"))
     run = Resumed(saved_by, resumed_by, flags, bench / saved_by, bench / f"{saved_by}-{resumed_by}")
     if not run.straight.exists():
         ok(run.start(run.straight, saved_by))
@@ -131,6 +143,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once_with_the_same_losses(resume
         assert again["loss"] == pytest.approx(straight["loss"], rel=1e-4)
         assert again["learning_rate"] == pytest.approx(straight["learning_rate"])
         assert again["teacher_forcing"] == straight["teacher_forcing"]
+    assert {line["teacher_forcing"] for line in logs[1]} == {1.0, 0.5}
 
 
 def test_a_resumed_run_has_seen_as_many_samples(resumed: Resumed) -> None:
@@ -145,8 +158,11 @@ def test_a_resumed_run_sees_the_samples_of_an_uninterrupted_one_each_once_an_epo
     ]  # fmt: skip
     for straight, again in zip(*logs, strict=True):
         assert sorted(again["records"]) == sorted(straight["records"])
-    in_epoch_1 = [name for line in logs[1] if line["epoch"] == 1 for name in line["records"]]
-    assert len(in_epoch_1) == len(set(in_epoch_1)) > 0
+    for epoch in (1, 2):
+        seen = [name for line in logs[1] if line["epoch"] == epoch for name in line["records"]]
+        assert len(seen) == len(set(seen)) > 0
+    epochs = [line["epoch"] for line in logs[1]]
+    assert epochs[0] == 1 and epochs[STOP - 1 : STOP + 1] == [2, 2]
 
 
 def test_a_resume_on_fewer_processes_keeps_the_global_batch_and_says_so(resumed: Resumed) -> None:
@@ -200,7 +216,7 @@ def test_a_run_in_fp16_does_an_overflowed_step_again_with_its_own_batch_and_rate
     """Plain torch on the CPU: what the loop does with an overflow, not how a GPU or DeepSpeed comes by one."""
     ok(train("python", "--config", bench / "run.yaml", "--stages", "4", "--phase", "2", "--engine", "torch",
              "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--max_steps", "4",
-             "--output_dir", tmp_path, "--precision", "fp16"))  # fmt: skip
+             "--output_dir", tmp_path, "--precision", "fp16", "--set", "curriculum=null"))  # fmt: skip
     phase = run_dir.phase_dir(tmp_path, 2)
     log = [json.loads(line) for line in run_dir.metrics_log_path(phase).read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4]

@@ -11,7 +11,8 @@ import torch
 from embervlm.cli import main
 from embervlm.data.records import read_records, write_jsonl
 from embervlm.data.teachers.collection import Question
-from embervlm.evaluation.self_generated import SelfGeneration, _Writer, step_probabilities
+from embervlm.evaluation.self_generated import SelfGeneration, _Writer
+from embervlm.model.interactive import step_probabilities
 from embervlm.training.losses import loss_sums
 
 
@@ -77,7 +78,7 @@ def test_a_chain_without_conclusion_is_not_kept(records, tiny_model, steps):
 def test_the_validator_gives_every_step_a_probability(records, tiny_model):
     visual = torch.zeros(1, tiny_model.num_visual_tokens, 32)
     with torch.inference_mode():
-        found = step_probabilities(tiny_model, visual, torch.tensor([True]), records[0], records[0].steps)
+        found = step_probabilities(tiny_model, visual, torch.tensor([True]), records[0].instruction, records[0].steps)
     assert len(found) == len(records[0].steps) and all(0 < p < 1 for p in found)
 
 

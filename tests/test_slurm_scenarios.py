@@ -252,6 +252,23 @@ def a_job_of_submitit_is_preempted_requeued_and_returns_its_result(bench: Bench)
     assert bench.ends_undisturbed("submitit")
 
 
+def a_training_goes_on_while_jobs_of_their_own_evaluate_its_checkpoints(bench: Bench) -> None:
+    flags = bench.flags("evaluated", "two", "--eval_cluster", f"{bench.folder}/one.yaml", "--eval_steps", "8", "--set",
+                        "eval_samples=2", "keep_last=1")  # fmt: skip
+    job = bench.cluster.run("bash", "slurm/stage4_phase2.sh", *flags, **bench.env).split()[-1]
+    bench.finish(job)
+    assert bench.log(job).count("is evaluated by job") == STEPS // 8
+    assert bench.ends_undisturbed("evaluated")
+    checkpoints = run_dir.list_checkpoints(bench.phase("evaluated"))
+    noted = [found.path for found in checkpoints if run_dir.eval_job_path(found.path, "val").exists()]
+    assert run_dir.checkpoint_path(bench.phase("evaluated"), None) in noted
+    for path in noted:
+        evaluation = run_dir.read_json(run_dir.eval_job_path(path, "val"))["job_id"]
+        assert evaluation != job
+        bench.finish(evaluation)
+        assert run_dir.read_eval(run_dir.eval_path(path, "val"))["num_samples"] == 2
+
+
 def a_job_is_not_requeued_for_ever(bench: Bench) -> None:
     def start(job: str) -> list[int]:
         bench.wait(job, "a process", lambda: bench.cluster.ranks(job))
@@ -310,6 +327,7 @@ SCENARIOS = (
     a_job_is_not_requeued_for_ever,
     an_element_of_a_data_array_that_failed_runs_again_alone,
     phase_1_phase_2_and_evaluation_run_one_after_the_other,
+    a_training_goes_on_while_jobs_of_their_own_evaluate_its_checkpoints,
 )
 
 

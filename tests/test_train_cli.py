@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from training_helpers import (
     REPOSITORY,
     TINY,
     command,
+    environment,
     make_data,
     ok,
     phase_config,
@@ -161,6 +166,7 @@ def test_the_guides_commands_train_phase_1_then_phase_2_and_keep_the_wandb_run_o
     start(1, bench / "start" / "stage3" / "checkpoint-final")
     run_id = (phase1 / "wandb_run_id").read_text()
     unfinish(phase1, keep_step=1)
+    (phase1 / "wandb_run_id").unlink()  # the checkpoint knows
     assert "resuming from" in start(1, bench / "start" / "stage3" / "checkpoint-final")
     assert (phase1 / "wandb_run_id").read_text() == run_id
     runs = sorted(path.name for path in (phase1 / "wandb").glob("offline-run-*"))
@@ -183,6 +189,57 @@ def test_a_non_finite_loss_ends_the_run_with_one_line_and_no_checkpoint(bench: P
     errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "step 0: loss term" in errors[0] and "Records of rank" in errors[0]
     assert not run_dir.list_checkpoints(run_dir.phase_dir(tmp_path / "out", 1))
+
+
+def wait_until(holds: Callable[[], bool], training: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not holds():
+        assert training.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_or_goes_on_as_configured(
+    on_error: str, bench: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    try:
+        log = tmp_path / "log"
+        argv = command("torchrun", REPOSITORY / "launch" / "train.py", "--config", bench / "run.yaml", "--stages", "4",
+                       "--phase", "2", "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--engine",
+                       "torch", "--output_dir", disk / "out", "--save_steps", "2", "--phase2_epochs", "50",
+                       "--set", f"on_save_error={on_error}")  # fmt: skip
+        phase = run_dir.phase_dir(disk / "out", 2)
+        with log.open("wb") as out:
+            training = subprocess.Popen(argv, stdout=out, stderr=out, env=environment(), start_new_session=True)
+        try:
+            wait_until(lambda: bool(run_dir.list_checkpoints(phase)), training)
+            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)  # nothing more goes onto it
+            if on_error == "continue":
+                wait_until(lambda: "training goes on (on_save_error: continue)" in log.read_text(), training)
+                subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+                newest = run_dir.list_checkpoints(phase)[-1].step
+                wait_until(lambda: run_dir.list_checkpoints(phase)[-1].step > newest, training)
+            else:
+                assert training.wait(60) != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(training.pid, signal.SIGKILL)
+            training.wait()
+        told = log.read_text()
+        assert "No space left on device" in told and f"{phase}/checkpoint-" in told
+        if on_error == "stop":
+            errors = [line for line in told.splitlines() if line.startswith("error: ")]
+            assert (
+                len(errors) == 1 and f"the last good checkpoint is {run_dir.list_checkpoints(phase)[-1].path}" in told
+            )
+            assert "embervlm/training" not in told  # a line of a traceback
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.slow

@@ -136,11 +136,17 @@ class Bench:
     @classmethod
     def make(
         cls, data: Path, phase: PhaseConfig, *, global_batch: int = 8, draws: bool = True, seed: int = 0,
-        vision: dict[str, Any] | None = None, **config: Any,
+        vision: dict[str, Any] | None = None, text_only: bool = False, **config: Any,
     ) -> Bench:  # fmt: skip
-        """`draws`: also what is drawn at random, such as the validator's negatives."""
+        """
+        Args:
+            draws: Also what is drawn at random, such as the validator's negatives.
+            text_only: The same records without their pictures.
+        """
         torch.manual_seed(seed)
         records = split_records(read_records(data))["train"]
+        if text_only:
+            records = [dataclasses.replace(record, image=None, metadata={}) for record in records]
         tokenizer = make_tokenizer(records)
         settings = {**TINY, **({"vision": vision} if vision else {}), "candidates": ROBOTS}
         model = build_model(settings, load_pretrained=False)
@@ -190,17 +196,22 @@ def command(launcher: str, script: str | Path, *args: str | Path, processes: int
     return [*start, str(script), *map(str, args)]
 
 
-def run(
-    argv: Sequence[str], *, timeout_s: float = 120, cwd: Path = REPOSITORY, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end; everything it started is killed when `timeout_s` is over."""
+def environment() -> dict[str, str]:
+    """Of a training that is started here, whatever started the tests."""
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
              "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")}  # fmt: skip
     clean |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     clean["PYTHONPATH"] = str(REPOSITORY)  # whatever the working folder
     clean["PATH"] = f"{BIN}{os.pathsep}{clean['PATH']}"
+    return clean
+
+
+def run(
+    argv: Sequence[str], *, timeout_s: float = 120, cwd: Path = REPOSITORY, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; everything it started is killed when `timeout_s` is over."""
     process = subprocess.Popen(
-        list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=clean | env,
+        list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment() | env,
         start_new_session=True,
     )  # fmt: skip
     try:

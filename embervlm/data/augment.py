@@ -534,18 +534,18 @@ def augment_file(
 
 def augment_cached(
     records: Sequence[ReasoningRecord], config: AugmentationConfig, folder: Path, seed: int, *, make: bool
-) -> list[ReasoningRecord]:
+) -> Sequence[ReasoningRecord]:
     """`records` and the new ones that `config` asks for, `config.target_samples` in all.
 
     The new ones are kept in `folder` under a name that depends on the records and the settings. `make`: make them
     where they are not there yet; without it they must be.
     """
+    if len(records) >= config.target_samples:
+        return records
     digest = hashlib.blake2b(repr((asdict(config), seed, SHARES)).encode(), digest_size=8)
     for record in records:
         digest.update(repr((record.record_id, record.image, record.instruction, record.steps, record.answer)).encode())
     path = folder / f"augmented-{digest.hexdigest()}.jsonl"
-    if len(records) >= config.target_samples:
-        return list(records)
     if make and not path.exists():
         made, report = augment(
             records, config.target_samples - len(records), validate=config.validate_reasoning, seed=seed
@@ -556,7 +556,7 @@ def augment_cached(
         # all else is the origin's; without it the file, and what reading it takes, stays small
         write_jsonl(path, (replace(record, metadata=_own_metadata(record.metadata)) for record in made))
     if not path.exists() or not path.stat().st_size:
-        return list(records)
+        return records
     origins = {record.record_id: record.metadata for record in records}
     new = read_records(path, allow_outside=True)
     inherited = ({k: v for k, v in origins[r.metadata["origin"]].items() if k not in _PARALLEL} for r in new)

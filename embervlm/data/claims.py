@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.store import with_fields
 
 STOP_WORDS = frozenset(
     """a an the is are was were be been being am of to in on at for with by from as and or so that this these those it
@@ -104,11 +105,11 @@ class ChainContext:
         return self.verdict_names | set(self.candidates) | set(self.answer) | set(self.gold_answer)
 
 
-def fact_domains(records: Iterable[ReasoningRecord]) -> dict[str, frozenset[str]]:
+def fact_domains(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[str]]:
     """Fact name -> every value that `records` give it."""
     values: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for name, value in (record.metadata.get("facts") or {}).items():
+    for record in with_fields(records, "facts"):
+        for name, value in record.metadata["facts"].items():
             values[name].add(value)
     return {name: frozenset(found) for name, found in values.items()}
 
@@ -123,10 +124,10 @@ def known_facts(record: ReasoningRecord) -> dict[str, str]:
     return out
 
 
-def reader_of(records: Iterable[ReasoningRecord]) -> ClaimReader:
+def reader_of(records: Sequence[ReasoningRecord]) -> ClaimReader:
     """Reads every name that the scenes and facts of `records` have."""
     domains: dict[str, set[str]] = defaultdict(set)
-    for record in records:
+    for record in with_fields(records, "scene", "facts"):
         for name, value in known_facts(record).items():
             domains[name].add(value)
     return ClaimReader.of(domains)

@@ -15,6 +15,7 @@ from embervlm.data.dataset import CAPTION, DIRECT, EDITED, REASONING, Sample, bo
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning"}
@@ -84,8 +85,7 @@ class Collator:
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio = pair_records_ratio
         self.grounding, self.use_reasoning = grounding, use_reasoning
-        self._has_boxes = any(known_boxes(record.metadata) for record in records)
-        self._question_ids: dict[int, list[int]] = {}
+        self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
 
     def __call__(
@@ -293,7 +293,7 @@ class DenseLabels:
 
     def __init__(self, records: Sequence[ReasoningRecord], grid: int) -> None:
         found: dict[str, set[str]] = {}
-        for record in records:
+        for record in with_fields(records, "boxes"):
             for box in known_boxes(record.metadata):
                 if "label" in box and box["kind"] in (record.metadata.get("scene") or {}):
                     found.setdefault(box["kind"], set()).add(box["label"])
@@ -301,7 +301,6 @@ class DenseLabels:
         """Kind -> labels; class 0 is 'not here', class 1 + i the i-th label."""
         self.grid = grid
         self._nothing = torch.full((grid * grid, len(self.classes)), -1)
-        self._known: dict[int, Tensor] = {}
 
     @property
     def sizes(self) -> list[int]:
@@ -310,12 +309,7 @@ class DenseLabels:
     def of(self, metadata: Mapping[str, Any]) -> Tensor:
         """`[num_visual_tokens, kinds]` int64; -1 is not scored (no ground truth)."""
         boxes = known_boxes(metadata)
-        if not boxes:
-            return self._nothing
-        key = id(metadata["boxes"])
-        if key not in self._known:
-            self._known[key] = self._draw(boxes)
-        return self._known[key]
+        return self._draw(boxes) if boxes else self._nothing
 
     def _draw(self, boxes: Sequence[Mapping[str, Any]]) -> Tensor:
         out = torch.zeros_like(self._nothing)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from embervlm.config import COMPLEXITIES, ConfigError, CurriculumConfig
 from embervlm.data.claims import ClaimReader, reader_of
 from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.store import RecordView, save_array
 
 STEP_LIMITS = (3, 5)
 """Most numbered steps of a simple and of a medium chain: the guide's curriculum."""
@@ -40,36 +43,47 @@ def complexity_of(record: ReasoningRecord, reader: ClaimReader) -> str:
 
 def records_of_epochs(
     records: Sequence[ReasoningRecord], curriculum: CurriculumConfig, num_epochs: int
-) -> list[list[int]]:
+) -> list[np.ndarray]:
     """For each epoch of the run, phase 1's first, the indices of the records it trains on.
 
     Raises:
         ConfigError: an epoch has no record.
         DataError: every unknown complexity.
     """
-    reader = reader_of(records)
-    levels, problems = [], []
-    for record in records:
-        try:
-            levels.append(COMPLEXITIES.index(complexity_of(record, reader)))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError.of(problems)
+    num_steps, levels = _steps_and_levels(records).T
+    of_stage: dict[str, np.ndarray] = {}
     epochs = []
     for epoch in range(1, num_epochs + 1):
         name, stage = curriculum.stage_of(epoch)
         level = COMPLEXITIES.index(stage.complexity)
-        epochs.append([
-            index for index, record in enumerate(records)
-            if record.num_steps <= stage.max_steps and levels[index] <= level
-        ])  # fmt: skip
-        if not epochs[-1]:
-            shortest = min(record.num_steps for record in records)
-            simplest = COMPLEXITIES[min(levels)]
+        if name not in of_stage:
+            of_stage[name] = np.flatnonzero((num_steps <= stage.max_steps) & (levels <= level)).astype(np.int32)
+        epochs.append(of_stage[name])
+        if not len(epochs[-1]):
+            shortest, simplest = min(num_steps), COMPLEXITIES[min(levels)]
             raise ConfigError(
                 f"curriculum.{name}: none of the {len(records)} training records has at most {stage.max_steps} steps "
                 f"and is {stage.complexity} or simpler, so epoch {epoch} is empty (the shortest chain has {shortest} "
                 f"steps, the simplest is {simplest}); raise the limits or leave the stage's epochs to another"
             )
     return epochs
+
+
+def _steps_and_levels(records: Sequence[ReasoningRecord]) -> np.ndarray:
+    """Numbered steps of each record and the index of its complexity, `[records, 2]` uint8; kept beside a store."""
+    kept = records.file("complexity") if isinstance(records, RecordView) else None
+    if kept is not None and kept.exists():
+        found: np.ndarray = np.load(kept)
+        return found
+    reader = reader_of(records)
+    out, problems = np.zeros((len(records), 2), np.uint8), []
+    for place, record in enumerate(records):
+        try:
+            out[place] = (record.num_steps, COMPLEXITIES.index(complexity_of(record, reader)))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError.of(problems)
+    if kept is not None:
+        save_array(kept, out)
+    return out

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.splits import text_hash
+from embervlm.data.store import RecordView, has_field, picture_hashes, save_array
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT, ReasoningTokenizer
+from embervlm.progress import progress_bar
 
 REASONING, DIRECT, CAPTION, EDITED = "reasoning", "direct", "caption", "edited"
 CAPTION_PROMPT = "Describe the picture."
+REMEMBERED_SAMPLES = 8192
+"""Encoded samples that are kept, about 6 KB each; encoding one of 1 KB of text anew takes about 0.5 ms."""
+ENCODED_TOGETHER = 256
 PICTURE_DRAWS = 8
 """Pictures drawn for one that shows other facts."""
 
@@ -66,47 +74,130 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
     return mask.flatten()
 
 
+class Samples(Sequence[Sample]):
+    """Records in one form, encoded when they are asked for."""
+
+    def __init__(
+        self, form: str, rows: np.ndarray, encode: Callable[[Sequence[int]], list[Sample]], sizes_file: Path | None
+    ) -> None:
+        """
+        Args:
+            rows: the record of each sample.
+            encode: rows -> samples.
+            sizes_file: where `sizes` are kept; None keeps them in memory.
+        """
+        self.form, self.rows = form, rows
+        self._encode, self._sizes_file = encode, sizes_file
+        self._one = lru_cache(maxsize=REMEMBERED_SAMPLES)(lambda index: encode([int(rows[index])])[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._one(index % len(self))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of prompt and target of every sample, `[samples, 2]` int32; one pass over all, where not kept."""
+        if self._sizes_file is None:
+            return self._counted
+        if not self._sizes_file.exists():
+            save_array(self._sizes_file, self._count())
+        sizes: np.ndarray = np.load(self._sizes_file, mmap_mode="r")  # anew: pages that were read count as our memory
+        return sizes
+
+    @cached_property
+    def _counted(self) -> np.ndarray:
+        return self._count()
+
+    def _count(self) -> np.ndarray:
+        sizes = np.zeros((len(self), 2), np.int32)
+        all_remembered = len(self) <= REMEMBERED_SAMPLES
+        with progress_bar(total=len(self), desc="count tokens", unit="record", delay=2) as bar:
+            for start in range(0, len(self), ENCODED_TOGETHER):
+                part = slice(start, start + ENCODED_TOGETHER)
+                found = self[part] if all_remembered else self._encode(self.rows[part].tolist())
+                sizes[part] = [(len(sample.prompt), len(sample.target)) for sample in found]
+                bar.update(len(found))
+        return sizes
+
+    def of_record(self, row: int) -> Sample:
+        """The sample of record `row`; `rows` ascends."""
+        return self[int(np.searchsorted(self.rows, row))]
+
+    def without(self, left_out: np.ndarray) -> Samples:
+        """Those that are not marked in `left_out`."""
+        fewer = Samples(self.form, self.rows[~left_out], self._encode, None)
+        fewer._counted = self.sizes[~left_out]
+        return fewer
+
+
+def _sizes_file(records: Sequence[ReasoningRecord], form: str, tokenizer: ReasoningTokenizer) -> Path | None:
+    return records.file(f"tokens-{form}", tokenizer.digest()) if isinstance(records, RecordView) else None
+
+
+def _every_row(records: Sequence[ReasoningRecord]) -> np.ndarray:
+    return np.arange(len(records), dtype=np.int32)
+
+
 def encode_reasoning(
     records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int, max_length: int
-) -> list[Sample]:
+) -> Samples:
     """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens.
 
     An augmented record that is too long is left out instead: nobody wrote it, and its origin is there.
     """
-    texts = [step_texts(record) for record in records]
+    samples = Samples(
+        REASONING, _every_row(records), lambda rows: _encode_chains(records, rows, tokenizer, grid),
+        _sizes_file(records, REASONING, tokenizer),
+    )  # fmt: skip
+    lengths = samples.sizes[:, 1]
+    too_long, augmented = lengths > max_length, has_field(records, "augmentation")
+    problems = [
+        f"record {records[int(row)].record_id}: reasoning: {lengths[row]} tokens with its answer, more than the "
+        f"{max_length} of --max_reasoning_length; shorten the chain or raise the limit"
+        for row in np.flatnonzero(too_long & ~augmented)
+    ]
+    if problems:
+        raise DataError.of(problems)
+    return samples.without(too_long) if too_long.any() else samples
+
+
+def _encode_chains(
+    records: Sequence[ReasoningRecord], rows: Sequence[int], tokenizer: ReasoningTokenizer, grid: int
+) -> list[Sample]:
+    some = [records[row] for row in rows]
+    texts = [step_texts(record) for record in some]
     # a space in front, so that a word is the same token at a step's start as within
     flat = [
         " " + text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))
     ]
     encoded = iter(tokenizer.encode_many(flat))
-    prompts = tokenizer.encode_many([record.instruction for record in records])
-    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in records])
-    samples, problems = [], []
-    for index, (record, (steps, conclusion)) in enumerate(zip(records, texts)):
+    prompts = tokenizer.encode_many([record.instruction for record in some])
+    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in some])
+    samples = []
+    for row, record, (steps, conclusion), prompt, answer in zip(rows, some, texts, prompts, answers, strict=True):
         step_ids = [next(encoded) for _ in steps]
         conclusion_ids = None if conclusion is None else next(encoded)
         chain = tokenizer.chain_ids(step_ids, conclusion_ids)
-        target = [*chain, tokenizer.ids["<|answer_start|>"], *answers[index], tokenizer.ids["<|answer_end|>"]]
-        if len(target) > max_length and "augmentation" in record.metadata:
-            continue
-        if len(target) > max_length:
-            problems.append(
-                f"record {record.record_id}: reasoning: {len(target)} tokens with its answer, more than the "
-                f"{max_length} of --max_reasoning_length; shorten the chain or raise the limit"
-            )
-            continue
-        prompt = prompts[index]
+        target = [*chain, tokenizer.ids["<|answer_start|>"], *answer, tokenizer.ids["<|answer_end|>"]]
         position, spans = len(prompt) + 1, []
         for ids in (*step_ids, *([] if conclusion_ids is None else [conclusion_ids])):
             spans.append((position + 1, position + 1 + len(ids)))
             position += 1 + len(ids)
         opens = spans[-1][0] - 1 if conclusion_ids is not None else len(prompt) + len(chain) - 1
         samples.append(Sample(
-            record=index, form=REASONING, prompt=prompt, target=target, answer_position=opens,
+            record=row, form=REASONING, prompt=prompt, target=target, answer_position=opens,
             step_spans=tuple(spans), attend=_attention_targets(record.metadata, grid, len(spans)),
         ))  # fmt: skip
-    if problems:
-        raise DataError.of(problems)
     return samples
 
 
@@ -147,7 +238,7 @@ def num_fact_steps(record: ReasoningRecord) -> int:
     return last
 
 
-def edit_facts(records: Sequence[ReasoningRecord], samples: Sequence[Sample], seed: int) -> list[Sample]:
+def edit_facts(records: Sequence[ReasoningRecord], samples: Samples, seed: int) -> Samples:
     """Each chain behind the picture of another record of the same question: its facts are not what the picture shows.
 
     The steps that state facts are given and not scored, so that nobody learns to misread a picture. All that follows,
@@ -155,22 +246,35 @@ def edit_facts(records: Sequence[ReasoningRecord], samples: Sequence[Sample], se
     other picture was asked about, there is nothing to edit.
     """
     rng = random.Random(f"edited facts:{seed}")
-    asked: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for sample in samples:
-        if records[sample.record].image:
-            asked[question_key(records[sample.record])].append(sample.record)
-    out = []
-    for sample in samples:
-        record = records[sample.record]
-        same_question = asked[question_key(record)]
-        drawn = [rng.choice(same_question) for _ in range(PICTURE_DRAWS if same_question else 0)]
+    pictured = samples.rows[picture_hashes(records)[samples.rows] != 0]
+    questions = np.fromiter((_question_hash(records[row]) for row in pictured.tolist()), np.uint64, len(pictured))
+    order = np.argsort(questions, kind="stable")  # those of one question stand together, in their order
+    questions, pictured = questions[order], pictured[order]
+    found, others = array("i"), array("i")
+    for row in samples.rows.tolist() if len(pictured) else ():
+        record = records[row]
+        question = np.uint64(_question_hash(record))
+        first, last = (int(np.searchsorted(questions, question, side)) for side in ("left", "right"))
+        drawn = [int(pictured[rng.randrange(first, last)]) for _ in range(PICTURE_DRAWS if first < last else 0)]
         other = next((index for index in drawn if scene_key(records[index]) != scene_key(record)), None)
-        if (num_given := num_fact_steps(record)) and other is not None:
-            end = sample.step_spans[num_given - 1][1] - len(sample.prompt)
-            out.append(replace(
-                sample, form=EDITED, num_given=end, picture_of=other, step_spans=(), attend=(),
-            ))  # fmt: skip
-    return out
+        if num_fact_steps(record) and other is not None:
+            found.append(row)
+            others.append(other)
+    rows, pictures = np.array(found, np.int32), np.array(others, np.int32)
+
+    def encode(some: Sequence[int]) -> list[Sample]:
+        places = np.searchsorted(rows, some)
+        return [
+            _edited(samples.of_record(row), num_fact_steps(records[row]), int(picture_of))
+            for row, picture_of in zip(some, pictures[places])
+        ]
+
+    return Samples(EDITED, rows, encode, None)
+
+
+def _edited(sample: Sample, num_given_steps: int, picture_of: int) -> Sample:
+    end = sample.step_spans[num_given_steps - 1][1] - len(sample.prompt)
+    return replace(sample, form=EDITED, num_given=end, picture_of=picture_of, step_spans=(), attend=())
 
 
 def question_key(record: ReasoningRecord) -> tuple[Any, ...]:
@@ -178,33 +282,45 @@ def question_key(record: ReasoningRecord) -> tuple[Any, ...]:
     return (record.instruction, *(record.metadata.get("candidates") or ()))
 
 
+def _question_hash(record: ReasoningRecord) -> int:
+    return text_hash("\0".join(question_key(record)))
+
+
 def scene_key(record: ReasoningRecord) -> Any:
     """Equal for pictures of equal facts, where those are known, else for the same picture."""
     return record.metadata.get("scene") or record.image
 
 
-def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> list[Sample]:
+def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:
     """Every record as question and answer, without a chain."""
-    prompts = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in records])
-    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in records])
-    return [
-        Sample(record=index, form=DIRECT, prompt=prompt, target=[*answer, tokenizer.end_of_text])
-        for index, (prompt, answer) in enumerate(zip(prompts, answers))
-    ]
+
+    def encode(rows: Sequence[int]) -> list[Sample]:
+        some = [records[row] for row in rows]
+        prompts = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in some])
+        answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in some])
+        return [
+            Sample(record=row, form=DIRECT, prompt=prompt, target=[*answer, tokenizer.end_of_text])
+            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+        ]
+
+    return Samples(DIRECT, _every_row(records), encode, _sizes_file(records, DIRECT, tokenizer))
 
 
-def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> list[Sample]:
+def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:
     """A caption for every picture that has one."""
-    captioned: dict[str, int] = {}
-    for index, record in enumerate(records):
-        if record.image and record.metadata.get("caption"):
-            captioned.setdefault(record.image, index)
+    pictures = picture_hashes(records)
+    rows = np.flatnonzero(has_field(records, "caption") & (pictures != 0)).astype(np.int32)
+    rows = rows[np.sort(np.unique(pictures[rows], return_index=True)[1])]
     prompt = tokenizer.encode(CAPTION_PROMPT)
-    captions = tokenizer.encode_many([" " + records[index].metadata["caption"] for index in captioned.values()])
-    return [
-        Sample(record=index, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
-        for index, ids in zip(captioned.values(), captions)
-    ]
+
+    def encode(rows: Sequence[int]) -> list[Sample]:
+        captions = tokenizer.encode_many([" " + records[row].metadata["caption"] for row in rows])
+        return [
+            Sample(record=row, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
+            for row, ids in zip(rows, captions, strict=True)
+        ]
+
+    return Samples(CAPTION, rows, encode, None)
 
 
 def encode_glossary(
@@ -222,6 +338,40 @@ def encode_glossary(
 
 
 @dataclass(frozen=True, kw_only=True)
+class GlobalBatch(Sequence[Sample]):
+    """The samples of one optimizer step; each is encoded only where it is asked for, on the rank that trains on it."""
+
+    sources: tuple[Sequence[Sample], ...] = field(repr=False, compare=False)
+    picks: tuple[tuple[int, int], ...]
+    """(which source, which of its samples)."""
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.sources[source][i] for source, i in self.picks[index]]
+        source, i = self.picks[index]
+        return self.sources[source][i]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Indices of an epoch's samples."""
+
+    order: np.ndarray
+    """Main ones, a batch behind the other."""
+    batches: np.ndarray
+    """The order in which these batches are trained on."""
+    mixed: list[np.ndarray]
+    """Those of each mixed-in list, in the order of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochPlan:
     """Which samples make up each global batch of an epoch: the same for every number of ranks.
 
@@ -232,14 +382,17 @@ class EpochPlan:
 
     main: Sequence[Sample]
     mixed: Sequence[tuple[Sequence[Sample], float]] = ()
-    """(samples, how many per main sample)."""
-    epochs: Sequence[Sequence[int]] = ()
+    """(samples, how many for each sample that is in the batch already: main ones, and those of the lists before)."""
+    epochs: Sequence[Sequence[int] | np.ndarray] = ()
     """For each epoch the places in `main` that it trains on, the last for all that follow; () trains on all."""
     global_batch: int
     """Main samples per optimizer step over all ranks and micro-batches."""
     seed: int
     window: int = 16
-    _orders: dict[int, list[list[Sample]]] = field(default_factory=dict)
+    _epochs: dict[int, _Epoch] = field(default_factory=dict)
+
+    def with_global_batch(self, global_batch: int) -> EpochPlan:
+        return replace(self, global_batch=global_batch, _epochs={})
 
     @property
     def steps_per_epoch(self) -> int:
@@ -249,7 +402,7 @@ class EpochPlan:
     def _steps_in(self, epoch: int) -> int:
         return -(-len(self._places(epoch)) // self.global_batch)
 
-    def _places(self, epoch: int) -> Sequence[int]:
+    def _places(self, epoch: int) -> Sequence[int] | np.ndarray:
         return self.epochs[min(epoch, len(self.epochs) - 1)] if self.epochs else range(len(self.main))
 
     def num_steps(self, num_epochs: int) -> int:
@@ -267,42 +420,73 @@ class EpochPlan:
 
     def digest(self) -> str:
         """Changes with whatever the order of the samples depends on, apart from the global batch."""
-        parts = [(ratio, [(sample.record, sample.form, len(sample)) for sample in samples])
-                 for samples, ratio in ((self.main, 1.0), *self.mixed)]  # fmt: skip
-        return hashlib.blake2b(repr((self.seed, self.window, self.epochs, parts)).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(repr((self.seed, self.window)).encode(), digest_size=16)
+        for places in self.epochs:
+            digest.update(repr(len(places)).encode())
+            digest.update(np.asarray(places, np.int32).tobytes())
+        for samples, ratio in ((self.main, 1.0), *self.mixed):
+            form = samples.form if isinstance(samples, Samples) else [sample.form for sample in samples]
+            rows = samples.rows if isinstance(samples, Samples) else [sample.record for sample in samples]
+            digest.update(repr((ratio, len(samples), form)).encode())
+            digest.update(np.asarray(rows, np.int32).tobytes())
+        digest.update(self._lengths.tobytes())
+        return digest.hexdigest()
 
-    def batch(self, step: int) -> list[Sample]:
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Tokens of each main sample."""
+        if isinstance(self.main, Samples):
+            return self.main.sizes.sum(1, dtype=np.int32)
+        return np.array([len(sample) for sample in self.main], np.int32)
+
+    def batch(self, step: int) -> GlobalBatch:
         """Samples of optimizer step `step`, counted from 0 over all epochs. It seeks: no step before it is replayed."""
         epoch, index = self.locate(step)
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = self._plan(epoch)
-        return self._orders[epoch][index]
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self._plan(epoch)
+        plan = self._epochs[epoch]
+        last = len(plan.batches) - 1
+        start = int(plan.batches[index]) * self.global_batch
+        picks = [(0, int(i)) for i in plan.order[start : start + self.global_batch]]
+        last_came = bool((plan.batches[:index] == last).any())  # the one batch that may be shorter
+        in_full, in_last, here = map(
+            self._num_mixed, (self.global_batch, len(plan.order) - last * self.global_batch, len(picks))
+        )
+        for number, indices in enumerate(plan.mixed):
+            first = in_full[number] * (index - last_came) + in_last[number] * last_came
+            picks += [(number + 1, int(i)) for i in indices[first : first + here[number]]]
+        return GlobalBatch(sources=(self.main, *(samples for samples, _ in self.mixed)), picks=tuple(picks))
 
-    def _plan(self, epoch: int) -> list[list[Sample]]:
+    def _plan(self, epoch: int) -> _Epoch:
         rng = random.Random(f"epoch:{self.seed}:{epoch}")
-        order = list(self._places(epoch))
-        rng.shuffle(order)
+        order = _shuffled(self._places(epoch), rng)
         span = self.window * self.global_batch
         for start in range(0, len(order), span):
-            order[start : start + span] = sorted(order[start : start + span], key=lambda i: len(self.main[i]))
-        batches = [
-            [self.main[i] for i in order[start : start + self.global_batch]]
-            for start in range(0, len(order), self.global_batch)
-        ]
-        rng.shuffle(batches)
-        for number, (samples, ratio) in enumerate(self.mixed):
-            self._mix_in(batches, samples, ratio, random.Random(f"mix:{self.seed}:{epoch}:{number}"))
-        return batches
+            part = order[start : start + span]
+            part[:] = part[np.argsort(self._lengths[part], kind="stable")]
+        batches = _shuffled(range(self._steps_in(epoch)), rng)
+        last = len(batches) - 1
+        counts = zip(*map(self._num_mixed, (self.global_batch, len(order) - last * self.global_batch)))
+        mixed = []
+        for number, ((samples, _), (in_full, in_last)) in enumerate(zip(self.mixed, counts)):
+            count = in_full * last + in_last
+            drawn = random.Random(f"mix:{self.seed}:{epoch}:{number}")
+            rounds = [_shuffled(range(len(samples)), drawn)[::-1] for _ in range(-(-count // max(1, len(samples))))]
+            mixed.append(np.concatenate([*rounds, np.empty(0, np.int32)])[:count])
+        return _Epoch(order, batches, mixed)
 
-    @staticmethod
-    def _mix_in(batches: list[list[Sample]], samples: Sequence[Sample], ratio: float, rng: random.Random) -> None:
-        if not samples or not ratio:
-            return
-        order: list[int] = []
-        for batch in batches:
-            for _ in range(round(len(batch) * ratio)):
-                if not order:
-                    order = list(range(len(samples)))
-                    rng.shuffle(order)
-                batch.append(samples[order.pop()])
+    def _num_mixed(self, size: int) -> list[int]:
+        """How many of each mixed-in list go beside `size` main samples."""
+        counts = []
+        for samples, ratio in self.mixed:
+            counts.append(round(size * ratio) if len(samples) else 0)
+            size += counts[-1]
+        return counts
+
+
+def _shuffled(values: Sequence[int] | np.ndarray, rng: random.Random) -> np.ndarray:
+    order = array("i")
+    order.frombytes(np.asarray(values, np.int32).tobytes())
+    rng.shuffle(order)
+    return np.frombuffer(order, np.int32)

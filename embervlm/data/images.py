@@ -7,7 +7,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from embervlm.data.records import DataError
+from embervlm.data.splits import text_hash
 from embervlm.run_dir import naming_unwritten
 
 MAX_PIXELS = 200_000_000
@@ -194,6 +195,19 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def files_digest(paths: Iterable[str]) -> str:
+    """Changes with the path, time or length of any of `paths`."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in paths:
+        try:
+            found = os.stat(path)
+            key = (os.path.abspath(path), found.st_mtime_ns, found.st_size)
+        except (OSError, ValueError):
+            key = (path, 0, 0)  # decoding will say what is wrong with it
+        digest.update(repr(key).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 class PictureCache:
     """All distinct pictures of `paths`, decoded once into one uint8 array `[N, size, size, 3]`: `cache[path]`.
 
@@ -209,13 +223,18 @@ class PictureCache:
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.size = size
-        self._index = {path: i for i, path in enumerate(dict.fromkeys(os.fspath(path) for path in paths))}
-        self.shape = (len(self._index), size, size, 3)
-        if cache_dir is None or not self._index:
+        self._given = paths if isinstance(paths, Sequence) else list(paths)
+        hashes = np.array([text_hash(os.fspath(path)) for path in self._given], np.uint64)
+        first = np.unique(hashes, return_index=True)[1]
+        self._first = np.sort(first)  # the distinct ones among those given, in their order
+        self._rows = np.argsort(hashes[self._first])
+        self._hashes = hashes[self._first][self._rows]  # sorted, for finding a path without keeping it
+        self.shape = (len(self._first), size, size, 3)
+        if cache_dir is None or not len(self):
             self.array = np.empty(self.shape, dtype=np.uint8)
             self._decode_into(self.array)
             return
-        file = Path(cache_dir) / f"pictures-{size}-{self._digest()}.npy"
+        file = Path(cache_dir) / f"pictures-{size}-{files_digest(self._paths())}.npy"
         array = self._open(file)
         if array is None:
             self._build(file)
@@ -225,7 +244,10 @@ class PictureCache:
         self.array = array
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._first)
+
+    def _paths(self) -> Iterator[str]:
+        return (os.fspath(self._given[int(place)]) for place in self._first)
 
     def __getitem__(self, path: str | os.PathLike[str]) -> np.ndarray:
         """The picture, uint8 `[size, size, 3]`; a view, not a copy."""
@@ -234,21 +256,11 @@ class PictureCache:
 
     def index(self, path: str | os.PathLike[str]) -> int:
         """Row of the picture in `array`."""
-        try:
-            return self._index[os.fspath(path)]
-        except KeyError:
-            raise KeyError(f"{os.fspath(path)}: not among the {len(self)} cached pictures") from None
-
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=12)
-        for path in self._index:
-            try:
-                found = os.stat(path)
-                key = (os.path.abspath(path), found.st_mtime_ns, found.st_size)
-            except (OSError, ValueError):
-                key = (path, 0, 0)  # decoding will say what is wrong with it
-            digest.update(repr(key).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        wanted = np.uint64(text_hash(os.fspath(path)))
+        place = int(np.searchsorted(self._hashes, wanted))
+        if place == len(self) or self._hashes[place] != wanted:
+            raise KeyError(f"{os.fspath(path)}: not among the {len(self)} cached pictures")
+        return int(self._rows[place])
 
     def _open(self, file: Path) -> np.ndarray | None:
         try:
@@ -282,7 +294,8 @@ class PictureCache:
                 return error.problems
             return ()
 
+        numbered = [(path, row) for row, path in enumerate(self._paths())]
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            problems = [problem for found in pool.map(decode, self._index.items()) for problem in found]
+            problems = [problem for found in pool.map(decode, numbered) for problem in found]
         if problems:
             raise ImageError.of(problems)

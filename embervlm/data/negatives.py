@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from embervlm.data.claims import fact_domains
-from embervlm.data.dataset import Sample, step_texts
+from embervlm.data.dataset import Sample, Samples, step_texts
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.splits import text_hash
+from embervlm.data.store import question_hashes
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
@@ -56,12 +59,19 @@ class PairMaker:
         self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], tokenizer: ReasoningTokenizer
     ) -> None:
         self._records, self._tokenizer = records, tokenizer
-        self._samples = {sample.record: sample for sample in samples}
-        self._domains = fact_domains(records)
-        self._same_question: dict[str, list[int]] = defaultdict(list)
-        for sample in samples:
-            self._same_question[records[sample.record].instruction].append(sample.record)
-        self._everyone = [sample.record for sample in samples]
+        self._samples, self._domains = samples, fact_domains(records)
+        self._rows = samples.rows if isinstance(samples, Samples) else np.array([s.record for s in samples], np.int32)
+        """Record of each sample."""
+        questions = question_hashes(records)[self._rows]
+        self._by_question = np.argsort(questions, kind="stable").astype(np.int32)
+        """Samples with the same question stand together, in their order."""
+        self._questions = questions[self._by_question]
+
+    def _same_question(self, record: ReasoningRecord) -> np.ndarray:
+        """The samples that ask the same."""
+        wanted = np.uint64(text_hash(record.instruction))
+        first, last = (int(np.searchsorted(self._questions, wanted, side)) for side in ("left", "right"))
+        return self._by_question[first:last]
 
     def pairs(self, sample: Sample, rng: random.Random, kinds: Sequence[str] = ()) -> list[StepPair]:
         """A valid step of the chain, and one invalid one for each of `kinds` that can be made (one drawn if empty)."""
@@ -82,11 +92,11 @@ class PairMaker:
     ) -> StepPair | None:
         record = self._records[sample.record]
         if kind == "other_picture":
-            same = self._same_question[record.instruction]
-            for pool in (same, same, same, self._everyone, self._everyone):
-                other = rng.choice(pool)
+            same, everyone = self._same_question(record), range(len(self._samples))
+            for pool in (same, same, same, everyone, everyone):
+                other = int(pool[rng.randrange(len(pool))])
                 other_steps = self._step_ids(self._samples[other])
-                if self._records[other].image != record.image or record.image is None:
+                if self._records[int(self._rows[other])].image != record.image or record.image is None:
                     step = other_steps[min(index, len(other_steps) - 1)]
                     if step not in steps:
                         return StepPair(kind=kind, previous=self._previous(steps, index), step=step)

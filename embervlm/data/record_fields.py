@@ -32,6 +32,8 @@ MAX_CANDIDATES = 100
 MAX_ID_CHARACTERS = 200
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character: JSON can spell it, UTF-8 cannot, and tokenizers refuse it."""
+MAX_REMEMBERED_IMAGES = 100_000
+"""Looked-up picture paths that are kept, so that memory does not grow with the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +304,8 @@ def _read_image(image: Any, rules: FieldRules, report: Report) -> str | None:
     if not isinstance(image, str):
         report(f"image: is {kind(image)}, not a string; give the path of the picture, or leave the field out")
         return None
+    if len(rules.images) >= MAX_REMEMBERED_IMAGES:
+        rules.images.clear()
     if image not in rules.images:
         rules.images[image] = _resolve(image, rules)
     resolved, problem = rules.images[image]

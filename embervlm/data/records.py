@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from embervlm.data.chain_text import (
     CONCLUSION,
@@ -25,6 +25,7 @@ from embervlm.data.chain_text import (
     parse_answer,
     parse_reasoning_text,
 )
+from embervlm.data.json_text import JsonText
 from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, is_inside, kind, quote, read_fields
 from embervlm.run_dir import atomic_text
 
@@ -48,6 +49,9 @@ __all__ = [
 ]
 
 MAX_PRINTED_PROBLEMS = 50
+PARQUET_BATCH_ROWS = 512
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TOO_DEEP = "nested too deeply; a record is a flat object, drop what is inside"
 
 
 class DataError(ValueError):
@@ -176,12 +180,10 @@ def read_each(
         DataError: the file, or `image_root`, cannot be read at all.
     """
     path = Path(path)
-    root = os.path.realpath(path.parent if image_root is None else image_root)
-    if image_root is not None and not os.path.isdir(root):
-        raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
     rules = FieldRules(
-        image_root=root, candidates=tuple(candidates), require_reasoning=require_reasoning,
-        allow_outside=allow_outside, max_steps=max_steps, require_answer=require_answer,
+        image_root=folder_of_images(path, image_root), candidates=tuple(candidates),
+        require_reasoning=require_reasoning, allow_outside=allow_outside, max_steps=max_steps,
+        require_answer=require_answer,
     )  # fmt: skip
     numbers: dict[str, int] = {}
     for number, value in file_values(path, file_problems):
@@ -193,6 +195,14 @@ def read_each(
         yield Reading(number=number, value=value, record=record, problems=tuple(found))
 
 
+def folder_of_images(path: Path, image_root: str | os.PathLike[str] | None) -> str:
+    """What the image paths of the data file `path` are relative to, resolved."""
+    root = os.path.realpath(path.parent if image_root is None else image_root)
+    if image_root is not None and not os.path.isdir(root):
+        raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
+    return root
+
+
 def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) -> ReasoningRecord | None:
     """The record that one parsed JSON value holds; None where something was reported. Never raises."""
     if not isinstance(value, dict):
@@ -202,16 +212,16 @@ def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) 
     try:
         fields = read_fields(value, default_id, rules, found.append)
     except RecursionError:
-        found = ["nested too deeply; a record is a flat object, drop what is inside"]
+        found = [TOO_DEEP]
     for problem in found:
         report(problem)
     return None if found else ReasoningRecord(**fields)
 
 
 def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iterator[tuple[int, Any]]:
-    """Each value of the file with its number, counted from 1; in JSONL that is the line.
+    """Each value of the file with its number, counted from 1; in JSONL that is the line. One is in memory at a time.
 
-    Lines that are no JSON go to `problems`; a file that cannot be read at all is a DataError. With `keyed` the records
+    Text that is no JSON goes to `problems`; a file that cannot be read at all is a DataError. With `keyed` the records
     of a `.json` file may also be the values of one object, whose keys become their `id`.
     """
     suffix = path.suffix.lower()
@@ -221,32 +231,69 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iter
         yield from enumerate(_parquet_rows(path), start=1)
         return
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            if file.peek(3).startswith(BYTE_ORDER_MARK):
+                file.read(len(BYTE_ORDER_MARK))
+            values = _jsonl_values if suffix == ".jsonl" else _json_values
+            yield from values(path, file, problems, keyed)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and that it can be read") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        raise DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
-    if suffix == ".json":
-        value = _decode(data, str(path), 1, "correct it there; one record per line needs the suffix .jsonl", problems)
-        if problems:
-            return
-        if keyed and isinstance(value, dict):
-            value = [{"id": key, **item} if isinstance(item, dict) else item for key, item in value.items()]
-        if not isinstance(value, list):
-            raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
-        yield from enumerate(value, start=1)
-        return
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
+
+
+def _jsonl_values(path: Path, file: BinaryIO, problems: list[str], _: bool) -> Iterator[tuple[int, Any]]:
+    empty = True
+    for number, line in enumerate(file, start=1):
         if line.strip():
+            empty = False
             advice = "correct the line or drop it"
-            if number == len(lines):
+            if not line.endswith(b"\n"):
                 advice = "the file ends inside this line: write it again, or drop the line"
             before = len(problems)
-            value = _decode(line, str(path), number, advice, problems)
+            value = _decode(line.rstrip(b"\n"), str(path), number, advice, problems)
             if len(problems) == before:
                 yield number, value
+    if empty:
+        raise _empty(path)
+
+
+def _json_values(path: Path, file: BinaryIO, problems: list[str], keyed: bool) -> Iterator[tuple[int, Any]]:
+    advice = "correct it there; one record per line needs the suffix .jsonl"
+    text = JsonText(file)
+    try:
+        first = text.peek()
+        if first == "[":
+            yield from enumerate(text.list_items(), start=1)
+            return
+    except UnicodeDecodeError as error:
+        problems.append(f"{path} line {text.line}: {_not_utf8(error)}")
+        return
+    except json.JSONDecodeError as error:
+        problems.append(f"{path} line {text.line} column {text.column}: invalid JSON ({error.msg}); {advice}")
+        return
+    except RecursionError:
+        problems.append(f"{path} line {text.line}: {TOO_DEEP}")
+        return
+    except ValueError as error:  # an integer of thousands of digits
+        problems.append(f"{path} line {text.line}: invalid JSON ({error}); {advice}")
+        return
+    if not first:
+        raise _empty(path)
+    file.seek(0)
+    value = _decode(file.read().removeprefix(BYTE_ORDER_MARK), str(path), 1, advice, problems)
+    if problems:
+        return
+    if keyed and isinstance(value, dict):
+        yield from enumerate(({"id": k, **v} if isinstance(v, dict) else v for k, v in value.items()), start=1)
+        return
+    raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
 
 
 def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list[str]) -> Any:
@@ -254,12 +301,12 @@ def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        problems.append(f"{path} line {line}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8")
+        problems.append(f"{path} line {line}: {_not_utf8(error)}")
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         problems.append(f"{path} line {line} column {error.colno}: invalid JSON ({error.msg}); {advice}")
     except RecursionError:
-        problems.append(f"{path} line {first_line}: nested too deeply; a record is a flat object, drop what is inside")
+        problems.append(f"{path} line {first_line}: {TOO_DEEP}")
     except ValueError as error:  # an integer of thousands of digits
         problems.append(f"{path} line {first_line}: invalid JSON ({error}); {advice}")
     return None
@@ -272,17 +319,21 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl") from error
     try:
-        rows = parquet.read_table(os.fspath(path)).to_pylist()
+        with parquet.ParquetFile(os.fspath(path)) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                yield from map(_without_empty_fields, batch.to_pylist())
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); check the path or write the file again") from error
-    for row in rows:
-        metadata = row.get("metadata")
-        if isinstance(metadata, str):
-            with suppress(ValueError):  # what is no JSON stays a string, which the record check reports
-                row["metadata"] = metadata = json.loads(metadata)
-        if isinstance(metadata, dict):
-            row["metadata"] = {key: value for key, value in metadata.items() if value is not None}
-        yield {key: value for key, value in row.items() if value is not None}
+
+
+def _without_empty_fields(row: dict[str, Any]) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):
+        with suppress(ValueError):  # what is no JSON stays a string, which the record check reports
+            row["metadata"] = metadata = json.loads(metadata)
+    if isinstance(metadata, dict):
+        row["metadata"] = {key: value for key, value in metadata.items() if value is not None}
+    return {key: value for key, value in row.items() if value is not None}
 
 
 # ---- writing

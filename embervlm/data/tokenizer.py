@@ -6,6 +6,7 @@ this module.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,11 +96,17 @@ class ReasoningTokenizer:
     def save(self, path: str | Path) -> None:
         self.hugging_face.save_pretrained(str(path))
 
+    def digest(self) -> str:
+        """Changes with anything that changes how text is encoded."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=12).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        if len(texts) < 64:  # waking the threads of `encode_batch` would take longer than the work
+            return [self.encode(text) for text in texts]
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; Stage 4 tokens are left out."""

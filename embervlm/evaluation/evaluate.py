@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from embervlm.data.dataset import encode_reasoning, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
-from embervlm.data.splits import SPLITS, split_records
+from embervlm.data.sources import source_files
+from embervlm.data.splits import SPLITS
+from embervlm.data.store import RecordStore, prepare
 from embervlm.evaluation.backends import EMBEDDED
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import explain_chains
@@ -36,13 +39,15 @@ from embervlm.evaluation.metrics import (
     final_answer_accuracy,
     per_candidate_precision_recall,
 )
-from embervlm.evaluation.sharing import Journal, Task, share_out
+from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
 from embervlm.training.engine import World
 
 BATCH_SIZE = 64
+MAX_REFERENCE_RECORDS = 20_000
+"""Training records, evenly spaced, from which the metrics learn orders and facts."""
 CALIBRATION_RECORDS = 200
 """Of the val split, to fit the temperature of `confidence` on."""
 EXPLAIN_BATCH = 16
@@ -80,6 +85,8 @@ class Evaluation:
     reasoning_data: str | None = None
     image_root: str | None = None
     allow_outside: bool | None = None
+    test_set: str | None = None
+    """A file of which all records are evaluated, whatever split they would fall into; `split` only names them then."""
     decoding: Decoding = field(default_factory=Decoding)
     compare: bool = True
     """Also the baselines, no picture and the swapped picture, not only the chains."""
@@ -145,14 +152,19 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     bar.close()
     result: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
+    failed: Exception | None = None
     if world.rank == 0:
-        samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
-        details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
-        _complete(samples, data, results, details)
-        result = _result(job, model, data, samples, results, passes, answers)
-        if faithfulness is not None:
-            swapped = result["metrics"]["swapped_image_accuracy"]
-            result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
+        try:
+            samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
+            details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
+            _complete(samples, data, results, details)
+            result = _result(job, model, data, samples, results, passes, answers)
+            if faithfulness is not None:
+                swapped = result["metrics"]["swapped_image_accuracy"]
+                result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
+        except Exception as error:  # the other processes wait for the result
+            failed = error
+    raise_together(world, failed)
     return world.broadcast(result), samples
 
 
@@ -247,9 +259,7 @@ class _Models:
 
     def __call__(self, checkpoint: Path) -> EmberVLM:
         if checkpoint not in self._loaded:
-            model = load_model(checkpoint, self._device)
-            model.confidence_temperature = 1.0  # it is fitted anew
-            self._loaded[checkpoint] = model
+            self._loaded[checkpoint] = load_model(checkpoint, self._device)
         return self._loaded[checkpoint]
 
 
@@ -268,20 +278,30 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     if job.split not in SPLITS:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
     made_with = _training_config(job.checkpoint)
-    path = job.reasoning_data or made_with.get("reasoning_data")
-    if not path or not Path(path).exists():
+    path = named = job.reasoning_data or made_with.get("reasoning_data")
+    outside = bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside
+    if path and not all(file.exists() for file in source_files(path) or [Path(path)]):
+        path = None
+    if not path and job.test_set is None:
         raise ConfigError(
-            f"{job.checkpoint}: its data {path or '(not recorded)'} is not there; name the file with --reasoning_data"
+            f"{job.checkpoint}: its data {named or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
-    splits = split_records(read_records(
-        path,
-        image_root=job.image_root or made_with.get("image_root"),
-        allow_outside=bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside,
-    ))  # fmt: skip
-    if not splits[job.split]:  # type: ignore[index]
+    cache = Path(made_with["output_dir"]) / "cache" if made_with.get("output_dir") else None
+    root = (None if job.test_set else job.image_root) or made_with.get("image_root")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        store = prepare(path, elsewhere, ready_in=cache, image_root=root, allow_outside=outside) if path else None
+        return _eval_data(job, store, outside, job.test_set or path or "", image_size)
+
+
+def _eval_data(job: Evaluation, store: RecordStore | None, outside: bool, path: str, image_size: int) -> EvalData:
+    splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
+    train = splits["train"]
+    if job.test_set is not None:
+        splits[job.split] = _read_test_set(job, outside, known=train)
+    if not splits[job.split]:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
-    records = _some(splits[job.split], job.num_samples)  # type: ignore[index]
-    reference = splits["train"] or records
+    records = _some(splits[job.split], job.num_samples)
+    reference = list(train[:: -(-len(train) // MAX_REFERENCE_RECORDS)]) if train else records
     domains = fact_domains([*reference, *records])
     val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
     return EvalData(
@@ -295,11 +315,26 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     )
 
 
+def _read_test_set(job: Evaluation, outside: bool, known: Sequence[ReasoningRecord]) -> list[ReasoningRecord]:
+    """All records of the file, with a warning of those that were trained on."""
+    assert job.test_set is not None
+    if not Path(job.test_set).exists():
+        raise ConfigError(f"--test_set {job.test_set}: no such file")
+    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside))
+    asked = {(record.image, record.instruction, record.steps) for record in records}
+    seen = len({key for record in known if (key := (record.image, record.instruction, record.steps)) in asked})
+    if seen and (job.world is None or job.world.rank == 0):
+        print(
+            f"{seen} of the {len(records)} records of {job.test_set} were trained on; they say nothing about new ones"
+        )
+    return records
+
+
 def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:
     """At most `count`, the same ones every time."""
     if count is None or count >= len(records):
         return list(records)
-    return [records[index] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
+    return [records[int(index)] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
 
 
 def _training_config(checkpoint: Path) -> dict[str, Any]:

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import CONCLUSION, format_reasoning
 from embervlm.data.claims import ChainContext, judge_steps
-from embervlm.data.collate import validator_inputs
 from embervlm.data.commands import check_output
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, fact_domains
-from embervlm.data.records import ReasoningRecord
+from embervlm.data.negatives import fact_domains
 from embervlm.data.shard import Shard
 from embervlm.data.teachers.answers import Rejected, candidates_of, checked
 from embervlm.data.teachers.collection import (
@@ -36,6 +33,7 @@ from embervlm.evaluation.evaluate import BATCH_SIZE, load_model, see
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
+from embervlm.model.interactive import step_probabilities
 from embervlm.progress import progress_bar
 
 
@@ -89,7 +87,7 @@ class _Writer:
 
     def __init__(self, model: EmberVLM, settings: SelfGeneration, questions: Sequence[Question]) -> None:
         self.model, self.settings, self.questions = model, settings, questions
-        self.domains = fact_domains(question.record for question in questions)
+        self.domains = fact_domains([question.record for question in questions])
 
     def fill(self, collection: Collection, num_samples: int) -> None:
         """Sample for each question that has not been through, until `num_samples` chains are accepted."""
@@ -133,7 +131,7 @@ class _Writer:
                 continue
             steps = result["reasoning_steps"]
             followed = step_probabilities(
-                self.model, visual[row : row + 1], seen[row : row + 1], question.record, steps
+                self.model, visual[row : row + 1], seen[row : row + 1], question.record.instruction, steps
             )
             reason = self._fault(question, result, followed)
             if not reason and not collection.is_new_chain(key, steps):
@@ -175,24 +173,3 @@ class _Writer:
             if probability <= 0.5:
                 return f"step validator: step {number} follows with probability {probability:.2f}"
         return ""
-
-
-def step_probabilities(
-    model: EmberVLM, visual: Tensor, seen: Tensor, record: ReasoningRecord, steps: Sequence[str]
-) -> list[float]:
-    """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one record."""
-    tokenizer = model.tokenizer
-    if not steps or tokenizer is None:
-        return []
-    prompt = tokenizer.encode(record.instruction)
-    marks = [tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in steps]
-    texts = tokenizer.encode_many([" " + step.removeprefix(CONCLUSION) for step in steps])
-    ids = [[mark, *text] for mark, text in zip(marks, texts)]
-    start = tokenizer.ids["<|reasoning_start|>"]
-    previous = [[start, *(t for step in ids[:i] for t in step)][-MAX_PREVIOUS_TOKENS:] for i in range(len(ids))]
-    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)])
-    logits = model.judge_steps(
-        visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
-    )
-    probabilities: list[float] = logits.float().sigmoid().tolist()
-    return probabilities

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embervlm.config import ConfigError
 from embervlm.model.embervlm import EmberVLM
 from embervlm.training.engine import World
 
@@ -84,19 +85,36 @@ class Journal:
 def share_out(
     tasks: Sequence[Task], load: Callable[[Path], EmberVLM], world: World, journal: Journal, bar: Any
 ) -> dict[Key, Any]:
-    """Every task's result, on every process."""
+    """Every task's result, on every process. An error of one process is raised on all, so that none waits for it."""
     left = [task for task in tasks if task.key not in journal.done]
     known = {task.key: journal.done[task.key] for task in tasks if task.key in journal.done}
     bar.total = (bar.total or 0) + sum(task.num_records for task in tasks)
     bar.update(sum(task.num_records for task in tasks if task.key in known))
     mine: dict[Key, Any] = {}
-    for place in range(0, len(left), world.size):
-        if place + world.rank < len(left):
-            task = left[place + world.rank]
-            bar.set_postfix_str(task.name, refresh=False)
-            mine[task.key] = json.loads(json.dumps(task.run(load(task.checkpoint))))  # alike, read from disk or not
-            journal.add(task.key, mine[task.key])
-        bar.update(sum(task.num_records for task in left[place : place + world.size]))
+    failed: Exception | None = None
+    try:
+        for place in range(0, len(left), world.size):
+            if place + world.rank < len(left):
+                task = left[place + world.rank]
+                bar.set_postfix_str(task.name, refresh=False)
+                mine[task.key] = json.loads(json.dumps(task.run(load(task.checkpoint))))  # alike, read from disk or not
+                journal.add(task.key, mine[task.key])
+            bar.update(sum(task.num_records for task in left[place : place + world.size]))
+    except Exception as error:
+        failed = error
+    raise_together(world, failed)
     for share in world.gather(mine):
         known |= share
     return known
+
+
+def raise_together(world: World, failed: Exception | None) -> None:
+    """Raise this process's error, or one that says what another met. Call it on every process."""
+    said = None if failed is None else (isinstance(failed, ValueError), f"{type(failed).__name__}: {failed}")
+    found = world.gather(said)
+    if failed is not None:
+        raise failed
+    for rank, other in enumerate(found):
+        if other is not None:
+            of_the_user, text = other
+            raise (ConfigError if of_the_user else RuntimeError)(f"process {rank}: {text}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.reasoning import ReasoningModule, StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
+
+if TYPE_CHECKING:
+    from embervlm.model.generation import Decoding
+    from embervlm.model.interactive import Reasoning
 
 
 @dataclass
@@ -330,6 +334,69 @@ class EmberVLM(PreTrainedModel):
                 del result["reasoning_steps"]
         return results[0] if single else results
 
+    def generate_reasoning(
+        self, image: Any, question: str, constraint: str | None = None, **decoding: Any
+    ) -> Reasoning:  # fmt: skip
+        """A chain with its answer, as an object that `verify_reasoning` and `reason` take.
+
+        Args:
+            constraint: `"ensure_logical_consistency"` draws more chains where `verify_reasoning` finds fault with the
+                likeliest one, and gives the one with the fewest faults.
+            decoding: See `embervlm.model.generation.Decoding`.
+        """
+        from embervlm.model import interactive
+
+        return interactive.reason(self, image, question, None, constraint, _decoding(decoding))
+
+    def verify_reasoning(self, reasoning: Any, image: Any = None, question: str | None = None) -> bool:
+        """Whether nothing speaks against a chain: at least two steps, none twice, a conclusion that names the answer,
+        and every step more likely to follow than not by the model's own step validator.
+
+        It is the model's opinion of its own chain, and no metric.
+
+        Args:
+            reasoning: Of `generate_reasoning`; or steps or their text, with `image` and `question`.
+        """
+        return not self.reasoning_faults(reasoning, image, question)
+
+    def reasoning_faults(self, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
+        """Why `verify_reasoning` says no, a sentence each."""
+        from embervlm.model import interactive
+
+        return interactive.verify(self, reasoning, image, question)
+
+    def reason(self, image: Any, question: str, previous_reasoning: Any = None, **decoding: Any) -> dict[str, Any]:
+        """`{"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}` of a question or a follow-up.
+
+        A follow-up is asked behind the question before. Of the reasoning before, the first steps that still hold by
+        the step validator begin the new chain; the model goes on from there.
+        """
+        from embervlm.model import interactive
+
+        found = interactive.reason(self, image, question, previous_reasoning, None, _decoding(decoding))
+        return {
+            "reasoning": found, "reasoning_steps": found.steps, "answer": found.answer,
+            "answer_set": found.answer_set, "confidence": found.confidence,
+        }  # fmt: skip
+
+    def generate_with_template(
+        self, image: Any, instruction: str, template: str | Sequence[str] = "analysis",
+        templates: Mapping[str, Sequence[str]] | None = None, **decoding: Any,
+    ) -> Reasoning:  # fmt: skip
+        """A chain under the headings of a template, in `sections` and as text.
+
+        The chain is the model's own: headings that it was not trained on would lead it astray, so they are put in
+        afterwards. A model that was trained on chains with these headings writes them itself, and they are kept.
+
+        Args:
+            template: `analysis`, `step_by_step`, `comparative`, a name in `templates`, or a list of headings.
+        """
+        from embervlm.model import interactive
+
+        headings = interactive.template_headings(template, {**interactive.TEMPLATES, **(templates or {})})
+        found = interactive.reason(self, image, instruction, None, None, _decoding(decoding))
+        return replace(found, sections=interactive.lay_out(found.steps, headings))
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -361,6 +428,12 @@ class EmberVLM(PreTrainedModel):
         save_weights(state_dict if state_dict is not None else self.state_dict(), folder, self.config.stage != STAGE3)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+
+
+def _decoding(settings: Mapping[str, Any]) -> Decoding:
+    from embervlm.model.generation import Decoding
+
+    return Decoding(**settings)
 
 
 def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) -> EmberVLM:

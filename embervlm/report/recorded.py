@@ -164,6 +164,13 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     return record
 
 
+def evaluation_alone(path: Path) -> RunRecord:
+    """One evaluation with the samples beside it, and nothing of its run."""
+    beside = samples_path(path)
+    samples = read_samples(beside) if beside.exists() else []
+    return RunRecord(name=path.stem, folder=path.parent, result=read_result(path), samples=samples)
+
+
 def samples_path(eval_file: Path) -> Path:
     """The samples beside an evaluation."""
     return eval_file.with_name(f"{eval_file.stem}_samples.json")

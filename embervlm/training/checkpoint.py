@@ -18,6 +18,7 @@ import logging
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +29,13 @@ import torch
 from embervlm import run_dir
 from embervlm.model.storage import CheckpointError, read_tensors
 from embervlm.training.engine import Engine, EngineState, Snapshot, World
+from embervlm.training.eval_jobs import awaiting_evaluation
 from embervlm.training.module import TrainingModule
 
 TRAINING_STATE = "training_state.pt"
 MODEL_PREFIX = "model."
+SLOW_S = 60.0
+"""Waiting for a checkpoint for so long is worth a warning."""
 _log = logging.getLogger(__name__)
 
 
@@ -76,8 +80,14 @@ class CheckpointStore:
         self._writing: Future[None] | None = None
         self.stalled_s = 0.0
         """Seconds that training has stood still for checkpoints so far."""
+        error = None
         if world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as reason:
+                error = f"{folder}: this folder for checkpoints cannot be made ({reason.strerror})"
+        if (error := world.broadcast(error)) is not None:
+            raise SaveError(error)
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -106,7 +116,7 @@ class CheckpointStore:
         Raises:
             SaveError: it could not be written, and `required` or `on_error` asks for the end.
         """
-        error = self._writing.exception() if self._writing is not None else None
+        error = self._outcome()
         self._writing = None
         if not self._world.any(error is not None):  # also a barrier: no process goes on before all are done
             return True
@@ -116,6 +126,19 @@ class CheckpointStore:
         if self._world.rank == 0:
             _log.warning("%s; training goes on (on_save_error: continue)", first)
         return False
+
+    def _outcome(self) -> BaseException | None:
+        """The error of the checkpoint being written, once it is through."""
+        began = time.monotonic()
+        while self._writing is not None:
+            try:
+                return self._writing.exception(SLOW_S)
+            except StillRunning:
+                _log.warning(
+                    "%s: a checkpoint is still being written there, training has waited %.0f s for it; check the disk",
+                    self.folder, time.monotonic() - began,
+                )  # fmt: skip
+        return None
 
     def save(
         self, engine: Engine, progress: Progress, settings: dict[str, Any], extra: dict[str, Any], *,
@@ -159,11 +182,12 @@ class CheckpointStore:
             self._write_files(part, module, state, content)
             run_dir.write_json_atomic(part / "state.json", about)
             run_dir.publish_checkpoint(part, target, about["step"])
-        except (OSError, RuntimeError, run_dir.WriteError) as error:  # torch.save: RuntimeError for a full disk
+        except (OSError, RuntimeError, run_dir.WriteError) as error:
+            reason = f"{_one_line(_reason_of(error, part))}{self._what_stands()}"
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
-            raise SaveError(f"{target}: not written: {_one_line(error)}{self._what_stands()}") from error
-        kept = best_checkpoints(self.folder, self._keep_best)
+            raise SaveError(f"{target}: not written: {reason}") from error
+        kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
         run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
 
     @staticmethod
@@ -181,6 +205,16 @@ class CheckpointStore:
             return f"; the folder cannot be read either ({_one_line(error)})"
         last = f"the last good checkpoint is {sound[-1].path}" if sound else "there is no checkpoint before it"
         return f" ({free / 1e9:.1f} GB free); {last}"
+
+
+def _reason_of(error: BaseException, part: Path | None) -> BaseException:
+    """What the system says: torch.save has a RuntimeError without the reason where a disk is full."""
+    if part is not None and isinstance(error, RuntimeError):
+        try:
+            (part / "probe").write_bytes(bytes(1 << 20))
+        except OSError as reason:
+            return reason
+    return error
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
 from embervlm.run_dir import phase_dir
+from embervlm.training.eval_jobs import check_eval_cluster
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
     "output_dir": ("output_dir", str, "where stage3/, stage4/ and results/ go"),
-    "reasoning_data": ("reasoning_data", str, "JSON, JSONL or Parquet file of reasoning records"),
+    "reasoning_data": ("reasoning_data", str, "records: a JSON, JSONL or Parquet file, a folder of parts, a pattern"),
     "image_root": ("image_root", str, "folder that picture paths are relative to"),
     "resume_from": ("resume_from", str, "checkpoint whose weights the first phase starts from"),
     "seed": ("seed", int, "seed of everything"),
@@ -39,6 +40,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "max_steps": ("max_steps", int, "stop each phase after this many updates"),
     "save_steps": ("save_steps", int, "updates between checkpoints"),
     "eval_steps": ("eval_steps", int, "updates between evaluations on val"),
+    "eval_cluster": ("eval_cluster", str, "evaluate in Slurm jobs of their own, on one GPU of this node recipe"),
     "keep_last": ("keep_last", int, "newest checkpoints to keep"),
     "keep_best": ("keep_best", int, "best evaluated checkpoints to keep besides"),
     "log_steps": ("log_steps", int, "updates between log lines"),
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
+        if config.eval_cluster is not None:
+            check_eval_cluster(config.eval_cluster)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     listen()

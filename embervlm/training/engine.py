@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,10 +143,31 @@ class EngineState:
 
 
 class Snapshot:
-    """This process's share of the state between two steps, copied to the CPU."""
+    """This process's share of the state between two steps.
 
-    def __init__(self, engine: Engine, share: Tensor, buffers: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        self._engine, self._share, self._buffers, self._optimizer = engine, share, buffers, optimizer
+    Weights and moments are copied by `collect`, in the thread that writes the checkpoint; the next update waits for the
+    copy, so that it takes place beside the forward and backward pass before it.
+    """
+
+    def __init__(self, engine: Engine, buffers: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        self._engine, self._buffers, self._optimizer = engine, buffers, optimizer
+        self._updated = torch.cuda.Event() if engine.world.device.type == "cuda" else None
+        if self._updated is not None:
+            self._updated.record()  # the update before may still be running on the device
+        self.copied = threading.Event()
+
+    def _copy(self) -> Tensor:
+        engine = self._engine
+        pieces = engine.share.split([len(fragment.values) for fragment in engine.saved])
+        stream = None if self._updated is None else torch.cuda.Stream(engine.world.device)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            if stream is not None and self._updated is not None:
+                stream.wait_event(self._updated)
+            for piece, fragment in zip(pieces, engine.saved, strict=True):
+                piece.copy_(fragment.values, non_blocking=True)
+        if stream is not None:
+            stream.synchronize()
+        return engine.share
 
     def collect(self) -> EngineState | None:
         """The whole state on rank 0, None elsewhere. A collective beside which training goes on.
@@ -152,10 +175,14 @@ class Snapshot:
         The next snapshot overwrites this one.
         """
         engine, world = self._engine, self._engine.world
+        try:
+            own = self._copy()
+        finally:
+            self.copied.set()
         if world.rank != 0:
-            dist.send(self._share, 0, group=world.background)
+            dist.send(own, 0, group=world.background)
             return None
-        shares = [self._share]
+        shares = [own]
         for rank in range(1, world.size):
             share = torch.empty(sum(size for *_, size in engine.layouts[rank]))
             dist.recv(share, rank, group=world.background)
@@ -212,12 +239,17 @@ class Engine(ABC):
             self.frozen = {name: value.cpu() for name, value in unrounded.items() if name not in self.learning}
         wrapped = {key: value.clone() for key, value in module.named_buffers() if key in self.keys}
         self._buffers = {key: (buffers[key].cpu(), value) for key, value in wrapped.items()}
-        self._saved = self._fragments if world.rank == 0 or not self.is_replicated else []
-        own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self._saved]
+        self.saved = self._fragments if world.rank == 0 or not self.is_replicated else []
+        """What this process contributes to a checkpoint."""
+        own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self.saved]
         self.layouts: list[list[tuple[str, str, int, int]]] = world.gather(own)
         """By rank: name, kind, start and size of every fragment that it contributes to a checkpoint."""
         # touched now, so that the first checkpoint does not wait for memory
-        self._share = torch.zeros(sum(size for *_, size in own), pin_memory=world.device.type == "cuda").fill_(0)
+        self.share = torch.zeros(sum(size for *_, size in own), pin_memory=world.device.type == "cuda").fill_(0)
+        """Where `saved` is copied to, on the CPU."""
+        self._uncopied: Snapshot | None = None
+        self.copy_wait_s = 0.0
+        """Seconds that updates have waited for the copy of a snapshot so far."""
 
     def _that_learn(self) -> set[str]:
         return {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
@@ -275,9 +307,10 @@ class Engine(ABC):
         return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
 
     def snapshot(self) -> Snapshot:
-        """Copy what this process holds. Not a collective; the copy before it must have been collected."""
-        for piece, fragment in zip(self._share.split([len(f.values) for f in self._saved]), self._saved, strict=True):
-            piece.copy_(fragment.values, non_blocking=True)
+        """The state as it is now, to be collected in another thread or before the next step.
+
+        Not a collective; the snapshot before it must have been collected. No update takes place before it is copied.
+        """
         buffers = {}
         if self.world.rank == 0:
             found = dict(self.module.named_buffers())
@@ -289,9 +322,16 @@ class Engine(ABC):
         optimizer: dict[str, Any] = {"updates": max(steps, default=0)}
         if self.loss_scale is not None:
             optimizer["loss_scale"] = self.loss_scale
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        return Snapshot(self, self._share, buffers, optimizer)
+        self._uncopied = Snapshot(self, buffers, optimizer)
+        return self._uncopied
+
+    def _wait_for_copy(self) -> None:
+        """Until the snapshot's values are copied, which the update is about to change."""
+        if self._uncopied is not None:
+            began = time.monotonic()
+            self._uncopied.copied.wait()
+            self.copy_wait_s += time.monotonic() - began
+            self._uncopied = None
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Put `EngineState.optimizer` back, whichever engine and number of processes it came from.
@@ -345,6 +385,7 @@ class Engine(ABC):
                 f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of "
                 f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
             )
+        self._wait_for_copy()
         self.overflowed = not self._update(rates)
         if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
             hint = ", or use --precision bf16 or fp32" if self.loss_scale else ""
@@ -455,7 +496,9 @@ class TorchEngine(Engine):
         return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
     def _set_loss_scale(self, state: Mapping[str, float]) -> None:
-        found = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+        # beyond the interval the scale would never grow again; DeepSpeed's count may stand just there
+        good_steps = min(int(state["good_steps"]), self._scaler.get_growth_interval() - 1)
+        found = {"scale": state["scale"], "_growth_tracker": good_steps}
         self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
 
 

@@ -101,7 +101,10 @@ class DeepSpeedEngine(Engine):
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         # DeepSpeed averages over processes and micro-batches; the loss is a sum's share already
-        self._engine.backward(loss * (self.world.size * self._settings["gradient_accumulation_steps"]))
+        loss = loss * (self.world.size * self._settings["gradient_accumulation_steps"])
+        if self.precision == "fp16" and self._zero_stage == 0:  # DeepSpeed divides these gradients by it, that is all
+            loss = loss * self._scaler.cur_scale
+        self._engine.backward(loss)
         if not is_last:
             self._engine.step()
 
@@ -125,7 +128,10 @@ class DeepSpeedEngine(Engine):
         if self.precision != "fp16":
             return None
         scaler = self._scaler
-        return {"scale": float(scaler.cur_scale), "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        if good_steps > 0:  # DeepSpeed counts on where the scale grows, torch's scaler begins again
+            good_steps = (good_steps - 1) % scaler.scale_window + 1
+        return {"scale": float(scaler.cur_scale), "good_steps": good_steps}
 
     def _set_loss_scale(self, state: Mapping[str, float]) -> None:
         scaler = self._scaler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class PhaseJob:
     after_epoch: Callable[[EmberVLM, int], None] | None = None
     """Called on every process with the model and the epoch just finished, counted from 1 within the phase."""
     after_save: Callable[[Path], None] | None = None
-    """Called on every process after a checkpoint of `eval_steps`."""
+    """Called on every process after a checkpoint of `eval_steps`, and with them after the final one."""
     samples_wanted: int | None = None
     """Stop after this many records instead of after `epochs`."""
 
@@ -122,7 +122,8 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
             values = {
                 "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
-                "samples_per_s": speed, "elapsed_s": progress.elapsed_s, "save_stall_s": store.stalled_s,
+                "samples_per_s": speed, "elapsed_s": progress.elapsed_s,
+                "save_stall_s": store.stalled_s + engine.copy_wait_s,
             }  # fmt: skip
             if engine.loss_scale is not None:
                 values |= {"loss_scale": engine.loss_scale["scale"], "overflows": progress.overflows}
@@ -143,13 +144,23 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
                     tracker.close()
                     raise Preempted(progress.step)
                 if evaluates and job.after_save is not None and store.wait():
-                    job.after_save(saved)
+                    began += _evaluate(job.after_save, saved, tracker, progress.step)
         if progress.step == first_step == 0:
             raise RuntimeError(f"{job.name}: no step was done")
         final = store.save(engine, progress, settings, extra, final=True)
+    if config.eval_steps and job.after_save is not None:
+        _evaluate(job.after_save, final, tracker, progress.step)
     tracker.close()
     model.freeze_backbone(False)
     return final
+
+
+def _evaluate(after_save: Callable[[Path], None], saved: Path, tracker: Tracker, step: int) -> float:
+    """Seconds it took, which do not count as training."""
+    began = time.monotonic()
+    after_save(saved)
+    tracker.log_evaluations(step)
+    return time.monotonic() - began
 
 
 def _prepare(
@@ -198,7 +209,7 @@ def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: W
         )
     if saved["global_batch"] == job.plan.global_batch:
         return
-    job.plan = replace(job.plan, global_batch=saved["global_batch"], _orders={})
+    job.plan = job.plan.with_global_batch(saved["global_batch"])
     job.accumulation = -(-job.plan.global_batch // (job.batch_size * world.size))
     if world.rank == 0:
         print(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from embervlm import run_dir
@@ -18,7 +23,7 @@ from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import (
     EpochPlan,
-    Sample,
+    Samples,
     edit_facts,
     encode_captions,
     encode_direct,
@@ -27,8 +32,9 @@ from embervlm.data.dataset import (
 )
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
-from embervlm.data.splits import split_records
+from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, format_reasoning
+from embervlm.data.sources import source_files
+from embervlm.data.store import PicturePaths, RecordView, has_field, prepare
 from embervlm.data.teachers.rules import glossary
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import STAGE3, STAGE4
@@ -36,62 +42,88 @@ from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.engine import World
+from embervlm.training.eval_jobs import submit_evaluation
 from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
+_log = logging.getLogger(__name__)
+MAX_TOKENIZER_RECORDS = 20_000
+"""Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(kw_only=True)
 class RunData:
     """The records of a run and their pictures at the model's size."""
 
-    splits: dict[str, list[ReasoningRecord]]
+    train: RecordView
+    """The given training records alone: augmentation makes more chains, but no more questions."""
+    val: RecordView
     pictures: PictureCache
-    reasoning: list[ReasoningRecord]
+    reasoning: Sequence[ReasoningRecord]
     """The given training records and, behind them, those that augmentation made."""
-    epochs: list[list[int]]
+    epochs: list[np.ndarray]
     """For each epoch, over both phases, the `reasoning` records it trains on; [] without a curriculum."""
-
-    @property
-    def train(self) -> list[ReasoningRecord]:
-        """The given ones alone: augmentation makes more chains, but no more questions."""
-        return self.splits["train"]
 
 
 def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     """Read, split and decode the data of a run; every problem of the file is reported before training."""
     path = Path(config.reasoning_data)
-    if not path.exists():
+    if not all(file.exists() for file in source_files(path) or [path]):
         raise ConfigError(
             f"--reasoning_data {path}: no such file; make one with `embervlm data generate --teacher_model rules "
             f"--output_file {path} --num_samples 50000`"
         )
-    records = read_records(path, image_root=config.image_root, allow_outside=config.allow_outside)
-    splits = {str(name): found for name, found in split_records(records).items()}
-    if not splits.get("train"):
-        raise ConfigError(
-            f"{path}: none of its {len(records)} records falls into the train split; it needs more records"
-        )
-    images = [record.image for name in ("train", "val") for record in splits[name] if record.image]
     cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
-    # what a file holds of augmentations goes to the end, so that the given records have the same places in both lists
-    reasoning = sorted(splits["train"], key=lambda record: "augmentation" in record.metadata)
-    splits["train"] = [record for record in reasoning if "augmentation" not in record.metadata] or reasoning
-    if world.rank == 0:
-        PictureCache(images, image_size, cache)
-        if augmentation is not None:
-            reasoning = augment_cached(reasoning, augmentation, cache, config.seed, make=True)
-    world.barrier()
-    if world.rank != 0 and augmentation is not None:
-        reasoning = augment_cached(reasoning, augmentation, cache, config.seed, make=False)
+    store = first_on_rank_0(
+        world, lambda: prepare(path, cache, image_root=config.image_root, allow_outside=config.allow_outside)
+    )
+    train, val = store.split("train"), store.split("val")
+    if not train:
+        raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
+    shown = RecordView(store, np.concatenate([train.rows, val.rows]))
+    pictures = first_on_rank_0(world, lambda: PictureCache(PicturePaths(shown), image_size, cache))
+    # what a file holds of augmentations goes to the end, so that the given records have the same places in both
+    augmented = has_field(train, "augmentation")
+    train = train.take(np.argsort(augmented, kind="stable"))
+    reasoning: Sequence[ReasoningRecord] = train
+    if augmentation is not None:
+        reasoning = first_on_rank_0(
+            world, lambda: augment_cached(train, augmentation, cache, config.seed, make=world.rank == 0)
+        )
     epochs = []
     if config.curriculum is not None:
-        num_epochs = config.stage4.phase1.epochs + config.stage4.phase2.epochs
-        epochs = records_of_epochs(reasoning, config.curriculum, num_epochs)
+        curriculum, num_epochs = config.curriculum, config.stage4.phase1.epochs + config.stage4.phase2.epochs
+        epochs = first_on_rank_0(world, lambda: records_of_epochs(reasoning, curriculum, num_epochs))
         if world.rank == 0:
             print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
-    pictures = PictureCache(images, image_size, cache)
-    return RunData(splits=splits, pictures=pictures, reasoning=reasoning, epochs=epochs)
+    num_given = len(train) - int(augmented.sum())
+    return RunData(train=train[: num_given or None], val=val, pictures=pictures, reasoning=reasoning, epochs=epochs)
+
+
+def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
+    """`prepared()`, which leaves its work in the cache, on process 0 and then on the others; its error on all.
+
+    The others are told every minute that it is still going on: one collective call may last 30 minutes at most.
+    """
+    if world.size == 1:
+        return prepared()
+    error: Exception | None = None
+    if world.rank == 0:
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(prepared)
+            while not wait([work], timeout=60).done:
+                world.broadcast((False, None))
+        failed = work.exception()
+        error = failed if isinstance(failed, (ConfigError, DataError, run_dir.WriteError)) else None
+        world.broadcast((True, error))
+        return work.result()
+    done = False
+    while not done:
+        done, error = world.broadcast(None)
+    if error is not None:
+        raise error
+    return prepared()
 
 
 class Run:
@@ -117,7 +149,7 @@ class Run:
         labels = DenseLabels(data.train, model.vision_encoder.grid)
         tokenizer = _tokenizer_of(model)
         plan = EpochPlan(
-            main=encode_direct(data.train, tokenizer),
+            main=self._direct(data.train, tokenizer),
             mixed=(
                 (encode_captions(data.train, tokenizer), config.stage3.caption_records_ratio),
                 (encode_glossary(glossary(), tokenizer), config.stage3.glossary_records_ratio),
@@ -141,16 +173,15 @@ class Run:
         model = self._start_from(start, STAGE4)
         data = self._load_data(model)
         tokenizer = _tokenizer_of(model)
-        samples = encode_reasoning(data.reasoning, tokenizer, model.vision_encoder.grid, stage.max_reasoning_length)
-        if (left_out := len(data.reasoning) - len(samples)) and self.world.rank == 0:
-            print(f"{left_out} augmented records left out, longer than --max_reasoning_length")
+        grid, max_length = model.vision_encoder.grid, stage.max_reasoning_length
+        samples = first_on_rank_0(self.world, lambda: encode_reasoning(data.reasoning, tokenizer, grid, max_length))
         first_epoch = stage.phase1.epochs if number == 2 else 0
-        place_of = {sample.record: place for place, sample in enumerate(samples)}
-        epochs = [
-            [place_of[record] for record in records if record in place_of]
-            for records in data.epochs[first_epoch : first_epoch + phase.epochs]
-        ]
-        if not all(epochs):
+        epochs = data.epochs[first_epoch : first_epoch + phase.epochs]
+        if left_out := len(data.reasoning) - len(samples):
+            if self.world.rank == 0:
+                print(f"{left_out} augmented records left out, longer than --max_reasoning_length")
+            epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
+        if not all(map(len, epochs)):
             raise ConfigError(f"curriculum: an epoch of phase {number} has chains above --max_reasoning_length only")
         plan = EpochPlan(
             main=samples,
@@ -176,8 +207,8 @@ class Run:
         return train_phase(job, config, self.world)
 
     def _edited(
-        self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], number: int, phase: PhaseConfig
-    ) -> list[tuple[list[Sample], float]]:  # fmt: skip
+        self, records: Sequence[ReasoningRecord], samples: Samples, number: int, phase: PhaseConfig
+    ) -> list[tuple[Samples, float]]:  # fmt: skip
         """Chains with edited facts and how many per record, where asked for."""
         if not phase.edited_facts_ratio:
             return []
@@ -210,7 +241,7 @@ class Run:
             direct_loss_weight=1.0, max_minutes=minutes, epochs=1,
         )  # fmt: skip
         plan = EpochPlan(
-            main=encode_direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
+            main=self._direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
             seed=config.seed + 3,
         )  # fmt: skip
         job = PhaseJob(
@@ -241,24 +272,37 @@ class Run:
             self._data = load_data(self.config, model.config.image_size, self.world)
         return self._data
 
+    def _direct(self, records: RecordView, tokenizer: ReasoningTokenizer) -> Samples:
+        """Direct-answer samples whose lengths are counted."""
+
+        def counted() -> Samples:
+            samples = encode_direct(records, tokenizer)
+            _ = samples.sizes
+            return samples
+
+        return first_on_rank_0(self.world, counted)
+
     def _tokenizer(
         self, settings: dict[str, Any], model: EmberVLM, records: Sequence[ReasoningRecord]
     ) -> ReasoningTokenizer:  # fmt: skip
         language = settings["language"]
         if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
             return ReasoningTokenizer.from_folder(language["name_or_path"])
+        every = -(-len(records) // MAX_TOKENIZER_RECORDS)
+        some = list(records[::every])
         texts = [
             text
-            for record in records
+            for record in some
             for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
         ]
-        texts += [" " + record.metadata["caption"] for record in records if record.metadata.get("caption")]
+        texts += [" " + record.metadata["caption"] for record in some if record.metadata.get("caption")]
         atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
         base = train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size, atoms)
         return ReasoningTokenizer(base)
 
     def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
         """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
+        gc.collect()  # engine and samples of the phase before refer to themselves, and would stay through this one
         if not checkpoint.is_dir():
             hint = (
                 "train a stand-in with `python launch/train.py --stages 3` (the same flags as here)"
@@ -288,7 +332,7 @@ class Run:
 
     def _write_samples(self, model: EmberVLM, data: RunData, epoch: int) -> None:
         """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
-        records = (data.splits["val"] or data.train)[: self.config.sample_records]
+        records = (data.val or data.train)[: self.config.sample_records]
         images = [data.pictures[record.image] if record.image else None for record in records]
         results = model.generate_with_reasoning(
             images, [record.instruction for record in records], max_new_tokens=self.config.stage4.max_reasoning_length
@@ -299,14 +343,26 @@ class Run:
                  "gold_answer": list(record.answer), "gold_steps": list(record.steps), **result}
                 for record, result in zip(records, results)
             ]  # fmt: skip
-            run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+            with _warning_where_unwritten():
+                run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
 
     def _evaluate(self, checkpoint: Path) -> None:
-        if self.world.rank == 0:
-            from embervlm.evaluation.evaluate import evaluate_checkpoint
+        """What `select_best` reads: computed here by all processes, or by a job of its own.
 
-            evaluate_checkpoint(checkpoint, split="val", num_samples=self.config.eval_samples)
-        self.world.barrier()
+        Whatever goes wrong is only said: training goes on, and `select_best` evaluates what has no evaluation.
+        """
+        from embervlm.evaluation.evaluate import evaluate_checkpoint
+
+        try:
+            if self.config.eval_cluster is None:
+                evaluate_checkpoint(
+                    checkpoint, split="val", num_samples=self.config.eval_samples, progress=False, world=self.world
+                )
+            elif self.world.rank == 0:
+                print(f"{checkpoint.name} is evaluated by job {submit_evaluation(checkpoint, self.config)}")
+        except Exception as error:  # the same one on every process
+            if self.world.rank == 0:
+                print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training goes on")
 
     def go(self, stages: Sequence[str], phase: int | None) -> None:
         """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder."""
@@ -324,6 +380,15 @@ class Run:
                 self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
             self.baselines(resume or stage3)
+
+
+@contextmanager
+def _warning_where_unwritten() -> Iterator[None]:
+    """A by-product that cannot be written ends no run; whether that goes on is up to its checkpoints."""
+    try:
+        yield
+    except run_dir.WriteError as error:
+        _log.warning("%s", error)
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.progress import progress_bar
-from embervlm.run_dir import write_text_atomic
+from embervlm.run_dir import eval_path, list_checkpoints, read_eval, write_text_atomic
+
+_log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 """In the folder of a phase."""
@@ -40,24 +44,47 @@ def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapp
     )  # fmt: skip
 
 
-def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
-    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none.
+def evaluation_values(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """An evaluation's numbers under flat names."""
+    calibrated = result.get("calibration") or {}
+    flat = {**result["metrics"], "ece": calibrated.get("ece"), "temperature": calibrated.get("temperature")}
+    return {f"{prefix}/{name}": float(value) for name, value in flat.items() if isinstance(value, (int, float))}
 
-    They go behind the last step that was logged, since W&B drops what lies before it.
-    """
+
+def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
+    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none."""
     run_id = _known_run_id(folder)
     if run_id is None or not figures:
         return False
+    _add_to_run(folder, run_id, figures, {}, prefix="report", project=project, name=run_name or folder.name)
+    return True
+
+
+def log_evaluation(
+    folder: Path, result: Mapping[str, Any], figures: Mapping[str, Path], *, project: str, run_name: str | None = None
+) -> None:
+    """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run."""
+    run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
+    split = str(result["split"])
+    values = {f"{split}/step": result.get("step"), **evaluation_values(result, split)}
+    name = run_name or f"evaluate {result['checkpoint']}"
+    _add_to_run(folder, run_id, figures, values, prefix=split, project=project, name=name)
+
+
+def _add_to_run(
+    folder: Path, run_id: str, figures: Mapping[str, Path], values: Mapping[str, Any], *, prefix: str, project: str,
+    name: str,
+) -> None:  # fmt: skip
+    """Behind the last step that was logged, since W&B drops what lies before it."""
     import wandb
 
     log = folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     last = max((step for line in lines if (step := _step_of(line)) != float("inf")), default=0.0)
-    run = _open_run(folder, project, run_name or folder.name, run_id, {})
-    pictures = {f"report/{name}": wandb.Image(str(path)) for name, path in figures.items()}
-    run.log(pictures, step=max(int(last) + 1, run.step))
+    run = _open_run(folder, project, name, run_id, {})
+    pictures = {f"{prefix}/{figure}": wandb.Image(str(path)) for figure, path in figures.items()}
+    run.log({**values, **pictures}, step=max(int(last) + 1, run.step))
     run.finish()
-    return True
 
 
 class Tracker:
@@ -72,8 +99,9 @@ class Tracker:
         wandb_run_id: str | None = None,
     ) -> None:  # fmt: skip
         """`wandb_run_id` is that of the checkpoint the phase goes on from."""
-        self._active = active
+        self._active, self._folder = active, folder
         self._run: Any = None
+        self._lines_missing = False
         self.wandb_run_id = wandb_run_id
         if not active:
             return
@@ -87,6 +115,8 @@ class Tracker:
             self.wandb_run_id = wandb_run_id
             write_text_atomic(folder / RUN_ID_FILE, wandb_run_id)
             self._run = _open_run(folder, project, run_name or name, wandb_run_id, settings or {})
+            found = list_checkpoints(folder)
+            self._evaluated = {found.path for found in found if eval_path(found.path, "val").exists()}
 
     def _drop_after(self, step: int) -> None:
         """Lines of steps that a resume does again."""
@@ -102,14 +132,41 @@ class Tracker:
         self._bar.update(step - self._bar.n)
         if values is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(json.dumps({"step": step, **values}) + "\n")
         shown = {key: f"{value:.3f}" for key, value in values["loss"].items()}
         self._bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
             self._run.log(flat | {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}, step=step)
+
+    def _append(self, line: str) -> None:
+        """A full disk costs the line; whether the run ends is up to its checkpoints."""
+        size = 0
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not self._lines_missing:
+                _log.warning("%s: steps are missing in it (%s); training goes on", self._path, error.strerror)
+            self._lines_missing = True
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)  # no half line for the next one to follow
+
+    def log_evaluations(self, step: int) -> None:
+        """Send W&B the val evaluations that have come to the folder's checkpoints since the last call.
+
+        One that a job of its own computes comes later than its checkpoint, and W&B takes no step before the last: so
+        the checkpoint's step is a value beside the metrics.
+        """
+        if self._run is None:
+            return
+        for checkpoint in list_checkpoints(self._folder):
+            path = eval_path(checkpoint.path, "val")
+            if checkpoint.path not in self._evaluated and path.exists():
+                self._evaluated.add(checkpoint.path)
+                self._run.log({"val/step": checkpoint.step, **evaluation_values(read_eval(path), "val")}, step=step)
 
     def close(self) -> None:
         if self._active:

@@ -1,0 +1,317 @@
+"""A data set prepared once: its checked records on disk, read one at a time, and arrays of what concerns them all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, overload
+from uuid import uuid4
+
+import numpy as np
+
+from embervlm.data.images import files_digest
+from embervlm.data.record_fields import MAX_STEPS, FieldRules, quote
+from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, folder_of_images, no_records, read_record
+from embervlm.data.sources import is_shard, source_files, source_values
+from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
+from embervlm.progress import progress_bar
+from embervlm.run_dir import naming_unwritten, read_json, write_json_atomic
+
+STORE_FORMAT = 1
+REMEMBERED_RECORDS = 8192
+"""Parsed records that are kept, about 3 KB each; reading one again costs about 20 microseconds."""
+MARKED = ("facts", "scene", "boxes", "caption", "augmentation")
+"""Fields of the metadata of which it is known, without reading the record, whether it has them."""
+_COLUMNS = {"offsets": np.int64, "pictures": np.uint64, "questions": np.uint64, "marks": np.uint8, "splits": np.uint8}
+
+
+class RecordStore:
+    """The records of one prepared data set. A folder:
+
+    `records.jsonl`: one checked record per line, its picture's path resolved. One `.npy` per column:
+    `offsets` (where each line starts, and the end), `pictures` (hash of the path, 0 for none), `questions` (hash of the
+    instruction), `marks` (a bit for each of `MARKED`), `splits`. `store.json` is written last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        # read, not mapped: mapped pages count as this process's memory, and an epoch touches all
+        self._file = os.open(folder / "records.jsonl", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def column(self, name: str) -> np.ndarray:
+        """A value for each record, read anew: the whole column is seldom needed, and then for a moment."""
+        values: np.ndarray = np.load(self.folder / f"{name}.npy")
+        return values
+
+    def _record(self, row: int) -> ReasoningRecord:
+        start, end = (int(offset) for offset in self._offsets[row : row + 2])
+        fields = json.loads(os.pread(self._file, end - start, start))
+        return ReasoningRecord(**{**fields, "steps": tuple(fields["steps"]), "answer": tuple(fields["answer"])})
+
+    def split(self, name: Split) -> RecordView:
+        """The records of a split, in the order of the data set."""
+        return RecordView(self, np.flatnonzero(self.column("splits") == SPLITS.index(name)).astype(np.int32))
+
+    def all(self) -> RecordView:
+        return RecordView(self, np.arange(len(self), dtype=np.int32))
+
+
+class RecordView(Sequence[ReasoningRecord]):
+    """Some records of a store, parsed when they are asked for."""
+
+    def __init__(self, store: RecordStore, rows: np.ndarray) -> None:
+        self.store, self.rows = store, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ReasoningRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> RecordView: ...
+    def __getitem__(self, index: int | slice) -> ReasoningRecord | RecordView:
+        if isinstance(index, slice):
+            return RecordView(self.store, self.rows[index])
+        return self.store.record(int(self.rows[index]))
+
+    def take(self, places: np.ndarray) -> RecordView:
+        return RecordView(self.store, self.rows[places])
+
+    def column(self, name: str) -> np.ndarray:
+        values: np.ndarray = self.store.column(name)[self.rows]
+        return values
+
+    def file(self, name: str, *parts: str) -> Path:
+        """Where an array about just these records and `parts` is kept."""
+        digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=12)
+        digest.update(self.rows.tobytes())
+        return self.store.folder / f"{name}-{digest.hexdigest()}.npy"
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """The file appears whole or not at all."""
+    part = path.with_name(f".tmp-{uuid4().hex}.npy")
+    try:
+        with naming_unwritten(path):
+            np.save(part, values)
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---- what concerns all records, without reading them where they stand in a store
+
+
+def picture_hashes(records: Sequence[ReasoningRecord]) -> np.ndarray:
+    """Hash of each record's picture path, uint64; 0 for none."""
+    if isinstance(records, RecordView):
+        return records.column("pictures")
+    return np.array([text_hash(r.image) if r.image is not None else 0 for r in records], np.uint64)
+
+
+def question_hashes(records: Sequence[ReasoningRecord]) -> np.ndarray:
+    """Hash of each record's instruction, uint64."""
+    if isinstance(records, RecordView):
+        return records.column("questions")
+    return np.array([text_hash(record.instruction) for record in records], np.uint64)
+
+
+def has_field(records: Sequence[ReasoningRecord], name: str) -> np.ndarray:
+    """Whether each record's metadata hold something under `name`, one of `MARKED`."""
+    if isinstance(records, RecordView):
+        return (records.column("marks") & (1 << MARKED.index(name))) > 0
+    return np.array([bool(record.metadata.get(name)) for record in records], bool)
+
+
+def with_fields(records: Sequence[ReasoningRecord], *names: str) -> Iterator[ReasoningRecord]:
+    """The records whose metadata hold something under one of `names`, all of `MARKED`."""
+    if not len(records):
+        return
+    found = np.logical_or.reduce([has_field(records, name) for name in names])
+    for place in np.flatnonzero(found):
+        yield records[int(place)]
+
+
+class PicturePaths(Sequence[str]):
+    """The distinct pictures of records, in the order in which they come first."""
+
+    def __init__(self, records: Sequence[ReasoningRecord]) -> None:
+        hashes = picture_hashes(records)
+        pictured = np.flatnonzero(hashes)
+        first = np.unique(hashes[pictured], return_index=True)[1]
+        self._records, self._places = records, pictured[np.sort(first)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        image = self._records[int(self._places[index])].image
+        assert image is not None
+        return image
+
+
+# ---- preparing
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str],
+    *,
+    ready_in: str | os.PathLike[str] | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    allow_outside: bool = False,
+) -> RecordStore:
+    """The checked and split records of a data file, of Parquet files or of shards; kept in `cache_dir`.
+
+    Memory grows by about 80 bytes a record. What was prepared counts as long as the files, the options and the pictures
+    are what they were, by time and length. One process at a time; the others open it afterwards.
+    Args:
+        ready_in: a folder in which they may have been prepared already; nothing is written there.
+    Raises:
+        DataError: with every problem of the data, as `read_records`, or of their splits, as `split_records`.
+        WriteError: the cache cannot be written.
+    """
+    path, cache_dir = Path(path), Path(cache_dir)
+    files = source_files(path)
+    if not files:
+        raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
+    digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside)
+    folder, part = cache_dir / f"records-{digest}", cache_dir / f".tmp-records-{digest}"
+    for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
+        if (store := _open(ready)) is not None:
+            return store
+    unpack_dir = cache_dir / f"pictures-{digest}"
+    root = path / "any" if path.is_dir() else path
+    rules = FieldRules(
+        image_root=str(unpack_dir.resolve()) if is_shard(files[0]) else folder_of_images(root, image_root),
+        candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
+    )  # fmt: skip
+    shutil.rmtree(part, ignore_errors=True)  # of a killed run
+    try:
+        with naming_unwritten(folder):
+            part.mkdir(parents=True)
+        _write(path, part, partial(_records, files, unpack_dir, rules))
+        with naming_unwritten(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return RecordStore(folder)
+
+
+def _source_digest(files: Sequence[Path], *options: Any) -> str:
+    found = []
+    for file in files:
+        try:
+            about = os.stat(file)
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}; check the path and that it can be read") from error
+        found.append([os.path.realpath(file), about.st_mtime_ns, about.st_size])
+    return hashlib.blake2b(json.dumps([STORE_FORMAT, found, options]).encode(), digest_size=12).hexdigest()
+
+
+def _open(folder: Path) -> RecordStore | None:
+    try:
+        about = read_json(folder / "store.json")
+        store = RecordStore(folder)
+        lengths = {len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _COLUMNS if name != "offsets"}
+    except (OSError, ValueError, EOFError):
+        return None  # absent or damaged: built again
+    if lengths != {len(store)}:
+        return None
+    return store if about["pictures"] == files_digest(PicturePaths(store.all())) else None
+
+
+def _records(
+    files: Sequence[Path], unpack_dir: Path, rules: FieldRules, problems: list[str]
+) -> Iterator[tuple[Path, int | str, ReasoningRecord]]:
+    """Every good record with its file and its number or key there; what is wrong with others goes to `problems`."""
+    for file in files:
+        for number, value in source_values(file, unpack_dir, problems):
+            found: list[str] = []
+            record = read_record(value, f"{file.name}:{number}", rules, found.append)
+            problems += [f"{file} record {number}: {problem}" for problem in found]
+            if record is not None:
+                yield file, number, record
+
+
+def _write(path: Path, folder: Path, records: Callable[[list[str]], Iterator[tuple[Path, int | str, Any]]]) -> None:
+    """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others."""
+    problems: list[str] = []
+    table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
+    ids = array("Q")
+    with (
+        naming_unwritten(folder / "records.jsonl"),
+        open(folder / "records.jsonl", "wb") as file,
+        progress_bar(desc=f"check {path.name}", unit="record", delay=2) as bar,
+    ):
+        for source, number, record in records(problems):
+            bar.update()
+            ids.append(text_hash(record.record_id))
+            try:
+                line = json.dumps(record.__dict__).encode() + b"\n"
+            except (TypeError, ValueError, RecursionError) as error:
+                problems.append(f"{source} record {number}: metadata: {error}; keep JSON values only")
+                continue
+            table.add(record)
+            file.write(line)
+            offsets.append(offsets[-1] + len(line))
+            questions.append(text_hash(record.instruction))
+            marks.append(sum(1 << bit for bit, name in enumerate(MARKED) if record.metadata.get(name)))
+    problems += _repeated_ids(np.frombuffer(ids, np.uint64), records)
+    if problems:
+        raise DataError.of(problems)
+    if not ids:
+        raise no_records(path)
+    columns: dict[str, Any] = {"offsets": offsets, "pictures": table.picture, "questions": questions, "marks": marks}
+    with naming_unwritten(folder):
+        for name, values in columns.items():
+            np.save(folder / f"{name}.npy", np.frombuffer(values, _COLUMNS[name]))
+        np.save(folder / "splits.npy", np.zeros(len(marks), np.uint8))  # the store is read to decide on them
+        store = RecordStore(folder).all()
+        splits = table.assign(store, partial(readable_digest, problems=problems))
+        if problems:
+            raise DataError.of(problems)
+        np.save(folder / "splits.npy", splits)
+        pictures = files_digest(PicturePaths(store))
+        write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures})
+
+
+def _repeated_ids(
+    ids: np.ndarray, records: Callable[[list[str]], Iterator[tuple[Path, int | str, ReasoningRecord]]]
+) -> list[str]:
+    """What to say of each record whose id another has; the data are read once more only where there is one."""
+    values, counts = np.unique(ids, return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    problems: list[str] = []
+    firsts: dict[str, tuple[Path, int | str]] = {}
+    for file, number, record in records([]) if repeated else ():
+        if text_hash(record.record_id) not in repeated:
+            continue
+        first_file, first = firsts.setdefault(record.record_id, (file, number))
+        if (first_file, first) != (file, number):
+            where = first if first_file == file else f"{first} of {first_file}"
+            problems.append(
+                f"{file} record {number}: id: {quote(record.record_id)} is also the id of record {where}; "
+                "give each its own"
+            )
+    return problems

@@ -1,0 +1,291 @@
+"""The guide's advanced topics over `generate_with_reasoning`: templates, follow-up questions, self-verification."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from embervlm.config import ConfigError
+from embervlm.data.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
+from embervlm.data.collate import validator_inputs
+from embervlm.data.negatives import MAX_PREVIOUS_TOKENS
+from embervlm.model.config import STAGE3
+from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
+
+if TYPE_CHECKING:
+    from embervlm.model.embervlm import EmberVLM
+
+F = TypeVar("F", bound=Callable[..., Any])
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "analysis": ("Problem Analysis:", "Constraints:", "Available Options:", "Selection Criteria:"),
+    "step_by_step": ("Step {i}:", "Rationale:", "Next Action:"),
+    "comparative": ("Option A:", "Option B:", "Comparison:", "Decision:"),
+}
+"""The guide's; a heading with `{i}` starts a block that is repeated for every step."""
+CONSISTENT = "ensure_logical_consistency"
+ATTEMPTS = 8
+"""Chains that are drawn under that constraint, beside the likeliest one."""
+TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reasoning:
+    """A chain with what it is about. As text it reads `Step 1: ...`, or as its template lays it out."""
+
+    question: str
+    steps: list[str]
+    """The conclusion last, as `Conclusion: ...`."""
+    answer: str
+    answer_set: list[str]
+    confidence: float
+    image: Any = None
+    sections: list[tuple[str, str]] = field(default_factory=list)
+    """Heading and text of a template."""
+    kept_steps: int = 0
+    """Steps that were taken over from the reasoning before."""
+
+    def __str__(self) -> str:
+        if self.sections:
+            return "\n".join(f"{heading} {text}" for heading, text in self.sections)
+        return format_reasoning(self.steps)
+
+    def record(self) -> dict[str, Any]:
+        """As a record of the unified format. Its picture has to be a path."""
+        image = None if self.image is None else str(self.image)
+        return {
+            "image": image, "instruction": self.question,
+            "reasoning": f"{REASONING_START}{format_reasoning(self.steps)}{REASONING_END}",
+            "answer": self.answer_set, "confidence": self.confidence,
+            "metadata": {
+                "source": "self_generated", "num_steps": sum(not step.startswith(CONCLUSION) for step in self.steps),
+            },
+        }  # fmt: skip
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+def lay_out(steps: Sequence[str], headings: Sequence[str]) -> list[tuple[str, str]]:
+    """The chain under the headings of a template, in order: nothing is left out and nothing made up.
+
+    A step that begins with a heading goes there. The others fill the headings evenly, and the conclusion comes under
+    the last. In a template with `{i}` each step is a block, and its sentences fill the block's headings.
+    """
+    if not headings:
+        raise ConfigError("template: it has no heading")
+    conclusion = [step.removeprefix(CONCLUSION) for step in steps if step.startswith(CONCLUSION)]
+    body = [step for step in steps if not step.startswith(CONCLUSION)]
+    if any("{i}" in heading for heading in headings):
+        out = []
+        for number, step in enumerate(body, 1):
+            sentences = re.split(r"(?<=[.!?])\s+", step)
+            out += _fill(sentences, [heading.replace("{i}", str(number)) for heading in headings])
+        return [*out, *((CONCLUSION.strip(), text) for text in conclusion)]
+    own = {step: heading for step in body for heading in headings if step.lower().startswith(heading.lower())}
+    if own:
+        found = [(own.get(step, ""), step[len(own[step]) :].strip() if step in own else step) for step in body]
+        return [*found, *((CONCLUSION.strip(), text) for text in conclusion)]
+    return [*_fill(body, headings[:-1] or headings), *((headings[-1], text) for text in conclusion)]
+
+
+def _fill(texts: Sequence[str], headings: Sequence[str]) -> list[tuple[str, str]]:
+    """Neighbouring texts under each heading, as evenly as it goes; headings without a text are left out."""
+    ends = [round(len(texts) * (place + 1) / len(headings)) for place in range(len(headings))]
+    if len(texts) < len(headings):
+        ends = [min(place + 1, len(texts)) for place in range(len(headings))]
+    out, start = [], 0
+    for heading, end in zip(headings, ends):
+        if end > start:
+            out.append((heading, " ".join(texts[start:end])))
+        start = end
+    return out
+
+
+def template_headings(template: str | Sequence[str], templates: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    if not isinstance(template, str):
+        return template
+    if template not in templates:
+        raise ConfigError(f"template: {template!r} is not one of {', '.join(templates)}; or give a list of headings")
+    return templates[template]
+
+
+# -- reasoning ------------------------------------------------------------------------------------------------------
+
+
+def _without_dropout(function: F) -> F:
+    """`function` of a model, in eval mode and without gradients; the model's mode is put back."""
+
+    @functools.wraps(function)
+    def wrapped(model: EmberVLM, *args: Any, **kwargs: Any) -> Any:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                return function(model, *args, **kwargs)
+        finally:
+            model.train(was_training)
+
+    return cast(F, wrapped)
+
+
+@_without_dropout
+def reason(
+    model: EmberVLM, image: Any, question: str, previous: Any = None, constraint: str | None = None,
+    decoding: Decoding | None = None,
+) -> Reasoning:  # fmt: skip
+    """One chain; see `EmberVLM.generate_reasoning` and `EmberVLM.reason`."""
+    decoding = decoding or Decoding()
+    if not question.strip():
+        raise ConfigError("the question is empty; say what the robots should do")
+    if constraint not in (None, CONSISTENT):
+        raise ConfigError(f"constraint: {constraint!r} is not known; there is {CONSISTENT!r}")
+    if model.config.stage == STAGE3 or model.tokenizer is None:
+        raise ConfigError("this model has no reasoning module: it is of Stage 3, or has no tokenizer")
+    visual, seen = _look(model, image)
+    kept: list[str] = []
+    if previous is not None:
+        earlier = as_reasoning(previous)
+        question = f"{earlier.question.strip()} {question.strip()}".strip()
+        kept = _still_holds(model, visual, seen, question, earlier.steps)
+    check_length(model, [question], decoding)
+    begun = [[token for step in kept for token in _ids(model, step)]]
+    (likeliest,) = generate_from_visual(model, visual, seen, [question], decoding, begun=begun)
+    found = _as_reasoning(question, image, likeliest, len(kept))
+    if constraint is None or not faults(model, found, visual, seen):
+        return found
+    drawn = Decoding(
+        max_reasoning_steps=decoding.max_reasoning_steps, max_new_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature or TEMPERATURE, top_p=decoding.top_p, seed=decoding.seed + 1,
+    )  # fmt: skip
+    others = generate_from_visual(
+        model, visual.expand(ATTEMPTS, -1, -1), seen.expand(ATTEMPTS), [question] * ATTEMPTS, drawn,
+        begun=begun * ATTEMPTS,
+    )  # fmt: skip
+    return _most_consistent(
+        model, [found, *(_as_reasoning(question, image, other, len(kept)) for other in others)], visual, seen
+    )
+
+
+def _look(model: EmberVLM, image: Any) -> tuple[Tensor, Tensor]:
+    pictures, seen = pictures_tensor(model, [image])
+    device = model.projection.norm.weight.device
+    return model.see(model.normalise(pictures.to(device))), seen.to(device)
+
+
+def _as_reasoning(question: str, image: Any, result: Mapping[str, Any], kept: int) -> Reasoning:
+    return Reasoning(
+        question=question, image=image, steps=result["reasoning_steps"], answer=result["answer"],
+        answer_set=result["answer_set"], confidence=result["confidence"], kept_steps=kept,
+    )  # fmt: skip
+
+
+def as_reasoning(given: Any) -> Reasoning:
+    """What people hand on as the reasoning before: a `Reasoning`, a result, its steps, or their text."""
+    if isinstance(given, Reasoning):
+        return given
+    if isinstance(given, Mapping):
+        if isinstance(given.get("reasoning"), Reasoning):
+            return given["reasoning"]  # type: ignore[no-any-return]
+        steps, answers = given.get("reasoning_steps"), list(given.get("answer_set") or ())
+        if isinstance(steps, Sequence) and not isinstance(steps, str):
+            return Reasoning(
+                question=str(given.get("instruction", "")), image=given.get("image"), steps=list(steps),
+                answer=str(given.get("answer", "")), answer_set=answers, confidence=float(given.get("confidence", 0)),
+            )  # fmt: skip
+    if isinstance(given, str):
+        given = parse_reasoning_text(given)
+    if isinstance(given, Sequence) and all(isinstance(step, str) for step in given):
+        return Reasoning(question="", steps=list(given), answer="", answer_set=[], confidence=0.0)
+    raise ConfigError(f"reasoning: {type(given).__name__} is not a result of generate_reasoning, nor steps, nor text")
+
+
+def _still_holds(model: EmberVLM, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]) -> list[str]:
+    """The first steps of an earlier chain that the step validator also lets pass after `question`."""
+    body = [step for step in steps if not step.startswith(CONCLUSION)]
+    kept = []
+    for step, probability in zip(body, step_probabilities(model, visual, seen, question, body)):
+        if probability <= 0.5:
+            break
+        kept.append(step)
+    return kept
+
+
+# -- verification -----------------------------------------------------------------------------------------------------
+
+
+def faults(model: EmberVLM, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
+    """What speaks against a chain, by its form and by the model's own step validator; [] where nothing does."""
+    steps = reasoning.steps
+    out = list(_form_faults(reasoning))
+    for number, probability in enumerate(step_probabilities(model, visual, seen, reasoning.question, steps), 1):
+        if probability <= 0.5:
+            out.append(f"step {number} follows with probability {probability:.2f} only")
+    return out
+
+
+def _form_faults(reasoning: Reasoning) -> Iterator[str]:
+    steps = reasoning.steps
+    if len(steps) < 2:
+        yield f"{len(steps)} steps: nothing to follow from"
+    if steps and not steps[-1].startswith(CONCLUSION):
+        yield "it has no conclusion"
+    counts = Counter(" ".join(step.lower().split()) for step in steps)
+    yield from (f"it says {count} times: {step[:80]}" for step, count in counts.items() if count > 1)
+    if steps and steps[-1].startswith(CONCLUSION):
+        ends = steps[-1].lower()
+        yield from (f"the conclusion does not name {name}" for name in reasoning.answer_set if name.lower() not in ends)
+
+
+def _most_consistent(model: EmberVLM, drawn: Sequence[Reasoning], visual: Tensor, seen: Tensor) -> Reasoning:
+    """The chain with the fewest faults; of equal ones, one with the answer that most give (Wang et al. 2023)."""
+    found = [(len(faults(model, one, visual, seen)), one) for one in drawn]
+    fewest = min(count for count, _ in found)
+    best = [one for count, one in found if count == fewest]
+    votes = Counter(frozenset(one.answer_set) for one in best)
+    return max(best, key=lambda one: (votes[frozenset(one.answer_set)], one.confidence))
+
+
+@_without_dropout
+def verify(model: EmberVLM, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
+    """What speaks against `reasoning`; see `EmberVLM.verify_reasoning`."""
+    given = as_reasoning(reasoning)
+    asked = question if question is not None else given.question
+    if not asked.strip():
+        raise ConfigError("this reasoning does not say what it answers; give image= and question= as well")
+    visual, seen = _look(model, image if image is not None else given.image)
+    about = Reasoning(
+        question=asked, steps=given.steps, answer=given.answer, answer_set=given.answer_set, confidence=0.0
+    )
+    return faults(model, about, visual, seen)
+
+
+def _ids(model: EmberVLM, step: str) -> list[int]:
+    assert model.tokenizer is not None
+    mark = model.tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"]
+    return [mark, *model.tokenizer.encode(" " + step.removeprefix(CONCLUSION))]
+
+
+@torch.inference_mode()
+def step_probabilities(
+    model: EmberVLM, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
+) -> list[float]:
+    """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one picture."""
+    if not steps or model.tokenizer is None:
+        return []
+    prompt = model.tokenizer.encode(question)
+    ids = [_ids(model, step) for step in steps]
+    start = model.tokenizer.ids["<|reasoning_start|>"]
+    previous = [[start, *(t for step in ids[:i] for t in step)][-MAX_PREVIOUS_TOKENS:] for i in range(len(ids))]
+    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)])
+    logits = model.judge_steps(
+        visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
+    )
+    probabilities: list[float] = logits.float().sigmoid().tolist()
+    return probabilities

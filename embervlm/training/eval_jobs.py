@@ -1,0 +1,86 @@
+"""Evaluations of a running training in Slurm jobs of their own (`eval_cluster`): `slurm/evaluate.sh` on one GPU.
+
+Light: read by commands that must start where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from embervlm import run_dir
+from embervlm.cluster import load_recipe
+from embervlm.config import REPOSITORY, ConfigError, TrainConfig
+
+SPLIT = "val"
+SCRIPT = "slurm/evaluate.sh"
+_OF_THIS_JOB = re.compile(
+    r"SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|TORCHELASTIC_|OMP_NUM_THREADS$|EMBERVLM_SUBMITTED$|CUDA_VISIBLE_DEVICES$"
+    r"|(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|SIZE|WORLD_SIZE)$|LOCAL_WORLD_SIZE$|MASTER_(ADDR|PORT)$"
+)
+"""Variables of the training's own processes, by which the evaluation would take itself for one of them."""
+
+
+def check_eval_cluster(name: str) -> None:
+    """ConfigError where no evaluation could be submitted."""
+    load_recipe(name)
+    if shutil.which("sbatch") is None:
+        raise ConfigError(f"eval_cluster: {name}: this machine has no sbatch; leave it out to evaluate in training")
+
+
+def evaluation_command(checkpoint: Path, config: TrainConfig) -> list[str]:
+    """To be run in the repository: submits the evaluation that `select_best` reads."""
+    assert config.eval_cluster is not None
+    cluster = config.eval_cluster
+    if cluster.endswith((".yaml", ".yml")):
+        cluster = str(Path(cluster).absolute())
+    root = ["--image_root", str(Path(config.image_root).absolute())] if config.image_root else []
+    return [
+        "bash", SCRIPT, "--cluster", cluster, "--", "--checkpoint", str(checkpoint.absolute()), "--split", SPLIT,
+        "--num_samples", str(config.eval_samples), "--no_comparisons", "--no_wandb",
+        "--output_file", str(run_dir.eval_path(checkpoint.absolute(), SPLIT)),
+        "--reasoning_data", str(Path(config.reasoning_data).absolute()), *root,
+        *(["--allow_outside"] if config.allow_outside else []),
+    ]  # fmt: skip
+
+
+def submit_evaluation(checkpoint: Path, config: TrainConfig) -> str:
+    """The job that evaluates `checkpoint`; it is noted beside the evaluation that it will write.
+
+    Raises:
+        ConfigError: Slurm refuses.
+    """
+    env = {name: value for name, value in os.environ.items() if not _OF_THIS_JOB.match(name)}
+    command = evaluation_command(checkpoint, config)
+    found = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    job = re.search(r"Submitted batch job (\d+)", found.stdout)
+    if found.returncode or job is None:
+        said = (found.stderr or found.stdout).strip().splitlines() or ["it said nothing"]
+        raise ConfigError(f"{SCRIPT} submitted nothing: {said[-1]}")
+    run_dir.write_json_atomic(run_dir.eval_job_path(checkpoint, SPLIT), {"job_id": job[1]})
+    return job[1]
+
+
+def awaiting_evaluation(folder: Path) -> list[Path]:
+    """Checkpoints of `folder` that a job which has not ended is still to evaluate: they may not be deleted."""
+    out = []
+    for found in run_dir.list_checkpoints(folder):
+        note = run_dir.eval_job_path(found.path, SPLIT)
+        if note.exists() and not run_dir.eval_path(found.path, SPLIT).exists():
+            job = str(run_dir.read_json(note)["job_id"])
+            if _is_queued(job):
+                out.append(found.path)
+    return out
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm still has the job, waiting or running; also where Slurm does not answer."""
+    shown = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False
+    )
+    if shown.returncode:
+        return "Invalid job id" not in shown.stderr
+    return bool(shown.stdout.strip())

@@ -1,0 +1,11 @@
+"""The guide's name for `embervlm check-transition`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from embervlm.cli import main
+
+if __name__ == "__main__":
+    main(["check-transition", *sys.argv[1:]])

@@ -1,0 +1,396 @@
+"""Checkpoint x split -> one JSON file: what stands in it, and that neither a kill nor more processes change it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import REPOSITORY, TINY, command, ok, run, save_stage3
+
+from embervlm import run_dir
+from embervlm.cli import main
+from embervlm.config import ConfigError
+from embervlm.data.records import read_records
+from embervlm.data.splits import split_records
+from embervlm.evaluation import evaluate as evaluation_module
+from embervlm.evaluation.calibration import (
+    MIN_SAMPLES,
+    calibration,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+)
+from embervlm.evaluation.commands import evaluate_to_file
+from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate, evaluate_checkpoint, gains
+from embervlm.evaluation.sharing import Journal
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.generation import Decoding, set_confidence
+from embervlm.select_best import main as select_best
+
+SHORT = Decoding(max_new_tokens=24)
+
+
+@pytest.fixture
+def checkpoint(lively_model, scene_data, records, tmp_path):
+    """A Stage 4 checkpoint of a run that also has a no-reasoning baseline."""
+    run = tmp_path / "outputs"
+    part = run_dir.new_tmp_dir(run / "stage4" / "phase2")
+    lively_model.save_pretrained(part)
+    config = {"reasoning_data": str(scene_data / "reasoning_data.json"), "output_dir": str(run)}
+    run_dir.write_json_atomic(part / "state.json", {"step": 7, "settings": {"phase": "phase 2", "config": config}})
+    save_stage3(run / "baseline" / "same_samples", TINY, records)
+    return run_dir.publish_checkpoint(part, run_dir.checkpoint_path(run / "stage4" / "phase2", 7), step=7)
+
+
+def options(**changes):
+    return {"split": "train", "decoding": SHORT, "progress": False, "faithfulness_samples": 2, **changes}
+
+
+def evaluated(checkpoint, path, **changes):
+    """The evaluation and the samples, as they stand on disk."""
+    evaluate_to_file(checkpoint, output_file=path, save_samples=True, explain_samples=3, **options(**changes))
+    return run_dir.read_eval(path), run_dir.read_json(path.with_name(f"{path.stem}_samples.json"))
+
+
+# ---- what stands in it
+
+
+def test_the_file_holds_every_metric_with_its_interval_and_what_made_it(checkpoint, tmp_path):
+    result, samples = evaluated(checkpoint, tmp_path / "eval.json")
+    assert result["format"] == run_dir.EVAL_FORMAT and result["step"] == 7 and result["phase"] == "phase 2"
+    assert result["decoding"]["max_new_tokens"] == 24 and set(result["backend"]) == {"similarity", "entailment"}
+    assert set(result["metrics"]) == set(METRICS)
+    measured = {name: value for name, value in result["metrics"].items() if value is not None}
+    assert set(METRICS) - set(measured) == {"no_reasoning_same_time_accuracy"}  # that baseline was not trained
+    assert set(result["intervals"]) == set(measured)
+    for name, (low, high) in result["intervals"].items():
+        assert low - 1e-9 <= measured[name] <= high + 1e-9, name
+    assert set(result["gains"]) == {"stage4_direct_accuracy", "swapped_image_accuracy", "blind_accuracy",
+                                    "no_reasoning_accuracy"}  # fmt: skip
+    for name, row in result["gains"].items():
+        assert row["gain"] == pytest.approx(measured["final_answer_accuracy"] - measured[name])
+    assert sum(row["num"] for row in result["accuracy_by_question_kind"].values()) == len(samples)
+    assert sum(row["num"] for row in result["impact_by_complexity"].values()) == result["num_samples"] == len(samples)
+    assert {"precision", "recall", "support"} <= set(result["per_candidate"]["Drone"])
+    assert result["faithfulness"]["num_samples"] == 2 and set(result["validator"]) and "NaN" not in json.dumps(result)
+    shares = [sample["correct"] for sample in samples]
+    assert measured["final_answer_accuracy"] == pytest.approx(np.mean(shares))
+
+
+def test_the_first_samples_also_hold_attention_and_the_validators_scores(checkpoint, tmp_path):
+    _, samples = evaluated(checkpoint, tmp_path / "eval.json")
+    assert all(sample["validator_scores"] is None for sample in samples[3:])
+    shown = [sample for sample in samples[:3] if sample["reasoning_steps"]]
+    for sample in shown:
+        assert len(sample["validator_scores"]) == len(sample["reasoning_steps"])
+        for shares in sample["attention"]["steps"]:
+            assert len(shares) == 9 and sum(shares) == pytest.approx(1, abs=0.01)
+    assert all(sample["without_reasoning"] is not None for sample in samples)
+
+
+def test_a_gain_is_taken_record_by_record():
+    values = {name: [] for name in METRICS}
+    values |= {"final_answer_accuracy": [1.0, 1, 1, 0], "no_reasoning_accuracy": [1.0, 0, 0, 0]}
+    found = gains(values)
+    assert set(found) == {"no_reasoning_accuracy"}
+    assert found["no_reasoning_accuracy"]["gain"] == pytest.approx(0.5)
+    values["no_reasoning_accuracy"] = values["final_answer_accuracy"]
+    assert gains(values)["no_reasoning_accuracy"] == {"gain": 0, "interval": [0, 0]}  # not two samples: pairs
+
+
+def test_what_select_best_reads_has_no_comparisons_and_lies_in_the_checkpoint(checkpoint, capsys):
+    result = evaluate_checkpoint(checkpoint, decoding=SHORT, progress=False)
+    assert run_dir.read_eval(run_dir.eval_path(checkpoint, "val")) == json.loads(json.dumps(result))
+    assert result["metrics"]["no_reasoning_accuracy"] is None and result["faithfulness"] is None
+    assert select_best(["--checkpoints_dir", str(checkpoint.parent)]) == 0
+    assert capsys.readouterr().out.strip() == f"Best checkpoint: {checkpoint}"
+
+
+def test_chains_that_cannot_be_read_score_0_and_are_counted(checkpoint):
+    result, samples = evaluate(Evaluation(checkpoint=checkpoint, compare=False, **options(
+        decoding=Decoding(max_new_tokens=1), num_samples=5)))  # fmt: skip
+    assert result["metrics"]["unparseable_share"] == 1 and result["num_samples"] == 5
+    for name in ("reasoning_consistency", "step_completeness", "final_answer_accuracy"):
+        assert result["metrics"][name] == 0
+    assert [sample["correct"] for sample in samples] == [False] * 5
+
+
+def test_a_score_that_is_no_number_counts_as_0_and_none_reaches_the_file(checkpoint, tmp_path, monkeypatch):
+    judged = evaluation_module._score
+
+    def without_a_number(record, *rest):
+        sample = judged(record, *rest)
+        sample["scores"] = {**sample["scores"], "logical_flow_score": float("nan")}
+        return sample
+
+    monkeypatch.setattr(evaluation_module, "_score", without_a_number)
+    result, _ = evaluate(Evaluation(checkpoint=checkpoint, compare=False, **options(num_samples=3)))
+    assert result["metrics"]["logical_flow_score"] == 0 and result["intervals"]["logical_flow_score"] == [0, 0]
+    run_dir.write_json_atomic(tmp_path / "eval.json", result)
+
+
+# ---- a kill, and other processes
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpoint, tmp_path, monkeypatch, capsys):
+    straight = evaluated(checkpoint, tmp_path / "straight" / "eval.json")
+    asked = []
+    answer, add = evaluation_module.answer, Journal.add
+
+    def counted(model, pictures, records, decoding):
+        asked.append(len(records))
+        return answer(model, pictures, records, decoding)
+
+    def killing(journal, key, value):
+        add(journal, key, value)
+        if len(journal.done) == tasks:
+            raise Killed
+
+    monkeypatch.setattr(evaluation_module, "answer", counted)
+    evaluated(checkpoint, tmp_path / "counted" / "eval.json")
+    whole = len(asked)
+    path = tmp_path / "killed" / "eval.json"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "add", killing)
+        evaluated(checkpoint, path)
+    assert not path.exists()
+    (kept,) = path.with_name("eval.partial").glob("*.jsonl")
+    with kept.open("a") as file:
+        file.write('["chains", 17, [{"reasoning_st')  # in the middle of this line
+    asked.clear()
+    assert evaluated(checkpoint, path) == straight
+    assert len(asked) == whole - tasks
+    assert f"going on with {tasks} batches of a killed evaluation" in capsys.readouterr().out
+    assert not path.with_name("eval.partial").exists()
+
+
+def test_batches_of_another_decoding_are_not_taken_over(checkpoint, tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    partial = path.with_name("eval.partial")
+    evaluate(Evaluation(checkpoint=checkpoint, partial=partial, **options()))
+    assert list(partial.iterdir())
+    fewer = Decoding(max_new_tokens=12)
+    found, _ = evaluated(checkpoint, path, decoding=fewer)
+    assert "going on" not in capsys.readouterr().out
+    assert found == evaluated(checkpoint, tmp_path / "other" / "eval.json", decoding=fewer)[0]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
+    alone, samples = evaluated(checkpoint, tmp_path / "alone" / "eval.json")
+    path = tmp_path / "both" / "eval.json"
+    ok(run(command(
+        "torchrun", REPOSITORY / "scripts" / "evaluate.py", "--checkpoint", checkpoint, "--split", "train",
+        "--output_file", path, "--save_reasoning_samples", "--explain_samples", 3, "--faithfulness_samples", 2,
+        "--max_new_tokens", 24,
+    )))  # fmt: skip
+    both = run_dir.read_eval(path)
+    assert both["metrics"] == alone["metrics"] and both["intervals"] == alone["intervals"]
+    assert both == alone and run_dir.read_json(path.with_name("eval_samples.json")) == samples
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both_at_once(checkpoint, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from pathlib import Path
+from embervlm.evaluation import evaluate as module
+from embervlm.evaluation.commands import evaluating_processes
+answer = module.answer
+
+def fails_on_one(model, pictures, records, decoding):
+    if world.rank == 1:
+        raise MemoryError("no room left")
+    return answer(model, pictures, records, decoding)
+
+with evaluating_processes() as world:
+    module.answer = fails_on_one
+    module.evaluate(module.Evaluation(checkpoint=Path({str(checkpoint)!r}), split="train", progress=False, world=world))
+""")
+    found = run(command("torchrun", script), timeout_s=90)
+    assert found.returncode != 0 and "process 1: MemoryError: no room left" in found.stderr
+
+
+# ---- calibration
+
+
+def answers(logits, chosen=()):
+    """Results whose answer head gave these logits for one candidate."""
+    return [{"head_probabilities": {"Drone": float(1 / (1 + np.exp(-x)))}, "answer_set": ["Drone"]} for x in logits]
+
+
+def test_the_calibration_error_of_a_case_worked_by_hand():
+    # bins (0.5, 0.6] with 0.55 and 1 of 2 right, (0.8, 0.9] with 0.85 and 0 of 2 right: (2 * 0.05 + 2 * 0.85) / 4
+    assert expected_calibration_error([0.55, 0.55, 0.85, 0.85], [True, False, False, False]) == pytest.approx(0.45)
+    bins = reliability_bins([0.0, 0.1, 0.100001, 1.0], [True, False, True, True])
+    assert [found["num"] for found in bins] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert bins[0]["accuracy"] == 0.5 and bins[0]["confidence"] == pytest.approx(0.05) and bins[2]["accuracy"] is None
+    assert expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0
+    with pytest.raises(ValueError, match="no answers"):
+        expected_calibration_error([], [])
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_the_fitted_temperature_is_that_of_the_data(temperature):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, 20_000)
+    right = rng.random(len(logits)) < 1 / (1 + np.exp(-logits / temperature))
+    half = len(logits) // 2
+    assert fit_temperature(answers(logits[:half]), right[:half]) == pytest.approx(temperature, rel=0.05)
+    found = calibration(answers(logits[:half]), right[:half], answers(logits[half:]), right[half:])
+    assert found["split_fitted"] == "val" and found["num_fitted"] == half and found["ece"] < 0.02
+    assert sum(row["num"] for row in found["bins"]) == half
+    if temperature != 1:
+        assert found["ece_uncalibrated"] > 0.05
+
+
+def test_of_a_set_the_confidence_is_that_of_exactly_it():
+    probabilities = {"Drone": 0.9, "Humanoid": 0.2}
+    assert set_confidence(probabilities, ["Drone"]) == pytest.approx(0.9 * 0.8)
+    assert set_confidence(probabilities, ["Drone", "Humanoid"]) == pytest.approx(0.9 * 0.2)
+    logit = np.log(0.9 / 0.1) / 2
+    assert set_confidence({"Drone": 0.9}, ["Drone"], 2.0) == pytest.approx(1 / (1 + np.exp(-logit)))
+
+
+def test_too_few_answers_are_not_fitted():
+    few = answers(np.linspace(-2, 2, MIN_SAMPLES - 1))
+    assert fit_temperature(few, [True] * len(few)) is None and calibration(few, [True] * len(few), few, []) is None
+
+
+def test_the_temperature_of_val_is_kept_for_from_pretrained(lively_model, checkpoint, scene_data, monkeypatch):
+    prompts = [record.instruction for record in read_records(scene_data / "reasoning_data.json")[:3]]
+    monkeypatch.setattr("embervlm.evaluation.calibration.MIN_SAMPLES", 1)
+    judged = evaluation_module.answer
+
+    def with_answers(*given):  # an untrained model gives none
+        return [{**result, "answer_set": result.get("head_answer", [])} for result in judged(*given)]
+
+    monkeypatch.setattr(evaluation_module, "answer", with_answers)
+    result, samples = evaluate(Evaluation(checkpoint=checkpoint, **options(faithfulness_samples=0)))
+    fitted = result["calibration"]["temperature"]
+    assert run_dir.read_json(run_dir.calibration_path(checkpoint))["temperature"] == fitted
+    model = EmberVLM.from_pretrained(checkpoint)
+    assert model.confidence_temperature == fitted and lively_model.confidence_temperature == 1
+    for sample in samples:
+        expected = set_confidence(sample["head_probabilities"], sample["answer_set"], fitted)
+        assert sample["confidence"] == pytest.approx(expected)
+    assert model.generate_with_reasoning(None, prompts[0], max_new_tokens=2)["confidence"] >= 0
+
+
+# ---- what is wrong with the request
+
+
+def refused(checkpoint, tmp_path, *flags):
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--checkpoint", str(checkpoint), "--output_file", str(tmp_path / "e.json"), *flags])
+    assert not (tmp_path / "e.json").exists()
+    return str(ended.value.code)
+
+
+def test_nothing_to_evaluate_is_an_error(checkpoint, tmp_path, capsys):
+    assert "--num_samples 0: there is nothing to evaluate" in refused(checkpoint, tmp_path, "--num_samples", "0")
+    refused(checkpoint, tmp_path, "--split", "dev")
+    assert "invalid choice: 'dev'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--split dev: there are train, val, test"):
+        evaluate(Evaluation(checkpoint=checkpoint, split="dev"))
+    assert "no_such_metric" in refused(checkpoint, tmp_path, "--reasoning_metrics", "no_such_metric")
+    assert "nowhere.json is not there" in refused(checkpoint, tmp_path, "--reasoning_data", "nowhere.json")
+
+
+def test_an_empty_split_is_named(checkpoint, scene_data, tmp_path):
+    raw = json.loads((scene_data / "reasoning_data.json").read_text())
+    kept = {r.record_id for r in split_records(read_records(scene_data / "reasoning_data.json"))["train"]}
+    only_train = tmp_path / "train.json"
+    only_train.write_text(json.dumps([item for item in raw if item["id"] in kept]))
+    said = refused(checkpoint, tmp_path, "--reasoning_data", str(only_train), "--image_root", str(scene_data))
+    assert "the test split is empty" in said
+
+
+def test_an_evaluation_of_an_older_format_says_to_evaluate_again(checkpoint, capsys):
+    path = run_dir.eval_path(checkpoint, "val")
+    run_dir.write_json_atomic(path, {"format": 1, "metrics": {"reasoning_consistency": 0.9}})
+    assert select_best(["--checkpoints_dir", str(checkpoint.parent)]) != 0
+    said = capsys.readouterr().err
+    assert str(path) in said and "format 1" in said and "evaluate again" in said
+
+
+def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(checkpoint, scene_data, capsys):
+    path = scene_data / "reasoning_data.json"
+    job = Evaluation(checkpoint=checkpoint, test_set=str(path), compare=False, **options(split="test"))
+    result, _ = evaluate(job)
+    records = read_records(path)
+    trained = len(split_records(records)["train"])
+    assert result["num_samples"] == len(records)
+    assert f"{trained} of the {len(records)} records of {path} were trained on" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no such file"):
+        evaluate(dataclasses.replace(job, test_set="nowhere.json"))
+
+
+# ---- W&B
+
+
+def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_path, monkeypatch, capsys):
+    from wandb_file import history
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (checkpoint.parent / "wandb_run_id").write_text("phase2id")
+    flags = ["evaluate", "--checkpoint", str(checkpoint), "--output_file", str(tmp_path / "e.json"), "--split", "train",
+             "--max_new_tokens", "24", "--num_samples", "6", "--faithfulness_samples", "0"]  # fmt: skip
+    main(flags)
+    assert not (checkpoint.parent / "wandb").exists()  # no project: nothing is sent
+    main([*flags, "--wandb_project", "embervlm", "--no_wandb"])
+    assert not (checkpoint.parent / "wandb").exists()
+    main([*flags, "--wandb_project", "embervlm"])
+    assert "sent to W&B: project embervlm" in capsys.readouterr().out
+    (line,) = history(checkpoint.parent)
+    metrics = run_dir.read_eval(tmp_path / "e.json")["metrics"]
+    assert line["train/final_answer_accuracy"] == metrics["final_answer_accuracy"] and line["train/step"] == 7
+    assert [path for path in (checkpoint.parent / "wandb").glob("offline-run-*phase2id")]
+    pictures = list((checkpoint.parent / "wandb").rglob("files/media/images/train/**/*.png"))
+    assert any(path.name.startswith("with_vs_without_reasoning") for path in pictures)
+
+
+# ---- generation beside transformers' own
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tiny_settings, tokenizer, records):
+    from embervlm.model.embervlm import build_model
+    from embervlm.model.generation import _Writer, pictures_tensor
+
+    language = tiny_settings["language"]
+    if family == "gpt2":
+        config = {"model_type": "gpt2", "vocab_size": 600, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
+        language = {"config": config}
+    torch.manual_seed(3)
+    model = build_model({**tiny_settings, "stage": 3, "language": language}).eval()
+    model.attach_tokenizer(tokenizer)
+    torch.nn.init.zeros_(model.reasoning_module.reasoning_head.token_embedding.weight)  # plain text alone
+    for weight in model.language_model.backbone.base_model.parameters():
+        weight.data.mul_(3)
+    texts = [records[index].instruction * (1 + index) for index in range(4)]
+    prompts = [tokenizer.encode(text) for text in texts]
+    pictures, seen = pictures_tensor(model, [records[0].image, None, records[1].image, records[2].image])
+    with torch.inference_mode():
+        visual = model.see(model.normalise(pictures))
+        writer = _Writer(model, visual, seen, prompts, Decoding(max_new_tokens=40, form="text"))
+        writer.end_ids = ()  # nothing ends a text
+        ours, _ = writer.run()
+        embeds = torch.cat([visual, model.embed(writer.input_ids)], dim=1)
+        mask = torch.cat([seen[:, None].expand(-1, visual.shape[1]), writer.text_mask], dim=1).long()
+        backbone = model.language_model.backbone
+        backbone.generation_config.eos_token_id = None
+        theirs = backbone.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0
+        )
+    assert ours == theirs.tolist()
+    assert len({token for row in ours for token in row}) > 10

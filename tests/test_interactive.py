@@ -1,0 +1,170 @@
+"""The guide's advanced topics on the model: templates, follow-up questions, self-verification."""
+
+import dataclasses
+import json
+
+import pytest
+
+from embervlm.config import ConfigError
+from embervlm.data.records import ReasoningRecord, read_records
+from embervlm.model import interactive
+from embervlm.model.interactive import TEMPLATES, Reasoning, as_reasoning, lay_out
+
+CHAIN = ["Look at it. It is high.", "So it must fly.", "Drones fly.", "Conclusion: Drone."]
+
+
+def reasoning(steps=CHAIN, **changes):
+    return Reasoning(
+        question="Which?", steps=list(steps), answer="Drone", answer_set=["Drone"], confidence=0.5, **changes
+    )
+
+
+@pytest.fixture
+def sure(monkeypatch):
+    """`sure(probability of a step)`: a step validator with these opinions."""
+
+    def set_to(opinion):
+        monkeypatch.setattr(
+            interactive, "step_probabilities", lambda *_, **__: [opinion(step) for step in _[4]]
+        )  # fmt: skip
+
+    return set_to
+
+
+# ---- templates
+
+
+def test_a_template_orders_the_chain_and_leaves_nothing_out():
+    found = lay_out(CHAIN, TEMPLATES["analysis"])
+    assert [heading for heading, _ in found] == list(TEMPLATES["analysis"])
+    assert " ".join(text for _, text in found) == "Look at it. It is high. So it must fly. Drones fly. Drone."
+    long = [f"Step {n}." for n in range(9)]
+    assert [text.count(".") for _, text in lay_out([*long, "Conclusion: Drone."], TEMPLATES["comparative"])] == [
+        3,
+        3,
+        3,
+        1,
+    ]
+
+
+def test_a_template_of_blocks_is_repeated_for_every_step():
+    assert lay_out(CHAIN, TEMPLATES["step_by_step"]) == [
+        ("Step 1:", "Look at it."), ("Rationale:", "It is high."), ("Step 2:", "So it must fly."),
+        ("Step 3:", "Drones fly."), ("Conclusion:", "Drone."),
+    ]  # fmt: skip
+
+
+def test_headings_that_the_model_writes_itself_are_kept():
+    steps = ["Constraints: It is high.", "Problem Analysis: Who flies?", "Conclusion: Drone."]
+    assert lay_out(steps, TEMPLATES["analysis"]) == [
+        ("Constraints:", "It is high."), ("Problem Analysis:", "Who flies?"), ("Conclusion:", "Drone."),
+    ]  # fmt: skip
+
+
+def test_a_template_can_be_ones_own_and_an_unknown_one_is_named(lively_model, records):
+    found = lively_model.generate_with_template(
+        image=records[0].image, instruction="Fly.", template="mine", templates={"mine": ["Because:", "So:"]},
+        max_new_tokens=8,
+    )  # fmt: skip
+    assert all(heading in ("Because:", "So:", "Conclusion:") for heading, _ in found.sections)
+    with pytest.raises(ConfigError, match="template: 'mien' is not one of analysis, step_by_step, comparative"):
+        lively_model.generate_with_template(None, "Fly.", template="mien")
+    with pytest.raises(ConfigError, match="no heading"):
+        lay_out(CHAIN, [])
+
+
+# ---- reasoning
+
+
+def test_generated_reasoning_is_that_of_generate_with_reasoning(lively_model, records):
+    record = records[0]
+    found = lively_model.generate_reasoning(record.image, record.instruction, max_new_tokens=20)
+    plain = lively_model.generate_with_reasoning(record.image, record.instruction, max_new_tokens=20)
+    assert found.steps == plain["reasoning_steps"] and found.answer == plain["answer"]
+    assert found.confidence == pytest.approx(plain["confidence"], abs=1e-6)
+
+
+def test_reasoning_is_a_record_that_can_be_read_back(records, tmp_path):
+    found = dataclasses.replace(reasoning(), image=records[0].image)
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(found.record()) + "\n")
+    (read,) = read_records(path, allow_outside=True)
+    assert isinstance(read, ReasoningRecord)
+    assert list(read.steps) == CHAIN and read.answer == ("Drone",) and read.instruction == "Which?"
+
+
+def test_a_follow_up_keeps_the_steps_that_still_hold(lively_model, records, sure):
+    sure(lambda step: 0.1 if step == "Drones fly." else 0.9)
+    found = lively_model.reason(records[0].image, "And if it is fragile?", previous_reasoning=reasoning(),
+                                max_new_tokens=6)  # fmt: skip
+    assert found["reasoning"].kept_steps == 2 and found["reasoning_steps"][0] == CHAIN[0]
+    assert found["reasoning_steps"][1].startswith(CHAIN[1])  # an untrained model may not end it
+    assert found["reasoning"].question == "Which? And if it is fragile?"
+    assert set(found) == {"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}
+
+
+def test_earlier_reasoning_may_be_a_result_steps_or_text():
+    assert as_reasoning({"reasoning": reasoning()}).steps == CHAIN
+    assert as_reasoning({"reasoning_steps": CHAIN, "answer": "Drone"}).steps == CHAIN
+    assert as_reasoning(CHAIN).steps == as_reasoning(str(reasoning())).steps == CHAIN
+    with pytest.raises(ConfigError, match="reasoning: int is not"):
+        as_reasoning(3)
+
+
+# ---- verification
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (CHAIN, []),
+        (CHAIN[-1:], ["1 steps: nothing to follow from"]),
+        (CHAIN[:3], ["it has no conclusion"]),
+        ([CHAIN[0], "look at it.  It is high.", CHAIN[3]], ["it says 2 times: look at it. it is high."]),
+        ([*CHAIN[:3], "Conclusion: Humanoid."], ["the conclusion does not name Drone"]),
+    ],
+)  # fmt: skip
+def test_the_form_of_a_chain_is_checked(lively_model, sure, steps, expected):
+    sure(lambda step: 0.9)
+    assert lively_model.reasoning_faults(reasoning(steps)) == expected
+    assert lively_model.verify_reasoning(reasoning(steps)) is not bool(expected)
+
+
+def test_a_step_that_the_validator_doubts_is_named(lively_model, sure):
+    sure(lambda step: 0.3 if "fly." in step else 0.9)
+    assert [fault[:14] for fault in lively_model.reasoning_faults(reasoning())] == ["step 2 follows", "step 3 follows"]
+
+
+def test_steps_alone_need_their_question(lively_model):
+    with pytest.raises(ConfigError, match="give image= and question= as well"):
+        lively_model.verify_reasoning(CHAIN)
+    assert isinstance(lively_model.verify_reasoning(CHAIN, question="Which?"), bool)
+
+
+def test_under_the_constraint_the_chain_with_the_fewest_faults_is_given(lively_model, records, monkeypatch):
+    drawn = []
+
+    def faults(model, one, *_):
+        drawn.append(one)
+        return [] if len(drawn) in (4, 14) else ["wrong", "wrong"]  # the third of those that are drawn then
+
+    monkeypatch.setattr(interactive, "faults", faults)
+    found = lively_model.generate_reasoning(
+        records[0].image, "Fly.", constraint="ensure_logical_consistency", max_new_tokens=12
+    )
+    assert len(drawn) == 1 + 1 + interactive.ATTEMPTS and found is drawn[3]
+    assert len({tuple(one.steps) for one in drawn}) > 2
+    with pytest.raises(ConfigError, match="constraint: 'be_nice' is not known"):
+        lively_model.generate_reasoning(None, "Fly.", constraint="be_nice")
+
+
+def test_the_models_mode_is_left_as_it_was(lively_model, records):
+    for training in (True, False):
+        lively_model.train(training)
+        lively_model.verify_reasoning(lively_model.generate_reasoning(records[0].image, "Fly.", max_new_tokens=3))
+        assert lively_model.training is training
+
+
+def test_a_question_without_words_is_refused(lively_model):
+    with pytest.raises(ConfigError, match="the question is empty"):
+        lively_model.reason(None, "  ")

@@ -1,0 +1,37 @@
+"""Several processes prepare their data: the first does the work, the others wait for it, an error reaches all."""
+
+from functools import partial
+
+import torch
+import torch.multiprocessing
+from torch import distributed
+
+from embervlm.data.records import DataError
+from embervlm.data.store import prepare
+from embervlm.training.engine import World
+from embervlm.training.phases import first_on_rank_0
+
+GOOD = '{"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}\n'
+
+
+def prepare_on(rank, folder):
+    """What process `rank` of three sees, in the file of its name."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    world = World(rank=rank, size=3, device=torch.device("cpu"))
+    seen = []
+    for name in ("good", "bad"):
+        try:
+            store = first_on_rank_0(world, partial(prepare, folder / f"{name}.jsonl", folder / f"cache-{name}"))
+            seen.append(f"{len(store)} {(store.folder / 'store.json').stat().st_ino}")
+        except DataError as error:
+            seen.append(str(error))
+    (folder / str(rank)).write_text("\n".join(seen))
+    distributed.destroy_process_group()
+
+
+def test_the_first_process_prepares_the_others_open_it_and_all_hear_of_bad_records(tmp_path):
+    (tmp_path / "good.jsonl").write_text(GOOD * 300)
+    (tmp_path / "bad.jsonl").write_text(GOOD + GOOD.replace("Drone", "Boat"))
+    torch.multiprocessing.spawn(prepare_on, (tmp_path,), nprocs=3)
+    first, *others = ((tmp_path / str(rank)).read_text() for rank in range(3))
+    assert others == [first, first] and first.startswith("300 ") and 'record 2: answer "Boat" is not one of' in first
