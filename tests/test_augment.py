@@ -27,6 +27,7 @@ from embervlm.data.augment import (
 )
 from embervlm.data.chain_graph import ChainGraph
 from embervlm.data.claims import ClaimReader, reader_of
+from embervlm.data.duplicates import find_duplicates
 from embervlm.data.paraphrase import RuleParaphraser
 from embervlm.data.records import DataError, ReasoningRecord, read_records, write_jsonl
 from embervlm.data.splits import split_records
@@ -233,11 +234,11 @@ def test_without_validation_it_is_taken_as_it_is():
 
 
 def test_a_chain_that_differs_in_function_words_alone_is_a_near_duplicate():
-    index = ChainIndex()
-    assert index.refusal(["The soil is wet, so boats float."]) is None
-    assert index.refusal(["The soil is wet, so boats float."]) == "duplicate"
-    assert index.refusal(["Soil is wet; therefore the boats float."]) == "near duplicate"
-    assert index.refusal(["Boats float on wet soil."]) is None
+    index, asked = ChainIndex(), record("Boats float.")
+    assert index.refusal(asked, ["The soil is wet, so boats float."]) is None
+    assert index.refusal(asked, ["The soil is wet, so boats float."]) == "duplicate"
+    assert index.refusal(asked, ["Soil is wet; therefore the boats float."]) == "near duplicate"
+    assert index.refusal(asked, ["Boats float on wet soil."]) is None
 
 
 # ---- the whole
@@ -290,6 +291,13 @@ def test_no_chain_comes_twice_for_a_question_and_picture(records, augmented):
     assert len(set(keys)) == len(keys)
 
 
+def test_no_new_record_is_one_that_the_data_check_would_report(records, augmented):
+    given = find_duplicates(records, {one.image: one.image for one in records if one.image})
+    found = find_duplicates([*records, *augmented[0]], {one.image: one.image for one in records if one.image})
+    assert [repeat for repeat in found if repeat.index >= len(records)] == []
+    assert len(found) == len(given)
+
+
 def test_ids_are_distinct(records, augmented):
     ids = [one.record_id for one in [*records, *augmented[0]]]
     assert len(set(ids)) == len(ids)
@@ -329,7 +337,8 @@ def test_a_teacher_words_chains_in_place_of_the_rules(records):
     def teacher(given, rng):
         return [f"Surely and plainly stated here: {step}" for step in given.steps[: given.num_steps]]
 
-    made, _ = augment(records[:3], 10, teacher=teacher)
+    made, _ = augment([one for one in records if one.num_steps == 3][:3], 10,
+                      teacher=teacher)  # fmt: skip
     paraphrased = [one for one in made if one.metadata["augmentation"] == "paraphrase"]
     assert len(paraphrased) == 3 and all(one.steps[0].startswith("Surely") for one in paraphrased)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import yaml
 from smoke import Smoke, smoke_run
 from training_helpers import REPOSITORY, free_port, ok, run
+
+from embervlm.data.records import read_records
+from embervlm.data.splits import split_records
 
 HERE = Path(__file__).resolve().parent
 GUIDE = REPOSITORY.parent / "shared" / "spec" / "stage4_guide.md"
@@ -33,7 +37,12 @@ def workplace(smoke: Smoke, tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copytree(smoke.output, tmp_path / "outputs", ignore=shutil.ignore_patterns("data", "cache"))
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "stage4").symlink_to(smoke.output / "data")
+    data = tmp_path / "data" / "stage4"
+    shutil.copytree(smoke.output / "data", data)
+    records = read_records(data / "reasoning_data.json")
+    test = {record.record_id for record in split_records(records)["test"][:6]}
+    raw = json.loads((data / "reasoning_data.json").read_text())
+    (data / "test.json").write_text(json.dumps([item for item in raw if item["id"] in test]))
     shutil.copy(next((smoke.output / "data" / "images").glob("*.jpg")), tmp_path / "warehouse.jpg")
     return tmp_path
 
@@ -49,8 +58,11 @@ def shell_line(snippet: dict[str, Any]) -> str:
 def test_a_snippet_of_the_guide_runs_as_printed(snippet: dict[str, Any], workplace: Path) -> None:
     if doomed := snippet.get("without"):
         shutil.rmtree(workplace / "outputs" / doomed)
+    for made, source in snippet.get("copies", {}).items():
+        shutil.copytree(workplace / "outputs" / source, workplace / "outputs" / made)
     if "python" in snippet:
-        argv = [sys.executable, "-c", snippet.get("prelude", "") + "\n" + snippet["python"]]
+        parts = (snippet.get("prelude", ""), snippet["python"], snippet.get("after", ""))
+        argv = [sys.executable, "-c", "\n".join(parts)]
     else:
         argv = ["bash", "-euc", shell_line(snippet)]
     result = ok(run(argv, cwd=workplace, timeout_s=120, WANDB_MODE="offline", WANDB_SILENT="true"))

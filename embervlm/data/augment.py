@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, count, islice
@@ -32,6 +32,7 @@ from embervlm.data.claims import (
     named_candidates,
     reader_of,
 )
+from embervlm.data.duplicates import NEAR_JACCARD, shingles_of, words_of
 from embervlm.data.paraphrase import OPENERS, RuleParaphraser
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
 from embervlm.data.scenes.generate import write_dataset
@@ -40,9 +41,8 @@ from embervlm.progress import progress_bar
 
 SHARES = {"paraphrase": 0.3, "reorder": 0.2, "expand": 0.3, "simplify": 0.2}
 """Strategy -> share of the new records that is asked of it (the Stage 4 guide's). What one cannot give, others do."""
-NEAR_DUPLICATE_JACCARD = 0.95
-"""Two chains for one question and picture are near duplicates from this Jaccard index of their shingles on."""
-SHINGLE_WORDS = 3
+SAME_CONTENT_JACCARD = 0.95
+"""Two chains for one question and picture say the same from this Jaccard index of their content words' shingles on."""
 GIVE_UP_AFTER = 12
 """Draws refused in a row after which an origin is not asked for more by that strategy."""
 MAX_FROM_ONE = 256
@@ -313,29 +313,61 @@ def _numbers(rows: Sequence[Row]) -> Counter[str]:
 
 
 class ChainIndex:
-    """The chains there are for one question and picture."""
+    """The chains there are."""
 
     def __init__(self) -> None:
-        self._exact: set[tuple[str, ...]] = set()
-        self._shingles: list[np.ndarray] = []
+        self._exact: set[tuple[str | None, ...]] = set()
+        self._words: dict[Hashable, _Likeness] = {}
+        """(picture, answer) -> chains with their question, by all words: what `find_duplicates` reports."""
+        self._content: dict[Hashable, _Likeness] = {}
+        """(picture, question) -> chains, by the words that say something."""
 
-    def refusal(self, steps: Sequence[str]) -> str | None:
-        """Why `steps` is not new here, or None, and then it is here from now on."""
-        if tuple(steps) in self._exact:
+    def refusal(self, record: ReasoningRecord, steps: Sequence[str]) -> str | None:
+        """Why `steps` is not new for the question of `record`, or None, and then it is here from now on."""
+        exact = (record.image, record.instruction, *steps)
+        if exact in self._exact:
             return "duplicate"
-        words = [word for step in steps for word in (*content_words(step), "\n")]
-        size = min(SHINGLE_WORDS, len(words))
-        found = {hash(tuple(words[i : i + size])) for i in range(len(words) - size + 1)}
-        own = np.fromiter(found, np.int64, len(found))
-        if self._shingles:
-            sizes = np.array([len(other) for other in self._shingles])
-            starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-            shared = np.add.reduceat(np.isin(np.concatenate(self._shingles), own).astype(np.int64), starts)
-            if (shared >= NEAR_DUPLICATE_JACCARD * (sizes + len(own) - shared)).any():
-                return "near duplicate"
-        self._exact.add(tuple(steps))
-        self._shingles.append(own)
+        content = [word for step in steps for word in (*content_words(step), "\n")]
+        compared = (
+            (
+                self._words.setdefault((record.image, frozenset(record.answer)), _Likeness(NEAR_JACCARD)),
+                shingles_of(words_of(record.instruction, steps)),
+            ),
+            (
+                self._content.setdefault((record.image, record.instruction), _Likeness(SAME_CONTENT_JACCARD)),
+                shingles_of(content),
+            ),
+        )
+        if any(near.has_like(shingles) for near, shingles in compared):
+            return "near duplicate"
+        self._exact.add(exact)
+        for near, shingles in compared:
+            near.add(shingles)
         return None
+
+
+class _Likeness:
+    """Texts as their shingles, compared by the Jaccard index."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._known: list[np.ndarray] = []
+
+    @staticmethod
+    def _hashes(shingles: Collection[str]) -> np.ndarray:
+        return np.fromiter(map(hash, shingles), np.int64, len(shingles))
+
+    def has_like(self, shingles: Collection[str]) -> bool:
+        if not self._known:
+            return False
+        sizes = np.array([len(other) for other in self._known])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        found = np.isin(np.concatenate(self._known), self._hashes(shingles)).astype(np.int64)
+        shared = np.add.reduceat(found, starts)
+        return bool((shared >= self._least * (sizes + len(shingles) - shared)).any())
+
+    def add(self, shingles: Collection[str]) -> None:
+        self._known.append(self._hashes(shingles))
 
 
 def _said(steps: Sequence[str]) -> int:
@@ -414,11 +446,11 @@ class _Maker:
             raise DataError.of([f"record {name}: id: stands {ids[name]} times; give each record its own"
                                 for name in repeated])  # fmt: skip
         self._taken = set(ids)
-        self._indices: dict[tuple[str | None, str], ChainIndex] = defaultdict(ChainIndex)
+        self._chains = ChainIndex()
         self._distinct: set[int] = set()
         for record in records:
             if record.steps:
-                self._indices[record.image, record.instruction].refusal(record.steps)
+                self._chains.refusal(record, record.steps)
                 self._distinct.add(_said(record.steps))
         self._reader = reader_of(records)
         self._max_steps = max((record.num_steps for record in records), default=0)
@@ -447,7 +479,6 @@ class _Maker:
             yield name, list(islice(self._draws(origin, name, rng), number_wanted))
 
     def _draws(self, origin: Origin, name: str, rng: random.Random) -> Iterator[ReasoningRecord]:
-        index = self._indices[origin.record.image, origin.record.instruction]
         account = self.report.strategies[name]
         in_a_row = 0
         while in_a_row < GIVE_UP_AFTER:
@@ -461,7 +492,7 @@ class _Maker:
                 reason = "does not read back as it was written"
             elif self._validate:
                 reason = fault_of(origin, rows, name)
-            reason = reason or index.refusal(steps)
+            reason = reason or self._chains.refusal(origin.record, steps)
             if reason is not None:
                 account.refuse(reason)
                 in_a_row += 1

@@ -14,10 +14,10 @@ from embervlm.data.splits import normalised_text
 
 NEAR_JACCARD = 0.9
 """Share of word triples that two texts have in common, from which they are near duplicates."""
+SHINGLE_WORDS = 3
 _CANDIDATE_JACCARD = 0.8
 """What MinHash looks for: below `NEAR_JACCARD`, as it only estimates."""
 _NUM_PERMUTATIONS = 64
-_SHINGLE_WORDS = 3
 
 Repeat = Literal["duplicate", "near_duplicate", "conflict"]
 
@@ -29,6 +29,17 @@ class Duplicate:
     kind: Repeat
     index: int
     first: int
+
+
+def words_of(instruction: str, steps: Sequence[str]) -> list[str]:
+    return [word for text in (instruction, *steps) for word in all_words(text)]
+
+
+def shingles_of(words: Sequence[str]) -> frozenset[str]:
+    """Every `SHINGLE_WORDS` neighbouring words."""
+    return frozenset(
+        " ".join(words[start : start + SHINGLE_WORDS]) for start in range(max(1, len(words) - SHINGLE_WORDS + 1))
+    )
 
 
 def find_duplicates(records: Sequence[ReasoningRecord], pictures: Mapping[str, str]) -> list[Duplicate]:
@@ -66,11 +77,7 @@ def _near_duplicates(records: Sequence[ReasoningRecord], group: Sequence[int]) -
 
     @lru_cache(maxsize=4096)  # not all at once: a set of strings takes 10 KB
     def shingles(index: int) -> frozenset[str]:
-        words = [word for text in (records[index].instruction, *records[index].steps) for word in all_words(text)]
-        return frozenset(
-            " ".join(words[start : start + _SHINGLE_WORDS])
-            for start in range(max(1, len(words) - _SHINGLE_WORDS + 1))
-        )  # fmt: skip
+        return shingles_of(words_of(records[index].instruction, records[index].steps))
 
     known = MinHashLSH(threshold=_CANDIDATE_JACCARD, num_perm=_NUM_PERMUTATIONS)
     encoded = ([text.encode("utf-8", "surrogatepass") for text in shingles(index)] for index in group)
