@@ -354,7 +354,7 @@ def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_pat
     (line,) = history(checkpoint.parent)
     metrics = run_dir.read_eval(tmp_path / "e.json")["metrics"]
     assert line["train/final_answer_accuracy"] == metrics["final_answer_accuracy"] and line["train/step"] == 7
-    assert [path for path in (checkpoint.parent / "wandb").glob("offline-run-*phase2id")]
+    assert [path for path in (checkpoint.parent / "wandb").glob("offline-run-*phase2id*")]
     pictures = list((checkpoint.parent / "wandb").rglob("files/media/images/train/**/*.png"))
     assert any(path.name.startswith("with_vs_without_reasoning") for path in pictures)
 

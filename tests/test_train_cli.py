@@ -170,7 +170,7 @@ def test_the_guides_commands_train_phase_1_then_phase_2_and_keep_the_wandb_run_o
     assert "resuming from" in start(1, bench / "start" / "stage3" / "checkpoint-final")
     assert (phase1 / "wandb_run_id").read_text() == run_id
     runs = sorted(path.name for path in (phase1 / "wandb").glob("offline-run-*"))
-    assert runs and {name.rpartition("-")[2] for name in runs} == {run_id}
+    assert runs and {name.split("-")[3] for name in runs} == {run_id}
     start(2, phase1 / "checkpoint-final")
     assert (run_dir.phase_dir(output, 2) / "checkpoint-final" / "COMPLETE").exists()
     assert (run_dir.phase_dir(output, 2) / "wandb_run_id").read_text() != run_id
