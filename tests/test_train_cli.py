@@ -274,7 +274,7 @@ def test_a_full_size_preset_does_three_real_steps_in_each_phase(preset: str, ben
     config = write_run_yaml(tmp_path, preset, data, stage4__batch_size=1, stage4__max_reasoning_length=350)
     output = tmp_path / "outputs"
     ok(train("deepspeed", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", "3",
-             timeout_s=240))  # fmt: skip
+             timeout_s=600))  # fmt: skip
     for phase in (1, 2):
         found = metrics(output, phase)
         assert [line["step"] for line in found] == [1, 2, 3]
