@@ -333,25 +333,32 @@ def curve(data: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "engines"), [(1, ["zero2", "fsdp"]), (2, list(SHARDED)), (4, ["zero2", "zero3", "fsdp"])]
-)
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_loss_curve_of_every_engine_is_that_of_plain_torch_alone(
-    processes: int, engines: list[str], data: Path, curve: list[float], tmp_path: Path
+    processes: int, data: Path, curve: list[float], tmp_path: Path
 ) -> None:
     assert curve[-1] < 0.95 * curve[0]  # it is a curve
-    for name, found in curves(data, tmp_path, engines, processes).items():
+    for name, found in curves(data, tmp_path, SHARDED, processes).items():
         assert found == pytest.approx(curve, rel=1e-4), name
 
 
+@pytest.fixture(scope="module")
+def bf16_curve(data: Path) -> list[float]:
+    """Plain torch in one process."""
+    return losses(run_case({**CURVE, **ALONE_ON_TORCH, "precision": "bf16"}, data, ALONE))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "engines"), [(1, ["zero2"]), (2, ["zero2", "zero3", "fsdp"])])
+@pytest.mark.parametrize(
+    ("processes", "engines"),
+    [(1, ["zero2", "fsdp"]), (2, ["zero2", "zero3", "fsdp", "torch"]), (4, ["zero2", "fsdp"])],
+)  # fmt: skip
 def test_the_loss_curve_in_bf16_follows_plain_torch_in_bf16(
-    processes: int, engines: list[str], data: Path, tmp_path: Path
+    processes: int, engines: list[str], data: Path, bf16_curve: list[float], tmp_path: Path
 ) -> None:
-    alone = losses(run_case({**CURVE, **ALONE_ON_TORCH, "precision": "bf16"}, data, ALONE))
+    """Not every engine on every number of processes: the CPU takes 23 s a curve."""
     for name, found in curves(data, tmp_path, engines, processes, precision="bf16").items():
-        assert found == pytest.approx(alone, rel=2e-2), name
+        assert found == pytest.approx(bf16_curve, rel=2e-2), name
 
 
 # -- without processes -----------------------------------------------------------------------------------------------
