@@ -84,7 +84,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         engine=case.get("engine", "deepspeed"), zero_stage=case.get("zero_stage", 2),
         precision=case.get("precision", "fp32"), deepspeed_config=case.get("deepspeed_config"),
     )  # fmt: skip
-    if bench.config.precision == "fp16" and bench.config.engine == "deepspeed":
+    if bench.config.precision == "fp16" and bench.config.engine == "deepspeed" and world.device.type == "cpu":
         let_deepspeed_compute_in_fp16()
     module = TrainingModule(bench.model)
     if where := case.get("nan_in"):
@@ -141,6 +141,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
 def main() -> None:
     data, cases, folder = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # what is compared here is not how many bits a GPU convolves with
     world = World.join()
     for case in json.loads(cases.read_text()):
         torch.save(run_case(case, data, world), folder / f"{case['name']}-rank{world.rank}.pt")

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from training_helpers import run, timed
 
+TARGETS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
+"""The rows of the table."""
+
 
 @dataclass
 class Smoke:
@@ -21,18 +24,19 @@ class Smoke:
     """Time that its processes kept a processor busy: what others do on the machine stretches only the clock."""
 
     def again(self) -> subprocess.CompletedProcess[str]:
-        return _quickstart(self.output)
+        return quickstart(self.output)
 
 
-def _quickstart(output: Path) -> subprocess.CompletedProcess[str]:
+def quickstart(output: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """`embervlm quickstart --smoke`."""
     argv = [sys.executable, "-m", "embervlm.cli", "quickstart", "--smoke", "--output_dir", str(output)]
-    return run(argv, timeout_s=240)
+    return run(argv, timeout_s=240, **env)
 
 
 @functools.cache
 def _smoke_run(base: Path) -> Smoke:
     output = base / "smoke"
-    return Smoke(output, *timed(_quickstart, output))
+    return Smoke(output, *timed(quickstart, output))
 
 
 def smoke_run(factory: pytest.TempPathFactory) -> Smoke:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(
-    data: Path, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 400, processes: int = 2
-) -> dict[str, list[Any]]:
+    data: Path, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 400, processes: int = 2,
+    env: Mapping[str, str] = {},
+) -> dict[str, list[Any]]:  # fmt: skip
     """Case name -> what each rank saw."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = REPOSITORY / "tests" / "engine_driver.py"
     start = command("torchrun", script, data, folder / "cases.json", folder, processes=processes)
-    ok(run(start, timeout_s=timeout_s))
+    ok(run(start, timeout_s=timeout_s, **env))
     return {
         case["name"]: [torch.load(folder / f"{case['name']}-rank{rank}.pt") for rank in range(processes)]
         for case in cases
@@ -318,11 +319,13 @@ def losses(found: dict[str, Any]) -> list[float]:
     return [sum(weights[term] * value for term, value in terms.items()) for terms in found["terms"]]
 
 
-def curves(data: Path, folder: Path, engines: Iterable[str], processes: int, **case: Any) -> dict[str, list[float]]:
+def curves(
+    data: Path, folder: Path, engines: Iterable[str], processes: int, env: Mapping[str, str] = {}, **case: Any
+) -> dict[str, list[float]]:
     """Engine -> its losses over `CURVE_STEPS` steps."""
     accumulation = 2 if processes == 1 else 1
-    cases = [{**CURVE, **case, "name": name, "accumulation": accumulation, **SHARDED[name]} for name in engines]
-    found = drive(data, cases, folder, timeout_s=500, processes=processes)
+    cases = [{**CURVE, "accumulation": accumulation, **case, "name": name, **SHARDED[name]} for name in engines]
+    found = drive(data, cases, folder, timeout_s=500, processes=processes, env=env)
     return {name: losses(ranks[0]) for name, ranks in found.items()}
 
 

@@ -394,3 +394,20 @@ def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tin
         )
     assert ours == theirs.tolist()
     assert len({token for row in ours for token in row}) > 10
+
+
+@pytest.mark.parametrize("num_records", [1, 3])
+def test_masks_of_a_new_token_lie_on_words_of_16_bytes(num_records, lively_model, records, monkeypatch):
+    """Attention on a GPU reads them so and stops at a misaligned address; here it would be read all the same."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None and query.shape[-2] == 1:
+            seen.append((attn_mask.data_ptr() % 16, attn_mask.is_contiguous()))
+        return real(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    lively_model.generate_with_reasoning(
+        image=[None] * num_records, instruction=[r.instruction for r in records[:num_records]], max_new_tokens=20
+    )
+    assert len(seen) > 20 and set(seen) == {(0, True)}

@@ -232,14 +232,15 @@ class _Writer:
                 self._keep(alive, kept)
             seen += 1
             embeds = (self.model.language_model.embed if is_text else self.model.embed)(tokens)
-            unseen = hidden_keys[:, None, None, :seen] if padded else None
+            # copied: attention on a GPU reads it in words of 16 bytes, and a slice need not begin at one
+            unseen = hidden_keys[:, None, None, :seen].clone() if padded else None
             hidden = self.model.language_model.go_on(
                 embeds.to(hidden.dtype), mask[:, :seen], unseen, positions, self.language_cache
             )
             if self.looked is not None:
                 hidden, _ = self.model.refine(
                     hidden[:, None], None if is_text else tokens[:, None], self.visual, self.image_mask,
-                    text_mask=None if unseen is None else unseen[..., num_visual:], looked=self.looked,
+                    text_mask=None if unseen is None else unseen[..., num_visual:].clone(), looked=self.looked,
                     cache=self.head_cache,
                 )  # fmt: skip
                 hidden = hidden[:, 0]

@@ -30,7 +30,10 @@ class FsdpEngine(TorchEngine):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         wrapped = fully_shard(self.module, mesh=mesh, mp_policy=policy)
         assert isinstance(wrapped, FSDPModule)
-        wrapped.set_reduce_scatter_unused_params(True)  # a rank's batch may leave a part of the model out
+        # a rank's batch may leave a part of the model out, which torch before 2.13 would not reduce on that rank
+        self._touch_all = not hasattr(wrapped, "set_reduce_scatter_unused_params")
+        if not self._touch_all:
+            wrapped.set_reduce_scatter_unused_params(True)
         self._fsdp = wrapped
 
     def _find_fragments(self) -> list[Fragment]:
@@ -48,7 +51,12 @@ class FsdpEngine(TorchEngine):
         return out
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.module(batch)
+        terms = self.module(batch)
+        if self._touch_all:  # still unsharded here, as the outermost unit stays until its backward pass
+            nothing = sum(0.0 * p.reshape(-1)[0] for p in self.module.parameters() if p.requires_grad)
+            name = next(iter(terms))
+            terms = {**terms, name: terms[name] + nothing}
+        return terms
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         self._fsdp.set_requires_gradient_sync(is_last)
