@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine_driver import run_case
 from smoke import TARGETS, quickstart
-from test_engine import ALONE, CURVE, CURVE_STEPS, PHASE2, SHARDED, curves, drive, losses
+from test_engine import ALONE, CURVE, CURVE_STEPS, PHASE2, SHARDED, STEPS, curves, drive, losses
 from training_helpers import (
     Bench,
     changed_components,
@@ -35,7 +35,6 @@ from embervlm.training.module import TrainingModule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
-SHORT = 3
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}
 """Relative, of a loss."""
 
@@ -60,7 +59,7 @@ def test_the_loss_curve_of_every_engine_is_that_of_the_cpu(precision: str, data:
 
 @pytest.fixture(scope="module")
 def overflowed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    case = {"phase": PHASE2, "steps": SHORT, "precision": "fp16", "overflow_on_rank": 0, "good_steps": 7}
+    case = {"phase": PHASE2, "steps": STEPS, "precision": "fp16", "overflow_on_rank": 0, "good_steps": 7}
     cases = [{**case, "name": name, **engine} for name, engine in SHARDED.items()]
     return drive(data, cases, tmp_path_factory.mktemp("overflow"), processes=1, env=ON_GPU)
 
@@ -74,7 +73,7 @@ def test_an_fp16_overflow_is_skipped_and_the_step_done_again_at_half_the_scale(
     before, after = found["at_overflow"], found["after_overflow"]
     assert found["overflows"] == 1 and changed_components(before["weights"], after["weights"]) == set()
     assert after["optimizer"]["loss_scale"]["scale"] == before["optimizer"]["loss_scale"]["scale"] / 2
-    assert found["optimizer"]["updates"] == SHORT
+    assert found["optimizer"]["updates"] == STEPS
 
 
 def test_a_snapshot_is_the_state_between_two_steps_though_training_goes_on(data: Path) -> None:
