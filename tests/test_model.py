@@ -19,8 +19,10 @@ from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import ImageError
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ROBOTS, read_records
-from embervlm.model.backbone import VisionEncoder
+from embervlm.model.backbone import LanguageModel, VisionEncoder
+from embervlm.model.cache import roomy_cache
 from embervlm.model.config import STAGE3, EmberVLMConfig
+from embervlm.model.decode import language_step
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding, candidate_ids, generate_answers, generate_from_visual
 from embervlm.model.reasoning import StepValidator
@@ -772,6 +774,42 @@ def test_visual_tokens_stand_row_by_row(tiny_settings):
     with torch.no_grad():
         changed = (encoder(dark) - encoder(bright)).abs().sum(-1)[0]
     assert changed.nonzero().flatten().tolist() == [5]
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 64}
+LANGUAGE_FAMILIES = {
+    "llama": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24},
+    "llama with biases": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24,
+                          "attention_bias": True, "mlp_bias": True},
+    "llama of grouped heads": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+    "qwen2": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+    "gpt2": {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_more_gives_what_reading_the_whole_text_gives(family, padded):
+    torch.manual_seed(0)
+    part = {"config": {"model_type": family.split()[0], **LANGUAGE_FAMILIES[family]}}
+    language_model = LanguageModel(EmberVLMConfig(language=part)).eval()
+    for weight in language_model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    mask = torch.ones(3, 20, dtype=torch.bool)
+    if padded:
+        mask[1, :7] = False
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        embeds = language_model.embed(torch.randint(50, (3, 20)))
+        whole = language_model(embeds, mask.long(), positions)
+        cache = roomy_cache(20)
+        language_model(embeds[:, :12], mask[:, :12].long(), positions[:, :12], cache)
+        step = language_step(language_model, room=20)
+        for place in range(12, 20):
+            seen = mask[:, : place + 1]
+            unseen = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None] if padded else None
+            states = step(embeds[:, place], seen, unseen, positions[:, place, None], cache)
+            torch.testing.assert_close(states, whole[:, place], rtol=1e-4, atol=1e-5)
 
 
 # ---- sizes and memory

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from embervlm.config import ConfigError
 from embervlm.model.config import EmberVLMConfig
-from embervlm.model.decode import decoding_step
 
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
@@ -133,19 +132,6 @@ class LanguageModel(nn.Module):
             use_cache=cache is not None,
         )  # fmt: skip
         return outputs.last_hidden_state
-
-    def go_on(self, embeds: Tensor, mask: Tensor, unseen: Tensor | None, position_ids: Tensor, cache: Any) -> Tensor:
-        """States of one more token of each row, `[batch, hidden]`.
-
-        Args:
-            embeds: `[batch, hidden]`.
-            mask: `[batch, cached + 1]` bool, False at padding.
-            unseen: The same as what is added to attention scores, `[batch, 1, 1, cached + 1]`; None without padding.
-        """
-        step = decoding_step(self.backbone)
-        if step is not None and not self.training:
-            return step(embeds, position_ids, unseen, cache)
-        return self(embeds[:, None], mask.long(), position_ids, cache)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.backbone.get_output_embeddings()(hidden)

@@ -170,17 +170,14 @@ class EmberVLM(PreTrainedModel):
             hidden = self.language_model(embeds, mask.long(), position_ids, cache)[:, num_visual:]
         return hidden
 
-    def refine(
-        self, hidden: Tensor, input_ids: Tensor | None, visual: Tensor, image_mask: Tensor, **kwargs: Any
-    ) -> Any:
-        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the language model.
+    def refine(self, hidden: Tensor, input_ids: Tensor, visual: Tensor, image_mask: Tensor, **kwargs: Any) -> Any:
+        """The reasoning head over `hidden`; tokens of Stage 4 enter here too, past the language model."""
+        return self.reasoning_module.reasoning_head(self.enter(hidden, input_ids), visual, image_mask, **kwargs)
 
-        `input_ids` None: none of them is a token of Stage 4.
-        """
-        if input_ids is not None:
-            added, own = self._added(input_ids)
-            hidden = hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
-        return self.reasoning_module.reasoning_head(hidden, visual, image_mask, **kwargs)
+    def enter(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """The language model's states, and with them the tokens of Stage 4 among `input_ids`."""
+        added, own = self._added(input_ids)
+        return hidden + torch.where(added[..., None], own.to(hidden.dtype), hidden.new_zeros(()))
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores `[..., base vocabulary + Stage 4 tokens]`."""

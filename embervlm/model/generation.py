@@ -15,6 +15,7 @@ from embervlm.data.chain_text import parse_answer
 from embervlm.data.images import load_image
 from embervlm.data.tokenizer import DIRECT_PROMPT
 from embervlm.model.cache import keep_rows, roomy_cache
+from embervlm.model.decode import head_step, language_step
 
 if TYPE_CHECKING:
     from embervlm.model.embervlm import EmberVLM
@@ -220,6 +221,8 @@ class _Writer:
         seen = mask.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
         padded = not bool(mask.all())
+        go_on = language_step(self.model.language_model, mask.shape[1])
+        refine = head_step(self.model.reasoning_module.reasoning_head)
         hidden_keys = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
         for _ in range(room):
             tokens, concluding, is_text = self._write(hidden)
@@ -234,16 +237,11 @@ class _Writer:
             embeds = (self.model.language_model.embed if is_text else self.model.embed)(tokens)
             # copied: attention on a GPU reads it in words of 16 bytes, and a slice need not begin at one
             unseen = hidden_keys[:, None, None, :seen].clone() if padded else None
-            hidden = self.model.language_model.go_on(
-                embeds.to(hidden.dtype), mask[:, :seen], unseen, positions, self.language_cache
-            )
+            hidden = go_on(embeds.to(hidden.dtype), mask[:, :seen], unseen, positions, self.language_cache)
             if self.looked is not None:
-                hidden, _ = self.model.refine(
-                    hidden[:, None], None if is_text else tokens[:, None], self.visual, self.image_mask,
-                    text_mask=None if unseen is None else unseen[..., num_visual:].clone(), looked=self.looked,
-                    cache=self.head_cache,
-                )  # fmt: skip
-                hidden = hidden[:, 0]
+                hidden = hidden if is_text else self.model.enter(hidden, tokens)
+                unseen = None if unseen is None else unseen[..., num_visual:].clone()
+                hidden = refine(hidden, unseen, self.head_cache, self.looked)
             for row in concluding:
                 self.conclusion_state[row.place] = hidden[self.rows.index(row)]
             positions = positions + 1
