@@ -558,13 +558,16 @@ def _verdicts(
         for row, sample in enumerate(part)
         for pair in maker.pairs(sample, random.Random(f"{seed}:{start + row}"), NEGATIVE_KINDS)
     ]
-    rows = torch.tensor([row for row, _, _ in pairs], device=visual.device)
-    texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in pairs]
-    inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
-    logits = model.judge_steps(visual[rows], seen[rows], **inputs)
+    pairs.sort(key=lambda found: sum(map(len, (found[1].prompt, found[2].previous, found[2].step))))
     out: dict[str, list[bool]] = {}
-    for (_, _, pair), logit in zip(pairs, logits.tolist()):
-        out.setdefault(pair.kind, []).append(logit > 0)
+    for begin in range(0, len(pairs), BATCH_SIZE):  # of like lengths, so that little is padding
+        some = pairs[begin : begin + BATCH_SIZE]
+        rows = torch.tensor([row for row, _, _ in some], device=visual.device)
+        texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in some]
+        inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
+        logits = model.judge_steps(visual[rows], seen[rows], **inputs)
+        for (_, _, pair), logit in zip(some, logits.tolist()):
+            out.setdefault(pair.kind, []).append(logit > 0)
     return out
 
 
