@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,7 @@ class ScriptedTeacher:
             writer.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(script: Callable[[dict[str, Any], int], Act]) -> Iterator[ScriptedTeacher]:
     """A server in a thread of this process."""
     teacher, loop, ready = ScriptedTeacher(script), asyncio.new_event_loop(), threading.Event()
@@ -133,7 +133,11 @@ def serving(script: Callable[[dict[str, Any], int], Act]) -> Iterator[ScriptedTe
             task.cancel()
         await asyncio.sleep(0)
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    def run() -> None:
+        with contextlib.closing(loop):
+            loop.run_until_complete(main())
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     ready.wait()
     try:

@@ -42,14 +42,16 @@ class RecordStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        self._num_records, self._first_offset = len(offsets) - 1, offsets.offset
         # read, not mapped: mapped pages count as this process's memory, and an epoch touches all
-        self._file = os.open(folder / "records.jsonl", os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self._file, self._offsets = (os.open(folder / name, os.O_RDONLY) for name in ("records.jsonl", "offsets.npy"))
+        for file in (self._file, self._offsets):
+            weakref.finalize(self, os.close, file)
         self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._num_records
 
     def column(self, name: str) -> np.ndarray:
         """A value for each record, read anew: the whole column is seldom needed, and then for a moment."""
@@ -57,7 +59,9 @@ class RecordStore:
         return values
 
     def _record(self, row: int) -> ReasoningRecord:
-        start, end = (int(offset) for offset in self._offsets[row : row + 2])
+        size = np.dtype(_COLUMNS["offsets"]).itemsize
+        found = os.pread(self._offsets, 2 * size, self._first_offset + row * size)
+        start, end = np.frombuffer(found, _COLUMNS["offsets"]).tolist()
         fields = json.loads(os.pread(self._file, end - start, start))
         return ReasoningRecord(**{**fields, "steps": tuple(fields["steps"]), "answer": tuple(fields["answer"])})
 
