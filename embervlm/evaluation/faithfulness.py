@@ -206,7 +206,12 @@ def _without_conclusion(steps: Sequence[str]) -> list[str]:
 
 def _in_batches(probes: Sequence[Probe]) -> list[list[int]]:
     """Places of the probes; those of like length are answered together."""
-    order = sorted(range(len(probes)), key=lambda i: (probes[i].concludes, len(probes[i].record.steps), i))
+
+    def length(place: int) -> int:
+        probe = probes[place]
+        return len(probe.record.instruction) + sum(map(len, probe.steps))
+
+    order = sorted(range(len(probes)), key=lambda place: (probes[place].concludes, length(place), place))
     return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
 
 

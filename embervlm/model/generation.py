@@ -208,7 +208,7 @@ class _Writer:
         self.language_cache, self.head_cache = roomy_cache(room), roomy_cache(room)
         use_head = decoding.reasoning or model.config.stage != 3
         head = model.reasoning_module.reasoning_head
-        self.looked = head.look(visual, image_mask, bool(image_mask.all())) if use_head else None
+        self.looked = head.look(visual, image_mask, bool(image_mask.all())).packed() if use_head else None
         self.conclusion_state: Tensor | None = None
 
     def run(self) -> tuple[list[list[int]], list[float]]:

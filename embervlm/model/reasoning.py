@@ -24,6 +24,10 @@ class Looked:
     visible: Tensor | None
     """`[batch, 1, 1, 1 + num_visual_tokens]` bool; None where every record has a picture."""
 
+    def packed(self) -> Looked:
+        """In one piece each, which attention reads faster token for token."""
+        return Looked([(key.contiguous(), value.contiguous()) for key, value in self.keys_values], self.visible)
+
     def rows(self, kept: Tensor) -> Looked:
         """Of these rows of the batch."""
         pairs = [(key[kept], value[kept]) for key, value in self.keys_values]
