@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from embervlm.progress import progress_bar
 from embervlm.run_dir import eval_path, list_checkpoints, read_eval, write_text_atomic
@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 """In the folder of a phase."""
+
+SERVICE_WAIT_S = 300
+"""What W&B's own process may take to start; its 30 s are short on a node that has just booted."""
 
 
 def _step_of(line: str) -> float:
@@ -34,14 +37,23 @@ def _known_run_id(folder: Path) -> str | None:
 
 
 def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run `run_id`, new or resumed; offline without an API key."""
+    """The W&B run `run_id`, new or resumed; offline without an API key, or where its server does not answer."""
     import wandb
 
-    online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-    return wandb.init(
-        project=project, name=name, id=run_id, resume="allow", dir=str(folder),
-        mode="online" if online else "offline", config=dict(settings),
-    )  # fmt: skip
+    def opened(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=project, name=name, id=run_id, resume="allow", dir=str(folder), mode=mode, config=dict(settings),
+            settings=wandb.Settings(x_service_wait=SERVICE_WAIT_S),
+        )  # fmt: skip
+
+    if not os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+        return opened("offline")
+    try:
+        return opened("online")
+    except wandb.errors.CommError as error:  # a run that was requeued at night must not end over its log
+        _log.warning("W&B: %s. Run %s is kept offline; `wandb sync`, run in %s, sends it", error, run_id, folder)
+        wandb.teardown()  # the failed attempt holds the id
+        return opened("offline")
 
 
 def evaluation_values(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
