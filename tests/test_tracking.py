@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb_file import history
 
 from embervlm.training.tracking import Tracker
@@ -18,6 +19,7 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.teardown()  # what an earlier test started would keep that one's settings
     tracker = Tracker(tmp_path, active=True, name="phase 2", first_step=0, total_steps=1, project="embervlm")
     tracker.advance(1, {"loss": {"total": 1.5}, "learning_rate": {"all": 0.1}, "samples_per_s": 1.0, "epoch": 1})
     tracker.close()

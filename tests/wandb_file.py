@@ -14,8 +14,10 @@ LAST, FULL = 4, 1
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Every line that was logged to the runs in `folder`/wandb, in order."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its own process writes a file to the end only as it ends, a while after `finish`
     out = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for content in _records(path.read_bytes()):
