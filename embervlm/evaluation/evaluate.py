@@ -150,7 +150,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         )
     explained = share_out(later, models, world, journal, bar)
     not_kept = Journal(None, "", world)  # scores are quick, and depend on the training chains as well
-    scored = share_out(_score_tasks(job, data, chains, passes["chains"]), models, world, not_kept, bar)
+    scored = share_out(_score_tasks(data, chains, passes["chains"]), models, world, not_kept, bar)
     bar.close()
     result: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
@@ -387,12 +387,10 @@ def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
 # -- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _score_tasks(
-    job: Evaluation, data: EvalData, chains: Sequence[Mapping[str, Any]], asked: _Pass
-) -> list[Task]:  # fmt: skip
+def _score_tasks(data: EvalData, chains: Sequence[Mapping[str, Any]], asked: _Pass) -> list[Task]:
     def task(number: int, batch: list[int]) -> Task:
         return Task(
-            name="scored", number=number, checkpoint=job.checkpoint, num_records=0,
+            name="scored", number=number, checkpoint=asked.checkpoint, num_records=0,
             run=lambda _: [_score(data.records[index], chains[index], data) for index in batch],
         )  # fmt: skip
 
