@@ -17,7 +17,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
     import wandb
     from wandb.proto import wandb_internal_pb2
 
-    wandb.teardown()  # its own process writes a file to the end only as it ends, a while after `finish`
+    wandb.teardown()  # its own process has ended then, so nothing is still on its way to the file
     out = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for content in _records(path.read_bytes()):
