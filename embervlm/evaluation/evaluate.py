@@ -149,15 +149,13 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             job.checkpoint, lambda model, records: see(model, data.pictures, records), job.decoding
         )
     explained = share_out(later, models, world, journal, bar)
-    not_kept = Journal(None, "", world)  # scores are quick, and depend on the training chains as well
-    scored = share_out(_score_tasks(data, chains, passes["chains"]), models, world, not_kept, bar)
     bar.close()
     result: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     failed: Exception | None = None
     if world.rank == 0:
         try:
-            samples = _in_order("scored", passes["chains"], scored)
+            samples = [_score(record, found, data) for record, found in zip(data.records, chains)]
             details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
             _complete(samples, data, results, details)
             result = _result(job, model, data, samples, results, passes, answers)
@@ -385,16 +383,6 @@ def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------
-
-
-def _score_tasks(data: EvalData, chains: Sequence[Mapping[str, Any]], asked: _Pass) -> list[Task]:
-    def task(number: int, batch: list[int]) -> Task:
-        return Task(
-            name="scored", number=number, checkpoint=asked.checkpoint, num_records=0,
-            run=lambda _: [_score(data.records[index], chains[index], data) for index in batch],
-        )  # fmt: skip
-
-    return [task(number, batch) for number, batch in enumerate(asked.batches)]
 
 
 def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -> dict[str, Any]:
