@@ -8,12 +8,14 @@ stand in the modules when it is made: it lives no longer than one text, between 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
+from transformers.activations import NewGELUActivation
 
 from embervlm.model.backbone import LanguageModel
 from embervlm.model.reasoning import Looked, ReasoningHead
@@ -39,7 +41,7 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
             if all(type(module) is nn.Linear for module in linear):  # not one of an adapter, say
                 return _llama(model, room)
         if config.model_type == "gpt2" and not config.add_cross_attention:
-            return lambda embeds, mask, unseen, positions, cache: _gpt2(model, embeds, unseen, positions, cache)
+            return _gpt2(model)
 
     def step(embeds: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         states: Tensor = language_model(embeds[:, None], mask.long(), positions, cache)
@@ -48,21 +50,39 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
     return step
 
 
-def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension (Zhang and Sennrich 2019, equation 4)."""
-    if hidden.is_cuda:  # one kernel there; a dozen operations on a processor
-        return F.rms_norm(hidden, weight.shape, weight, eps)
-    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = length.square_().div_(weight.shape[0]).add_(eps).rsqrt_()
-    return (hidden * scale).to(hidden.dtype).mul_(weight)
-
-
 Linear = tuple[Tensor, "Tensor | None"]
-"""Weight and bias."""
+"""Weight `[in, out]`, a view of the module's own, and bias."""
 
 
-def _parameters(linear: Any) -> Linear:
-    return linear.weight, linear.bias
+def _linear(module: nn.Linear) -> Linear:
+    return module.weight.t(), module.bias
+
+
+def _project(states: Tensor, linear: Linear) -> Tensor:
+    weight, bias = linear
+    return torch.mm(states, weight) if bias is None else torch.addmm(bias, states, weight)
+
+
+def _add_projected(residual: Tensor, states: Tensor, linear: Linear) -> None:
+    """Add the projected `states` to `residual`, in place."""
+    weight, bias = linear
+    residual.addmm_(states, weight)
+    if bias is not None:
+        residual.add_(bias)
+
+
+def _rms_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019, equation 4)."""
+    if weight.is_cuda:  # one kernel there; a dozen operations on a processor
+        return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
+    least = torch.tensor(eps)
+
+    def norm(hidden: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(least, length, length, value=1 / len(weight)).rsqrt_()
+        return (hidden * scale).to(hidden.dtype).mul_(weight)
+
+    return norm
 
 
 def _llama(model: Any, room: int) -> Step:
@@ -74,50 +94,66 @@ def _llama(model: Any, room: int) -> Step:
         linear = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         layers.append(
-            ([norm.weight for norm in norms], [_parameters(each) for each in linear], attention.scaling, mlp.act_fn)
-        )
-    last, eps = model.norm.weight, model.norm.variance_epsilon
+            (
+                [_rms_norm(norm.weight, norm.variance_epsilon) for norm in norms],
+                [_linear(each) for each in linear], attention.scaling, mlp.act_fn,
+            )
+        )  # fmt: skip
+    last = _rms_norm(model.norm.weight, model.norm.variance_epsilon)
     grouped = model.config.num_key_value_heads != model.config.num_attention_heads
-    cosines, sines = (table[0] for table in model.rotary_emb(last, torch.arange(room, device=last.device)[None]))
-    half = cosines.shape[-1] // 2
-    sines = torch.cat([-sines[:, :half], sines[:, half:]], dim=-1)
+    places = torch.arange(room, device=model.norm.weight.device)[None]
+    cosines, sines = (table[0].unflatten(-1, (2, -1)) for table in model.rotary_emb(model.norm.weight, places))
+    half = cosines.shape[-1]
+    sines[:, 0].neg_()
 
     def step(hidden: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         batch = hidden.shape[0]
-        cos, sin = cosines[positions], sines[positions]  # each [batch, 1, head width]
+        cos, sin = cosines[positions], sines[positions]  # each [batch, 1, 2, half a head's width]
 
         def turned(states: Tensor) -> Tensor:
             """Rotary positions: (a, b) -> (a cos - b sin, b cos + a sin), for the halves a and b of each head."""
-            states = states.view(batch, -1, 2 * half)
-            return (states * cos).addcmul_(states.roll(half, -1), sin).unsqueeze(2)
+            halves = states.view(batch, -1, 2, half)
+            return (halves * cos).addcmul_(halves.flip(2), sin).view(batch, -1, 1, 2 * half)
 
+        hidden = hidden.clone()
         for index, ((before, between), (q, k, v, o, gate, up, down), scaling, act) in enumerate(layers):
-            normed = _rms_norm(hidden, before, eps)
-            value = F.linear(normed, *v).view(batch, -1, 1, 2 * half)
-            keys, values = cache.update(turned(F.linear(normed, *k)), value, index)
+            normed = before(hidden)
+            value = _project(normed, v).view(batch, -1, 1, 2 * half)
+            keys, values = cache.update(turned(_project(normed, k)), value, index)
             mixed = F.scaled_dot_product_attention(
-                turned(F.linear(normed, *q)), keys, values, attn_mask=unseen, scale=scaling, enable_gqa=grouped
+                turned(_project(normed, q)), keys, values, attn_mask=unseen, scale=scaling, enable_gqa=grouped
             )
-            hidden = hidden + F.linear(mixed.reshape(batch, -1), *o)
-            normed = _rms_norm(hidden, between, eps)
-            hidden = hidden + F.linear(act(F.linear(normed, *gate)).mul_(F.linear(normed, *up)), *down)
-        return _rms_norm(hidden, last, eps)
+            _add_projected(hidden, mixed.reshape(batch, -1), o)
+            normed = between(hidden)
+            _add_projected(hidden, act(_project(normed, gate)).mul_(_project(normed, up)), down)
+        return last(hidden)
 
     return step
 
 
-def _gpt2(model: Any, hidden: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-    batch = hidden.shape[0]
-    hidden = hidden + model.wpe(positions[:, 0])
-    for index, block in enumerate(model.h):
-        attention = block.attn
-        states = attention.c_attn(block.ln_1(hidden)).view(batch, 3, attention.num_heads, 1, attention.head_dim)
-        query, key, value = states.unbind(1)
-        keys, values = cache.update(key, value, index)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=unseen, scale=attention.scaling)
-        hidden = hidden + attention.c_proj(mixed.reshape(batch, -1))
-        hidden = hidden + block.mlp(block.ln_2(hidden))
-    return model.ln_f(hidden)
+def _gpt2(model: Any) -> Step:
+    """The step of a GPT-2 model."""
+    layers = []
+    for block in model.h:
+        linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        norms = [(norm.weight.shape, norm.weight, norm.bias, norm.eps) for norm in (block.ln_1, block.ln_2)]
+        # `Conv1D`'s weight is `[in, out]` as it stands; its own tanh form of GELU is eight operations
+        act = partial(F.gelu, approximate="tanh") if type(block.mlp.act) is NewGELUActivation else block.mlp.act
+        layers.append((norms, [(each.weight, each.bias) for each in linear], block.attn, act))
+
+    def step(embeds: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        hidden = embeds + model.wpe(positions[:, 0])
+        batch = len(hidden)
+        for index, ((before, between), (qkv, out, widen, narrow), attention, act) in enumerate(layers):
+            states = _project(F.layer_norm(hidden, *before), qkv)
+            query, key, value = states.view(batch, 3, attention.num_heads, 1, attention.head_dim).unbind(1)
+            keys, values = cache.update(key, value, index)
+            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=unseen, scale=attention.scaling)
+            _add_projected(hidden, mixed.reshape(batch, -1), out)
+            _add_projected(hidden, act(_project(F.layer_norm(hidden, *between), widen)), narrow)
+        return model.ln_f(hidden)
+
+    return step
 
 
 HeadStep = Callable[[Tensor, "Tensor | None", Cache, Looked], Tensor]
@@ -132,26 +168,26 @@ def head_step(head: ReasoningHead) -> HeadStep:
         own, cross, ffn = layer.self_attention, layer.cross_attention, layer.ffn
         linear = (own.key_value, own.query, own.out, cross.query, cross.out, ffn[0], ffn[2])
         norms = (layer.self_norm, layer.cross_norm, layer.ffn_norm)
-        layers.append(([(n.weight, n.bias, n.eps) for n in norms], [_parameters(each) for each in linear]))
-    first, last, norm = _parameters(head.input), _parameters(head.output), head.norm
+        layers.append(([(n.weight, n.bias, n.eps) for n in norms], [_linear(each) for each in linear]))
+    first, last, norm = _linear(head.input), _linear(head.output), head.norm
     width = norm.weight.shape
 
-    def attend(normed: Tensor, query: Linear, out: Linear, mask: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
-        split = F.linear(normed, *query).view(len(normed), num_heads, 1, -1)
-        mixed = F.scaled_dot_product_attention(split, key, value, attn_mask=mask)
-        return F.linear(mixed.reshape(len(normed), -1), *out)
+    def attend(normed: Tensor, query: Linear, mask: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
+        split = _project(normed, query).view(len(normed), num_heads, 1, -1)
+        return F.scaled_dot_product_attention(split, key, value, attn_mask=mask).reshape(len(normed), -1)
 
     def step(hidden: Tensor, unseen: Tensor | None, cache: Cache, looked: Looked) -> Tensor:
-        states = F.linear(hidden, *first)
+        states = _project(hidden, first)
         for index, (norms, (key_value, own_query, own_out, query, out, widen, narrow)) in enumerate(layers):
             own, cross, before_ffn = norms
             normed = F.layer_norm(states, width, *own)
-            key, value = F.linear(normed, *key_value).view(len(states), 2, num_heads, 1, -1).unbind(1)
-            states = states + attend(normed, own_query, own_out, unseen, *cache.update(key, value, index))
+            key, value = _project(normed, key_value).view(len(states), 2, num_heads, 1, -1).unbind(1)
+            keys, values = cache.update(key, value, index)
+            _add_projected(states, attend(normed, own_query, unseen, keys, values), own_out)
             normed = F.layer_norm(states, width, *cross)
-            states = states + attend(normed, query, out, looked.visible, *looked.keys_values[index])
-            wide = F.gelu(F.linear(F.layer_norm(states, width, *before_ffn), *widen))
-            states = states + F.linear(wide, *narrow)
-        return hidden + F.linear(F.layer_norm(states, width, norm.weight, norm.bias, norm.eps), *last)
+            _add_projected(states, attend(normed, query, looked.visible, *looked.keys_values[index]), out)
+            wide = _project(F.layer_norm(states, width, *before_ffn), widen)
+            _add_projected(states, F.gelu(wide), narrow)
+        return hidden + _project(F.layer_norm(states, width, norm.weight, norm.bias, norm.eps), last)
 
     return step
