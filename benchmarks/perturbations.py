@@ -5,7 +5,8 @@
 Sets: `scenes`, the rule teacher's chains for scenes that were not trained on; `tasks`, chains about the tasks of others
 (`--tasks_file`, the format of robot_selection.json), one half to fit on; `everyday`, hand-written chains about anything
 but robots' scenes (tests/data/everyday_chains.jsonl), nothing fitted; `unseen`, a dozen more of that kind, written when
-the metrics were finished and never looked at to change them. Each as in an evaluation, where facts and gold
+most of the metrics were finished; `independent`, 80 more by somebody who did not know them. What each was used for stands
+in docs/results.md. Each as in an evaluation, where facts and gold
 chain are known, and with less: the facts alone, nothing fitted, no facts.
 """
 
@@ -36,7 +37,8 @@ from embervlm.evaluation.metrics import ChainScorer  # noqa: E402
 
 EVERYDAY = REPOSITORY / "tests" / "data" / "everyday_chains.jsonl"
 UNSEEN = REPOSITORY / "tests" / "data" / "unseen_chains.jsonl"
-SETS = ("scenes", "tasks", "everyday", "unseen")
+INDEPENDENT = REPOSITORY / "tests" / "data" / "independent_chains.jsonl"
+SETS = ("scenes", "tasks", "everyday", "unseen", "independent")
 CONSISTENCY, COMPLETENESS, FLOW = "reasoning_consistency", "step_completeness", "logical_flow_score"
 SCORES = (CONSISTENCY, COMPLETENESS, FLOW)
 FILLERS = (
@@ -404,7 +406,7 @@ def settings(
             ("tasks, facts, nothing fitted", told(tasks, facts=True, reference=False), general),
             ("tasks, no facts, nothing fitted", told(tasks, facts=False, reference=False), general),
         ]
-    for name, path in (("everyday", EVERYDAY), ("unseen", UNSEEN)):
+    for name, path in (("everyday", EVERYDAY), ("unseen", UNSEEN), ("independent", INDEPENDENT)):
         if name in sets:
             chains = everyday_chains(path)
             out += [

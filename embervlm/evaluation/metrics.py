@@ -29,8 +29,10 @@ from embervlm.data.claims import (
     judge_steps,
     named_candidates,
 )
-from embervlm.evaluation.backends import EMBEDDED, Backends, EmbeddedBackend, make_backends, wrong_equation
+from embervlm.evaluation.arithmetic import calculates_again, wrong_arithmetic
+from embervlm.evaluation.backends import EMBEDDED, Backends, EmbeddedBackend, make_backends
 from embervlm.evaluation.order import OrderScorer
+from embervlm.evaluation.replaced import replaced_details
 from embervlm.evaluation.wording import SYNONYM, Reading, clauses_of
 
 __all__ = [
@@ -53,9 +55,11 @@ MARGINS = {"swapped_image_accuracy": 0.25, "no_reasoning_accuracy": 0.10}
 MIN_WORDS_OF_A_TYPE = 4
 MIN_SHARED_NAMES = 0.5
 MIN_TOKEN_F1 = 0.6
+MIN_SHARED_OF_REPLACED = 0.3
+"""Share of a step's words that a given text has, from which on the two are compared word by word."""
 FAULT = 0.5
 """From here on a fault is told as a reason."""
-REDUNDANT = (0.52, 0.75)
+REDUNDANT = (0.4, 0.8)
 """Similarity to an earlier step that entails this one: below the first the step is new, from the second it is not."""
 ADDS = (0.05, 0.25)
 """Share of a step's words that an earlier one lacks and the rest of the chain or the question has."""
@@ -65,6 +69,8 @@ SUPPORTED_WORDS = (0.6, 1.2)
 """Rarities of those words, the very same ones, added up: 1 is one word that few texts have."""
 SAID_WHOLLY = (0.85, 0.95)
 """Share of a step that a given text says, which therefore is given as well."""
+SAID_MOSTLY = (0.4, 0.6)
+"""Share of that text which the step says: the words of a step may stand in a long text that says something else."""
 SAME_STEP = (0.35, 0.7)
 """Likeness of a step to one of the gold chain: below the first another step, from the second the same."""
 POLAR = frozenset(("yes", "no", "true", "false"))
@@ -322,7 +328,8 @@ class _Chain:
                 follows[a, b], opposes[a, b] = entails, contradicts
             else:
                 against[b] = max(against[b], (float(contradicts), i - start))
-                granted[b] = max(granted[b], _ramp(float(said[i, j]), *SAID_WHOLLY) * (1 - float(contradicts)))
+                alone = _ramp(float(said[i, j]), *SAID_WHOLLY) * _ramp(float(said[j, i]), *SAID_MOSTLY)
+                granted[b] = max(granted[b], alone * (1 - float(contradicts)))
         # What one given text says and another denies is a matter of wording: "it" is another thing in each.
         against = [(strongest * (1 - grants), i) for (strongest, i), grants in zip(against, granted)]
         reader = context.reader
@@ -352,11 +359,14 @@ class _Chain:
         if reason := self.faults[j].redundant:
             reasons.append(reason)
             return 1.0
-        scores = [
-            0.0 if claims[j] - claims[i]
-            else float(follows[i, j]) * _ramp(float(self.similarity[i, j]), *REDUNDANT) * (1 - self._adds(j, i))
-            for i in range(j)
-        ]  # fmt: skip
+
+        def says_again(i: int) -> float:
+            alike = _ramp(float(self.similarity[i, j]), *REDUNDANT)
+            if calculates_again(self.steps[j], self.steps[i]):  # the result is what it says, whatever else it names
+                return alike
+            return 0.0 if claims[j] - claims[i] else float(follows[i, j]) * alike * (1 - self._adds(j, i))
+
+        scores = [says_again(i) for i in range(j)]
         best = int(np.argmax(scores))
         if scores[best] >= FAULT:
             reasons.append(f"says the same as step {best + 1}")
@@ -385,7 +395,7 @@ class _Chain:
         if reason := self.faults[j].contradicted:
             reasons.append(reason)
             return 1.0
-        if reason := wrong_equation(self.steps[j]):
+        if reason := wrong_arithmetic(self.steps[j]):
             reasons.append(f"says '{reason}', which does not come out")
             return 1.0
         # What the facts confirm is right even where an earlier step, itself against the facts, said otherwise.
@@ -394,6 +404,9 @@ class _Chain:
         strongest = scores[best] if scores else 0.0
         if is_conclusion(self.steps[j]):  # whether it follows is a question of its own
             return 0.0
+        if detail := self._replaced(j):
+            reasons.append("says '{}' where '{}' is known: '{}'".format(*detail))
+            return 1.0
         if against[0] > strongest:
             if against[0] >= FAULT:
                 reasons.append(f"contradicts what is given: '{_short(statements[against[1]])}'")
@@ -401,6 +414,20 @@ class _Chain:
         if strongest >= FAULT:
             reasons.append(f"contradicts step {best + 1}")
         return strongest
+
+    def _replaced(self, j: int) -> tuple[str, str, str] | None:
+        """A detail of step j, what is given or stands in the gold chain in its place, and where."""
+        gold = set(self.context.reference_steps)
+        first: tuple[str, str, str] | None = None
+        for text, shared in zip(self.given, self.reading.text_words_shared[self.end :, self.offset + j]):
+            if shared < MIN_SHARED_OF_REPLACED:
+                continue
+            found = replaced_details(self.steps[j], text, names=text in gold)  # of others, not all names may be given
+            if found == []:
+                return None  # it is given
+            if found and first is None:
+                first = (*found[0], _short(text))
+        return first
 
     def _unsupported(self, j: int, knows: bool, concludes: bool, anchor: float, reasons: list[str]) -> float:
         fault = self.faults[j].unsupported
@@ -596,19 +623,24 @@ class _Chain:
 
     @cached_property
     def conclusion(self) -> int | None:
-        """The last step that is written as a conclusion, else the last step where it names the answer."""
+        """The last step that is written as a conclusion, else the last step where it names the answer, else the last
+        one that follows from something ("so", "therefore") and names it.
+        """
         marked = [index for index, step in enumerate(self.steps) if is_conclusion(step)]
-        if marked:
-            return marked[-1]
-        if self.steps and self.context.answer and self._agrees(self.steps[-1]) > 0:
+        if marked or not self.steps or not self.context.answer:
+            return marked[-1] if marked else None
+        if self._agrees(self.steps[-1]) > 0:
             return len(self.steps) - 1
-        return None
+        results = [j for j, step in enumerate(self.steps) if any(clause.is_result for clause in clauses_of(step))]
+        return next((j for j in reversed(results) if self._agrees(self.steps[j]) > 0), None)
 
     def _agrees(self, text: str) -> float:
         """How far `text` names exactly the answer."""
         answer, candidates = _as_set(self.context.answer), self.context.all_candidates
         if not answer:
             return 1.0
+        if self.context.gold_answer and text in self.context.reference_steps[-1:]:
+            return final_answer_accuracy(answer, self.context.gold_answer)
         named = _as_set(named_candidates(text, candidates))
         if named:
             return float(named == answer)
@@ -657,23 +689,39 @@ class _Chain:
         return float(_as_set(n for n, suitable in verdicts.items() if suitable) == _as_set(context.answer))
 
     def _leads_to(self, ends: int | None) -> float:
-        """From 0 to 1: half for the step that speaks most for it, half for all that is said of it, late steps first."""
-        reading = self.reading
-        own = reading.text_places[2] or (reading.text_places[self.offset + ends] if ends is not None else [])
+        """From 0 to 1: half for the step that speaks most for it, half for all that is said of it.
+
+        What comes only after the conclusion led to nothing. Late steps count more, but not where the gold chain is
+        known and says more about the order.
+        """
+        ends_at = [] if ends is None else self.reading.text_places[self.offset + ends]
         before = range(len(self.steps) if ends is None else ends)
         if context_free(self.context.answer):
             return 1.0
-        if not own or not before:
+        if not before:
             return 0.0
-        weights = reading.weights[own]
+        answer = self.reading.text_places[2]
+        # An answer that is worked out ("at 16:55") stands in no step before; what is said with it then has to.
+        support = self._spoken_for(answer or ends_at, before) or 0.5 * self._spoken_for(
+            [place for place in ends_at if place not in answer], before
+        )
+        return support if ends is None else support * len(before) / (len(self.steps) - 1)
+
+    def _spoken_for(self, words: Sequence[int], before: range) -> float:
+        """How clearly the steps `before` say `words`."""
+        if not words:
+            return 0.0
+        reading = self.reading
+        weights = reading.weights[words]
+        fading = 0.7 if self.gold_order is None else 1.0
         total, norm, best = 0.0, 0.0, 0.0
         for distance, j in enumerate(reversed(before)):
             said = 0.0
             for number in reading.spans[self.offset + j]:
-                hit = float(weights @ reading.alike[np.ix_(own, reading.places[number])].max(axis=1) / weights.sum())
+                hit = float(weights @ reading.alike[np.ix_(words, reading.places[number])].max(axis=1) / weights.sum())
                 signed = -hit if reading.clauses[number].negated else hit
                 said = signed if abs(signed) >= abs(said) else said
-            weight = 0.7**distance
+            weight = fading**distance
             total, norm, best = total + weight * said, norm + weight, max(best, said)
         return float(np.clip(0.5 * best + 0.5 * max(0.0, total / norm) ** 0.5, 0, 1))
 

@@ -23,7 +23,12 @@ from embervlm.data.claims import STOP_WORDS, strip_numbering
 Array = NDArray[np.float32]
 
 NEGATIONS = frozenset(
-    "not no never cannot without neither nor none nobody nothing nowhere hardly scarcely false untrue incorrect".split()
+    "not no never cannot neither nor none nobody nothing nowhere hardly scarcely false untrue incorrect".split()
+)
+NUMBER_WORDS = frozenset(
+    """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand first second third fourth
+    fifth sixth seventh eighth ninth tenth half twice""".split()
 )
 VACUOUS = STOP_WORDS | frozenset(
     """let me my us our your how why when where while if each every all any some both such same other another one more
@@ -39,6 +44,7 @@ SYNONYM = 0.9
 """Likeness of two different words at `SAME_COSINE`."""
 
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_NAME = re.compile(r"(?<=[\w,;)] )([A-Z][^\W\d_]+)")
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
 _CLAUSE_BREAK = re.compile(
     r"(?<=[;:])\s+|,\s+(?=\S)|\s+(?=(?:so|because|since|but|while|whereas|although|though|therefore|thus|hence|which|when|if|unless)\b)"
@@ -54,7 +60,9 @@ _DENIAL = re.compile(
 )
 _NO_DENIAL = re.compile(r"\b(?:no|not) (?:more|less|fewer|later|sooner|longer|only|just|merely)\b", re.IGNORECASE)
 _SUPPOSES = re.compile(
-    r"\b(?:if|unless|would|whether|when|whenever|until|as long as|only\b.*\b(?:while|where|as))\b", re.IGNORECASE
+    r"\b(?:if|unless|would|whether|when|whenever|until|as long as|may|might|perhaps|maybe|possibly|or"
+    r"|only\b.*\b(?:while|where|as))\b",
+    re.IGNORECASE,
 )
 _RESULT = re.compile(r"^(?:so|therefore|thus|hence|consequently|it follows|this means|which means|as a result)\b", re.I)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|dis|non)(?=\w{4})")
@@ -70,20 +78,20 @@ class Clause:
     is_result: bool
     """Opens with "so", "therefore" and the like."""
     supposed: bool
-    """Stands in a sentence with "if", "when" and the like, and so is not stated."""
+    """Stands in a sentence with "if", "may", "or" and the like, and so is not stated."""
 
 
 @lru_cache(maxsize=1 << 15)
 def clauses_of(text: str) -> tuple[Clause, ...]:
-    """Statements of `text`. Of a part without a content word only a "so" is kept, for the next one."""
+    """Statements of `text`. Of a part without a content word a "so" and a denial are kept, for the next one."""
     out: list[Clause] = []
     for sentence in _SENTENCE_BREAK.split(strip_numbering(text)):
         supposed = _SUPPOSES.search(sentence) is not None
-        result = False
-        sentence = _NO_DENIAL.sub("", _DENIAL.sub("not ", _OPENING_ANSWER.sub("", sentence)))
+        result, denied = False, 0
+        sentence = _DENIAL.sub("not ", _NO_DENIAL.sub("", _OPENING_ANSWER.sub("", sentence)))
         for part in _CLAUSE_BREAK.split(sentence):
             result = result or _RESULT.match(part) is not None
-            negations, words = 0, []
+            negations, words = denied, []
             for token in _TOKEN.findall(part.casefold()):
                 token = token.replace("\u2019", "'")
                 if token in NEGATIONS or token.endswith("n't"):
@@ -94,8 +102,16 @@ def clauses_of(text: str) -> tuple[Clause, ...]:
                     words.append(word)
             if words:
                 out.append(Clause(tuple(words), negations % 2 == 1, result, supposed))
-                result = False
+                result, negations = False, 0
+            # "It is not true that if ..."; in "it is not the one, although ..." nothing that follows is denied
+            denied = negations if part.strip() == "not" else 0
     return tuple(out)
+
+
+@lru_cache(maxsize=1 << 15)
+def names_of(text: str) -> frozenset[str]:
+    """Stems of the words that have a capital letter inside a sentence: Monday is not Tuesday, however alike."""
+    return frozenset(_stem_of(match[1].casefold())[1] for match in _NAME.finditer(text))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -125,6 +141,9 @@ def stem(word: str) -> str:
     if len(word) > 5 and word.endswith("ly"):
         word = word[:-2]
     return word[:-1] if len(word) > 3 and word.endswith("e") else word
+
+
+_NUMBER_STEMS = frozenset(map(stem, NUMBER_WORDS))
 
 
 class WordVectors:
@@ -213,13 +232,18 @@ class Reading:
 
     @cached_property
     def alike(self) -> Array:
-        """`[word, word]` likeness in [0, 1]; 1 for the same stem; a number is like itself alone."""
+        """`[word, word]` likeness in [0, 1]; 1 for the same stem.
+
+        A number is like itself alone, and of names a name is."""
         vectors = word_vectors().rows(self.words)
         cosine = vectors @ vectors.T
         out = np.clip((cosine - UNKNOWN_COSINE) / (SAME_COSINE - UNKNOWN_COSINE), 0, 1) * SYNONYM
-        numbers = [place for place, word in enumerate(self.words) if word[0].isdigit()]
+        names = frozenset[str]().union(*(names_of(text) for text in self.texts))
+        numbers = [place for place, word in enumerate(self.words) if word[0].isdigit() or word in _NUMBER_STEMS]
+        named = [place for place, word in enumerate(self.words) if word in names]
         out[numbers, :] = 0
         out[:, numbers] = 0
+        out[np.ix_(named, named)] = 0
         np.fill_diagonal(out, 1)
         return out.astype(np.float32)  # type: ignore[no-any-return]
 
@@ -249,3 +273,20 @@ class Reading:
     def text_cover(self) -> tuple[Array, Array, Array]:
         """The same of whole texts, and `[word, text]` how well the text says the word."""
         return self._said_by(self.text_places)
+
+    @cached_property
+    def text_words_shared(self) -> Array:
+        """`[a, b]`: share of text b's words that stand in text a themselves, synonyms aside."""
+        return self._shared(self.text_places)
+
+    @cached_property
+    def clause_words_shared(self) -> Array:
+        """The same of clauses."""
+        return self._shared(self.places)
+
+    def _shared(self, groups: Sequence[Sequence[int]]) -> Array:
+        stands = np.zeros((len(groups), len(self.words)), dtype=np.float32)
+        for row, places in enumerate(groups):
+            stands[row, places] = 1
+        weighed = stands * self.weights
+        return (stands @ weighed.T) / np.maximum(weighed.sum(axis=1), 1e-9)  # type: ignore[no-any-return]
