@@ -5,9 +5,9 @@
 Sets: `scenes`, the rule teacher's chains for scenes that were not trained on; `tasks`, chains about the tasks of others
 (`--tasks_file`, the format of robot_selection.json), one half to fit on; `everyday`, hand-written chains about anything
 but robots' scenes (tests/data/everyday_chains.jsonl), nothing fitted; `unseen`, a dozen more of that kind, written when
-most of the metrics were finished; `independent`, 80 more by somebody who did not know them. What each was used for stands
-in docs/results.md. Each as in an evaluation, where facts and gold
-chain are known, and with less: the facts alone, nothing fitted, no facts.
+most of the metrics were finished; `independent`, 80 more by somebody who did not know them. What each was used for is
+told in docs/results.md. Each as in an evaluation, where facts and gold chain are known, and with less: the facts alone,
+nothing fitted, no facts.
 """
 
 from __future__ import annotations
