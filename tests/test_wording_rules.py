@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 
@@ -78,6 +79,13 @@ def test_the_same_sum_again_says_nothing_new():
 )  # fmt: skip
 def test_details_that_exclude_each_other(text, known, found):
     assert replaced_details(text, known) == found
+
+
+@pytest.mark.parametrize("text", ["5 is more than 3 if " * 1500, "1 2 " * 7000, "7 - 7 = 0 " * 3000, "a " * 15_000])
+def test_a_long_text_takes_no_longer_for_it(text):
+    started = time.process_time()
+    wrong_arithmetic(text), calculates_again(text, text), replaced_details(text, text + "9"), clauses_of(text)
+    assert time.process_time() - started < 5
 
 
 def test_names_are_left_alone_where_others_may_be_meant():

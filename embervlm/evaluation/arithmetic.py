@@ -31,6 +31,8 @@ _CLAUSE_START = re.compile(
 _PREPOSITION = re.compile(
     rf"(?:\b(?:of|by|times|plus|minus|and|to|at|on|in|for|from|with|after|before|until)|[{_SIGNS}])\s*$", re.IGNORECASE
 )
+_MOST_BEFORE = 200
+"""Characters before a comparison that are looked at: a text without an end must not take for ever."""
 _SCALES = frozenset("hundred thousand million billion dozen time plu minu percent and to or half quarter".split())
 """Words behind a number that make it another one, without an "s" at the end."""
 
@@ -88,7 +90,8 @@ def _wrong_comparison(text: str) -> str | None:
     if not any(word in lowered for word in ("than", "above", "over", "below", "under")):
         return None
     for match in _COMPARISON.finditer(text):
-        before, unit, other = text[: match.start()], _unit(match["unit"]), _unit(match["other"])
+        before = text[max(0, match.start() - _MOST_BEFORE) : match.start()]
+        unit, other = _unit(match["unit"]), _unit(match["other"])
         starts = _CLAUSE_START.search(before) is not None if not match["which"] else not _PREPOSITION.search(before)
         named = match["a"].casefold() in _SPELLED and not unit  # "this one is more than 5 years old"
         like = match["a"].endswith("%") == match["b"].endswith("%") and (not unit or not other or unit == other)

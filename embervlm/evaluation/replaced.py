@@ -34,6 +34,8 @@ _EXCLUDES = {frozenset(pair.split("/")) for pair in _OPPOSITES.split()} | {
     frozenset(pair) for words in _CLASSES for pair in combinations(words.split(), 2)
 }
 _ADVERBS = frozenset("only also just still then even too so now exactly about therefore thus hence and but".split())
+_MOST_TOKENS = 80
+"""A longer text is not one statement, and comparing two of them takes the product of their lengths."""
 _MOST_REPLACED = 0.4
 _MOST_WORDS = 2
 """That one detail is told in: "soaking wet"."""
@@ -46,6 +48,8 @@ def replaced_details(text: str, known: str, *, names: bool = True) -> list[tuple
     substance is what the statement is about, not a detail of it: "Carp need 3" does not deny "Trout need 7".
     """
     ours, theirs = _tokens(text), _tokens(known)
+    if max(len(ours), len(theirs)) > _MOST_TOKENS:
+        return None
     found: list[tuple[str, str]] = []
     same, about = 0, False
     matcher = SequenceMatcher(None, [each.compared for each in ours], [each.compared for each in theirs], False)
