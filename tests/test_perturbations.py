@@ -56,8 +56,8 @@ def test_a_damaged_chain_about_anything_scores_less(everyday, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_damaged_chain_of_another_author_scores_less(independent, name):
-    in_other_words = name in ("paraphrased repeat", "planted wrong fact")  # of these the words alone tell too little
-    check(*independent, name, 0.6 if in_other_words else 0.9, pairs=80)  # each chain once
+    in_other_words = {"paraphrased repeat": 0.45, "planted wrong fact": 0.6}  # of these the words alone tell too little
+    check(*independent, name, in_other_words.get(name, 0.9), pairs=80)  # each chain once
 
 
 @pytest.mark.parametrize("name", ["repeat it renumbered", "paraphrased repeat", "shuffle", "filler", "empty"])

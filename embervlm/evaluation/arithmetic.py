@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from embervlm.evaluation.wording import SUPPOSES
+
 _NUMBER = r"\$?\d[\d,]*(?:\.\d+)?"
 _SIGNS = "-+*/x\u00d7\u00f7"
 _EQUATION = re.compile(
@@ -24,7 +26,7 @@ _COMPARISON = re.compile(
     rf"(?P<b>{_VALUE})(?![\d:]|[.,]\d|\s*[{_SIGNS}=]\s*\$?\d)(?P<other>(?:\s+[a-z]+)?)",
     re.IGNORECASE,
 )
-_SUPPOSED = re.compile(r"\b(?:if|unless|whether|would|when|whenever|until)\b[^.;]*$", re.IGNORECASE)
+_END = re.compile(r"[.;]")
 _CLAUSE_START = re.compile(
     r"(?:^|[.;:,(=]|\b(?:since|because|as|so|but|that|only|therefore|thus|hence))\s*$", re.IGNORECASE
 )
@@ -95,7 +97,7 @@ def _wrong_comparison(text: str) -> str | None:
         starts = _CLAUSE_START.search(before) is not None if not match["which"] else not _PREPOSITION.search(before)
         named = match["a"].casefold() in _SPELLED and not unit  # "this one is more than 5 years old"
         like = match["a"].endswith("%") == match["b"].endswith("%") and (not unit or not other or unit == other)
-        if not starts or named or not like or {unit, other} & _SCALES or _SUPPOSED.search(before):
+        if not starts or named or not like or {unit, other} & _SCALES or SUPPOSES.search(_END.split(before)[-1]):
             continue
         a, b = _value(match["a"]), _value(match["b"])
         holds = a > b if match["how"].casefold() in _MORE else a < b

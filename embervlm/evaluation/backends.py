@@ -24,7 +24,7 @@ from embervlm.evaluation.wording import Rarity, Reading
 EMBEDDED = "embedded"
 EMBEDDED_VERSION = "2"
 """Changes whenever the same chain would get another score."""
-SAID = (0.3, 0.8)
+SAID = (0.45, 0.75)
 """Share of a text said by another: from none of it to all of it."""
 SAME_STATEMENT = (0.55, 0.85)
 """Share of a clause said by another: below the first they speak of different things, from the second of the same."""
@@ -136,8 +136,7 @@ class EmbeddedBackend:
 
     def _opposing_clauses(self, reading: Reading) -> Array:
         """`[clause, clause]`: how sure both speak of the same thing, one of them with a negation."""
-        share, least = reading.clause_cover
-        share = np.minimum(share, reading.clause_words_shared)
+        share, (_, least) = reading.clause_words_shared, reading.clause_cover
         said = _ramp(share, *SAME_STATEMENT)
         # One inside the other: "the pace is not slow" against "the pace is slow on the long way up".
         inside = said * (least > 0.5) * (share.T > 0.4)

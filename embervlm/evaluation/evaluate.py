@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +45,11 @@ from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
 from embervlm.training.engine import World
 
-T = TypeVar("T")
 BATCH_SIZE = 64
 MAX_REFERENCE_RECORDS = 20_000
 """Training records, evenly spaced, from which the metrics learn orders and facts."""
 CALIBRATION_RECORDS = 200
 """Of the val split, to fit the temperature of `confidence` on."""
-VALIDATOR_RECORDS = 200
-"""Records whose steps, and what is made wrong of them, the step validator judges: some 40 for each record."""
 EXPLAIN_BATCH = 16
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 COMPARISONS = {
@@ -333,7 +330,7 @@ def _read_test_set(job: Evaluation, outside: bool, known: Sequence[ReasoningReco
     return records
 
 
-def _some(records: Sequence[T], count: int | None) -> list[T]:
+def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:
     """At most `count`, the same ones every time."""
     if count is None or count >= len(records):
         return list(records)
@@ -373,8 +370,7 @@ def _scene(record: ReasoningRecord) -> str:
 
 def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
     """Of all that the answers depend on: weights, records, pictures by name, decoding."""
-    sizes = BATCH_SIZE, VALIDATOR_RECORDS, job.explained, job.faithfulness_samples
-    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, *sizes]
+    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained, job.faithfulness_samples]
     for name, asked in passes.items():
         manifest = asked.checkpoint / run_dir.COMPLETE
         files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
@@ -540,9 +536,8 @@ def _validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: in
     assert model.tokenizer is not None
     if model.config.stage == 3:
         return []
-    every = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid, max_length=10**6)
-    maker = PairMaker(data.records, every, model.tokenizer)
-    samples = _some(every, VALIDATOR_RECORDS)
+    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid, max_length=10**6)
+    maker = PairMaker(data.records, samples, model.tokenizer)
 
     def judge(start: int) -> Callable[[EmberVLM], dict[str, list[bool]]]:
         return lambda judging: _verdicts(judging, data, maker, samples[start : start + BATCH_SIZE], start, seed)

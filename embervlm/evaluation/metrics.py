@@ -59,7 +59,7 @@ MIN_SHARED_OF_REPLACED = 0.3
 """Share of a step's words that a given text has, from which on the two are compared word by word."""
 FAULT = 0.5
 """From here on a fault is told as a reason."""
-REDUNDANT = (0.4, 0.8)
+REDUNDANT = (0.52, 0.75)
 """Similarity to an earlier step that entails this one: below the first the step is new, from the second it is not."""
 ADDS = (0.05, 0.25)
 """Share of a step's words that an earlier one lacks and the rest of the chain or the question has."""

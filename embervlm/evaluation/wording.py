@@ -59,7 +59,7 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _NO_DENIAL = re.compile(r"\b(?:no|not) (?:more|less|fewer|later|sooner|longer|only|just|merely)\b", re.IGNORECASE)
-_SUPPOSES = re.compile(
+SUPPOSES = re.compile(
     r"\b(?:if|unless|would|whether|when|whenever|until|as long as|may|might|perhaps|maybe|possibly|or"
     r"|only\b.*\b(?:while|where|as))\b",
     re.IGNORECASE,
@@ -86,7 +86,7 @@ def clauses_of(text: str) -> tuple[Clause, ...]:
     """Statements of `text`. Of a part without a content word a "so" and a denial are kept, for the next one."""
     out: list[Clause] = []
     for sentence in _SENTENCE_BREAK.split(strip_numbering(text)):
-        supposed = _SUPPOSES.search(sentence) is not None
+        supposed = SUPPOSES.search(sentence) is not None
         result, denied = False, 0
         sentence = _DENIAL.sub("not ", _NO_DENIAL.sub("", _OPENING_ANSWER.sub("", sentence)))
         for part in _CLAUSE_BREAK.split(sentence):
