@@ -93,9 +93,11 @@ def share_out(
     mine: dict[Key, Any] = {}
     failed: Exception | None = None
     try:
-        for place in range(0, len(left), world.size):
-            if place + world.rank < len(left):
-                task = left[place + world.rank]
+        for turn, place in enumerate(range(0, len(left), world.size)):
+            # Tasks of a kind grow longer one by one: dealt there and back, so that the last process gets no more
+            own = place + (world.size - 1 - world.rank if turn % 2 else world.rank)
+            if own < len(left):
+                task = left[own]
                 bar.set_postfix_str(task.name, refresh=False)
                 mine[task.key] = json.loads(json.dumps(task.run(load(task.checkpoint))))  # alike, read from disk or not
                 journal.add(task.key, mine[task.key])
