@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -23,6 +23,7 @@ BACKBONE = COMPONENTS[:-1]
 REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
 LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
 _ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
+"""The guide's other names of components."""
 
 Config = TypeVar("Config")
 
@@ -55,7 +56,12 @@ class ScheduledSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """One pass of training with one optimizer: Stage 3, phase 1, phase 2 or a baseline."""
+    """One pass of training with one optimizer: a baseline, or what Stage 3 and the two phases have in common."""
+
+    default_multipliers: ClassVar[Mapping[str, float]] = {}
+    """Factor of a component that `learning_rate_multipliers` does not name; 1 where this does not name it either."""
+    does_nothing: ClassVar[tuple[str, ...]] = ()
+    """Fields that have no effect on this kind of phase, so that another value than 0 is a mistake."""
 
     name: str = ""
     epochs: int = 5
@@ -69,7 +75,8 @@ class PhaseConfig:
     """The guide's list; only checked against what `freeze_backbone` and the multipliers say."""
     frozen_components: tuple[str, ...] = ()
     learning_rate_multipliers: Mapping[str, float] = field(default_factory=dict)
-    """Component -> factor on `learning_rate`; 0 freezes. A component not named has 1, or 0 under `freeze_backbone`."""
+    """Component -> factor on `learning_rate`; 0 freezes. Complete once checked: a component not named gets its default,
+    or 0 under `freeze_backbone`."""
     reasoning_loss_weight: float = 0.0
     consistency_loss_weight: float = 0.0
     answer_loss_weight: float = 0.0
@@ -100,10 +107,7 @@ class PhaseConfig:
         _require(self.learning_rate > 0, f"{where}learning_rate: {self.learning_rate} is not positive")
         _require(self.warmup_steps >= 0, f"{where}warmup_steps: {self.warmup_steps} is negative")
         _require(self.gradient_clipping > 0, f"{where}gradient_clipping: {self.gradient_clipping} is not positive")
-        if wrong := set(self.learning_rate_multipliers) - set(COMPONENTS):
-            raise ConfigError(f"{where}learning_rate_multipliers: unknown {sorted(wrong)}; components are {COMPONENTS}")
-        if negative := [name for name, factor in self.learning_rate_multipliers.items() if factor < 0]:
-            raise ConfigError(f"{where}learning_rate_multipliers: {negative} are negative")
+        self._complete_multipliers(where)
         for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
         for name in (
@@ -115,10 +119,28 @@ class PhaseConfig:
             _require(0 <= getattr(self, name) <= 1, f"{where}{name}: {getattr(self, name)} is not in [0, 1]")
         if self.max_minutes is not None:
             _require(self.max_minutes > 0, f"{where}max_minutes: {self.max_minutes} is not positive")
-        if self.freeze_backbone:
-            idle = [name for name, factor in self.learning_rate_multipliers.items() if factor and name in BACKBONE]
-            _require(not idle, f"{where}learning_rate_multipliers: {idle} do nothing under freeze_backbone: true")
         self._check_component_lists(where)
+        for name in self.does_nothing:
+            _require(not getattr(self, name), f"{where}{name}: {getattr(self, name)} does nothing in this phase")
+
+    def _complete_multipliers(self, where: str) -> None:
+        given = {_ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
+        where += "learning_rate_multipliers: "
+        if wrong := set(given) - set(COMPONENTS):
+            raise ConfigError(f"{where}unknown {sorted(wrong)}; components are {COMPONENTS}")
+        _require(
+            len(given) == len(self.learning_rate_multipliers),
+            f"{where}{sorted(self.learning_rate_multipliers)} name one component twice",
+        )
+        if negative := [name for name, factor in given.items() if factor < 0]:
+            raise ConfigError(f"{where}{negative} are negative")
+        defaults = dict.fromkeys(COMPONENTS, 1.0) | dict(self.default_multipliers)
+        if self.freeze_backbone:
+            idle = [name for name, factor in given.items() if factor and name in BACKBONE]
+            _require(not idle, f"{where}{idle} do nothing under freeze_backbone: true")
+            defaults |= dict.fromkeys(BACKBONE, 0.0)
+        complete = {name: float(given.get(name, defaults[name])) for name in COMPONENTS}
+        object.__setattr__(self, "learning_rate_multipliers", complete)
 
     def _check_component_lists(self, where: str) -> None:
         multipliers = self.multipliers
@@ -140,15 +162,90 @@ class PhaseConfig:
     @property
     def multipliers(self) -> dict[str, float]:
         """Factor on the learning rate for every component."""
-        out = {}
-        for component in COMPONENTS:
-            default = 0.0 if self.freeze_backbone and component != "reasoning_module" else 1.0
-            out[component] = float(self.learning_rate_multipliers.get(component, default))
-        return out
+        return dict(self.learning_rate_multipliers)
 
     @property
     def loss_weights(self) -> dict[str, float]:
         return {term: getattr(self, f"{term}_loss_weight") for term in (*LOSS_TERMS, "dense")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage3Config(PhaseConfig):
+    """Stage 3: answers without chains, and what is in the picture."""
+
+    does_nothing: ClassVar[tuple[str, ...]] = (
+        "reasoning_loss_weight", "consistency_loss_weight", "answer_loss_weight", "multimodal_loss_weight",
+        "direct_records_ratio", "edited_facts_ratio",
+    )  # fmt: skip
+
+    name: str = "perception_and_answers"
+    learning_rate: float = 5e-4
+    warmup_steps: int = 500
+    direct_loss_weight: float = 1.0
+    dense_loss_weight: float = 1.0
+    caption_records_ratio: float = 0.5
+    glossary_records_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.direct_loss_weight > 0 or self.dense_loss_weight > 0,
+            f"phase {self.name!r}: direct_loss_weight and dense_loss_weight are both 0: nothing would be learned",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningPhaseConfig(PhaseConfig):
+    """What the two phases of Stage 4 have in common."""
+
+    does_nothing: ClassVar[tuple[str, ...]] = ("dense_loss_weight", "caption_records_ratio", "glossary_records_ratio")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f"phase {self.name!r}: "
+        _require(
+            self.direct_records_ratio > 0 or not self.direct_loss_weight,
+            f"{where}direct_loss_weight: {self.direct_loss_weight} does nothing without direct_records_ratio",
+        )
+        terms = [f"{term}_loss_weight" for term in LOSS_TERMS]
+        _require(
+            any(getattr(self, name) for name in terms),
+            f"{where}{', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 in phase 1 and "
+            "0.3/0.2/0.3/0.2 in phase 2",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase1Config(ReasoningPhaseConfig):
+    """Phase 1 as the guide has it."""
+
+    name: str = "train_reasoning_heads"
+    warmup_steps: int = 500
+    freeze_backbone: bool = True
+    reasoning_loss_weight: float = 0.4
+    consistency_loss_weight: float = 0.3
+    answer_loss_weight: float = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase2Config(ReasoningPhaseConfig):
+    """Phase 2 as the guide has it."""
+
+    default_multipliers: ClassVar[Mapping[str, float]] = {
+        "vision_encoder": 0.1, "projection": 0.5, "language_model": 0.5, "reasoning_module": 1.0,
+    }  # fmt: skip
+
+    name: str = "joint_finetuning"
+    learning_rate: float = 5e-5
+    warmup_steps: int = 200
+    reasoning_loss_weight: float = 0.3
+    consistency_loss_weight: float = 0.2
+    answer_loss_weight: float = 0.3
+    multimodal_loss_weight: float = 0.2
+
+
+AUGMENTATION_STRATEGIES: Mapping[str, float] = {"paraphrase": 0.3, "reorder": 0.2, "expand": 0.3, "simplify": 0.2}
+"""The guide's shares of the new records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +256,16 @@ class AugmentationConfig:
     """Training records in all, the given ones included; fewer where there are no more distinct chains."""
     validate_reasoning: bool = True
     """Check the claims and the conclusion of every new chain."""
+    augmentation_strategies: Mapping[str, float] = field(default_factory=lambda: AUGMENTATION_STRATEGIES)
+    """Strategy -> its weight among those named; one not named is not used. What one cannot give, the others do."""
 
     def __post_init__(self) -> None:
         _require(self.target_samples >= 1, f"target_samples: {self.target_samples} is less than 1")
+        weights = self.augmentation_strategies
+        for name, weight in weights.items():
+            _one_of("augmentation_strategies", name, tuple(AUGMENTATION_STRATEGIES))
+            _require(weight >= 0, f"augmentation_strategies: {name}: {weight} is negative")
+        _require(any(weights.values()), "augmentation_strategies: no weight is above 0; leave the section out instead")
 
 
 COMPLEXITIES = ("simple", "medium", "complex")
@@ -224,8 +328,8 @@ class StageConfig:
     """Stage 4: both phases and what they share."""
 
     name: str = "cot_reasoning"
-    phase1: PhaseConfig = PhaseConfig(freeze_backbone=True)
-    phase2: PhaseConfig = PhaseConfig()
+    phase1: Phase1Config = Phase1Config()
+    phase2: Phase2Config = Phase2Config()
     batch_size: int = 32
     """Records per device and micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -277,7 +381,7 @@ class TrainConfig:
     zero_stage: int = 2
     deepspeed_config: str | None = None
     """A DeepSpeed JSON that is used in place of the one for `zero_stage` and `precision`."""
-    stage3: PhaseConfig = PhaseConfig(name="perception_and_answers")
+    stage3: Stage3Config = Stage3Config()
     stage3_batch_size: int = 64
     stage4: StageConfig = StageConfig()
     curriculum: CurriculumConfig | None = None
@@ -345,10 +449,11 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            problems.append(f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+            problems.append(f"{path}: unknown key{_advice(str(key), hints)}")
             continue
         kwargs[key] = _convert(hints[key], value, path, problems)
+    required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING)
+    problems += [f"{where or 'config'}: {name} is missing" for name in required if name not in values]
     if len(problems) > found_before:
         return None
     try:
@@ -356,6 +461,29 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     except ConfigError as error:
         problems.append(f"{where}: {error}" if where else str(error))
         return None
+
+
+def _advice(key: str, hints: Mapping[str, Any]) -> str:
+    """What to do about a key that is none of `hints`: where it belongs, or what may have been meant."""
+    name = _ALIASES.get(key, key)
+    if name in COMPONENTS:
+        return f"; it belongs under stage4.phase2.learning_rate_multipliers: {name}"
+    if places := sorted(_places_of(TrainConfig, key), key=lambda place: (not place.startswith("stage4"), place)):
+        return "; it belongs to " + " or ".join(place or "the top of the file" for place in places)
+    close = difflib.get_close_matches(key, hints, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _places_of(cls: Any, key: str, where: str = "") -> list[str]:
+    """Dotted paths of the sections of `cls` that have a setting called `key`."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        if inner is not None:
+            found += _places_of(inner, key, f"{where}.{name}".lstrip("."))
+        if name == key and name not in getattr(cls, "does_nothing", ()):
+            found.append(where)
+    return found
 
 
 def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -409,15 +537,38 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
         values = values[parent]
         if not isinstance(values, dict):
             raise ConfigError(f"{dotted}: {parent} is {values!r} in the YAML, not a section with keys")
-    values[last] = value
+    component = _ALIASES.get(last, last)
+    for other in [key for key in values if _ALIASES.get(key, key) == component]:
+        del values[other]
+    values[component] = value
+
+
+MOVED = {
+    "phase1": "stage4.phase1", "phase2": "stage4.phase2",
+    "augmentation_strategies": "stage4.reasoning_augmentation.augmentation_strategies",
+}  # fmt: skip
+"""Blocks that the guide prints alone -> where they belong."""
+
+
+def _move_blocks(values: dict[str, Any]) -> None:
+    for block, home in MOVED.items():
+        if block not in values:
+            continue
+        at: Any = values
+        for part in home.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        _require(at is None, f"{block}: stands at the top and in {home.rpartition('.')[0]}; keep one of them")
+        override(values, home, values.pop(block))
 
 
 def load_train_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """The run in YAML file `path`, with `overrides` (dotted key -> value) on top."""
     values = read_yaml(path)
     try:
+        _move_blocks(values)
         for dotted, value in (overrides or {}).items():
-            override(values, dotted, value)
+            block, dot, rest = dotted.partition(".")
+            override(values, f"{MOVED.get(block, block)}{dot}{rest}", value)
         return from_mapping(TrainConfig, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

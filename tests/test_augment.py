@@ -12,10 +12,9 @@ from dataclasses import replace
 import pytest
 
 from embervlm.cli import main
-from embervlm.config import AugmentationConfig, ConfigError
+from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
 from embervlm.data.augment import (
     GIVE_UP_AFTER,
-    SHARES,
     ChainIndex,
     Origin,
     augment,
@@ -246,7 +245,9 @@ def test_a_chain_that_differs_in_function_words_alone_is_a_near_duplicate():
 
 def test_the_strategies_get_the_guides_shares(augmented):
     made, report = augmented
-    assert {name: report.strategies[name].asked / NUM_NEW for name in SHARES} == pytest.approx(SHARES)
+    assert {name: report.strategies[name].asked / NUM_NEW for name in AUGMENTATION_STRATEGIES} == pytest.approx(
+        AUGMENTATION_STRATEGIES
+    )
     assert len(made) == report.made == NUM_NEW
     assert Counter(one.metadata["augmentation"] for one in made) == {n: s.made for n, s in report.strategies.items()}
 

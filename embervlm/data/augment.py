@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from embervlm import run_dir
-from embervlm.config import AugmentationConfig, ConfigError
+from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
 from embervlm.data.chain_graph import POINTS_BACK, ChainGraph, join_units
 from embervlm.data.chain_text import CONCLUSION, ROBOTS, format_reasoning, parse_reasoning_text
 from embervlm.data.claims import (
@@ -39,8 +39,6 @@ from embervlm.data.scenes.generate import write_dataset
 from embervlm.data.splits import split_records
 from embervlm.progress import progress_bar
 
-SHARES = {"paraphrase": 0.3, "reorder": 0.2, "expand": 0.3, "simplify": 0.2}
-"""Strategy -> share of the new records that is asked of it (the Stage 4 guide's). What one cannot give, others do."""
 SAME_CONTENT_JACCARD = 0.95
 """Two chains for one question and picture say the same from this Jaccard index of their content words' shingles on."""
 GIVE_UP_AFTER = 12
@@ -84,7 +82,9 @@ class AugmentationReport:
     """Different chains among origins and new records together, whatever their picture and question."""
     distinct_origins: int = 0
     """The same among the origins alone."""
-    strategies: dict[str, StrategyReport] = field(default_factory=lambda: {name: StrategyReport() for name in SHARES})
+    strategies: dict[str, StrategyReport] = field(
+        default_factory=lambda: {name: StrategyReport() for name in AUGMENTATION_STRATEGIES}
+    )
     refused_origins: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> ids of the records that nothing was made from."""
 
@@ -380,12 +380,13 @@ def _said(steps: Sequence[str]) -> int:
 
 def augment(
     records: Sequence[ReasoningRecord], num_new: int, *, validate: bool = True, seed: int = 0,
-    teacher: Paraphrase | None = None,
+    teacher: Paraphrase | None = None, shares: Mapping[str, float] = AUGMENTATION_STRATEGIES,
 ) -> tuple[list[ReasoningRecord], AugmentationReport]:  # fmt: skip
     """Up to `num_new` distinct records made from `records`, and what was made and refused; same seed, same records.
 
-    Strategies get the guide's shares; what one cannot reach is asked of the others. Fewer come back where there are no
-    more distinct chains. Nothing is made from records that are augmentations themselves, nor is any made again.
+    Strategies get their `shares`; what one cannot reach is asked of the others that have one. Fewer come back where
+    there are no more distinct chains. Nothing is made from records that are augmentations themselves, nor is any made
+    again.
 
     Args:
         validate: check that claims are unchanged and none is contradicted, and that the conclusion fits the answer.
@@ -397,14 +398,15 @@ def augment(
     report = maker.report
     report.wanted = max(0, num_new)
     rng = random.Random(f"augment:{seed}")
-    open_to = {name: list(maker.origins) for name in SHARES}
+    shares = {name: share for name, share in shares.items() if share > 0}
+    open_to = {name: list(maker.origins) for name in shares}
     made: list[ReasoningRecord] = []
     goal = min(report.wanted, MAX_FROM_ONE * len(maker.origins))
-    for name, asked in _split(report.wanted, SHARES).items():
+    for name, asked in _split(report.wanted, shares).items():
         report.strategies[name].asked = asked
     with progress_bar(total=goal, desc="augmenting", unit="chain") as bar:
         while len(made) < goal and any(open_to.values()):
-            quotas = _split(goal - len(made), {name: SHARES[name] for name, left in open_to.items() if left})
+            quotas = _split(goal - len(made), {name: shares[name] for name, left in open_to.items() if left})
             wanted: dict[int, dict[str, int]] = defaultdict(dict)
             for name, quota in quotas.items():
                 rng.shuffle(open_to[name])
@@ -573,14 +575,15 @@ def augment_cached(
     """
     if len(records) >= config.target_samples:
         return records
-    digest = hashlib.blake2b(repr((asdict(config), seed, SHARES)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((asdict(config), seed)).encode(), digest_size=8)
     for record in records:
         digest.update(repr((record.record_id, record.image, record.instruction, record.steps, record.answer)).encode())
     path = folder / f"augmented-{digest.hexdigest()}.jsonl"
     if make and not path.exists():
         made, report = augment(
-            records, config.target_samples - len(records), validate=config.validate_reasoning, seed=seed
-        )
+            records, config.target_samples - len(records), validate=config.validate_reasoning, seed=seed,
+            shares=config.augmentation_strategies,
+        )  # fmt: skip
         print(f"augmentation: {len(records)} training records and {len(made)} new ones\n{report.text()}")
         if len(made) < report.wanted:
             print(f"reasoning_augmentation.target_samples: {config.target_samples} is not reached with distinct chains")

@@ -28,7 +28,7 @@ from embervlm.model.storage import load_checkpoint_into
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
-from embervlm.training.schedule import learning_rate_factor, teacher_forcing_ratio
+from embervlm.training.schedule import learning_rate_factor, shortened_warmup, teacher_forcing_ratio
 from embervlm.training.signals import Preempted, stop_wanted
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
@@ -90,6 +90,11 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
+    elif world.rank == 0 and (warmup := shortened_warmup(job.phase.warmup_steps, total)) != job.phase.warmup_steps:
+        print(
+            f"{job.name}: warmup_steps {job.phase.warmup_steps} would be all of its {total} steps; the rate warms up "
+            f"over a tenth of them, {warmup:g}"
+        )
     settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config)}
     tracker = Tracker(
         job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,

@@ -14,12 +14,16 @@ def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps
         progress_steps: Optimizer steps done so far; 0 is the first step.
         warmup_steps: Where this is not less than `total_steps`, a tenth of the run warms up instead.
     """
-    if warmup_steps >= total_steps:
-        warmup_steps = total_steps / 10
+    warmup_steps = shortened_warmup(warmup_steps, total_steps)
     if progress_steps < warmup_steps:
         return (progress_steps + 1) / (warmup_steps + 1)
     done = min(1.0, (progress_steps - warmup_steps) / max(1.0, total_steps - warmup_steps))
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def shortened_warmup(warmup_steps: float, total_steps: float) -> float:
+    """`warmup_steps`, or a tenth of the run where that would be the whole of it."""
+    return total_steps / 10 if warmup_steps >= total_steps else warmup_steps
 
 
 def teacher_forcing_ratio(epoch: int, num_epochs: int, config: ScheduledSamplingConfig) -> float:
