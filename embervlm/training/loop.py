@@ -135,17 +135,17 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             if logs and config.log_records:
                 values["records"] = _record_ids(batches, world)
             tracker.advance(progress.step, values if logs else None)
-            ends_epoch = job.plan.locate(progress.step)[1] == 0 or progress.step == total
-            if ends_epoch and job.after_epoch is not None:
-                with engine.whole():
-                    job.after_epoch(model, epoch + 1)
-                model.train()
+            ends_epoch = job.after_epoch is not None and job.plan.locate(progress.step)[1] == 0
             evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
             stopping = stop_wanted(world)
-            if progress.step < total and (progress.step % config.save_steps == 0 or evaluates or stopping):
+            due = progress.step % config.save_steps == 0 or ends_epoch or evaluates or stopping
+            if progress.step < total and due:
                 saved = store.save(engine, progress, settings, extra)
                 if stopping:
                     store.wait(required=True)  # it must not say "saved" of what is not on disk
+                if ends_epoch:  # behind the save: whatever becomes of it, the epoch is kept
+                    _end_epoch(job, engine, progress.step)
+                if stopping:
                     tracker.close()
                     raise Preempted(progress.step)
                 if evaluates and job.after_save is not None and store.wait():
@@ -153,11 +153,20 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
         if progress.step == first_step == 0:
             raise RuntimeError(f"{job.name}: no step was done")
         final = store.save(engine, progress, settings, extra, final=True)
+        _end_epoch(job, engine, progress.step)
     if config.eval_steps and job.after_save is not None:
         _evaluate(job.after_save, final, tracker, progress.step)
     tracker.close()
     model.freeze_backbone(False)
     return final
+
+
+def _end_epoch(job: PhaseJob, engine: Engine, step: int) -> None:
+    """What is to be done with the model once the epoch that ends with `step` is saved."""
+    if job.after_epoch is not None:
+        with engine.whole():
+            job.after_epoch(job.model, job.plan.locate(step - 1)[0] + 1)
+        job.model.train()
 
 
 def _evaluate(after_save: Callable[[Path], None], saved: Path, tracker: Tracker, step: int) -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,7 +200,7 @@ class Run:
             name=f"phase {number}", folder=folder, phase=phase, model=model, plan=plan, collator=collator,
             pictures=data.pictures, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation_steps,
             scheduled_sampling=stage.scheduled_sampling, gradient_checkpointing=stage.gradient_checkpointing,
-            after_epoch=lambda trained, epoch: self._write_samples(trained, data, first_epoch + epoch),
+            after_epoch=lambda trained, epoch: self._after_epoch(trained, data, first_epoch + epoch),
             after_save=self._evaluate,
         )  # fmt: skip
         return train_phase(job, config, self.world)
@@ -330,6 +329,18 @@ class Run:
             image_size=model.config.image_size, dense_labels=dense, **options,
         )  # fmt: skip
 
+    def _after_epoch(self, model: EmberVLM, data: RunData, epoch: int) -> None:
+        """Samples are a by-product: whatever goes wrong with them is only said, and training goes on.
+
+        No process waits for another here, so it may go wrong on one alone.
+        """
+        try:
+            self._write_samples(model, data, epoch)
+        except Exception as error:  # a device may be out of memory
+            if self.world.rank == 0 or not isinstance(error, ConfigError):  # the latter is the same on every process
+                reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
+                _log.warning("epoch %d: no samples (%s); training goes on", epoch, reason)
+
     def _write_samples(self, model: EmberVLM, data: RunData, epoch: int) -> None:
         """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
         records = (data.val or data.train)[: self.config.sample_records]
@@ -343,8 +354,7 @@ class Run:
                  "gold_answer": list(record.answer), "gold_steps": list(record.steps), **result}
                 for record, result in zip(records, results)
             ]  # fmt: skip
-            with _warning_where_unwritten():
-                run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+            run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
 
     def _evaluate(self, checkpoint: Path) -> None:
         """What `select_best` reads: computed here by all processes, or by a job of its own.
@@ -380,15 +390,6 @@ class Run:
                 self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
             self.baselines(resume or stage3)
-
-
-@contextmanager
-def _warning_where_unwritten() -> Iterator[None]:
-    """A by-product that cannot be written ends no run; whether that goes on is up to its checkpoints."""
-    try:
-        yield
-    except run_dir.WriteError as error:
-        _log.warning("%s", error)
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
