@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embervlm.config import BACKBONE, model_preset
+from embervlm.errors import told_in_one_line
 
 if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
@@ -426,12 +427,11 @@ def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: P
 
     from embervlm.report.figures import write_figures
     from embervlm.report.recorded import evaluation_alone
-    from embervlm.run_dir import read_json
+    from embervlm.run_dir import trained_with
     from embervlm.training.tracking import log_evaluation
 
-    state = checkpoint / "state.json"
-    trained_with = read_json(state)["settings"]["config"] if state.exists() else {}
-    project = project or trained_with.get("wandb_project")
+    config = trained_with(checkpoint)
+    project = project or config.get("wandb_project")
     if not project:
         return
     try:
@@ -439,7 +439,7 @@ def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: P
             figures = write_figures(evaluation_alone(output_file), folder)
             log_evaluation(
                 checkpoint.absolute().parent, result, figures, project=project,
-                run_name=trained_with.get("wandb_run_name"),
+                run_name=config.get("wandb_run_name"),
             )  # fmt: skip
         print(f"sent to W&B: project {project}")
     except Exception as error:  # drawing and W&B raise what they like
@@ -526,12 +526,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         sys.exit(select_best(arguments[1:]))
     args = build_parser().parse_args(arguments)
-    try:
+    with told_in_one_line():
         args.run(args)
-    except ValueError as error:  # every error of ours that a user can mend is one
-        if type(error) is ValueError:
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

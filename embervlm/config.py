@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from embervlm.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
 """Parts of the model that have a learning rate of their own; the first level of parameter names."""
@@ -28,7 +30,7 @@ _ALIASES = {"language_model_backbone": "language_model", "projection_layer": "pr
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be run with; the message says which, and what to write instead."""
 
 

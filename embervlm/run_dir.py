@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from embervlm.errors import UserError
+
 COMPLETE = "COMPLETE"
 """The manifest's file name; a checkpoint folder without it does not exist."""
 EVALS = "evals"
@@ -36,6 +38,7 @@ FINAL_NAME = "checkpoint-final"
 MANIFEST_FORMAT = 1
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MEND = "correct it, restore it from a copy, or delete it"
 _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
 _DAMAGED = "damaged-"
@@ -43,11 +46,11 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
 _log = logging.getLogger(__name__)
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(UserError):
     """A checkpoint whose files are not those of its manifest. The message names every damaged file."""
 
 
-class WriteError(ValueError):
+class WriteError(UserError):
     """A file that could not be written, because the disk is full for one. The message names it."""
 
 
@@ -104,13 +107,24 @@ def calibration_path(checkpoint: str | Path) -> Path:
     return Path(checkpoint) / EVALS / "calibration.json"
 
 
+def read_temperature(checkpoint: str | Path) -> float:
+    """Temperature of a checkpoint's `confidence`; 1 where it was never fitted."""
+    path = calibration_path(checkpoint)
+    if not path.exists():
+        return 1.0
+    value = read_object(path, "temperature")["temperature"]
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"{path}: damaged, its temperature is no number above 0; delete it and evaluate again")
+    return float(value)
+
+
 def read_eval(path: str | Path) -> dict[str, Any]:
-    """An evaluation file. ValueError where it is of another version or none at all."""
+    """An evaluation file. UserError where it is of another version or none at all."""
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
-        raise ValueError(f"{path}: not an evaluation, it has no 'metrics'; delete it and evaluate again")
+        raise UserError(f"{path}: not an evaluation, it has no 'metrics'; delete it and evaluate again")
     if (found := evaluation.get("format", EVAL_FORMAT)) != EVAL_FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: its metrics are others under the "
             "same names; delete it and evaluate again"
         )
@@ -184,14 +198,44 @@ def atomic_text(path: str | Path) -> Iterator[TextIO]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parsed content of `path`. ValueError names the file and the place when it is not JSON."""
+    """Parsed content of `path`. UserError names the file and the place when it is not JSON."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged, not valid JSON ({error}); delete it or restore it from a copy") from error
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not valid JSON ({error}); {_MEND}") from error
+
+
+def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in `path`. UserError where it is none, or lacks one of `keys`."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged, not a JSON object; {_MEND}")
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path}: damaged, lacks {', '.join(missing)}; {_MEND}")
+    return found
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`: step, samples, elapsed_s, settings; {} where it has none, as a model of others."""
+    path = Path(checkpoint) / "state.json"
+    if not path.exists():
+        return {}
+    state = read_object(path)
+    settings = state.get("settings", {})
+    if not isinstance(settings, dict) or not isinstance(settings.get("config", {}), dict):
+        raise UserError(f"{path}: damaged, its settings are no JSON object; {_MEND}")
+    return state
+
+
+def trained_with(checkpoint: str | Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint, as the YAML spells them; {} where they are not known."""
+    config: dict[str, Any] = read_state(checkpoint).get("settings", {}).get("config", {})
+    return config
 
 
 def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) -> Path:
@@ -319,7 +363,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     marker = path / COMPLETE
     try:
         manifest = read_json(marker)
-    except ValueError as error:
+    except UserError as error:
         raise DamagedCheckpointError(str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise DamagedCheckpointError(f"{marker}: not a manifest of format {MANIFEST_FORMAT}; the checkpoint is damaged")

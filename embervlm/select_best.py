@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from embervlm.errors import UserError, told_in_one_line
 from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval
 
 ACCURACY = "final_answer_accuracy"
@@ -27,7 +28,7 @@ Evaluate = Callable[[Path, str], "dict[str, Any]"]
 _log = logging.getLogger(__name__)
 
 
-class NoCheckpointError(ValueError):
+class NoCheckpointError(UserError):
     """There is no checkpoint to choose, or none that can be compared. The message says what was looked for."""
 
 
@@ -60,7 +61,7 @@ def select_best_checkpoint(
             file holds. Default: `embervlm.evaluation.evaluate.evaluate_checkpoint`, which also writes it.
     Raises:
         NoCheckpointError: no complete checkpoint, or none eligible.
-        ValueError: `metric` is in no evaluation, or a file is damaged.
+        UserError: `metric` is in no evaluation, or a file is damaged.
     """
     ranking = rank_checkpoints(checkpoints_dir, metric, higher_is_better, evaluate, split=split)
     return Path(_winner(ranking, metric).checkpoint)
@@ -91,7 +92,7 @@ def rank_checkpoints(
 
     known = sorted({name for evaluation in evaluations.values() for name in evaluation["metrics"]})
     if metric not in known:
-        raise ValueError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
+        raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
     if len(sizes := {evaluation.get("num_samples") for evaluation in evaluations.values()}) > 1:
         _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
     if len(backends := {json.dumps(evaluation.get("backend")) for evaluation in evaluations.values()}) > 1:
@@ -126,14 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lower_is_better", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the whole ranking instead of the best path")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         ranking = rank_checkpoints(args.checkpoints_dir, args.metric, not args.lower_is_better, split=args.split)
         if args.json:
             print(json.dumps([asdict(ranked) for ranked in ranking], indent=2))
         best = _winner(ranking, args.metric)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     if not args.json:
         print(f"Best checkpoint: {best.checkpoint}")
     return 0

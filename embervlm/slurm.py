@@ -21,6 +21,7 @@ from pathlib import Path
 from embervlm import run_dir
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
 from embervlm.config import ConfigError, load_train_config
+from embervlm.errors import told_in_one_line
 from embervlm.training.cli import overrides_of
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
@@ -81,7 +82,7 @@ class Requeues:
         if self.restarts >= self.limit:
             return f"it was requeued {self.restarts} times ({MAX_REQUEUES_VARIABLE}={self.limit})"
         step = self.newest_step()
-        if self.restarts and step <= run_dir.read_json(self._path)["step"]:
+        if self.restarts and step <= run_dir.read_object(self._path, "step")["step"]:
             return f"the last requeue made no progress: the newest checkpoint is still of step {step}"
         return None
 
@@ -114,10 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("options", "fits", "output_dir", "started", "ended"))
     parser.add_argument("--exit_code", type=int, help="of the training that ended")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         sys.exit(_run(args))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
 
 
 def _run(args: argparse.Namespace) -> int:

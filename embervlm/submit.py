@@ -28,6 +28,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.errors import UserError, told_in_one_line
 from embervlm.slurm import MAX_REQUEUES, job_state
 from embervlm.training.cli import FLAGS, overrides_of, stages_of
 from embervlm.training.cli import parser as train_parser
@@ -39,7 +40,7 @@ SIGNAL_EARLY_S = 60
 """Slurm may send that signal this much earlier than asked for (sbatch, `--signal`)."""
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(UserError):
     """A training job ended with an error; its log says which."""
 
 
@@ -281,10 +282,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser().parse_known_args(argv)
-    try:
+    with told_in_one_line():
         _submit(args, rest)
-    except (ConfigError, TrainingFailedError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _submit(args: argparse.Namespace, rest: list[str]) -> None:

@@ -303,6 +303,20 @@ def test_the_best_evaluated_checkpoint_is_kept_beside_the_last(training: Trainin
     assert sorted(path.name for path in training.folder.iterdir()) == [f"checkpoint-{step}" for step in (1, 3, 4)]
 
 
+@pytest.mark.parametrize("damage", ["", "[]", '{"metrics": ', '{"metrics": {}}'])
+def test_a_damaged_evaluation_ends_no_training_and_nothing_is_deleted_on_its_word(
+    training: Training, three: list[Path], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = run_dir.eval_path(three[0], "val")
+    file.parent.mkdir()
+    file.write_text(damage)
+    with training.store(keep_last=1, keep_best=1) as store:
+        final = training.save(store, 4, final=True)
+    run_dir.verify_checkpoint(final)
+    assert all(path.exists() for path in three)
+    assert f"{training.folder}: no old checkpoint is deleted: " in caplog.text
+
+
 def test_the_optimizer_of_a_checkpoint_that_trained_other_parts_is_refused(training: Training, data: Path) -> None:
     with training.store() as store:
         saved = training.save(store, 1)

@@ -281,6 +281,6 @@ def test_the_command_names_the_flag_that_cannot_be(tmp_path, flags, words):
 
 def test_the_command_names_a_task_file_that_is_no_json(tmp_path):
     (tmp_path / "tasks.json").write_text("[{")
-    with pytest.raises(SystemExit, match=r"tasks\.json: not valid JSON"):
+    with pytest.raises(SystemExit, match=r"tasks\.json: .*not valid JSON"):
         main(["data", "generate", "--output_file", str(tmp_path / "d.json"), "--input_dataset",
               str(tmp_path / "tasks.json")])  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "embervlm"
 ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands")
-BASE = {"embervlm", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
+BASE = {"embervlm", "embervlm.errors", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
 """Left of every folder."""
 COMMANDS = {
     "embervlm.cli",
@@ -125,7 +125,7 @@ def test_the_report_imports_neither_torch_nor_a_model() -> None:
 @pytest.mark.parametrize(
     "name",
     ["embervlm", "embervlm.select_best", "embervlm.cli", "embervlm.run_dir", "embervlm.config", "embervlm.cluster",
-     "embervlm.slurm"],
+     "embervlm.slurm", "embervlm.errors"],
 )  # fmt: skip
 def test_light_modules_import_where_torch_is_not_installed(name: str) -> None:
     """A login node."""

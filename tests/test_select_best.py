@@ -126,27 +126,27 @@ def test_the_command_prints_a_ranking_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)[0]["step"] == 500
 
 
-def error_of(capsys, *arguments) -> str:
-    assert main(list(arguments)) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    return captured.err
+def error_of(*arguments) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+    return str(ended.value)
 
 
-def test_a_folder_without_checkpoints_is_an_error_that_says_what_was_looked_for(tmp_path, capsys):
-    error = error_of(capsys, "--checkpoints_dir", str(tmp_path))
+def test_a_folder_without_checkpoints_is_an_error_that_says_what_was_looked_for(tmp_path):
+    error = error_of("--checkpoints_dir", str(tmp_path))
     assert f"{tmp_path}: no complete checkpoint" in error and "COMPLETE" in error
 
 
-def test_a_damaged_evaluation_is_named(tmp_path, capsys):
+def test_a_damaged_evaluation_is_named(tmp_path):
     file = eval_path(add(tmp_path, 500, 0.5), "val")
     file.write_text('{"metrics": ')
-    assert str(file) in error_of(capsys, "--checkpoints_dir", str(tmp_path))
+    assert str(file) in error_of("--checkpoints_dir", str(tmp_path))
 
 
-def test_no_eligible_checkpoint_is_an_error_with_the_reasons(tmp_path, capsys):
+def test_no_eligible_checkpoint_is_an_error_with_the_reasons(tmp_path):
     add(tmp_path, 500, None)
-    assert "checkpoint-500: reasoning_consistency is missing" in error_of(capsys, "--checkpoints_dir", str(tmp_path))
+    assert "checkpoint-500: reasoning_consistency is missing" in error_of("--checkpoints_dir", str(tmp_path))
 
 
 def test_the_command_starts_within_a_second_and_without_torch(tmp_path):

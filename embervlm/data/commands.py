@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from embervlm.config import ConfigError
 from embervlm.data.records import DataError
 from embervlm.data.shard import Shard
 from embervlm.progress import progress_bar
+from embervlm.run_dir import read_json
 
 if TYPE_CHECKING:
     from embervlm.data.teachers.endpoint import EndpointConfig
@@ -33,7 +33,7 @@ def generate(
     part = Shard.parse(shard)
     check_output(output_file, num_samples)
     if input_dataset is not None:
-        values = _read_json(input_dataset)
+        values = read_json(input_dataset)
         if not is_task_file(values):
             raise ConfigError(f"--input_dataset {input_dataset}: needs a list of records with input and output")
         tasks = read_tasks(values, input_dataset)
@@ -154,12 +154,3 @@ def check_output(output_file: Path, num_samples: int | None = None) -> None:
         raise ConfigError(f"--num_samples {num_samples}: must be at least 1")
     if output_file.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error

@@ -27,6 +27,7 @@ from embervlm.data.chain_text import (
 )
 from embervlm.data.json_text import JsonText
 from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, is_inside, kind, quote, read_fields
+from embervlm.errors import UserError
 from embervlm.run_dir import atomic_text
 
 __all__ = [
@@ -54,7 +55,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "nested too deeply; a record is a flat object, drop what is inside"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Something in a user's data is wrong. `problems` holds every finding; the message prints the first 50."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:

@@ -22,7 +22,7 @@ from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, folder_of_
 from embervlm.data.sources import is_shard, source_files, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
 from embervlm.progress import progress_bar
-from embervlm.run_dir import naming_unwritten, read_json, write_json_atomic
+from embervlm.run_dir import naming_unwritten, read_object, write_json_atomic
 
 STORE_FORMAT = 1
 REMEMBERED_RECORDS = 8192
@@ -62,7 +62,10 @@ class RecordStore:
         size = np.dtype(_COLUMNS["offsets"]).itemsize
         found = os.pread(self._offsets, 2 * size, self._first_offset + row * size)
         start, end = np.frombuffer(found, _COLUMNS["offsets"]).tolist()
-        fields = json.loads(os.pread(self._file, end - start, start))
+        try:
+            fields = json.loads(os.pread(self._file, end - start, start))
+        except ValueError as error:
+            raise DataError(f"{self.folder}: damaged at record {row + 1} ({error}); delete the folder") from error
         return ReasoningRecord(**{**fields, "steps": tuple(fields["steps"]), "answer": tuple(fields["answer"])})
 
     def split(self, name: Split) -> RecordView:
@@ -235,7 +238,7 @@ def _source_digest(files: Sequence[Path], *options: Any) -> str:
 
 def _open(folder: Path) -> RecordStore | None:
     try:
-        about = read_json(folder / "store.json")
+        about = read_object(folder / "store.json", "pictures")
         store = RecordStore(folder)
         lengths = {len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _COLUMNS if name != "offsets"}
     except (OSError, ValueError, EOFError):

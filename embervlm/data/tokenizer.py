@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from embervlm.config import ConfigError
+from embervlm.errors import UserError
 
 SPECIAL_TOKENS = (
     "<|reasoning_start|>", "<|reasoning_end|>", "<|step|>", "<|conclusion|>", "<|answer_start|>", "<|answer_end|>",
@@ -90,7 +91,9 @@ class ReasoningTokenizer:
     def from_folder(cls, path: str | Path) -> ReasoningTokenizer:
         try:
             return cls(AutoTokenizer.from_pretrained(str(path)))
-        except (OSError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of damage in tokenizer.json the library raises bare Exceptions
             raise ConfigError(f"{path}: no readable tokenizer there ({error})") from error
 
     def save(self, path: str | Path) -> None:

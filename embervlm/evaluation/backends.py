@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embervlm.config import ConfigError
+from embervlm.errors import UNREADABLE
 from embervlm.evaluation.wording import Rarity, Reading
+from embervlm.run_dir import read_object
 
 EMBEDDED = "embedded"
 EMBEDDED_VERSION = "2"
@@ -232,7 +234,7 @@ def _pooling_of(model: str) -> str:
         model, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    settings = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    settings = read_object(found) if found else {}
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     mode = settings.get("pooling_mode") or (" and ".join(modes) if modes else "mean")
     mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(mode, mode)
@@ -247,7 +249,7 @@ def _load(model: str, tokenizer_class: Any, model_class: Any, kind: str) -> tupl
     try:
         tokenizer = tokenizer_class.from_pretrained(model)
         loaded = model_class.from_pretrained(model).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{kind} backend {model}: cannot be loaded ({str(error).splitlines()[0]}); name a model's folder or id, "
             f"or use {EMBEDDED}"

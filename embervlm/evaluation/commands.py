@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,19 +28,12 @@ METRIC_GROUPS = {
 
 @contextmanager
 def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
-    """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; this one alone without.
-
-    Of an error that all of them meet, process 0 alone says what it is.
-    """
+    """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; this one alone without."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     world = World.join()
     try:
         yield world
-    except ValueError:
-        if world.rank > 0:
-            sys.exit(1)
-        raise
     finally:
         torch.distributed.destroy_process_group()
 

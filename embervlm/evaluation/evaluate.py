@@ -277,7 +277,7 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     """Records of the split, with what the metrics take from the training split."""
     if job.split not in SPLITS:
         raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
-    made_with = _training_config(job.checkpoint)
+    made_with = run_dir.trained_with(job.checkpoint)
     path = named = job.reasoning_data or made_with.get("reasoning_data")
     outside = bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside
     if path and not all(file.exists() for file in source_files(path) or [Path(path)]):
@@ -337,14 +337,9 @@ def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[Reasoni
     return [records[int(index)] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
 
 
-def _training_config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state.json"
-    return run_dir.read_json(path)["settings"]["config"] if path.exists() else {}
-
-
 def baseline_of(checkpoint: Path, name: str) -> Path | None:
     """The no-reasoning baseline `name` of the run that `checkpoint` belongs to, where it has been trained."""
-    config = _training_config(checkpoint)
+    config = run_dir.trained_with(checkpoint)
     outputs = [checkpoint.absolute().parents[2]] if len(checkpoint.absolute().parents) > 2 else []  # of a moved run too
     outputs += [Path(config["output_dir"])] if "output_dir" in config else []
     paths = [run_dir.checkpoint_path(output / "baseline" / name, None) for output in outputs]
@@ -425,8 +420,7 @@ def _result(
 ) -> dict[str, Any]:  # fmt: skip
     values = _values(samples, results, passes)
     metrics = {name: _mean(found) for name, found in values.items()}
-    state = job.checkpoint / "state.json"
-    about = run_dir.read_json(state) if state.exists() else {}
+    about = run_dir.read_state(job.checkpoint)
     calibrated = _calibrate(job, data, samples, results)
     return {
         "format": run_dir.EVAL_FORMAT,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.config import ConfigError
+from embervlm.errors import UserError
 from embervlm.model.embervlm import EmberVLM
 from embervlm.training.engine import World
 
@@ -62,7 +62,7 @@ class Journal:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     name, number, value = json.loads(line)
-                except ValueError:
+                except (ValueError, TypeError):
                     break  # the line that was being written when the process was killed
                 done[name, number] = value
         return done
@@ -112,11 +112,11 @@ def share_out(
 
 def raise_together(world: World, failed: Exception | None) -> None:
     """Raise this process's error, or one that says what another met. Call it on every process."""
-    said = None if failed is None else (isinstance(failed, ValueError), f"{type(failed).__name__}: {failed}")
+    said = None if failed is None else (isinstance(failed, UserError), f"{type(failed).__name__}: {failed}")
     found = world.gather(said)
     if failed is not None:
         raise failed
     for rank, other in enumerate(found):
         if other is not None:
             of_the_user, text = other
-            raise (ConfigError if of_the_user else RuntimeError)(f"process {rank}: {text}")
+            raise (UserError if of_the_user else RuntimeError)(f"process {rank}: {text}")

@@ -149,9 +149,8 @@ def _weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _settings(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state.json"
-    found = run_dir.read_json(path).get("settings") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    settings: dict[str, Any] = run_dir.read_state(checkpoint).get("settings", {})
+    return settings
 
 
 def _recorded_start(phase1: Path) -> Path | None:
@@ -193,12 +192,12 @@ def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor], one: Pat
 def _losses(log: Path) -> list[tuple[int, dict[str, float]]]:
     """Step and loss terms of each line; the unfinished last line of a killed run is left out."""
     out = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found.get("loss"), dict):
+        if isinstance(found, dict) and isinstance(found.get("loss"), dict) and "step" in found:
             out.append((int(found["step"]), found["loss"]))
     return out
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from embervlm.config import ConfigError
+from embervlm.errors import UNREADABLE
 from embervlm.model.config import EmberVLMConfig
 
 
@@ -25,7 +26,7 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
     if name and (pretrained or not spec.get("config")):
         try:
             return AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise ConfigError(_not_found(part, name, error)) from error
     settings = dict(spec.get("config") or {})
     model_type = settings.pop("model_type", None)
@@ -56,7 +57,7 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
     if pretrained:
         try:
             return auto.from_pretrained(spec["name_or_path"], dtype=torch.float32)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise ConfigError(_not_found(part, spec["name_or_path"], error)) from error
     return auto.from_config(config, dtype=torch.float32)
 

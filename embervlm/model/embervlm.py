@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.errors import UNREADABLE
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.reasoning import ReasoningModule, StepValidator
@@ -408,13 +409,12 @@ class EmberVLM(PreTrainedModel):
         folder = resolve_folder(pretrained_model_name_or_path)
         try:
             config = EmberVLMConfig.from_pretrained(str(folder))
-        except (OSError, ValueError) as error:
+            model = cls(config)
+        except UNREADABLE as error:
             raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
-        model = cls(config)
         load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
-        if (calibration := run_dir.calibration_path(folder)).exists():
-            model.confidence_temperature = float(run_dir.read_json(calibration)["temperature"])
+        model.confidence_temperature = run_dir.read_temperature(folder)
         return model.eval()
 
     def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]

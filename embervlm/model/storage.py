@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embervlm.errors import UserError
+
 WEIGHTS = "pytorch_model.bin"
 REASONING_WEIGHTS = "reasoning_module.bin"
 REASONING_PREFIX = "reasoning_module."
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 

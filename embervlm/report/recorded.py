@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
-from embervlm.select_best import NoCheckpointError, rank_checkpoints
+from embervlm.errors import UserError
+from embervlm.select_best import rank_checkpoints
 
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
 """The four metrics with a target in the guide."""
 _EPOCH_FILE = re.compile(r"epoch_(\d+)_samples\.json")
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """Recorded files that no report can be made of. The message says which file, and what to do."""
 
 
@@ -304,7 +305,7 @@ def _boxes(value: object) -> list[dict[str, Any]]:
 def _read(path: Path) -> Any:
     try:
         return run_dir.read_json(path)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         raise ReportError(str(error)) from error
 
 
@@ -347,7 +348,7 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
     if phase == 2 and found:
         try:
             ranking = rank_checkpoints(run_dir.phase_dir(folder, 2), evaluate=lambda path, split: {"metrics": {}})
-        except (NoCheckpointError, ValueError) as error:
+        except UserError as error:
             record.notices.append(f"No checkpoint is marked as the selected one: {error}")
             ranking = []
         for place, ranked in enumerate(ranking):

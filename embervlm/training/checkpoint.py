@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from embervlm import run_dir
+from embervlm.errors import UserError
 from embervlm.model.storage import CheckpointError, read_tensors
 from embervlm.training.engine import Engine, EngineState, Snapshot, World
 from embervlm.training.eval_jobs import awaiting_evaluation
@@ -39,7 +40,7 @@ SLOW_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-class SaveError(RuntimeError):
+class SaveError(UserError):
     """A checkpoint that could not be written. The message names its path; the checkpoints before it stand."""
 
 
@@ -187,8 +188,11 @@ class CheckpointStore:
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
             raise SaveError(f"{target}: not written: {reason}") from error
-        kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
-        run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
+        try:
+            kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
+            run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
+        except (UserError, OSError) as error:  # the checkpoint stands, and what is not known to be old is kept
+            _log.warning("%s: no old checkpoint is deleted: %s", self.folder, error)
 
     @staticmethod
     def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:

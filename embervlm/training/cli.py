@@ -11,6 +11,7 @@ from typing import Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
+from embervlm.errors import UserError, told_in_one_line
 from embervlm.run_dir import phase_dir
 from embervlm.training.eval_jobs import check_eval_cluster
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
@@ -101,29 +102,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    try:
+    with told_in_one_line():
         stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
         if config.eval_cluster is not None:
             check_eval_cluster(config.eval_cluster)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+        _train(args, stages, config)
+
+
+def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> None:
     listen()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from embervlm.data.records import DataError
-    from embervlm.model.storage import CheckpointError
-    from embervlm.run_dir import DamagedCheckpointError, WriteError
-    from embervlm.training.checkpoint import SaveError
-    from embervlm.training.engine import NonFiniteLossError, World
+    from embervlm.training.engine import World
     from embervlm.training.phases import Run
 
     world = World.join()
     try:
         check_cluster(args.cluster, world.size)
         Run(config, world).go(stages, args.phase)
-    except (
-        ConfigError, DataError, CheckpointError, DamagedCheckpointError, NonFiniteLossError, SaveError, WriteError
-    ) as error:  # fmt: skip
-        sys.exit(f"error: {error}" if world.rank == 0 else 1)
+    except UserError:
+        raise
     except Preempted as stopped:
         if world.rank == 0:
             print(stopped, file=sys.stderr)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from embervlm.config import LOSS_TERMS, ConfigError, PhaseConfig, TrainConfig
 from embervlm.data.collate import Batch
+from embervlm.errors import UserError
 from embervlm.training.param_groups import build_param_groups
 
 TERMS = (*LOSS_TERMS, "dense")
@@ -28,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError):
     """A loss term or gradient became NaN or infinite; no rank has updated anything."""
 
 

@@ -70,7 +70,7 @@ def awaiting_evaluation(folder: Path) -> list[Path]:
     for found in run_dir.list_checkpoints(folder):
         note = run_dir.eval_job_path(found.path, SPLIT)
         if note.exists() and not run_dir.eval_path(found.path, SPLIT).exists():
-            job = str(run_dir.read_json(note)["job_id"])
+            job = str(run_dir.read_object(note, "job_id")["job_id"])
             if _is_queued(job):
                 out.append(found.path)
     return out

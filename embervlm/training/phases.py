@@ -31,11 +31,12 @@ from embervlm.data.dataset import (
 )
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, format_reasoning
+from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning
 from embervlm.data.sources import source_files
 from embervlm.data.store import PicturePaths, RecordView, has_field, prepare
 from embervlm.data.teachers.rules import glossary
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.errors import UserError
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
@@ -114,7 +115,7 @@ def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
             while not wait([work], timeout=60).done:
                 world.broadcast((False, None))
         failed = work.exception()
-        error = failed if isinstance(failed, (ConfigError, DataError, run_dir.WriteError)) else None
+        error = failed if isinstance(failed, UserError) else None
         world.broadcast((True, error))
         return work.result()
     done = False
@@ -221,7 +222,9 @@ class Run:
 
     def baselines(self, start: Path) -> list[Path]:
         """Train Stage 3 on with direct answers: for as many samples as both phases saw, and for as long."""
-        spent = [run_dir.read_json(self._required(number) / "state.json") for number in (1, 2)]
+        spent = [
+            run_dir.read_object(self._required(number) / "state.json", "samples", "elapsed_s") for number in (1, 2)
+        ]
         samples, seconds = (sum(state[key] for state in spent) for key in ("samples", "elapsed_s"))
         wanted = [("same_samples", samples, None)]
         if self.config.baseline.same_time:

@@ -91,7 +91,7 @@ def _add_to_run(
     import wandb
 
     log = folder / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     last = max((step for line in lines if (step := _step_of(line)) != float("inf")), default=0.0)
     run = _open_run(folder, project, name, run_id, {})
     pictures = {f"{prefix}/{figure}": wandb.Image(str(path)) for figure, path in figures.items()}
@@ -133,7 +133,7 @@ class Tracker:
     def _drop_after(self, step: int) -> None:
         """Lines of steps that a resume does again."""
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             write_text_atomic(self._path, "".join(line + "\n" for line in kept))
 
