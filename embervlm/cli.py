@@ -269,7 +269,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="preset in configs/model/, or a YAML; default: the run's")
     parser.add_argument("--config", help="the run's YAML; default: configs/training_stages.yaml")
     parser.add_argument("--records", type=int, help="records of all splits together; default: target_samples")
-    parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: the most that count")
+    parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: 128")
     parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
     parser.add_argument(
         "--utilisation", type=float, help="share of the GPU's rated speed that is reached; see the plan's assumptions"

@@ -36,6 +36,8 @@ OPERATOR_S = 7e-6
 TRAIN_RATIO = 0.8
 """Share of the records that `embervlm.data.splits` gives to training."""
 ANSWER_TOKENS = 16
+QUESTION_TOKENS = 128
+"""Of a question, where the run does not say."""
 """Scored tokens of a record that is answered directly."""
 GUIDE_MINUTES = {"v100x1": (180, 360), "v100x2": (90, 210), "a100x4": (45, 90), "a100x8": (25, 45)}
 """Recipe -> (phase 1, phase 2): the guide's table of expected training times."""
@@ -456,8 +458,6 @@ def run_plan(
     chain_tokens: int | None, utilisation: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """`embervlm plan`. What is None comes from the run's YAML: its model, `target_samples`, the longest chain."""
-    from embervlm.data.collate import MAX_QUESTION_TOKENS
-
     overrides = load_recipe(cluster).train_settings | ({"model": model} if model else {})
     path = config or str(REPOSITORY / "configs" / "training_stages.yaml")
     settings = load_train_config(path, overrides)
@@ -468,7 +468,7 @@ def run_plan(
         records = augmentation.target_samples
     found = {
         "records": records,
-        "question_tokens": MAX_QUESTION_TOKENS if question_tokens is None else question_tokens,
+        "question_tokens": QUESTION_TOKENS if question_tokens is None else question_tokens,
         "chain_tokens": settings.stage4.max_reasoning_length if chain_tokens is None else chain_tokens,
     }
     for name, value in found.items():

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from embervlm.data.collate import MAX_QUESTION_TOKENS, DenseLabels, validator_inputs
+from embervlm.data.collate import DenseLabels, validator_inputs
 from embervlm.data.dataset import (
     boxes_to_mask,
     edit_facts,
@@ -170,7 +170,7 @@ def test_the_validator_gets_question_previous_steps_and_step_apart(samples):
 def test_what_the_validator_reads_never_exceeds_its_length():
     inputs = validator_inputs([([1] * 1000, [2] * 256, [3] * 1000)])
     assert inputs["pair_ids"].shape[1] <= StepValidator.MAX_LENGTH
-    assert (inputs["pair_segments"] == StepValidator.SEGMENTS.index("question")).sum() == MAX_QUESTION_TOKENS
+    assert (inputs["pair_segments"] == StepValidator.SEGMENTS.index("question")).sum() == 128
 
 
 def test_pairs_point_at_their_records_row(records, samples, tokenizer, make_collator):

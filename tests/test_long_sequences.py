@@ -10,6 +10,7 @@ import pytest
 
 from embervlm import run_dir
 from embervlm.config import load_train_config
+from embervlm.data.records import DataError
 from embervlm.training.engine import World
 from embervlm.training.phases import Run
 from tests.training_helpers import CPU, make_data, write_model_yaml, write_run_yaml
@@ -45,3 +46,63 @@ def test_samples_that_cannot_be_written_end_no_run_and_a_save_comes_before_them(
     assert saved == ["checkpoint-final", "checkpoint-1", "checkpoint-final"]
     assert "epoch 3: no samples (MemoryError: out of memory); training goes on" in caplog.text
     assert run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None).is_dir()
+
+
+GPT2 = {
+    "config": {"model_type": "gpt2", "vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512}
+}
+"""With a table of positions: what is longer is an error of the device, far from its cause."""
+VISUAL, POSITIONS = 9, 512
+
+
+def long_question(record: dict[str, Any], num_words: int) -> dict[str, Any]:
+    words = "The fleet waits at the depot and has been told nothing else so far. "
+    return record | {"instruction": (words * num_words)[: 5 * num_words] + record["instruction"]}
+
+
+def spoilt(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One question is too long in each split, and one chain."""
+    out = [dict(record) for record in records]
+    for place, split in ((0, "train"), (5, "val"), (9, "test")):
+        out[place] = long_question(out[place], 1000)
+        out[place]["metadata"] = out[place]["metadata"] | {"split": split, "split_group": f"own {split}"}
+    steps = [f"The robot number {number} waits for a sign of {number * 7}." for number in range(60)]
+    out[14] = out[14] | {"reasoning": steps, "metadata": {"split": "train", "split_group": "own"}}
+    return [record | {"id": f"r{place}"} for place, record in enumerate(out)]
+
+
+def test_every_text_that_is_too_long_is_refused_before_stage_3_trains(
+    records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = write_model_yaml(tmp_path, language=GPT2)
+    with pytest.raises(DataError) as caught:
+        runs(tmp_path, spoilt(records), "3", "4", model=model)
+    problems = caught.value.problems
+    fields = [tuple(problem.split(": ")[:2]) for problem in problems]
+    assert set(fields) == {
+        ("record r0", "instruction"), ("record r5", "instruction"), ("record r9", "instruction"),
+        ("record r14", "reasoning"),
+    }  # fmt: skip
+    first = next(problem for problem in problems if problem.startswith("record r0:"))
+    assert "(9 of the picture, " in first and "the language model reads 512; shorten it" in first
+    assert "more than the 400 of --max_reasoning_length" in next(p for p in problems if p.startswith("record r14:"))
+    assert not list((tmp_path / "outputs").glob("stage*"))
+
+
+def test_a_text_of_just_the_models_length_trains_and_the_validator_reads_no_further(
+    records: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The validator reads 512 tokens where it can; picture and pair together must not be longer than the model."""
+    model = write_model_yaml(tmp_path, language=GPT2)
+    some = [long_question(record, 150) for record in records]
+    with pytest.raises(DataError) as caught:
+        runs(tmp_path, some, "3", model=write_model_yaml(tmp_path, language=resized(64)))
+    longest = max(int(problem.split(": ")[2].split(" ")[0]) for problem in caught.value.problems)
+    model = write_model_yaml(tmp_path, language=resized(longest))
+    output = runs(tmp_path, some, "3", "4", model=model, sample_records=0, stage4__batch_size=32, max_steps=None)
+    assert run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None).is_dir()
+    assert "chains are longer than the step validator reads" in capsys.readouterr().out
+
+
+def resized(positions: int) -> dict[str, Any]:
+    return {"config": GPT2["config"] | {"n_positions": positions}}

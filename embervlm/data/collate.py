@@ -13,13 +13,12 @@ from torch import Tensor
 
 from embervlm.data.dataset import CAPTION, DIRECT, EDITED, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair
+from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning"}
-MAX_QUESTION_TOKENS = 128
 
 
 @dataclass(kw_only=True)
@@ -79,11 +78,12 @@ class Collator:
         dense_labels: DenseLabels | None = None,
         grounding: bool = False,
         use_reasoning: bool = True,
+        max_pair_tokens: int = MAX_PAIR_TOKENS,
     ) -> None:
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
         self.candidates, self.seed, self.image_size = list(candidates), seed, image_size
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
-        self.pair_records_ratio = pair_records_ratio
+        self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
         self.grounding, self.use_reasoning = grounding, use_reasoning
         self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
@@ -207,7 +207,7 @@ class Collator:
             pairs = [(0, StepPair(kind="valid", previous=[], step=samples[0].prompt))]
             targets["valid_weight"] = torch.zeros(1)
         texts = [(samples[row].prompt, pair.previous, pair.step) for row, pair in pairs]
-        inputs |= validator_inputs(texts)
+        inputs |= validator_inputs(texts, self.max_pair_tokens)
         inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
 
@@ -264,13 +264,16 @@ class Collator:
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
-def validator_inputs(texts: Sequence[tuple[list[int], list[int], list[int]]]) -> dict[str, Tensor]:
-    """`pair_ids`, `pair_segments`, `pair_mask` of (question, previous steps, step), each given as ids."""
+def validator_inputs(
+    texts: Sequence[tuple[list[int], list[int], list[int]]], limit: int = MAX_PAIR_TOKENS
+) -> dict[str, Tensor]:
+    """`pair_ids`, `pair_segments`, `pair_mask` of (question, previous steps, step), each given as ids.
+
+    What is longer than `limit` is cut as `fit_pair` does it.
+    """
     rows, segments = [], []
     names = PAIR_SEGMENTS
-    for question, previous, step in texts:
-        question = question[:MAX_QUESTION_TOKENS]
-        step = step[: MAX_PAIR_TOKENS // 4]
+    for question, previous, step in (fit_pair(*text, limit) for text in texts):
         rows.append([*question, *previous, *step])
         segments.append(
             [names.index("question")] * len(question)

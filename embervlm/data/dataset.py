@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.lengths import Limits, refuse_too_long, too_long
+from embervlm.data.records import ReasoningRecord
 from embervlm.data.splits import text_hash
 from embervlm.data.store import RecordView, has_field, picture_hashes, save_array
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT, ReasoningTokenizer
@@ -149,26 +150,24 @@ def _every_row(records: Sequence[ReasoningRecord]) -> np.ndarray:
 
 
 def encode_reasoning(
-    records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int, max_length: int
-) -> Samples:
-    """Every record with its chain. DataError lists all records whose chain is longer than `max_length` tokens.
+    records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int, max_length: int | None = None, *,
+    limits: Limits | None = None,
+) -> Samples:  # fmt: skip
+    """Every record with its chain. DataError lists all that are longer than `max_length`, or than `limits`, allow.
 
-    An augmented record that is too long is left out instead: nobody wrote it, and its origin is there.
+    An augmented record that is too long is left out instead.
     """
     samples = Samples(
         REASONING, _every_row(records), lambda rows: _encode_chains(records, rows, tokenizer, grid),
         _sizes_file(records, REASONING, tokenizer),
     )  # fmt: skip
-    lengths = samples.sizes[:, 1]
-    too_long, augmented = lengths > max_length, has_field(records, "augmentation")
-    problems = [
-        f"record {records[int(row)].record_id}: reasoning: {lengths[row]} tokens with its answer, more than the "
-        f"{max_length} of --max_reasoning_length; shorten the chain or raise the limit"
-        for row in np.flatnonzero(too_long & ~augmented)
-    ]
-    if problems:
-        raise DataError.of(problems)
-    return samples.without(too_long) if too_long.any() else samples
+    if limits is None and max_length is None:
+        return samples
+    limits = limits or Limits(max_reasoning_length=max_length or 0)
+    refuse_too_long([(records, samples)], limits)
+    left_out = np.zeros(len(samples), bool)
+    left_out[[found.row for found in too_long(samples, limits)]] = True
+    return samples.without(left_out) if left_out.any() else samples
 
 
 def _encode_chains(
@@ -320,7 +319,7 @@ def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningToke
             for row, ids in zip(rows, captions, strict=True)
         ]
 
-    return Samples(CAPTION, rows, encode, None)
+    return Samples(CAPTION, rows, encode, _sizes_file(records, CAPTION, tokenizer))
 
 
 def encode_glossary(

@@ -19,9 +19,38 @@ NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
 PAIR_SEGMENTS = ("visual", "question", "previous", "step")
 """What the validator reads, in the order in which it stands before it."""
 MAX_PAIR_TOKENS = 512
-"""Longest question, previous steps and step together."""
+"""Longest question, previous steps and step together; fewer where the language model reads fewer."""
 MAX_PREVIOUS_TOKENS = 256
 """Of the chain so far the validator reads this many tokens, from its end."""
+
+
+def fit_pair(
+    question: list[int], previous: list[int], step: list[int], limit: int = MAX_PAIR_TOKENS
+) -> tuple[list[int], list[int], list[int]]:
+    """The three with at most `limit` tokens together.
+
+    Where they are longer, the previous steps keep their end, in half of the room at most; the step its beginning, in a
+    quarter or what the question leaves of the rest; the question its beginning.
+    """
+    previous = previous[max(0, len(previous) - min(MAX_PREVIOUS_TOKENS, limit // 2)) :]
+    step = step[: max(limit // 4, limit - len(question) - len(previous))]
+    return question[: limit - len(previous) - len(step)], previous, step
+
+
+def cut_for_validator(sizes: np.ndarray, limit: int) -> str:
+    """How many chains the step validator cannot read at once, in words; empty where there is none.
+
+    Args:
+        sizes: tokens of question and chain, `[samples, 2]`.
+    """
+    previous = min(MAX_PREVIOUS_TOKENS, limit // 2)
+    longer = int(((sizes.sum(1) > limit) | (sizes[:, 1] > previous)).sum())
+    if not longer:
+        return ""
+    return (
+        f"{longer:,} of {len(sizes):,} chains are longer than the step validator reads: question, chain so far and "
+        f"step have {limit} tokens at most, of which {previous} are the end of the chain so far"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -530,7 +530,7 @@ def _validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: in
     assert model.tokenizer is not None
     if model.config.stage == 3:
         return []
-    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid, max_length=10**6)
+    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid)
     maker = PairMaker(data.records, samples, model.tokenizer)
 
     def judge(start: int) -> Callable[[EmberVLM], dict[str, list[bool]]]:
@@ -558,7 +558,7 @@ def _verdicts(
         some = pairs[begin : begin + BATCH_SIZE]
         rows = torch.tensor([row for row, _, _ in some], device=visual.device)
         texts = [(sample.prompt, pair.previous, pair.step) for _, sample, pair in some]
-        inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts).items()}
+        inputs = {key: value.to(visual.device) for key, value in validator_inputs(texts, model.max_pair_tokens).items()}
         logits = model.judge_steps(visual[rows], seen[rows], **inputs)
         for (_, _, pair), logit in zip(some, logits.tolist()):
             out.setdefault(pair.kind, []).append(logit > 0)

@@ -10,12 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embervlm.data.chain_text import CONCLUSION
-from embervlm.data.collate import MAX_QUESTION_TOKENS, validator_inputs
-from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS, PAIR_SEGMENTS
+from embervlm.data.collate import validator_inputs
+from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.model.embervlm import EmberVLM
-
-MAX_STEP_TOKENS = MAX_PAIR_TOKENS // 4
-"""What `validator_inputs` leaves of a step."""
 
 
 @torch.inference_mode()
@@ -84,12 +81,9 @@ def _validator_scores(
         return []
     question, chain_start = len(prompt), len(prompt)
     scores: list[float | None] = [None] * len(steps)
-    whole = [
-        index
-        for index, (start, end) in enumerate(spans)
-        if question <= MAX_QUESTION_TOKENS and start - chain_start <= MAX_PREVIOUS_TOKENS
-        and end - start <= MAX_STEP_TOKENS
-    ]  # fmt: skip
+    begun, limit = ids[chain_start:].tolist(), model.max_pair_tokens
+    texts = [(prompt, begun[: start - chain_start], step) for (start, _), step in zip(spans, steps)]
+    whole = [index for index, text in enumerate(texts) if fit_pair(*text, limit) == text]
     if whole:
         first = spans[0][0]
         last = spans[whole[-1]][1]
@@ -112,9 +106,7 @@ def _validator_scores(
         for index, logit in zip(whole, found.sigmoid().tolist()):
             scores[index] = logit
     if cut := [index for index in range(len(steps)) if scores[index] is None]:
-        begun = ids[chain_start:].tolist()
-        before = [begun[: spans[index][0] - chain_start][-MAX_PREVIOUS_TOKENS:] for index in cut]
-        inputs = validator_inputs([(prompt, previous, steps[index]) for previous, index in zip(before, cut)])
+        inputs = validator_inputs([texts[index] for index in cut], limit)
         found = model.judge_steps(
             visual.expand(len(cut), -1, -1), seen.expand(len(cut)),
             **{name: value.to(visual.device) for name, value in inputs.items()},

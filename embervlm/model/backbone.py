@@ -123,6 +123,12 @@ class LanguageModel(nn.Module):
         self.hidden_size = self.backbone.get_input_embeddings().weight.shape[1]
         self.vocab_size = self.backbone.get_input_embeddings().weight.shape[0]
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens it can read, those of the picture included; None where its configuration sets no limit."""
+        limit = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit and limit > 0 else None
+
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.backbone.get_input_embeddings()(input_ids)
 

@@ -79,6 +79,13 @@ class EmberVLM(PreTrainedModel):
     def num_visual_tokens(self) -> int:
         return self.vision_encoder.num_visual_tokens
 
+    @property
+    def max_pair_tokens(self) -> int:
+        """The most that the step validator reads at once: question, steps before and step."""
+        positions = self.language_model.max_positions
+        room = StepValidator.MAX_LENGTH if positions is None else positions - self.num_visual_tokens
+        return min(StepValidator.MAX_LENGTH, room)
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per component; tied weights count once."""
         parts = {

@@ -15,7 +15,6 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
 from embervlm.data.collate import validator_inputs
-from embervlm.data.negatives import MAX_PREVIOUS_TOKENS
 from embervlm.model.config import STAGE3
 from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
 
@@ -282,8 +281,10 @@ def step_probabilities(
     prompt = model.tokenizer.encode(question)
     ids = [_ids(model, step) for step in steps]
     start = model.tokenizer.ids["<|reasoning_start|>"]
-    previous = [[start, *(t for step in ids[:i] for t in step)][-MAX_PREVIOUS_TOKENS:] for i in range(len(ids))]
-    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)])
+    previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
+    inputs = validator_inputs(
+        [(prompt, before, step) for before, step in zip(previous, ids)], model.max_pair_tokens
+    )  # fmt: skip
     logits = model.judge_steps(
         visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
     )

@@ -17,11 +17,11 @@ import torch
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.augment import augment_cached
-from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import (
     EpochPlan,
+    Sample,
     Samples,
     edit_facts,
     encode_captions,
@@ -30,12 +30,13 @@ from embervlm.data.dataset import (
     encode_reasoning,
 )
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning
+from embervlm.data.lengths import Limits, refuse_too_long
+from embervlm.data.negatives import PairMaker, cut_for_validator
+from embervlm.data.records import ROBOTS, ReasoningRecord
 from embervlm.data.sources import source_files
 from embervlm.data.store import PicturePaths, RecordView, has_field, prepare
 from embervlm.data.teachers.rules import glossary
-from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
 from embervlm.errors import UserError
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
@@ -47,8 +48,6 @@ from embervlm.training.loop import PhaseJob, train_phase
 
 STAGES = ("3", "4", "baseline")
 _log = logging.getLogger(__name__)
-MAX_TOKENIZER_RECORDS = 20_000
-"""Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
 Prepared = TypeVar("Prepared")
 
 
@@ -59,6 +58,8 @@ class RunData:
     train: RecordView
     """The given training records alone: augmentation makes more chains, but no more questions."""
     val: RecordView
+    test: RecordView
+    """Not trained on; what an evaluation would refuse is refused before."""
     pictures: PictureCache
     reasoning: Sequence[ReasoningRecord]
     """The given training records and, behind them, those that augmentation made."""
@@ -98,7 +99,10 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
         if world.rank == 0:
             print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
     num_given = len(train) - int(augmented.sum())
-    return RunData(train=train[: num_given or None], val=val, pictures=pictures, reasoning=reasoning, epochs=epochs)
+    return RunData(
+        train=train[: num_given or None], val=val, test=store.split("test"), pictures=pictures, reasoning=reasoning,
+        epochs=epochs,
+    )  # fmt: skip
 
 
 def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
@@ -147,12 +151,12 @@ class Run:
         data = self._load_data(model)
         model.attach_tokenizer(self._tokenizer(settings, model, data.reasoning))
         labels = DenseLabels(data.train, model.vision_encoder.grid)
-        tokenizer = _tokenizer_of(model)
+        self._chains(model, data)  # what Stage 4 refuses is refused now
         plan = EpochPlan(
-            main=self._direct(data.train, tokenizer),
+            main=self._asked(encode_direct, model, data.train),
             mixed=(
-                (encode_captions(data.train, tokenizer), config.stage3.caption_records_ratio),
-                (encode_glossary(glossary(), tokenizer), config.stage3.glossary_records_ratio),
+                (self._captions(model, data), config.stage3.caption_records_ratio),
+                (self._glossary(model), config.stage3.glossary_records_ratio),
             ),
             global_batch=config.stage3_batch_size * self.world.size, seed=config.seed,
         )  # fmt: skip
@@ -173,23 +177,17 @@ class Run:
         model = self._start_from(start, STAGE4)
         data = self._load_data(model)
         tokenizer = _tokenizer_of(model)
-        grid, max_length = model.vision_encoder.grid, stage.max_reasoning_length
-        samples = first_on_rank_0(self.world, lambda: encode_reasoning(data.reasoning, tokenizer, grid, max_length))
+        samples, epochs = self._chains(model, data)
+        if self.world.rank == 0:
+            self._say_what_is_cut(samples, number, model, len(data.reasoning))
         first_epoch = stage.phase1.epochs if number == 2 else 0
-        epochs = data.epochs[first_epoch : first_epoch + phase.epochs]
-        if left_out := len(data.reasoning) - len(samples):
-            if self.world.rank == 0:
-                print(f"{left_out} augmented records left out, longer than --max_reasoning_length")
-            epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
-        if not all(map(len, epochs)):
-            raise ConfigError(f"curriculum: an epoch of phase {number} has chains above --max_reasoning_length only")
         plan = EpochPlan(
             main=samples,
             mixed=(
-                (encode_direct(data.train, tokenizer), phase.direct_records_ratio),
+                (self._asked(encode_direct, model, data.train), phase.direct_records_ratio),
                 *self._edited(data.reasoning, samples, number, phase),
             ),
-            epochs=epochs,
+            epochs=epochs[first_epoch : first_epoch + phase.epochs],
             global_batch=stage.batch_size * stage.gradient_accumulation_steps * self.world.size,
             seed=config.seed + number,
         )  # fmt: skip
@@ -243,7 +241,7 @@ class Run:
             direct_loss_weight=1.0, max_minutes=minutes, epochs=1,
         )  # fmt: skip
         plan = EpochPlan(
-            main=self._direct(data.train, _tokenizer_of(model)), global_batch=baseline.batch_size * self.world.size,
+            main=self._asked(encode_direct, model, data.train), global_batch=baseline.batch_size * self.world.size,
             seed=config.seed + 3,
         )  # fmt: skip
         job = PhaseJob(
@@ -274,15 +272,66 @@ class Run:
             self._data = load_data(self.config, model.config.image_size, self.world)
         return self._data
 
-    def _direct(self, records: RecordView, tokenizer: ReasoningTokenizer) -> Samples:
-        """Direct-answer samples whose lengths are counted."""
+    def _asked(
+        self, encode: Callable[[RecordView, ReasoningTokenizer], Samples], model: EmberVLM, records: RecordView
+    ) -> Samples:  # fmt: skip
+        """Samples whose lengths are counted, none longer than the model reads."""
 
         def counted() -> Samples:
-            samples = encode_direct(records, tokenizer)
-            _ = samples.sizes
+            samples = encode(records, _tokenizer_of(model))
+            refuse_too_long([(records, samples)], self._limits(model))
             return samples
 
         return first_on_rank_0(self.world, counted)
+
+    def _limits(self, model: EmberVLM) -> Limits:
+        return Limits(
+            max_reasoning_length=self.config.stage4.max_reasoning_length, num_visual_tokens=model.num_visual_tokens,
+            positions=model.language_model.max_positions,
+        )  # fmt: skip
+
+    def _chains(self, model: EmberVLM, data: RunData) -> tuple[Samples, list[np.ndarray]]:
+        """The chains that both phases train on, and which of them each epoch does.
+
+        Raises:
+            DataError: every record of any split that is too long to be trained on or asked.
+        """
+        tokenizer, grid, limits = _tokenizer_of(model), model.vision_encoder.grid, self._limits(model)
+
+        def fitting() -> Samples:
+            chains = (data.reasoning, data.val, data.test)
+            asked = [(records, encode_reasoning(records, tokenizer, grid)) for records in chains]
+            asked += [(records, encode_direct(records, tokenizer)) for records in (data.train, data.val, data.test)]
+            refuse_too_long(asked, limits)
+            return encode_reasoning(data.reasoning, tokenizer, grid, limits=limits)
+
+        samples, epochs = first_on_rank_0(self.world, fitting), data.epochs
+        if len(samples) < len(data.reasoning):
+            epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
+        if not all(map(len, epochs)):
+            raise ConfigError("curriculum: an epoch has only augmented chains above --max_reasoning_length; raise it")
+        return samples, epochs
+
+    @staticmethod
+    def _say_what_is_cut(samples: Samples, number: int, model: EmberVLM, num_records: int) -> None:
+        if left_out := num_records - len(samples):
+            print(f"phase {number}: {left_out} augmented records left out, longer than --max_reasoning_length or "
+                  "than the language model reads")  # fmt: skip
+        if cut := cut_for_validator(samples.sizes, model.max_pair_tokens):
+            print(f"phase {number}: {cut}")
+
+    def _captions(self, model: EmberVLM, data: RunData) -> Samples | list[Sample]:
+        return self._asked(encode_captions, model, data.train) if self.config.stage3.caption_records_ratio else []
+
+    def _glossary(self, model: EmberVLM) -> list[Sample]:
+        samples = encode_glossary(glossary(), _tokenizer_of(model))
+        longest, room = max(map(len, samples)), self._limits(model).room
+        if self.config.stage3.glossary_records_ratio and room is not None and longest > room:
+            raise ConfigError(
+                f"stage3.glossary_records_ratio: its texts have up to {longest} tokens, and beside the picture the "
+                f"language model reads {room}; set it to 0, or choose a model with more positions"
+            )
+        return samples
 
     def _tokenizer(
         self, settings: dict[str, Any], model: EmberVLM, records: Sequence[ReasoningRecord]
@@ -290,17 +339,7 @@ class Run:
         language = settings["language"]
         if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
             return ReasoningTokenizer.from_folder(language["name_or_path"])
-        every = -(-len(records) // MAX_TOKENIZER_RECORDS)
-        some = list(records[::every])
-        texts = [
-            text
-            for record in some
-            for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
-        ]
-        texts += [" " + record.metadata["caption"] for record in some if record.metadata.get("caption")]
-        atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
-        base = train_tokenizer([*texts, *glossary() * 5], model.language_model.vocab_size, atoms)
-        return ReasoningTokenizer(base)
+        return tokenizer_of(records, model.language_model.vocab_size)
 
     def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
         """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
@@ -329,7 +368,7 @@ class Run:
         dense, records = options.pop("dense", None), options.pop("records", data.train)
         return Collator(
             records, _tokenizer_of(model), data.pictures, candidates=ROBOTS, seed=self.config.seed,
-            image_size=model.config.image_size, dense_labels=dense, **options,
+            image_size=model.config.image_size, max_pair_tokens=model.max_pair_tokens, dense_labels=dense, **options,
         )  # fmt: skip
 
     def _after_epoch(self, model: EmberVLM, data: RunData, epoch: int) -> None:
@@ -340,7 +379,7 @@ class Run:
         try:
             self._write_samples(model, data, epoch)
         except Exception as error:  # a device may be out of memory
-            if self.world.rank == 0 or not isinstance(error, ConfigError):  # the latter is the same on every process
+            if self.world.rank == 0 or not isinstance(error, UserError):  # the latter is the same on every process
                 reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
                 _log.warning("epoch %d: no samples (%s); training goes on", epoch, reason)
 
