@@ -114,8 +114,13 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
     warnings.filterwarnings("ignore", category=FutureWarning)
     from embervlm.training.engine import World
     from embervlm.training.phases import Run
+    from embervlm.training.rendezvous import RendezvousError
 
-    world = World.join()
+    try:
+        world = World.join()
+    except RendezvousError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     try:
         check_cluster(args.cluster, world.size)
         Run(config, world).go(stages, args.phase)

@@ -21,6 +21,7 @@ from embervlm.config import LOSS_TERMS, ConfigError, PhaseConfig, TrainConfig
 from embervlm.data.collate import Batch
 from embervlm.errors import UserError
 from embervlm.training.param_groups import build_param_groups
+from embervlm.training.rendezvous import adopt_slurm, joining, meet, tell_gloo
 
 TERMS = (*LOSS_TERMS, "dense")
 WEIGHT = "weight"
@@ -47,13 +48,14 @@ class World:
 
     @classmethod
     def join(cls) -> World:
-        """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone where none did."""
+        """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone where none did.
+
+        Raises:
+            RendezvousError: They did not find each other.
+        """
         env = os.environ
-        if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-            env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-            env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
-            env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-            env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        adopt_slurm(env)
+        tell_gloo(env)
         rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
         local_rank = int(env.setdefault("LOCAL_RANK", "0"))  # DeepSpeed wants it also where a process is alone
         if torch.cuda.is_available():
@@ -62,15 +64,18 @@ class World:
         else:
             device = torch.device("cpu")
             env.setdefault("DS_ACCELERATOR", "cpu")
-        if not dist.is_initialized():
-            env.setdefault("MASTER_ADDR", "127.0.0.1")
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            store = None if "MASTER_PORT" in env else dist.HashStore()  # alone: no port to collide on
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
-        if size == 1:
-            return cls(rank, size, device)
-        background = dist.new_group(backend="gloo")
-        control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        with joining(rank, size):
+            if not dist.is_initialized():
+                env.setdefault("MASTER_ADDR", "127.0.0.1")
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                store = meet() if size > 1 else dist.HashStore()  # alone: no port to collide on
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30)
+                )  # fmt: skip
+            if size == 1:
+                return cls(rank, size, device)
+            background = dist.new_group(backend="gloo")
+            control = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return cls(rank, size, device, background, control)
 
     def sum(self, values: Tensor) -> Tensor:

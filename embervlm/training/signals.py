@@ -43,6 +43,11 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def stop_noted() -> bool:
+    """Whether this process got a signal; `stop_wanted` asks the others as well."""
+    return bool(_received)
+
+
 def stop_wanted(world: World) -> bool:
     """Whether any process got a signal. Collective: every process gets the same answer, so all save or none does."""
-    return world.any(bool(_received))
+    return world.any(stop_noted())

@@ -1,0 +1,117 @@
+"""How the processes of a training find each other: Slurm's variables, ports, and what a missing process means."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_helpers import REPOSITORY, free_port
+
+from embervlm.training.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, is_slurm_task, tell_gloo
+from embervlm.training.signals import EXIT_REQUEUE
+
+TASK = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",  # a login node, where nobody listens
+}  # fmt: skip
+"""What a task of `srun` finds."""
+JOIN = """
+from embervlm.training.engine import World
+world = World.join()
+print(world.rank, world.size, world.gather(world.rank * 10), flush=True)
+"""
+
+
+def without_launcher(**env: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))}  # fmt: skip
+    return kept | {"OMP_NUM_THREADS": "1"} | env
+
+
+def start(*argv: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *argv], cwd=REPOSITORY, env=without_launcher(**env), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("n[03-05,9],m1", "n03"), ("m1,n[03-05]", "m1"), ("r[2-3]n[01,4]-ib", "r2n01-ib")],
+)
+def test_the_first_host_of_a_node_list_is_found_without_scontrol(node_list: str, host: str) -> None:
+    assert first_host(node_list) == host
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # a shell under salloc
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a batch script
+        # a shell that salloc opens on the node (LaunchParameters=use_interactive_step)
+        {**TASK, "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"},
+    ],
+    ids=["salloc", "batch", "interactive step"],
+)
+def test_a_process_that_srun_did_not_start_is_alone(env: dict[str, str]) -> None:
+    before = dict(env)
+    adopt_slurm(env)
+    assert env == before and not is_slurm_task(env)
+
+
+def test_two_tasks_whose_srun_was_called_on_a_login_node_join() -> None:
+    tasks = [start("-c", JOIN, **{**TASK, "SLURM_PROCID": str(rank)}) for rank in range(2)]
+    said = [task.communicate(timeout=120) for task in tasks]
+    assert [out for out, _ in said] == ["0 2 [0, 10]\n", "1 2 [0, 10]\n"], said
+
+
+def test_jobs_steps_and_restarts_have_ports_of_their_own_below_the_ephemeral_ones() -> None:
+    ports = set()
+    for job, step, restarts in ((7, 0, 0), (7, 1, 0), (8, 0, 0), (7, 0, 1), (19_876_543, 0, 0)):
+        env = {**TASK, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restarts)}
+        adopt_slurm(env)
+        ports.add(int(env["MASTER_PORT"]))
+    assert len(ports) == 5 and FIRST_PORT <= min(ports) and max(ports) < FIRST_PORT + NUM_PORTS <= 32768
+
+
+@pytest.mark.parametrize(
+    ("told", "gloo"), [("lo", "lo"), ("=lo", "lo"), ("nothere,l", "lo"), ("=l", None), ("^eth", None), ("lo:1", "lo")]
+)
+def test_gloo_takes_the_network_that_nccl_was_told(told: str, gloo: str | None) -> None:
+    env = {"NCCL_SOCKET_IFNAME": told}
+    tell_gloo(env)
+    assert env.get("GLOO_SOCKET_IFNAME") == gloo
+
+
+def test_a_process_that_waits_for_others_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    waiting = start("launch/train.py", "--output_dir", str(tmp_path), **env)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(env["MASTER_PORT"]))) == 0:
+                break
+        time.sleep(0.1)
+    waiting.send_signal(signal.SIGTERM)
+    out, said = waiting.communicate(timeout=30)
+    assert waiting.returncode == EXIT_REQUEUE, (out, said)
+    assert "error: asked to stop while it waited for the other processes" in said and "Traceback" not in said
+
+
+def test_a_port_in_use_is_one_line_that_says_how_to_name_another(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        second = start("launch/train.py", "--output_dir", str(tmp_path), **env)
+        _, said = second.communicate(timeout=120)
+    assert second.returncode == EXIT_REQUEUE
+    assert f"error: port {port} of this machine is taken" in said and "Traceback" not in said
