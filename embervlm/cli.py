@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embervlm.config import BACKBONE, model_preset
-from embervlm.errors import told_in_one_line
+from embervlm.errors import OneLineParser, told_in_one_line
 
 if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
@@ -26,7 +26,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="embervlm", description="Train and use a vision-language model that reasons.")
+    parser = OneLineParser(prog="embervlm", description="Train and use a vision-language model that reasons.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_describe(commands.add_parser("describe", help="sizes of a model preset"))
     data = commands.add_parser("data", help="make reasoning data").add_subparsers(dest="action", required=True)
@@ -525,8 +525,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embervlm.select_best import main as select_best
 
         sys.exit(select_best(arguments[1:]))
-    args = build_parser().parse_args(arguments)
     with told_in_one_line():
+        args = build_parser().parse_args(arguments)
         args.run(args)
 
 

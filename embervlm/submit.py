@@ -28,7 +28,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.errors import UserError, told_in_one_line
+from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.slurm import MAX_REQUEUES, job_state
 from embervlm.training.cli import FLAGS, overrides_of, stages_of
 from embervlm.training.cli import parser as train_parser
@@ -262,7 +262,7 @@ def result_of(job: submitit.Job[str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+    out = OneLineParser(
         prog="launch/submit.py", allow_abbrev=False,
         description="Submit a training job on the nodes of a recipe. All other flags are those of launch/train.py.",
     )  # fmt: skip
@@ -281,8 +281,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, rest = parser().parse_known_args(argv)
     with told_in_one_line():
+        args, rest = parser().parse_known_args(argv)
         _submit(args, rest)
 
 

@@ -13,7 +13,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "embervlm"
 ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands")
-BASE = {"embervlm", "embervlm.errors", "embervlm.config", "embervlm.run_dir", "embervlm.progress", "embervlm.cluster"}
+BASE = {
+    "embervlm",
+    "embervlm.errors",
+    "embervlm.ranks",
+    "embervlm.config",
+    "embervlm.run_dir",
+    "embervlm.progress",
+    "embervlm.cluster",
+}
 """Left of every folder."""
 COMMANDS = {
     "embervlm.cli",

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from training_helpers import REPOSITORY, free_port
 
-from embervlm.training.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, is_slurm_task, tell_gloo
+from embervlm.ranks import is_slurm_task
+from embervlm.training.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, tell_gloo
 from embervlm.training.signals import EXIT_REQUEUE
 
 TASK = {
@@ -115,3 +116,14 @@ def test_a_port_in_use_is_one_line_that_says_how_to_name_another(tmp_path: Path)
         _, said = second.communicate(timeout=120)
     assert second.returncode == EXIT_REQUEUE
     assert f"error: port {port} of this machine is taken" in said and "Traceback" not in said
+
+
+def test_a_wrong_flag_is_one_line_of_process_0_also_where_torchrun_ends() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "launch/train.py", "--max_stps", "3"],
+        cwd=REPOSITORY, env=without_launcher(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    own, _, of_torchrun = found.stderr.partition("Traceback")
+    said = "error: unrecognized arguments: --max_stps 3; did you mean --max_steps?"
+    assert own.count(said) == 1 and "usage:" not in own
+    assert said in of_torchrun.strip().splitlines()[-2]

@@ -11,7 +11,7 @@ from typing import Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
-from embervlm.errors import UserError, told_in_one_line
+from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.run_dir import phase_dir
 from embervlm.training.eval_jobs import check_eval_cluster
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
@@ -52,7 +52,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="launch/train.py", description=__doc__, allow_abbrev=False)
+    out = OneLineParser(prog="launch/train.py", description=__doc__, allow_abbrev=False)
     out.add_argument("--config", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML")
     out.add_argument(
         "--cluster", default=os.environ.get(CLUSTER_VARIABLE) or None,
@@ -99,10 +99,10 @@ def stages_of(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     with told_in_one_line():
+        args = parser().parse_args(argv)
+        if args.local_rank is not None:
+            os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
         if config.eval_cluster is not None:
             check_eval_cluster(config.eval_cluster)
@@ -114,13 +114,8 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
     warnings.filterwarnings("ignore", category=FutureWarning)
     from embervlm.training.engine import World
     from embervlm.training.phases import Run
-    from embervlm.training.rendezvous import RendezvousError
 
-    try:
-        world = World.join()
-    except RendezvousError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_REQUEUE)
+    world = World.join()
     try:
         check_cluster(args.cluster, world.size)
         Run(config, world).go(stages, args.phase)

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from embervlm.training.signals import stop_noted
+from embervlm.errors import UserError
+from embervlm.ranks import is_slurm_task
+from embervlm.training.signals import EXIT_REQUEUE, stop_noted
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -23,28 +25,11 @@ FIRST_PORT, NUM_PORTS = 10_000, 22_000
 """Below 32768, where Linux takes the ports of outgoing connections from."""
 
 
-class RendezvousError(RuntimeError):
+class RendezvousError(UserError):
     """The processes did not find each other. Nothing has been trained; another start may succeed."""
 
-
-def is_slurm_task(env: MutableMapping[str, str]) -> bool:
-    """Whether `srun` started this process as one of several tasks.
-
-    Not in a batch script, a shell under `salloc` or a notebook: they have the allocation's SLURM_NTASKS, and often a
-    SLURM_PROCID, but nobody starts the others. Nor in the shell of `srun --pty`, which has its step's terminal; what a
-    second `srun` starts from that shell has none.
-    """
-    if int(env.get("SLURM_STEP_NUM_TASKS") or 1) < 2 or "SLURM_PROCID" not in env:
-        return False
-    return not ("SLURM_PTY_PORT" in env and env.get("SLURM_TASK_PID") != str(os.getpid()) and _has_terminal())
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+    exit_status = EXIT_REQUEUE
+    is_of_one_process = True
 
 
 def adopt_slurm(env: MutableMapping[str, str]) -> None:
