@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tiny_run import finish, make_data, metrics, start, write_run
+from tiny_run import ANSWERS_ALONE, finish, make_data, metrics, start, write_run
 
 from embervlm import run_dir
 from embervlm.progress import progress_bar
@@ -45,7 +45,7 @@ def main() -> None:
     config = write_run(
         folder, make_data(folder, args.records), args.model, engine=args.engine, stage3_batch_size=args.batch_size,
         save_steps=epoch_steps // 4, keep_last=1000, max_steps=epoch_steps - 1,
-        stage3={"epochs": 2, "direct_loss_weight": 1.0, "learning_rate": 1e-4},
+        stage3={"epochs": 2, **ANSWERS_ALONE, "learning_rate": 1e-4},
     )  # fmt: skip
     whole = folder / "whole"
     if whole.exists():

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tiny_run import finish, make_data, metrics, start, write_run
+from tiny_run import ANSWERS_ALONE, finish, make_data, metrics, start, write_run
 
 from embervlm.progress import progress_bar
 from embervlm.run_dir import write_json_atomic
@@ -46,7 +46,7 @@ def main() -> None:
     config = write_run(
         folder, make_data(folder, 200), args.model, engine=args.engine, stage3_batch_size=args.batch_size,
         save_steps=args.save_steps, keep_last=1, max_steps=steps,
-        stage3={"epochs": 1000, "direct_loss_weight": 1.0, "learning_rate": 1e-4},
+        stage3={"epochs": 1000, **ANSWERS_ALONE, "learning_rate": 1e-4},
     )  # fmt: skip
     runs = {}
     for mode in progress_bar(MODES, desc=args.model):

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tiny_run import finish, make_data, metrics, start, write_run
+from tiny_run import ANSWERS_ALONE, finish, make_data, metrics, start, write_run
 
 from embervlm import run_dir
 from embervlm.data.records import read_records
@@ -85,7 +85,7 @@ class Soak:
         self.config = write_run(
             args.work_dir, self.data, None, engine=args.engine, stage3_batch_size=BATCH, save_steps=SAVE_STEPS,
             keep_last=2, log_records=True, max_steps=self.steps,
-            stage3={"epochs": -(-self.steps // batches_per_epoch), "direct_loss_weight": 1.0, "learning_rate": 1e-3},
+            stage3={"epochs": -(-self.steps // batches_per_epoch), **ANSWERS_ALONE, "learning_rate": 1e-3},
         )  # fmt: skip
         self.undisturbed, self.disturbed = args.work_dir / "undisturbed", args.work_dir / "disturbed"
         self.folder = run_dir.stage3_dir(self.disturbed)

@@ -31,6 +31,11 @@ TINY_MODEL: dict[str, Any] = {
     "validator_width": 16, "validator_ffn": 24, "validator_heads": 2,
 }  # fmt: skip
 """For runs whose subject is not the model."""
+ANSWERS_ALONE = {
+    "direct_loss_weight": 1.0, "dense_loss_weight": 0.0, "caption_records_ratio": 0.0, "glossary_records_ratio": 0.0,
+    "warmup_steps": 0,
+}  # fmt: skip
+"""Settings of a Stage 3 that sees each record once an epoch and nothing else."""
 
 
 def make_data(folder: Path, num_samples: int) -> Path:

@@ -204,16 +204,12 @@ class ReasoningPhaseConfig(PhaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        where = f"phase {self.name!r}: "
-        _require(
-            self.direct_records_ratio > 0 or not self.direct_loss_weight,
-            f"{where}direct_loss_weight: {self.direct_loss_weight} does nothing without direct_records_ratio",
-        )
-        terms = [f"{term}_loss_weight" for term in LOSS_TERMS]
+        needs_records = () if self.direct_records_ratio else ("direct",)  # 0 of them is a way to leave the term out
+        terms = [f"{term}_loss_weight" for term in LOSS_TERMS if term not in needs_records]
         _require(
             any(getattr(self, name) for name in terms),
-            f"{where}{', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 in phase 1 and "
-            "0.3/0.2/0.3/0.2 in phase 2",
+            f"phase {self.name!r}: {', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 "
+            "in phase 1 and 0.3/0.2/0.3/0.2 in phase 2",
         )
 
 

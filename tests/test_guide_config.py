@@ -126,7 +126,7 @@ NOTHING = {f"{term}_loss_weight": 0 for term in ("reasoning", "consistency", "an
         ({"stage4": {"phase1": NOTHING}}, "phase 'train_reasoning_heads': reasoning_loss_weight, .* are all 0"),
         ({"stage4": {"phase2": NOTHING}}, "phase 'joint_finetuning': reasoning_loss_weight, .* are all 0"),
         ({"stage3": {"direct_loss_weight": 0, "dense_loss_weight": 0}}, "direct_loss_weight and dense_.* are both 0"),
-        ({"stage4": {"phase2": {"direct_loss_weight": 0.1}}}, "does nothing without direct_records_ratio"),
+        ({"stage4": {"phase2": NOTHING | {"direct_loss_weight": 0.1}}}, "reasoning_loss_weight, .* are all 0"),
         ({"stage4": {"phase2": {"dense_loss_weight": 1}}}, "dense_loss_weight: 1.0 does nothing in this phase"),
         ({"stage3": {"reasoning_loss_weight": 0.4}}, "reasoning_loss_weight: 0.4 does nothing in this phase"),
     ],

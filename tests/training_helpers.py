@@ -66,7 +66,7 @@ PHASE2 = {
 }  # fmt: skip
 STAGE3 = {
     "name": "perception", "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 1, "direct_loss_weight": 1.0,
-    "dense_loss_weight": 1.0, "caption_records_ratio": 0.5,
+    "dense_loss_weight": 1.0, "caption_records_ratio": 0.5, "glossary_records_ratio": 0.0,
 }  # fmt: skip
 
 

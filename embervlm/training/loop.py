@@ -29,6 +29,7 @@ from embervlm.training.checkpoint import CheckpointStore, Progress, load_trainin
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor, shortened_warmup, teacher_forcing_ratio
+from embervlm.training.settings import changes, saved_with
 from embervlm.training.signals import Preempted, stop_wanted
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
@@ -58,6 +59,8 @@ class PhaseJob:
     """Called on every process after a checkpoint of `eval_steps`, and with them after the final one."""
     samples_wanted: int | None = None
     """Stop after this many records instead of after `epochs`."""
+    trained_with: dict[str, Any] = field(default_factory=dict)
+    """See `settings.trained_with`."""
 
     @property
     def total_steps(self) -> int:
@@ -95,7 +98,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             f"{job.name}: warmup_steps {job.phase.warmup_steps} would be all of its {total} steps; the rate warms up "
             f"over a tenth of them, {warmup:g}"
         )
-    settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config)}
+    settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config), "trained_with": job.trained_with}
     tracker = Tracker(
         job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,
         total_steps=None if job.phase.max_minutes else total, project=config.wandb_project,
@@ -194,6 +197,8 @@ def _prepare(
         module.load_state_dict(state["auxiliary"], strict=False)
         if world.rank == 0:
             print(f"{job.name}: resuming from {newest}")
+            if found := changes(saved_with(newest), job.trained_with):
+                print(f"{job.name}: goes on with other settings than before: {'; '.join(found)}")
     job.model.freeze_backbone(job.phase.freeze_backbone)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()

@@ -45,6 +45,7 @@ from embervlm.training.checkpoint import is_finished
 from embervlm.training.engine import World
 from embervlm.training.eval_jobs import submit_evaluation
 from embervlm.training.loop import PhaseJob, train_phase
+from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
 
 STAGES = ("3", "4", "baseline")
 _log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ class Run:
     def stage3(self) -> Path:
         """Train the stand-in for a Stage 3 checkpoint: captions, direct answers and the dense target, no reasoning."""
         config, folder = self.config, run_dir.stage3_dir(self.config.output_dir)
-        if (done := self._finished(folder)) is not None:
+        wanted = self._stage3_settings()
+        if (done := self._finished(folder, wanted)) is not None:
             return done
         settings = model_preset(config.model)
         torch.manual_seed(config.seed)
@@ -164,6 +166,7 @@ class Run:
             name="stage 3", folder=folder, phase=_without_reasoning(config.stage3), model=model, plan=plan,
             collator=self._collator(model, data, dense=labels if labels.classes else None, use_reasoning=False),
             pictures=data.pictures, batch_size=config.stage3_batch_size, dense_sizes=labels.sizes,
+            trained_with=wanted,
         )  # fmt: skip
         return train_phase(job, config, self.world)
 
@@ -171,7 +174,8 @@ class Run:
         """Train phase 1 or 2 of Stage 4 from the weights in `start`."""
         config, stage = self.config, self.config.stage4
         folder = run_dir.phase_dir(config.output_dir, number)
-        if (done := self._finished(folder)) is not None:
+        wanted = self._phase_settings(number, start)
+        if (done := self._finished(folder, wanted)) is not None:
             return done
         phase = stage.phase1 if number == 1 else stage.phase2
         model = self._start_from(start, STAGE4)
@@ -200,7 +204,7 @@ class Run:
             pictures=data.pictures, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation_steps,
             scheduled_sampling=stage.scheduled_sampling, gradient_checkpointing=stage.gradient_checkpointing,
             after_epoch=lambda trained, epoch: self._after_epoch(trained, data, first_epoch + epoch),
-            after_save=self._evaluate,
+            after_save=self._evaluate, trained_with=wanted,
         )  # fmt: skip
         return train_phase(job, config, self.world)
 
@@ -232,14 +236,15 @@ class Run:
     def _baseline(self, start: Path, name: str, samples: int | None, minutes: float | None) -> Path:
         config, baseline = self.config, self.config.baseline
         folder = self.output / "baseline" / name
-        if (done := self._finished(folder)) is not None:
-            return done
-        model = self._start_from(start, STAGE3)
-        data = self._load_data(model)
         phase = PhaseConfig(
             name=name, learning_rate=baseline.learning_rate, warmup_steps=baseline.warmup_steps,
             direct_loss_weight=1.0, max_minutes=minutes, epochs=1,
         )  # fmt: skip
+        wanted = self._settings(phase, start, baseline.batch_size, samples=samples)
+        if (done := self._finished(folder, wanted)) is not None:
+            return done
+        model = self._start_from(start, STAGE3)
+        data = self._load_data(model)
         plan = EpochPlan(
             main=self._asked(encode_direct, model, data.train), global_batch=baseline.batch_size * self.world.size,
             seed=config.seed + 3,
@@ -247,16 +252,32 @@ class Run:
         job = PhaseJob(
             name=f"baseline {name}", folder=folder, phase=_without_reasoning(phase), model=model, plan=plan,
             collator=self._collator(model, data, use_reasoning=False), pictures=data.pictures,
-            batch_size=baseline.batch_size, samples_wanted=samples,
+            batch_size=baseline.batch_size, samples_wanted=samples, trained_with=wanted,
         )  # fmt: skip
         return train_phase(job, config, self.world)
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
-    def _finished(self, folder: Path) -> Path | None:
+    def _settings(self, phase: PhaseConfig, start: Path | None, batch_size: int, **more: Any) -> dict[str, Any]:
+        processes = self.world.size
+        return trained_with(
+            phase, self.config, start, global_batch=batch_size * processes, processes=processes, **more
+        )  # fmt: skip
+
+    def _stage3_settings(self) -> dict[str, Any]:
+        return self._settings(self.config.stage3, None, self.config.stage3_batch_size)
+
+    def _phase_settings(self, number: int, start: Path | None) -> dict[str, Any]:
+        stage = self.config.stage4
+        phase, batch = (stage.phase1, stage.phase2)[number - 1], stage.batch_size * stage.gradient_accumulation_steps
+        return self._settings(phase, start, batch, **of_stage4(self.config))
+
+    def _finished(self, folder: Path, wanted: dict[str, Any]) -> Path | None:
+        """The final checkpoint of `folder`, if there is one; ConfigError where it is not of the `wanted` settings."""
         if not is_finished(folder, self.world):
             return None
         path = run_dir.checkpoint_path(folder, None)
+        _refuse_changes(folder, changes(saved_with(path), wanted))
         if self.world.rank == 0:
             print(f"already finished: {path}")
         return path
@@ -416,10 +437,27 @@ class Run:
             if self.world.rank == 0:
                 print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training goes on")
 
+    def _check_finished(self, stages: Sequence[str], phase: int | None) -> None:
+        """Whatever a finished phase would be refused for once those before it have trained, before anything does."""
+        planned = [("stage 3", run_dir.stage3_dir(self.output), self._stage3_settings())] if "3" in stages else []
+        for number in (1, 2) if "4" in stages else ():
+            if phase in (None, number):
+                folder = run_dir.phase_dir(self.output, number)
+                planned.append((f"phase {number}", folder, self._phase_settings(number, None)))
+        to_train: list[str] = []
+        for name, folder, wanted in planned:
+            final = run_dir.checkpoint_path(folder, None)
+            if any(found.path == final for found in run_dir.list_checkpoints(folder)):
+                found = changes(saved_with(final), wanted)
+                _refuse_changes(folder, found + [f"weights of another {name}, now trained anew" for name in to_train])
+            else:
+                to_train.append(name)
+
     def go(self, stages: Sequence[str], phase: int | None) -> None:
         """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder."""
         resume = Path(self.config.resume_from) if self.config.resume_from else None
         stage3 = run_dir.checkpoint_path(run_dir.stage3_dir(self.output), None)
+        first_on_rank_0(self.world, lambda: self._check_finished(stages, phase))
         if "3" in stages:
             stage3 = self.stage3()
             resume = None
@@ -432,6 +470,17 @@ class Run:
                 self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
             self.baselines(resume or stage3)
+
+
+def _refuse_changes(folder: Path, found: Sequence[str]) -> None:
+    """ConfigError that says what differs in `found` from what the finished phase in `folder` was trained with."""
+    if found:
+        raise ConfigError(
+            f"{folder} is finished, and was trained with other settings: {'; '.join(found)}. A finished phase is not "
+            "trained on, as its learning rate has come down to its end. Set them back, or train with these from the "
+            "start: in another --output_dir (with --resume_from for the weights to start from), or here after deleting "
+            f"{folder} and what was trained from it"
+        )
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:

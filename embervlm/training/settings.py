@@ -1,0 +1,91 @@
+"""What a phase is trained with: kept in its checkpoints, and compared when it is started again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from embervlm import run_dir
+from embervlm.config import PhaseConfig, TrainConfig, model_preset
+from embervlm.data.sources import source_files
+
+_NAMES_ONLY = ("name", "trainable_components", "frozen_components")
+_OF_STAGE4 = ("scheduled_sampling", "reasoning_augmentation", "max_reasoning_length")
+
+
+def trained_with(
+    phase: PhaseConfig, config: TrainConfig, start: Path | None, *, global_batch: int, processes: int, **more: Any
+) -> dict[str, Any]:
+    """The settings that decide what a phase learns, and not how it is spread, saved or logged.
+
+    A mapping with `id` stands for something that is known by that and called `is`; an `id` of None is not known.
+    """
+    values = {key: value for key, value in dataclasses.asdict(phase).items() if key not in _NAMES_ONLY}
+    model = json.dumps(model_preset(config.model), sort_keys=True)
+    values |= {
+        "seed": config.seed, "max_steps": config.max_steps,
+        "model": {"is": config.model, "id": hashlib.blake2b(model.encode(), digest_size=8).hexdigest()},
+        "reasoning_data": {"is": config.reasoning_data, "id": _num_bytes(config.reasoning_data)},
+        "starting weights": {"is": str(start), "id": _weights_id(start)},
+        "records per update": {"is": global_batch, "id": [global_batch, processes]},
+        **more,
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(values)))  # as they are read back
+
+
+def of_stage4(config: TrainConfig) -> dict[str, Any]:
+    """What both phases of Stage 4 share, beside a phase's own settings."""
+    shared = dataclasses.asdict(config.stage4)
+    return {key: shared[key] for key in _OF_STAGE4} | {"curriculum": dataclasses.asdict(config)["curriculum"]}
+
+
+def saved_with(checkpoint: Path) -> dict[str, Any]:
+    """What `checkpoint` says that it was trained with; {} for one of an older version."""
+    path = checkpoint / "state.json"
+    settings = run_dir.read_json(path).get("settings") if path.is_file() else None
+    return dict((settings or {}).get("trained_with") or {})
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name was, now is` for each setting that both have and that differs."""
+    out = []
+    for name in now:
+        if name not in saved or saved[name] == now[name]:
+            continue
+        old, new = saved[name], now[name]
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            out.append(f"{name} {_shown(old)}, now {_shown(new)}")
+        elif "id" not in new:
+            out += [f"{name}.{change}" for change in changes(old, new)]
+        elif _differ(old["id"], new["id"]):
+            others = " (other content)" if old["is"] == new["is"] else ""
+            out.append(f"{name} {old['is']}, now {new['is']}{others}")
+    return out
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two ids are known and tell of different things; a batch only on as many processes."""
+    if isinstance(old, list) and isinstance(new, list):
+        return old[0] != new[0] and old[1] == new[1]
+    return None not in (old, new) and old != new
+
+
+def _shown(value: Any) -> str:
+    return "given" if isinstance(value, dict) else "not given" if value is None else str(value)
+
+
+def _num_bytes(data: str) -> int | None:
+    """Bytes of the data's files: moved data is the same, and other data has almost never as many."""
+    files = source_files(data)
+    return sum(file.stat().st_size for file in files) if files and all(file.is_file() for file in files) else None
+
+
+def _weights_id(checkpoint: Path | None) -> str | None:
+    """By the manifest's checksums, so that nothing large is read."""
+    if checkpoint is None or not (checkpoint / run_dir.COMPLETE).is_file():
+        return None
+    files = run_dir.read_json(checkpoint / run_dir.COMPLETE)["files"]
+    return "".join(files[name]["blake2b"][:16] for name in sorted(files) if name.endswith(".bin")) or None
