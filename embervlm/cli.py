@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embervlm.config import BACKBONE, model_preset
+from embervlm.config import BACKBONE, TrainConfig, model_preset
 from embervlm.errors import OneLineParser, told_in_one_line
 
 if TYPE_CHECKING:
+    from embervlm.data.checking import CheckOptions
     from embervlm.model.generation import Decoding
 
 
@@ -120,7 +122,8 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root", help="folder that picture paths are relative to")
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
     parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer that counts them; default: an estimate")
+    parser.add_argument("--model", default=TrainConfig.model, help="preset that will train on it: how much it reads")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer that counts; default: the one a run would use")
     parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
 
 
@@ -351,16 +354,27 @@ def _merge(args: argparse.Namespace) -> None:
     merge(shards=args.shards, output_file=args.output_file, image_root=args.image_root)
 
 
-def _validate(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> CheckOptions:
+    """What training with these flags would hold the data against."""
     from embervlm.data.checking import CheckOptions
+    from embervlm.plan import empty_model
+
+    settings = model_preset(args.model)
+    model, language = empty_model(settings), settings["language"]
+    brings_own = language.get("pretrained") or (language.get("name_or_path") and not language.get("config"))
+    return CheckOptions(
+        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
+        positions=model.language_model.max_positions, num_visual_tokens=model.num_visual_tokens,
+        tokenizer=args.tokenizer or (language["name_or_path"] if brings_own else None),
+        vocab_size=model.language_model.vocab_size, workers=args.workers,
+    )  # fmt: skip
+
+
+def _validate(args: argparse.Namespace) -> None:
     from embervlm.data.validate import validate
     from embervlm.report.validation import summary, write_reports
 
-    options = CheckOptions(
-        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
-        tokenizer=args.tokenizer, workers=args.workers,
-    )  # fmt: skip
-    report = validate(args.data_file, options)
+    report = validate(args.data_file, _check_options(args))
     page = write_reports(report, args.output_report)
     print(f"{summary(report)}\n{args.output_report}, {page}")
     if not report["trains"]:
@@ -368,13 +382,9 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _filter(args: argparse.Namespace) -> None:
-    from embervlm.data.checking import CheckOptions
     from embervlm.data.quality import filter_file, rejected_path
 
-    options = CheckOptions(
-        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
-        tokenizer=args.tokenizer, workers=args.workers, open_pictures=False,
-    )  # fmt: skip
+    options = dataclasses.replace(_check_options(args), open_pictures=False)
     kept, rejected = filter_file(
         args.input, output=args.output, min_quality_score=args.min_quality_score, options=options
     )  # fmt: skip

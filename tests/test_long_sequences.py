@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from embervlm import run_dir
+from embervlm.cli import main
 from embervlm.config import load_train_config
 from embervlm.data.records import DataError
 from embervlm.training.engine import World
@@ -106,3 +107,19 @@ def test_a_text_of_just_the_models_length_trains_and_the_validator_reads_no_furt
 
 def resized(positions: int) -> dict[str, Any]:
     return {"config": GPT2["config"] | {"n_positions": positions}}
+
+
+def test_validate_refuses_the_texts_that_training_refuses_and_names_the_same_tokens(
+    records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = write_model_yaml(tmp_path, language=GPT2)
+    with pytest.raises(DataError) as caught:
+        runs(tmp_path, spoilt(records), "3", model=model)
+    trained = {tuple(problem.removeprefix("record ").split(": ", 2)) for problem in caught.value.problems}
+    report = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "validate", "--data_file", str(tmp_path / "data.json"), "--output_report", str(report),
+              "--model", str(model), "--max_reasoning_length", "400", "--allow_outside"])  # fmt: skip
+    assert ended.value.code == 1
+    found = [p for p in json.loads(report.read_text())["problems"] if p["kind"] == "too_long"]
+    assert {(f"r{p['number'] - 1}", p["field"], f"{p['what']}; {p['fix']}") for p in found} == trained

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from embervlm.data.chain_text import CONCLUSION, number_lines, step_numbers
 from embervlm.data.claims import (
@@ -29,12 +31,17 @@ from embervlm.data.claims import (
     named_candidates,
     opposite_steps,
 )
+from embervlm.data.curriculum import complexity_problem
 from embervlm.data.duplicates import find_duplicates
-from embervlm.data.record_fields import kind
+from embervlm.data.lengths import Limits, too_long
 from embervlm.data.records import ROBOTS, DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
-from embervlm.data.splits import SPLITS, normalised_text, picture_digest, splits_of
+from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.progress import progress_bar
 
+if TYPE_CHECKING:
+    from embervlm.data.tokenizer import ReasoningTokenizer
+
+REASONING = "reasoning"
 BYTES_PER_TOKEN = 4
 """For the estimate of a chain's tokens where no tokenizer is given."""
 MAX_DOMAIN_VALUES = 200
@@ -66,9 +73,11 @@ KINDS: dict[str, Kind] = {
     "picture": Kind(title="Pictures missing or unreadable", stops_training=True),
     "split": Kind(title="Unknown splits, or no training split", stops_training=True),
     "picture_leak": Kind(title="The same picture in two splits", stops_training=True),
-    "too_long": Kind(title="Longer than max_reasoning_length", stops_training=True),
+    "too_long": Kind(title="Longer than max_reasoning_length or than the model reads", stops_training=True),
     "duplicate_id": Kind(title="Ids used twice", stops_training=True),
-    "maybe_too_long": Kind(title="By estimate longer than max_reasoning_length", stops_training=False),
+    "maybe_too_long": Kind(title="By estimate too long", stops_training=False),
+    "left_out": Kind(title="Augmented records that are too long, which training leaves out", stops_training=False),
+    "complexity": Kind(title="Complexities that a curriculum refuses", stops_training=False),
     "text_leak": Kind(title="The same task in two splits", stops_training=False),
     "conclusion": Kind(title="Conclusions that disagree with the answer", stops_training=False),
     "contradiction": Kind(title="Steps that contradict each other or the facts", stops_training=False),
@@ -112,8 +121,27 @@ class CheckOptions:
     allow_outside: bool = False
     max_reasoning_length: int = 512
     """Tokens of chain and answer."""
+    positions: int | None = None
+    """Of the language model, for picture and text; None: any number."""
+    num_visual_tokens: int = 0
     tokenizer: str | None = None
-    """Folder of the tokenizer that counts them; None: an estimate."""
+    """Folder of the tokenizer that counts them."""
+    vocab_size: int | None = None
+    """Without a tokenizer: of the one that a run trains on the records. None: an estimate."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_reasoning_length=self.max_reasoning_length, positions=self.positions,
+            num_visual_tokens=self.num_visual_tokens,
+        )  # fmt: skip
+
+    @property
+    def counted_with(self) -> str:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        return f"estimate: {BYTES_PER_TOKEN} bytes a token" if self.vocab_size is None else "as a run counts them"
+
     open_pictures: bool = True
     """Decode every picture; False only reads its bytes."""
     workers: int | None = None
@@ -196,7 +224,13 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
             _check_numbering(data, reading)
         if record is None:
             continue
-        if not (_check_metadata(data, number, record) & _check_text(data, number, record)):
+        for kind_of_problem, found in (
+            ("split", split_problem(record.metadata)), ("complexity", complexity_problem(record.metadata)),
+        ):  # fmt: skip
+            if found:
+                name, what, fix = _parts(found)
+                data.add(kind_of_problem, number, name, what, fix)
+        if split_problem(record.metadata):
             data.values[number] = reading.value
             continue
         data.numbers.append(number)
@@ -244,77 +278,6 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
                 what = f"steps are numbered {shown}: {expected} is expected where {number} stands"
                 data.add("numbering", reading.number, name, what, "number the steps 1, 2, 3, ...")
                 break
-
-
-def _check_text(data: CheckedData, number: int, record: ReasoningRecord) -> bool:
-    """A tokenizer refuses half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    good = True
-    for name, texts in (
-        ("instruction", (record.instruction,)), ("reasoning", record.steps), ("answer", record.answer),
-    ):  # fmt: skip
-        try:
-            "".join(texts).encode("utf-8")
-        except UnicodeEncodeError as error:
-            what = f"holds half a surrogate pair, \\u{ord(error.object[error.start]):04x}"
-            data.add("schema", number, name, what, "write the character whole, or drop it")
-            good = False
-    return good
-
-
-def _is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_box(value: Any) -> bool:
-    """What training can draw: `box` with four numbers, and names that are texts."""
-    if not isinstance(value, dict) or not {"kind", "box"} <= set(value):
-        return True  # another spelling, which training passes over
-    box = value["box"]
-    return (
-        isinstance(value["kind"], str)
-        and isinstance(value.get("label", ""), str)
-        and isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(edge, (int, float)) and math.isfinite(edge) for edge in box)
-    )
-
-
-_METADATA: dict[str, tuple[Callable[[Any, int], bool], str]] = {
-    "facts": (
-        lambda value, _: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
-        "an object of strings",
-    ),
-    "scene": (lambda value, _: isinstance(value, dict), "an object"),
-    "step_types": (
-        lambda value, num_steps: _is_text_list(value) and len(value) == num_steps,
-        "a list of strings, one per step and one for the conclusion",
-    ),
-    "seen": (
-        lambda value, _: isinstance(value, list) and all(map(_is_text_list, value)),
-        "a list of lists of strings",
-    ),
-    "boxes": (
-        lambda value, _: not isinstance(value, list) or all(map(_is_box, value)),
-        "a list of {kind, label, box}, box with four numbers",
-    ),
-    "caption": (lambda value, _: isinstance(value, str), "a string"),
-    "split": (lambda value, _: value in SPLITS, "train, val or test"),
-}  # fmt: skip
-"""Metadata that training reads: field -> whether it can, and what it must be."""
-
-
-def _check_metadata(data: CheckedData, number: int, record: ReasoningRecord) -> bool:
-    good = True
-    for name, (fits, wanted) in _METADATA.items():
-        value = record.metadata.get(name)
-        if value is not None and not fits(value, len(record.steps)):
-            kind_of_problem = "split" if name == "split" else "schema"
-            what = f"{value!r:.40} is not {wanted}" if isinstance(value, str) else f"is {kind(value)}, not {wanted}"
-            if isinstance(value, (list, dict)):
-                what = f"is not {wanted}"
-            data.add(kind_of_problem, number, f"metadata.{name}", what, "correct it, or leave the field out")
-            good = False
-    return good
 
 
 # ---- pictures and splits
@@ -537,39 +500,57 @@ def _check_instructions(data: CheckedData) -> None:
 
 
 def _check_lengths(data: CheckedData, options: CheckOptions) -> None:
-    count = _estimate if options.tokenizer is None else _counter(options.tokenizer)
-    kind_of_problem = "maybe_too_long" if options.tokenizer is None else "too_long"
-    for start in range(0, len(data.records), 1000):
-        data.num_tokens += count(data.records[start : start + 1000])
-    limit = options.max_reasoning_length
-    for number, num_tokens in zip(data.numbers, data.num_tokens):
-        if num_tokens > limit:
-            what = f"{num_tokens} tokens with its answer, more than the {limit} of --max_reasoning_length"
-            data.add(kind_of_problem, number, "reasoning", what, "shorten the chain or raise the limit")
+    if not data.records:
+        return
+    tokenizer = _tokenizer(data, options)
+    counts = _estimated(data.records) if tokenizer is None else _counted(data, tokenizer)
+    data.num_tokens = counts[REASONING][1][:, 1].tolist()
+    seen: set[tuple[int, str]] = set()  # a record that is too long in two forms has one finding
+    for form, (rows, sizes) in counts.items():
+        for found in too_long(form, rows, sizes, options.limits):
+            number, augmented = data.numbers[found.row], data.records[found.row].metadata.get("augmentation")
+            if (number, found.field) not in seen:
+                seen.add((number, found.field))
+                name = "left_out" if augmented else "maybe_too_long" if tokenizer is None else "too_long"
+                data.add(name, number, found.field, found.what, found.fix)
 
 
-def _estimate(records: Sequence[ReasoningRecord]) -> list[int]:
-    return [
-        4  # around chain and answer
-        + sum(1 + math.ceil(len(step.encode("utf-8", "replace")) / BYTES_PER_TOKEN) for step in record.steps)
-        + math.ceil(len(", ".join(record.answer)) / BYTES_PER_TOKEN)
+def _tokenizer(data: CheckedData, options: CheckOptions) -> ReasoningTokenizer | None:
+    """What a run would count with, as far as that is known here."""
+    if options.tokenizer is None and options.vocab_size is None:
+        return None
+    from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
+
+    if options.tokenizer is not None:
+        return ReasoningTokenizer.from_folder(options.tokenizer)
+    train = [record for record, split in zip(data.records, data.splits) if split == "train"]
+    train.sort(key=lambda record: bool(record.metadata.get("augmentation")))  # as training has them
+    return tokenizer_of(train, options.vocab_size or 0) if train else None
+
+
+def _counted(data: CheckedData, tokenizer: ReasoningTokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Form -> the record of each text, and its tokens as `too_long` takes them."""
+    from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning
+
+    train = [place for place, split in enumerate(data.splits) if split == "train"]
+    captions = encode_captions([data.records[place] for place in train], tokenizer)
+    out = {
+        found.form: (found.rows, found.sizes)
+        for found in (encode_reasoning(data.records, tokenizer, 1), encode_direct(data.records, tokenizer))
+    }
+    return out | {captions.form: (np.array(train, int)[captions.rows], captions.sizes)}
+
+
+def _estimated(records: Sequence[ReasoningRecord]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def tokens(text: str) -> int:
+        return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
+
+    sizes = [
+        (tokens(record.instruction),
+         4 + sum(1 + tokens(step) for step in record.steps) + tokens(", ".join(record.answer)))  # 4 are around both
         for record in records
-    ]
-
-
-def _counter(folder: str) -> Callable[[Sequence[ReasoningRecord]], list[int]]:
-    from embervlm.data.tokenizer import ReasoningTokenizer
-
-    tokenizer = ReasoningTokenizer.from_folder(folder)
-
-    def count(records: Sequence[ReasoningRecord]) -> list[int]:
-        """As `embervlm.data.dataset.encode_reasoning` lays a record out."""
-        texts = [" " + step.removeprefix(CONCLUSION) for record in records for step in record.steps]
-        steps = map(len, tokenizer.encode_many(texts))
-        answers = map(len, tokenizer.encode_many([" " + ", ".join(record.answer) for record in records]))
-        return [4 + sum(1 + next(steps) for _ in record.steps) + next(answers) for record in records]
-
-    return count
+    ]  # fmt: skip
+    return {REASONING: (np.arange(len(records)), np.array(sizes))}
 
 
 # ---- what a report says

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,19 @@ _SPELLINGS = {**{name: name for name in COMPLEXITIES}, "low": "simple", "high": 
 """The Stage 4 guide spells complexity in two ways."""
 
 
+def complexity_problem(metadata: Mapping[str, Any]) -> str:
+    """What is wrong with `metadata.complexity`, and what to do; empty where nothing is."""
+    given = metadata.get("complexity")
+    if given is None or _spelling(given) in _SPELLINGS:
+        return ""
+    known = ", ".join(_SPELLINGS)
+    return f"metadata.complexity: {given!r:.40} is not one of {known}; correct it, or leave it out and it is computed"
+
+
+def _spelling(given: Any) -> str:
+    return str(given).strip().casefold()
+
+
 def complexity_of(record: ReasoningRecord, reader: ClaimReader) -> str:
     """One of `COMPLEXITIES`: what `metadata.complexity` says; where that is missing, computed from the chain.
 
@@ -26,14 +40,10 @@ def complexity_of(record: ReasoningRecord, reader: ClaimReader) -> str:
     Raises:
         DataError: `metadata.complexity` is another word.
     """
-    given = record.metadata.get("complexity")
-    if given is not None:
-        if (known := _SPELLINGS.get(str(given).strip().casefold())) is None:
-            raise DataError(
-                f"record {record.record_id}: metadata.complexity: {given!r} is not one of {', '.join(_SPELLINGS)}; "
-                "correct it, or leave it out and it is computed"
-            )
-        return known
+    if problem := complexity_problem(record.metadata):
+        raise DataError(f"record {record.record_id}: {problem}")
+    if (given := record.metadata.get("complexity")) is not None:
+        return _SPELLINGS[_spelling(given)]
     steps = record.steps[: record.num_steps]
     num_claims = len({claim for step in steps for claim in reader.read(step)})
     by_steps = sum(len(steps) > limit for limit in STEP_LIMITS)

@@ -166,7 +166,7 @@ def encode_reasoning(
     limits = limits or Limits(max_reasoning_length=max_length or 0)
     refuse_too_long([(records, samples)], limits)
     left_out = np.zeros(len(samples), bool)
-    left_out[[found.row for found in too_long(samples, limits)]] = True
+    left_out[[found.row for found in too_long(REASONING, samples.rows, samples.sizes, limits)]] = True
     return samples.without(left_out) if left_out.any() else samples
 
 

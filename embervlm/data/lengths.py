@@ -46,14 +46,18 @@ class TooLong:
     fix: str
 
 
-def too_long(samples: Samples, limits: Limits) -> Iterator[TooLong]:
-    """Each of `samples` that is longer than `limits` allow."""
-    sizes, room = samples.sizes, limits.room
-    chain = (sizes[:, 1] > limits.max_reasoning_length) & (samples.form == "reasoning")
-    whole = sizes.sum(1) > (np.inf if room is None else room)
-    part, field = _PARTS.get(samples.form, ("answer", "answer"))
+def too_long(form: str, rows: np.ndarray, sizes: np.ndarray, limits: Limits) -> Iterator[TooLong]:
+    """Each text that is longer than `limits` allow.
+
+    Args:
+        rows: the record of each text.
+        sizes: tokens of the question and of what follows, `[texts, 2]`.
+    """
+    chain = (sizes[:, 1] > limits.max_reasoning_length) & (form == "reasoning")
+    whole = sizes.sum(1) > (np.inf if limits.room is None else limits.room)
+    part, field = _PARTS.get(form, ("answer", "answer"))
     for place in np.flatnonzero(chain | whole):
-        row, (question, target) = int(samples.rows[place]), sizes[place].tolist()
+        row, (question, target) = int(rows[place]), sizes[place].tolist()
         if chain[place]:
             what = f"{target:,} tokens with its answer, more than the {limits.max_reasoning_length:,} of "
             yield TooLong(row, field, f"{what}--max_reasoning_length", "shorten the chain or raise the limit")
@@ -75,7 +79,7 @@ def refuse_too_long(asked: Iterable[tuple[Sequence[ReasoningRecord], Samples]], 
     problems: dict[tuple[str, str], str] = {}  # one for each record and field: the first form says enough
     for records, samples in asked:
         augmented = has_field(records, "augmentation")
-        for found in too_long(samples, limits):
+        for found in too_long(samples.form, samples.rows, samples.sizes, limits):
             if not augmented[found.row]:
                 name = records[found.row].record_id
                 problems.setdefault((name, found.field), f"record {name}: {found.field}: {found.what}; {found.fix}")

@@ -267,13 +267,16 @@ def picture_digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def split_problem(metadata: Mapping[str, Any]) -> str:
+    """What is wrong with `metadata["split"]`, and what to do; empty where nothing is."""
+    given = metadata.get("split")
+    if given is None or given in SPLITS:
+        return ""
+    return f"metadata.split: {given!r:.40} is not one of train, val, test; correct it"
+
+
 def _explicit_split(record: ReasoningRecord, problems: list[str]) -> int:
+    if problem := split_problem(record.metadata):
+        problems.append(f"record {record.record_id}: {problem}")
     given: Any = record.metadata.get("split")
-    for place, name in enumerate(SPLITS):
-        if given == name:
-            return place
-    if given is not None:
-        problems.append(
-            f"record {record.record_id}: metadata.split: {given!r} is not one of train, val, test; correct it"
-        )
-    return _NONE
+    return SPLITS.index(given) if given in SPLITS else _NONE

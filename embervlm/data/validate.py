@@ -15,7 +15,6 @@ import numpy as np
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.chain_text import format_reasoning
 from embervlm.data.checking import (
-    BYTES_PER_TOKEN,
     KINDS,
     CheckedData,
     CheckOptions,
@@ -66,7 +65,8 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         },
         "length": {
             "max_reasoning_length": options.max_reasoning_length,
-            "counted_with": options.tokenizer or f"estimate: {BYTES_PER_TOKEN} bytes a token",
+            "positions": options.positions,
+            "counted_with": options.counted_with,
             "share_over": _share(n > options.max_reasoning_length for n in data.num_tokens),
         },
         "counts": {
