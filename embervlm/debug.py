@@ -54,7 +54,10 @@ def analyze(checkpoint: Path, *, test_set: Path, output_dir: Path, world: World,
     write_figures(record, output_dir)
     for name, chosen in (("best_reasoning_examples", best_examples), ("failure_cases", failure_cases)):
         samples_page(
-            chosen(record.samples), output_dir / "samples" / f"{name}.html", name.replace("_", " ").capitalize()
+            chosen(record.samples),
+            output_dir / "samples" / f"{name}.html",
+            name.replace("_", " ").capitalize(),
+            result=result,
         )
     run_dir.write_text_atomic(output_dir / "analysis.txt", text + "\n")
     print(f"{text}\nwritten: {output_dir}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
-from embervlm.report.table import faithfulness_lines, metrics_table
+from embervlm.report.table import faithfulness_lines, metrics_table, own_steps_lines
 
 if TYPE_CHECKING:
     from embervlm.model.generation import Decoding
@@ -133,6 +133,7 @@ class Quickstart:
         if result["faithfulness"] is not None:
             print(faithfulness_lines(result["faithfulness"]))
         print("validator, balanced accuracy by kind of invalid step: " + _figures(result["validator"]))
+        print(own_steps_lines(result))
         counted = sum(value for name, value in seconds.items() if name != "baselines")
         print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
         print(f"in all {counted / 60:.1f} minutes, and {seconds['baselines'] / 60:.1f} for the baselines beside it")

@@ -49,6 +49,7 @@ def sample(place: int, *, image: str | None = None, grid: int = 7) -> dict[str, 
         "completeness_by_type": {name: 1.0 if right else round(rng.random(), 3) for name in TYPES},
         "validator_scores": [round(rng.uniform(0.3, 1), 4) for _ in range(num_steps)],
         "attention": {"grid": [grid, grid], "steps": shares},
+        "looked_at": [{"flag": [0.81, 0.16]} if number == 1 else {} for number in range(num_steps)],
         "boxes": [{"kind": "flag", "label": "near", "box": [0.1, 0.4, 0.4, 0.9]},
                   {"kind": "sky", "label": "dawn", "box": [0.0, 0.0, 1.0, 0.4]}],
     }  # fmt: skip
@@ -83,6 +84,11 @@ def evaluation(num_samples: int = 24, **changed: Any) -> dict[str, Any]:
             "information_gain": {"per_step": [0.02, 0.05, 0.1, 0.4, 0.9, 1.4, 1.5], "num": 200},
             "forced_prefix": {"num": 190, "follows_text": 0.82, "follows_picture": 0.11, "neither": 0.07,
                               "ambiguous_dropped": 10}},
+        "own_steps": {"temperature": 1.0, **{name: {
+            "valid": 1500, "wrong": wrong, "balanced_accuracy": 0.91, "auroc": 0.97, "right_chains": 180,
+            "right_chains_passed": 0.95, "wrong_chains": 20, "wrong_chains_passed": 0.1,
+        } for name, wrong in (("greedy", 9), ("drawn", 120))}},
+        "attention": {"flag": {"num": 90, "share": 0.81, "chance": 0.16}},
         "validator": {"other_picture": 0.997, "wrong_order": 1.0, "contradicted": 0.999, "repeated": 1.0},
         **changed,
     }  # fmt: skip

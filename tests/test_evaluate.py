@@ -74,6 +74,9 @@ def test_the_file_holds_every_metric_with_its_interval_and_what_made_it(checkpoi
     assert sum(row["num"] for row in result["impact_by_complexity"].values()) == result["num_samples"] == len(samples)
     assert {"precision", "recall", "support"} <= set(result["per_candidate"]["Drone"])
     assert result["faithfulness"]["num_samples"] == 2 and set(result["validator"]) and "NaN" not in json.dumps(result)
+    assert set(result["own_steps"]) == {"temperature", "greedy", "drawn"}
+    for row in (result["own_steps"]["greedy"], result["own_steps"]["drawn"]):
+        assert row["right_chains"] + row["wrong_chains"] == len(samples)
     shares = [sample["correct"] for sample in samples]
     assert measured["final_answer_accuracy"] == pytest.approx(np.mean(shares))
 

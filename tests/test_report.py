@@ -117,6 +117,22 @@ def test_the_page_holds_every_sample_with_its_steps_and_attention(run: Path, rep
         assert data["pictures"][found["picture"]].startswith("data:image/jpeg;base64,")
 
 
+def test_the_pages_say_what_the_number_beside_a_step_is_and_how_far_to_trust_it(report: Report, tmp_path: Path) -> None:
+    about = "step validator: its probability that the step is valid. Of the model's own steps it tells 91% right"
+    for path in (report.index, report.index.parent / "samples" / "failure_cases.html"):
+        assert about in " ".join(Page(path).text.split()), path
+    assert about in Page(report.index).data["validatorNote"]
+    path = samples_page([sample(0)], tmp_path / "page.html", "Without an evaluation")
+    assert "the model's own mistakes was not measured" in Page(path).text
+
+
+def test_the_pages_say_how_much_attention_lies_on_what_a_step_reads(report: Report, tmp_path: Path) -> None:
+    said = "81% on flag (16% of the picture)"
+    assert Page(report.index).data["samples"][0]["lookedAt"][:3] == ["", said, ""]
+    assert said in Page(samples_page([sample(0)], tmp_path / "page.html", "One")).text
+    assert "Attention of the steps that read a thing" in Page(report.index).text
+
+
 def test_the_marked_checkpoint_is_the_one_that_select_best_takes(run: Path) -> None:
     marked = [item for item in read_run(run).checkpoints if item.selected]
     assert [item.name for item in marked] == [select_best_checkpoint(run_dir.phase_dir(run, 2)).name]

@@ -28,7 +28,7 @@ from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordStore, prepare
 from embervlm.evaluation.backends import EMBEDDED
 from embervlm.evaluation.calibration import calibration, confidences
-from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
 from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
 from embervlm.evaluation.metrics import (
     ChainContext,
@@ -39,6 +39,7 @@ from embervlm.evaluation.metrics import (
     final_answer_accuracy,
     per_candidate_precision_recall,
 )
+from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
@@ -139,15 +140,19 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     results = {name: _in_order(name, passes[name], answers) for name in passes}
     chains = results["chains"]
     reasons = model.config.stage != 3
-    faithfulness = None
+    faithfulness = own_steps = None
+    later = _explain_tasks(job, data, chains) if reasons else []
+
+    def look(model: EmberVLM, records: Sequence[ReasoningRecord]) -> tuple[torch.Tensor, torch.Tensor]:
+        return see(model, data.pictures, records)
+
+    if reasons and job.compare:
+        own_steps = OwnSteps(data.records, chains, data.domains)
+        later += own_steps.tasks(job.checkpoint, look, job.decoding)
     if reasons and job.compare and job.faithfulness_samples:
         own = [chain["reasoning_steps"] for chain in chains]
         faithfulness = Faithfulness(data.records, own, job.faithfulness_samples)
-    later = _explain_tasks(job, data, chains) if reasons else []
-    if faithfulness is not None:
-        later += faithfulness.tasks(
-            job.checkpoint, lambda model, records: see(model, data.pictures, records), job.decoding
-        )
+        later += faithfulness.tasks(job.checkpoint, look, job.decoding)
     explained = share_out(later, models, world, journal, bar)
     bar.close()
     result: dict[str, Any] = {}
@@ -159,6 +164,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             details = [detail for key in sorted(explained) if key[0] == "explained" for detail in explained[key]]
             _complete(samples, data, results, details)
             result = _result(job, model, data, samples, results, passes, answers)
+            result["own_steps"] = None if own_steps is None else own_steps.result(explained)
             if faithfulness is not None:
                 swapped = result["metrics"]["swapped_image_accuracy"]
                 result["faithfulness"] = {"swapped_picture_accuracy": swapped, **faithfulness.result(explained)}
@@ -397,7 +403,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "step_types": list(record.metadata.get("step_types") or ()) or None,
         "completeness_by_type": scores.pop("completeness_by_type"),
         "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
-        "validator_scores": None, "attention": None,
+        "validator_scores": None, "attention": None, "looked_at": None,
     }  # fmt: skip
 
 
@@ -409,8 +415,9 @@ def _complete(
     for sample, record, direct in zip(samples, data.records, results.get("same_samples", ())):
         right = bool(final_answer_accuracy(direct["answer_set"], record.answer))
         sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
-    for sample, detail in zip(samples, details):
+    for sample, record, detail in zip(samples, data.records, details):
         sample |= detail
+        sample["looked_at"] = looked_at(sample, record.metadata.get("seen") or ())
 
 
 def _result(
@@ -445,6 +452,8 @@ def _result(
         "calibration": calibrated,
         "faithfulness": None,
         "validator": _validator_accuracy(answers),
+        "own_steps": None,
+        "attention": attention_by_thing([sample["looked_at"] for sample in samples]),
     }
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from embervlm.data.chain_text import CONCLUSION
 from embervlm.data.collate import validator_inputs
+from embervlm.data.dataset import boxes_to_mask
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.model.embervlm import EmberVLM
 
@@ -50,6 +52,42 @@ def explain_chains(
         )
         out.append({"attention": looked, "validator_scores": scores})
     return out
+
+
+def looked_at(sample: Mapping[str, Any], seen: Sequence[Sequence[str]]) -> list[dict[str, list[float]]] | None:
+    """Of each step and thing that it reads: the share of its attention in the thing's box, and what the box covers.
+
+    None without attention or boxes, or where the chain has not the steps of the gold one, for which `seen` says what
+    each reads.
+    """
+    attention, boxes = sample["attention"], sample["boxes"] or ()
+    if not attention or not boxes or len(seen) != len(attention["steps"]):
+        return None
+    out = []
+    for shares, kinds in zip(attention["steps"], seen):
+        step = {}
+        for kind in kinds:
+            if own := [box["box"] for box in boxes if box["kind"] == kind]:
+                inside = boxes_to_mask(own, attention["grid"][0]).numpy()
+                step[kind] = [round(float(np.array(shares)[inside].sum()), 4), round(float(inside.mean()), 4)]
+        out.append(step)
+    return out
+
+
+def attention_by_thing(chains: Sequence[Sequence[Mapping[str, Sequence[float]]] | None]) -> dict[str, dict[str, Any]]:
+    """Kind of thing -> `num` of the steps that read it, mean `share` of their attention in its box, and `chance`: the
+    box's mean share of the picture. `chains`: what `looked_at` gave.
+    """
+    found: dict[str, list[Sequence[float]]] = {}
+    for chain in chains:
+        for step in chain or ():
+            for kind, values in step.items():
+                found.setdefault(kind, []).append(values)
+    return {
+        kind: {"num": len(values), "share": float(share), "chance": float(chance)}
+        for kind, values in sorted(found.items())
+        for share, chance in [np.mean(values, axis=0)]
+    }
 
 
 def _step_ids(model: EmberVLM, chain: Sequence[str]) -> list[list[int]]:

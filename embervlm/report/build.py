@@ -55,11 +55,13 @@ def write_report(
     samples_page(
         best, out / "samples" / "best_reasoning_examples.html", f"Best reasoning examples: {record.name}",
         lead="right answers with the best chains, of every kind of question", back=back, roots=roots,
+        result=record.result,
         nothing="No sample with a right answer and a chain was recorded.",
     )  # fmt: skip
     samples_page(
         failed, out / "samples" / "failure_cases.html", f"Failure cases: {record.name}",
         lead="wrong answers, the surest first, then right ones whose chains lost points", back=back, roots=roots,
+        result=record.result,
         nothing="No failure was recorded: every answer is right and no chain lost points."
         if record.samples else "No samples were recorded.",
     )  # fmt: skip

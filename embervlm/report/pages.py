@@ -70,6 +70,7 @@ def _render(template: str, **values: Any) -> str:
 def samples_page(
     samples: Sequence[Sample | Mapping[str, Any]], path: str | Path, title: str, *, lead: str = "",
     nothing: str = "There is no sample to show.", back: str | None = None, roots: Sequence[Path] = (),
+    result: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write a page with one card per sample: picture, chain, attention and validator score of each step, answers.
 
@@ -78,13 +79,15 @@ def samples_page(
         lead: a few words on what was chosen.
         back: address of the run's page, seen from `path`.
         roots: folders that relative picture paths may start from.
+        result: the evaluation that the samples come from, where there is one.
     """
     shown = [_shortened(as_sample(s) if isinstance(s, Mapping) else s) for s in samples]
     uris = picture_uris([s.image for s in shown if s.image], roots, max_bytes=MAX_PICTURE_BYTES)
     page = _render(
         "samples.jinja", title=title, samples=shown, lead=lead, nothing=nothing, back=back, script_source="'none'",
         pictures={place: uris[s.image] for place, s in enumerate(shown) if s.image in uris},
-        veils=[_veils(s) for s in shown],
+        veils=[_veils(s) for s in shown], looked_at=[_looked_at(s) for s in shown],
+        validator_note=validator_note(mapping(result)),
     )  # fmt: skip
     write_text_atomic(path, page)
     return Path(path)
@@ -120,6 +123,29 @@ def _chain_score(sample: Sample) -> float:
 def _veils(sample: Sample) -> list[str]:
     attention = sample.attention
     return [overlay_png(step, attention.grid) for step in attention.steps[:MAX_STEPS]] if attention else []
+
+
+def _looked_at(sample: Sample) -> list[str]:
+    """Of each step in words how much of its attention lies on what it reads."""
+    return [
+        ", ".join(
+            f"{share:.0%} on {_short(kind, 40)} ({covered:.0%} of the picture)" for kind, (share, covered) in found
+        )
+        for found in (step.items() for step in sample.looked_at[:MAX_STEPS])
+    ]
+
+
+def validator_note(result: Mapping[Any, Any]) -> str:
+    """What the number beside a step is, and how far to trust it."""
+    about = '"valid" beside a step is the model\'s step validator: its probability that the step is valid. '
+    drawn = mapping(mapping(result.get("own_steps")).get("drawn"))
+    accuracy, wrong, valid = (number(drawn.get(key)) for key in ("balanced_accuracy", "wrong", "valid"))
+    if accuracy is None or wrong is None or valid is None:
+        return about + "How well it finds the model's own mistakes was not measured."
+    return about + (
+        f"Of the model's own steps it tells {accuracy:.0%} right (balanced accuracy over {wrong:,.0f} wrong and "
+        f"{valid:,.0f} valid steps of drawn chains). No metric uses it."
+    )
 
 
 def _shortened(sample: Sample) -> Sample:
@@ -166,11 +192,15 @@ def index_page(
         script_source=f"'sha256-{digest}'", about=_about(record), verdict=_verdict(record), tiles=_tiles(record),
         rows=_rows(record), chain_metrics=CHAIN_METRICS, svgs={name: Markup(svg) for name, svg in svgs.items()},
         captions=captions, missing=missing, candidates=_candidates(result),
-        validator=numbers(result.get("validator")), faithfulness=_faithfulness(result), num_shown=len(shown),
+        validator=numbers(result.get("validator")), validator_note=validator_note(result),
+        own_steps={name: numbers(mapping(result.get("own_steps")).get(name)) for name in ("greedy", "drawn")},
+        attention={str(kind): numbers(row) for kind, row in mapping(result.get("attention")).items()},
+        faithfulness=_faithfulness(result), num_shown=len(shown),
         num_sets=len(sets), summary=_summary(record),
         settings=[(name, _short(value, 500)) for name, value in flat(record.config)],
         sections=SECTIONS, data={
             "pictures": list(uris.values()), "sets": sets,
+            "validatorNote": validator_note(result),
             "samples": [_as_data(s, {p: place for place, p in enumerate(uris)}) for s in shown],
         },
     )  # fmt: skip
@@ -193,6 +223,7 @@ def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[st
         "head": sample.head_answer, "scores": list(sample.scores.items()), "reasons": sample.reasons,
         "baseline": baseline and {"answers": baseline["answer_set"], "correct": baseline["correct"]},
         "validator": sample.validator_scores[:MAX_STEPS], "attention": _veils(sample),
+        "lookedAt": _looked_at(sample),
     }  # fmt: skip
 
 

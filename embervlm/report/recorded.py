@@ -58,6 +58,8 @@ class Sample:
     completeness_by_type: dict[str, float]
     validator_scores: list[float | None]
     attention: Attention | None
+    looked_at: list[dict[str, tuple[float, float]]]
+    """Of each step, thing that it reads -> share of its attention in the thing's box, and the box's of the picture."""
     boxes: list[dict[str, Any]]
     """Known boxes: `kind`, `label` and `box` (left, top, right, bottom in [0, 1])."""
 
@@ -223,7 +225,8 @@ def as_sample(raw: Mapping[str, Any]) -> Sample:
             name: value for name, value in numbers(raw.get("completeness_by_type")).items() if value is not None
         },
         validator_scores=[number(value) for value in validator] if isinstance(validator, list) else [],
-        attention=_attention(raw.get("attention")), boxes=_boxes(raw.get("boxes")),
+        attention=_attention(raw.get("attention")), looked_at=_looked_at(raw.get("looked_at")),
+        boxes=_boxes(raw.get("boxes")),
     )  # fmt: skip
 
 
@@ -261,6 +264,7 @@ def texts(value: object) -> list[str]:
 
 
 def intervals(value: object) -> dict[str, tuple[float, float]]:
+    """The entries that are pairs of numbers."""
     out = {}
     for name, entry in mapping(value).items():
         ends = [number(end) for end in entry] if isinstance(entry, (list, tuple)) else []
@@ -283,6 +287,10 @@ def _attention(value: object) -> Attention | None:
     if any(len(row) != grid[0] * grid[1] or any(share is None or share < 0 for share in row) for row in rows):
         return None
     return Attention(grid=(grid[0], grid[1]), steps=[[share or 0.0 for share in row] for row in rows])
+
+
+def _looked_at(value: object) -> list[dict[str, tuple[float, float]]]:
+    return [intervals(step) for step in value] if isinstance(value, list) else []
 
 
 def _boxes(value: object) -> list[dict[str, Any]]:

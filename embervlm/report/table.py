@@ -53,6 +53,23 @@ def faithfulness_lines(block: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def own_steps_lines(result: Mapping[str, Any]) -> str:
+    """How far to trust the validator's scores, and where the steps that read something look; "" where not measured."""
+    lines = []
+    for name, row in (result.get("own_steps") or {}).items():
+        if isinstance(row, Mapping):
+            lines.append(
+                f"validator on {name} chains of the model ({row['wrong']} wrong steps, {row['valid']} valid): balanced "
+                f"accuracy {_share(row['balanced_accuracy'])}, AUROC {_share(row['auroc'])}; it passes "
+                f"{_share(row['right_chains_passed'])} of the right chains and {_share(row['wrong_chains_passed'])} of "
+                f"the {row['wrong_chains']} wrong ones"
+            )
+    if attention := result.get("attention"):
+        things = (f"{kind} {row['share']:.3f} ({row['chance']:.3f})" for kind, row in attention.items())
+        lines.append(f"attention on the thing that a step reads (its share of the picture): {', '.join(things)}")
+    return "\n".join(lines)
+
+
 def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 

@@ -111,13 +111,14 @@ function chain(sample) {
   const caption = make("div", { class: "under", "aria-live": "polite" });
   const list = make("ol", { class: "steps", "aria-label": "Steps of the chain" });
   const attention = sample.attention;
+  const looked = (number) => (sample.lookedAt[number] ? ` Of its attention ${sample.lookedAt[number]}.` : "");
   const look = (number) => {
     frame.querySelector(".veil")?.remove();
     [...list.querySelectorAll("button")].forEach((button, index) => button.setAttribute("aria-pressed", String(index === number)));
     if (attention[number] && withAttention) frame.append(veil(attention[number]));
     caption.textContent = !attention.length ? "No attention was recorded for this sample."
       : !withAttention ? "Attention is hidden."
-      : attention[number] ? `Step ${number + 1}: clear where the model looked, faded where it did not.` : `Step ${number + 1} has no attention.`;
+      : attention[number] ? `Step ${number + 1}: clear where the model looked, faded where it did not.${looked(number)}` : `Step ${number + 1} has no attention.`;
   };
   let chosen = 0;
   sample.steps.forEach((text, number) => {
@@ -131,7 +132,7 @@ function chain(sample) {
     const validator = sample.validator[number];
     const says = make("span", { class: "says" });
     if (validator !== undefined && validator !== null) {
-      says.append(make("span", { title: "The model's own validator; no metric uses it" }, `valid ${percent(validator)}`), meter(validator));
+      says.append(make("span", { title: data.validatorNote }, `valid ${percent(validator)}`), meter(validator));
     }
     parts.push(foreign("span", text), says);
     const button = make("button", { type: "button", class: attention.length ? "step" : "step bare", "aria-pressed": "false" }, ...parts);

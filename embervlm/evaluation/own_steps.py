@@ -1,0 +1,136 @@
+"""Does the step validator know the model's own mistakes from its own valid steps?
+
+Greedy chains hold few mistakes, so chains are also drawn. A step is wrong where it contradicts what is known of
+the record (`judge_steps`); steps behind a chain's first wrong one are not asked about, since they may follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from embervlm.data.claims import ChainContext, judge_steps
+from embervlm.data.records import ReasoningRecord
+from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.metrics import balanced_accuracy, final_answer_accuracy
+from embervlm.evaluation.sharing import Key, Task
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.generation import Decoding, generate_from_visual
+
+NUM_SAMPLES = 200
+"""Records whose chains are asked about."""
+TEMPERATURE = 1.0
+"""Of the chains that are drawn."""
+BATCH_SIZE = 50
+VALID = 0.5
+"""A step with more than this passes, for `verify_reasoning` too."""
+
+
+class OwnSteps:
+    """What one evaluation asks, as tasks that any process can do, and what came of it."""
+
+    def __init__(
+        self, records: Sequence[ReasoningRecord], chains: Sequence[Mapping[str, Any]],
+        domains: Mapping[str, frozenset[str]], num_samples: int = NUM_SAMPLES,
+    ) -> None:  # fmt: skip
+        """`chains`: what the model answered to each of `records`."""
+        known = [place for place, record in enumerate(records) if record.metadata.get("facts")]
+        self._places = known[:: -(-len(known) // num_samples) or 1][:num_samples]
+        self._records, self._chains, self._domains = records, chains, domains
+
+    def tasks(self, checkpoint: Path, see: Callable[..., Any], decoding: Decoding) -> list[Task]:
+        drawn = replace(decoding, temperature=TEMPERATURE, top_p=1.0)
+
+        def asking(number: int, places: Sequence[int]) -> Callable[[EmberVLM], dict[str, Any]]:
+            records = [self._records[place] for place in places]
+            greedy = [self._chains[place] for place in places]
+            settings = replace(drawn, seed=decoding.seed + number)
+
+            def ask(model: EmberVLM) -> dict[str, Any]:
+                visual, seen = see(model, records)
+                asked = [record.instruction for record in records]
+                own = [record.metadata.get("candidates") or () for record in records]
+                found = generate_from_visual(model, visual, seen, asked, settings, own)
+                out = {}
+                for name, chains in (("greedy", greedy), ("drawn", found)):
+                    steps = [chain["reasoning_steps"] for chain in chains]
+                    scores = explain_chains(model, visual, seen, asked, steps)
+                    out[name] = [
+                        self._judged(record, chain, score["validator_scores"])
+                        for record, chain, score in zip(records, chains, scores)
+                    ]
+                return out
+
+            return ask
+
+        parts = [self._places[start : start + BATCH_SIZE] for start in range(0, len(self._places), BATCH_SIZE)]
+        return [
+            Task(
+                name="own steps", number=number, checkpoint=checkpoint, num_records=len(part),
+                run=asking(number, part),
+            )
+            for number, part in enumerate(parts)
+        ]  # fmt: skip
+
+    def _judged(
+        self, record: ReasoningRecord, chain: Mapping[str, Any], scores: Sequence[float]
+    ) -> tuple[list[bool], list[float], bool]:
+        """For each step whether it is right and its score, and whether the answer is right."""
+        context = ChainContext(
+            instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self._domains,
+            reference_steps=record.steps, answer=frozenset(chain["answer_set"]), gold_answer=frozenset(record.answer),
+            candidates=frozenset(record.metadata.get("candidates") or ()),
+        )  # fmt: skip
+        right = [fault.contradicted is None for fault in judge_steps(chain["reasoning_steps"], context)]
+        return right, list(scores), bool(final_answer_accuracy(chain["answer_set"], record.answer))
+
+    def result(self, done: Mapping[Key, Any]) -> dict[str, Any] | None:
+        """For greedy and drawn chains what `summarise` gives; None where no record has known facts."""
+        found = [done[key] for key in sorted(key for key in done if key[0] == "own steps")]
+        if not found:
+            return None
+        return {
+            "temperature": TEMPERATURE,
+            **{name: summarise([chain for part in found for chain in part[name]]) for name in ("greedy", "drawn")},
+        }
+
+
+def summarise(chains: Sequence[tuple[Sequence[bool], Sequence[float], bool]]) -> dict[str, Any]:
+    """How well the scores tell a chain's first wrong step from the valid ones before it, and right chains from wrong.
+
+    `valid`, `wrong`: number of steps. `balanced_accuracy` at one half and `auroc` of the scores; None without both.
+    `right_chains` and `wrong_chains` (a wrong step or answer) with the share that passes: every step above one half.
+    """
+    labels: list[bool] = []
+    scores: list[float] = []
+    passed: dict[bool, list[float]] = {True: [], False: []}
+    for right, found, answered in chains:
+        until = right.index(False) + 1 if False in right else len(right)  # type: ignore[attr-defined]
+        labels += right[:until]
+        scores += found[:until]
+        passed[bool(answered and all(right))].append(float(all(score > VALID for score in found)))
+    both = len(set(labels)) == 2
+    return {
+        "valid": labels.count(True), "wrong": labels.count(False),
+        "balanced_accuracy": balanced_accuracy(labels, [score > VALID for score in scores]) if both else None,
+        "auroc": auroc(labels, scores) if both else None,
+        "right_chains": len(passed[True]), "right_chains_passed": _mean(passed[True]),
+        "wrong_chains": len(passed[False]), "wrong_chains_passed": _mean(passed[False]),
+    }  # fmt: skip
+
+
+def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
+    """How often a valid step scores above a wrong one, ties half (area under the ROC curve)."""
+    valid = np.asarray(labels, dtype=bool)
+    ranks = rankdata(scores)
+    num = int(valid.sum())
+    return float((ranks[valid].sum() - num * (num + 1) / 2) / (num * (len(valid) - num)))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
