@@ -271,7 +271,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", required=True, help="recipe in configs/cluster/, or a YAML")
     parser.add_argument("--model", help="preset in configs/model/, or a YAML; default: the run's")
     parser.add_argument("--config", help="the run's YAML; default: configs/training_stages.yaml")
-    parser.add_argument("--records", type=int, help="records of all splits together; default: target_samples")
+    parser.add_argument(
+        "--records", type=int, help="records of all splits together; default: target_samples, or 50,000"
+    )
     parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: 128")
     parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
     parser.add_argument(

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, PhaseConfig, StageConfig, TrainConfig, load_train_config
+from embervlm.config import (
+    REPOSITORY,
+    AugmentationConfig,
+    ConfigError,
+    PhaseConfig,
+    StageConfig,
+    TrainConfig,
+    load_train_config,
+)
 from embervlm.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -457,15 +465,15 @@ def run_plan(
     *, cluster: str, model: str | None, config: str | None, records: int | None, question_tokens: int | None,
     chain_tokens: int | None, utilisation: float | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """`embervlm plan`. What is None comes from the run's YAML: its model, `target_samples`, the longest chain."""
+    """`embervlm plan`. What is None comes from the run's YAML: its model, `target_samples`, the longest chain.
+
+    A YAML that augments nothing does not say how many records there are; then the guide's 50,000 are planned for.
+    """
     overrides = load_recipe(cluster).train_settings | ({"model": model} if model else {})
     path = config or str(REPOSITORY / "configs" / "training_stages.yaml")
     settings = load_train_config(path, overrides)
-    augmentation = settings.stage4.reasoning_augmentation
     if records is None:
-        if augmentation is None:
-            raise ConfigError(f"--records: say how many; {path} names no reasoning_augmentation.target_samples")
-        records = augmentation.target_samples
+        records = (settings.stage4.reasoning_augmentation or AugmentationConfig()).target_samples
     found = {
         "records": records,
         "question_tokens": QUESTION_TOKENS if question_tokens is None else question_tokens,

@@ -73,6 +73,26 @@ def test_the_guides_values_are_the_shipped_ones():
     assert (stage.batch_size, stage.max_reasoning_length) == (32, 512)
 
 
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_no_shipped_run_turns_on_what_the_results_say_harms(path):
+    stage = load_train_config(path).stage4
+    assert not stage.known_to_harm
+    assert stage.reasoning_augmentation is None and not stage.scheduled_sampling.enabled
+    assert not StageConfig().known_to_harm
+
+
+@pytest.mark.parametrize("path", RUNS[1:], ids=lambda path: path.name)
+def test_a_shipped_run_states_the_price_where_the_guides_keys_would_stand(path):
+    text = path.read_text(encoding="utf-8")
+    assert "target_samples: 50000" in text and "docs/results.md" in text and "enabled: false" in text
+
+
+def test_scheduled_sampling_is_on_for_whoever_writes_its_section():
+    values = {"stage4": {"scheduled_sampling": {"final_teacher_forcing": 0.3}}}
+    stage = from_mapping(TrainConfig, values).stage4
+    assert stage.scheduled_sampling.enabled and "ignore its chain" in stage.known_to_harm[0]
+
+
 # ---- reading
 
 

@@ -462,6 +462,8 @@ class Run:
             stage3 = self.stage3()
             resume = None
         if "4" in stages:
+            if self.world.rank == 0:
+                print("".join(f"{line}\n" for line in self.config.stage4.known_to_harm), end="")
             start = resume or stage3
             if phase in (None, 1):
                 start = self.phase(1, start)
