@@ -76,7 +76,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     rules.add_argument("--workers", type=int, help="processes that draw; default: one per core")
     own = parser.add_argument_group("--source self")
     own.add_argument("--checkpoint", type=Path)
-    own.add_argument("--max_reasoning_steps", type=int, default=10)
+    own.add_argument("--max_reasoning_steps", type=int, help="most steps; default: as the training data needed")
     other = parser.add_argument_group("other teachers, behind an OpenAI-compatible endpoint")
     other.add_argument("--teacher_base_url", dest="base_url", help="such as http://localhost:8000/v1")
     other.add_argument("--teacher_api_key_env", dest="api_key_env", metavar="NAME", help="default: OPENAI_API_KEY")
@@ -212,8 +212,11 @@ def _add_transition(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_reasoning_steps", type=int, default=10, help="most steps, the conclusion included")
-    parser.add_argument("--max_new_tokens", type=int, default=384, help="most tokens of chain and answer")
+    parser.add_argument(
+        "--max_reasoning_steps", type=int,
+        help="most steps, the conclusion included; default: what the checkpoint's training data needed, with a margin",
+    )  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=int, help="most tokens that are written; default: likewise")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

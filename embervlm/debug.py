@@ -9,7 +9,7 @@ from embervlm import run_dir
 from embervlm.report.figures import write_attention, write_figures
 from embervlm.report.pages import best_examples, failure_cases, samples_page
 from embervlm.report.recorded import as_sample, evaluation_alone, samples_path
-from embervlm.report.table import metrics_table
+from embervlm.report.table import cut_off_lines, metrics_table
 
 if TYPE_CHECKING:
     from embervlm.training.engine import World
@@ -26,10 +26,10 @@ def try_reasoning(
         checkpoint=checkpoint, num_samples=num_samples, compare=False, progress=False,
         explained=0 if output_dir is None else num_samples, **options,
     )  # fmt: skip
-    _, samples = evaluate(job)
+    result, samples = evaluate(job)
     for number, sample in enumerate(samples, 1):
         print(sample_text(sample, number) + "\n")
-    print(samples_verdict(samples))
+    print("\n".join(filter(None, (samples_verdict(samples), cut_off_lines(result)))))
     if output_dir is not None:
         page = output_dir / "samples.html"
         samples_page(samples, page, f"{checkpoint}: {len(samples)} samples")
@@ -50,7 +50,9 @@ def analyze(checkpoint: Path, *, test_set: Path, output_dir: Path, world: World,
     if world.rank > 0:
         return
     record = evaluation_alone(path)
-    text = f"{metrics_table(result)}\n\n{analysis_text(result, run_dir.read_json(samples_path(path)))}"
+    cut = cut_off_lines(result)
+    text = f"{metrics_table(result)}\n" + (f"{cut}\n" if cut else "")
+    text += f"\n{analysis_text(result, run_dir.read_json(samples_path(path)))}"
     write_figures(record, output_dir)
     for name, chosen in (("best_reasoning_examples", best_examples), ("failure_cases", failure_cases)):
         samples_page(

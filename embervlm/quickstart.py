@@ -10,14 +10,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
-from embervlm.report.table import faithfulness_lines, metrics_table, own_steps_lines
-
-if TYPE_CHECKING:
-    from embervlm.model.generation import Decoding
+from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 NUM_SAMPLES, QUESTIONS_PER_PICTURE = 5_600, 2
@@ -102,22 +98,17 @@ class Quickstart:
 
         def evaluate(path: Path, split: str) -> dict[str, object]:
             samples = 8 if self.smoke else config["eval_samples"]
-            return evaluate_checkpoint(path, split, num_samples=samples, decoding=self._decoding())
+            return evaluate_checkpoint(path, split, num_samples=samples)
 
         self._best = select_best_checkpoint(run_dir.phase_dir(self.output_dir, 2), evaluate=evaluate)
         print(f"Best checkpoint: {self._best}")
-
-    def _decoding(self) -> Decoding:
-        from embervlm.model.generation import Decoding
-
-        return Decoding(max_new_tokens=SMOKE_TOKENS) if self.smoke else Decoding()
 
     def _evaluate(self) -> None:
         from embervlm.evaluation.commands import evaluate_to_file
 
         evaluate_to_file(
             self._best, split="test", output_file=run_dir.eval_results_path(self.output_dir),
-            num_samples=8 if self.smoke else self.num_test, save_samples=True, decoding=self._decoding(),
+            num_samples=8 if self.smoke else self.num_test, save_samples=True,
         )  # fmt: skip
 
     def _report(self) -> None:
@@ -132,6 +123,8 @@ class Quickstart:
         print("\nanswer accuracy by complexity: " + _figures(result["accuracy_by_complexity"]))
         if result["faithfulness"] is not None:
             print(faithfulness_lines(result["faithfulness"]))
+        if warning := cut_off_lines(result):
+            print(warning)
         print("validator, balanced accuracy by kind of invalid step: " + _figures(result["validator"]))
         print(own_steps_lines(result))
         counted = sum(value for name, value in seconds.items() if name != "baselines")

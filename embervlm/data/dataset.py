@@ -108,6 +108,15 @@ class Samples(Sequence[Sample]):
     @property
     def sizes(self) -> np.ndarray:
         """Tokens of prompt and target of every sample, `[samples, 2]` int32; one pass over all, where not kept."""
+        return self._counts[:, :2]
+
+    @property
+    def num_steps(self) -> np.ndarray:
+        """Steps of every sample's chain, the conclusion included, `[samples]` int32; counted and kept with `sizes`."""
+        return self._counts[:, 2]
+
+    @property
+    def _counts(self) -> np.ndarray:
         if self._sizes_file is None:
             return self._counted
         if not self._sizes_file.exists():
@@ -120,13 +129,13 @@ class Samples(Sequence[Sample]):
         return self._count()
 
     def _count(self) -> np.ndarray:
-        sizes = np.zeros((len(self), 2), np.int32)
+        sizes = np.zeros((len(self), 3), np.int32)
         all_remembered = len(self) <= REMEMBERED_SAMPLES
         with progress_bar(total=len(self), desc="count tokens", unit="record", delay=2) as bar:
             for start in range(0, len(self), ENCODED_TOGETHER):
                 part = slice(start, start + ENCODED_TOGETHER)
                 found = self[part] if all_remembered else self._encode(self.rows[part].tolist())
-                sizes[part] = [(len(sample.prompt), len(sample.target)) for sample in found]
+                sizes[part] = [(len(s.prompt), len(s.target), len(s.step_spans)) for s in found]
                 bar.update(len(found))
         return sizes
 
@@ -137,12 +146,12 @@ class Samples(Sequence[Sample]):
     def without(self, left_out: np.ndarray) -> Samples:
         """Those that are not marked in `left_out`."""
         fewer = Samples(self.form, self.rows[~left_out], self._encode, None)
-        fewer._counted = self.sizes[~left_out]
+        fewer._counted = self._counts[~left_out]
         return fewer
 
 
 def _sizes_file(records: Sequence[ReasoningRecord], form: str, tokenizer: ReasoningTokenizer) -> Path | None:
-    return records.file(f"tokens-{form}", tokenizer.digest()) if isinstance(records, RecordView) else None
+    return records.file(f"lengths-{form}", tokenizer.digest()) if isinstance(records, RecordView) else None
 
 
 def _every_row(records: Sequence[ReasoningRecord]) -> np.ndarray:

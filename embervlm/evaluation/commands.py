@@ -14,7 +14,7 @@ import torch
 from embervlm import run_dir
 from embervlm.config import ConfigError
 from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate
-from embervlm.report.table import faithfulness_lines, metrics_table, own_steps_lines
+from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 from embervlm.training.engine import World
 
 METRIC_GROUPS = {
@@ -78,4 +78,6 @@ def print_result(result: dict[str, Any], output_file: Path) -> None:
         print("\n" + faithfulness_lines(result["faithfulness"]))
     if lines := own_steps_lines(result):
         print("\n" + lines)
+    if warning := cut_off_lines(result):
+        print(warning)
     print(f"written: {output_file}")

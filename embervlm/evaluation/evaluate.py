@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
+from embervlm.report.table import cut_off_lines
 from embervlm.training.engine import World
 
 BATCH_SIZE = 64
@@ -60,7 +62,7 @@ COMPARISONS = {
 """What else is asked, and the name of its accuracy."""
 METRICS = (
     *CHAIN_METRICS, "final_answer_accuracy", "head_accuracy", "head_agreement", "unparseable_share",
-    *COMPARISONS.values(),
+    "cut_off_share", *COMPARISONS.values(),
 )  # fmt: skip
 
 
@@ -123,6 +125,8 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     result, _ = evaluate(job)
     if job.world is None or job.world.rank == 0:
         run_dir.write_json_atomic(run_dir.eval_path(checkpoint, split), result)
+        if warning := cut_off_lines(result):
+            print(f"{checkpoint}: {warning}", file=sys.stderr)  # select_best's output is one line
     return result
 
 
@@ -198,20 +202,19 @@ def _passes(job: Evaluation, data: EvalData, reasons: bool) -> dict[str, _Pass]:
         settings = dataclasses.replace(job.decoding, **decoding)
         return _Pass(checkpoint=checkpoint, records=records, decoding=settings)
 
-    direct: dict[str, Any] = {"form": "direct", "max_new_tokens": 48}
     out = {"chains": asked(data.records)}
     if not job.compare:
         return out
     if data.val and reasons:
         out["calibration"] = asked(data.val)
-    out["direct"] = asked(data.records, **direct)
+    out["direct"] = asked(data.records, form="direct")
     if swapped := swap_pictures(data.records):
         out["swapped"] = asked(swapped)
     if any(record.image for record in data.records):
         out["blind"] = asked([dataclasses.replace(record, image=None) for record in data.records])
     for name in ("same_samples", "same_time"):
         if (path := baseline_of(job.checkpoint, name)) is not None:
-            out[name] = asked(data.records, path, **direct)
+            out[name] = asked(data.records, path, form="direct")
     return out
 
 
@@ -394,6 +397,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         candidates=frozenset(record.metadata.get("candidates") or ROBOTS),
     )  # fmt: skip
     scores = data.scorer.score(result["reasoning_steps"], context)
+    scores["reasons"] = [*cut_off_reasons(result), *scores["reasons"]]
     boxes = known_boxes(record.metadata)
     return {
         "id": record.record_id, "image": record.image, "instruction": record.instruction,
@@ -405,6 +409,12 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
         "validator_scores": None, "attention": None, "looked_at": None,
     }  # fmt: skip
+
+
+def cut_off_reasons(result: Mapping[str, Any]) -> list[str]:
+    """What to say of a text that a limit cut off."""
+    limits = {"steps": "max_reasoning_steps", "tokens": "max_new_tokens"}
+    return [f"the text is cut off by {limits[result['cut_off']]}"] if result.get("cut_off") else []
 
 
 def _complete(
@@ -437,7 +447,7 @@ def _result(
         "phase": about.get("settings", {}).get("phase"),
         "split": job.split,
         "num_samples": len(samples),
-        "decoding": dataclasses.asdict(job.decoding),
+        "decoding": dataclasses.asdict(job.decoding.for_model(model.config)),
         "backend": data.scorer.backends.record,
         "metrics": metrics,
         "intervals": {name: list(bootstrap_interval(found)) for name, found in values.items() if found},
@@ -449,6 +459,7 @@ def _result(
         "per_candidate": per_candidate_precision_recall(
             [s["answer_set"] for s in samples], [s["gold_answer"] for s in samples]
         ),
+        "cut_off": {name: _mean([float(bool(r["cut_off"])) for r in found]) for name, found in results.items()},
         "calibration": calibrated,
         "faithfulness": None,
         "validator": _validator_accuracy(answers),
@@ -467,6 +478,7 @@ def _values(
     for name, other in (("head_accuracy", "gold_answer"), ("head_agreement", "answer_set")):
         values[name] = [final_answer_accuracy(s.get("head_answer", ()), s[other]) for s in samples]
     values["unparseable_share"] = [float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples]
+    values["cut_off_share"] = [float(bool(s["cut_off"])) for s in samples]
     for name, metric in COMPARISONS.items():
         asked = passes[name].records if name in passes else ()
         found = results.get(name, ())

@@ -224,7 +224,10 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
     visual, seen = see(model, records)
     texts = [record.instruction for record in records]
     results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)
-    return [{"answer_set": r["answer_set"], "head_answer": r.get("head_answer", [])} for r in results]
+    return [
+        {"answer_set": r["answer_set"], "head_answer": r.get("head_answer", []), "cut_off": r["cut_off"]}
+        for r in results
+    ]
 
 
 @torch.inference_mode()
@@ -324,6 +327,7 @@ def summarise(
         },
         "information_gain": {"per_step": _mean_gains(log_probs), "num": len(log_probs)},
         "forced_prefix": {"num": len(forced), "ambiguous_dropped": dropped},
+        "cut_off_share": float(np.mean([bool(answer.get("cut_off")) for answer in answers])) if answers else None,
     }
     for key, prefix in (("answer_set", ""), ("head_answer", "head_")):
         text, picture = follows(forced, key), right(forced, key)

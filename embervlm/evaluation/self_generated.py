@@ -29,7 +29,7 @@ from embervlm.data.teachers.collection import (
     need_input,
     read_questions,
 )
-from embervlm.evaluation.evaluate import BATCH_SIZE, load_model, see
+from embervlm.evaluation.evaluate import BATCH_SIZE, cut_off_reasons, load_model, see
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
@@ -47,8 +47,8 @@ class SelfGeneration:
     """Chains drawn for each question; of equal ones the first is kept."""
     temperature: float = 0.8
     seed: int = 0
-    max_reasoning_steps: int = 10
-    """Most steps of a chain, its conclusion included."""
+    max_reasoning_steps: int | None = None
+    """Most steps of a chain, its conclusion included; None is what the model's training data needed."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
@@ -151,6 +151,8 @@ class _Writer:
     def _fault(self, question: Question, result: Mapping[str, Any], followed: Sequence[float]) -> str:
         """Why the chain is not kept; empty where it is."""
         record, steps = question.record, result["reasoning_steps"]
+        if reasons := cut_off_reasons(result):
+            return f"cut off: {reasons[0]}"
         if set(result["answer_set"]) != set(record.answer):
             return f"wrong answer: {result['answer'][:80]} instead of {', '.join(record.answer)}"
         if len(steps) < 2 or not steps[-1].startswith(CONCLUSION):

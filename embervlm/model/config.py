@@ -25,6 +25,9 @@ class EmberVLMConfig(PretrainedConfig):
         reasoning_width, reasoning_ffn, reasoning_layers, reasoning_heads: Shape of the reasoning head.
         validator_width, validator_ffn, validator_layers, validator_heads: Shape of the step validator.
         candidates: Answers that are scored where the caller names none.
+        longest_chain_steps, longest_chain_tokens, longest_answer_tokens: What the training data needed: steps of the
+            longest chain with its conclusion, tokens of a chain with its answer, tokens of an answer without a chain.
+            Generation takes its limits from them. None: not known.
         stage: 3 for a backbone without reasoning, 4 with the reasoning module.
     """
 
@@ -48,6 +51,9 @@ class EmberVLMConfig(PretrainedConfig):
         validator_layers: int = 2,
         validator_heads: int = 4,
         candidates: tuple[str, ...] = (),
+        longest_chain_steps: int | None = None,
+        longest_chain_tokens: int | None = None,
+        longest_answer_tokens: int | None = None,
         stage: int = STAGE4,
         **kwargs: Any,
     ) -> None:
@@ -67,5 +73,8 @@ class EmberVLMConfig(PretrainedConfig):
         self.validator_layers = validator_layers
         self.validator_heads = validator_heads
         self.candidates = list(candidates)
+        self.longest_chain_steps = longest_chain_steps
+        self.longest_chain_tokens = longest_chain_tokens
+        self.longest_answer_tokens = longest_answer_tokens
         self.stage = stage
         super().__init__(**kwargs)

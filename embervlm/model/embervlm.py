@@ -311,20 +311,22 @@ class EmberVLM(PreTrainedModel):
     # -- generation --------------------------------------------------------------------------------------------------
 
     def generate_with_reasoning(
-        self, image: Any = None, instruction: Any = "", max_reasoning_steps: int = 10, return_reasoning: bool = True,
-        **decoding: Any,
+        self, image: Any = None, instruction: Any = "", max_reasoning_steps: int | None = None,
+        return_reasoning: bool = True, **decoding: Any,
     ) -> Any:  # fmt: skip
         """The answer with its reasons; for lists of pictures and instructions a list, computed as one batch.
 
         Args:
             image: Path, PIL image, array, encoded bytes, or None for a question without a picture.
             instruction: The question.
-            max_reasoning_steps: Most steps of the chain, its conclusion included.
+            max_reasoning_steps: Most steps of the chain, its conclusion included; None is what the training data
+                needed, with a margin.
             return_reasoning: False leaves `reasoning_steps` out of the result.
             decoding: See `embervlm.model.generation.Decoding`.
 
         Returns:
-            `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`.
+            `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`; `cut_off` is "steps" or
+            "tokens" where that limit cut the text off, else None.
         """
         from embervlm.model.generation import Decoding, generate_answers
 

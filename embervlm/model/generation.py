@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import parse_answer
 from embervlm.data.images import load_image
+from embervlm.data.record_fields import MAX_STEPS
 from embervlm.data.tokenizer import DIRECT_PROMPT
 from embervlm.model.cache import keep_rows, roomy_cache
+from embervlm.model.config import EmberVLMConfig
 from embervlm.model.decode import head_step, language_step
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 class Decoding:
     """How text is chosen."""
 
-    max_reasoning_steps: int = 10
-    """Most steps of a chain, its conclusion included."""
-    max_new_tokens: int = 384
+    max_reasoning_steps: int | None = None
+    """Most steps of a chain, its conclusion included; None is what the model's training data needed, with a margin."""
+    max_new_tokens: int | None = None
+    """Most tokens that are written; None likewise."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_p: float = 1.0
@@ -38,8 +41,9 @@ class Decoding:
     """Answers to choose among; empty means those of the model's config."""
 
     def __post_init__(self) -> None:
-        if self.max_reasoning_steps < 1 or self.max_new_tokens < 1:
-            raise ConfigError("max_reasoning_steps and max_new_tokens must be at least 1")
+        for name in ("max_reasoning_steps", "max_new_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ConfigError(f"{name}: {limit} is less than 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must be at least 0 and top_p in (0, 1]")
         if self.form not in ("reasoning", "direct", "text"):
@@ -48,6 +52,23 @@ class Decoding:
     @property
     def reasoning(self) -> bool:
         return self.form == "reasoning"
+
+    def for_model(self, config: EmberVLMConfig) -> Decoding:
+        """The same with every limit set: a given one stays, the others are those of the model."""
+        longest = config.longest_answer_tokens if self.form == "direct" else config.longest_chain_tokens
+        return replace(
+            self,
+            max_reasoning_steps=self.max_reasoning_steps or _with_margin(config.longest_chain_steps, 2, UNKNOWN_STEPS),
+            max_new_tokens=self.max_new_tokens or _with_margin(longest, 16, UNKNOWN_TOKENS),
+        )
+
+
+UNKNOWN_STEPS, UNKNOWN_TOKENS = MAX_STEPS + 1, 512
+"""Limits where a checkpoint does not say what its training data needed."""
+
+
+def _with_margin(longest: int | None, least: int, unknown: int) -> int:
+    return unknown if longest is None else longest + max(least, longest // 4)
 
 
 def pictures_tensor(model: EmberVLM, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -82,9 +103,12 @@ def generate_answers(
 
 
 def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decoding) -> None:
-    """ConfigError where picture, instruction and answer are longer than the language model's position table."""
-    limit = getattr(model.language_model.backbone.config, "max_position_embeddings", None)
-    if limit is None or model.tokenizer is None:
+    """ConfigError where picture, instruction and `max_new_tokens` are longer than the model's position table.
+
+    Without `max_new_tokens` as much is written as there is room for; see `_Writer`.
+    """
+    limit = position_limit(model)
+    if limit is None or model.tokenizer is None or decoding.max_new_tokens is None:
         return
     for index, text in enumerate(instructions):
         length = model.num_visual_tokens + len(model.tokenizer.encode(text)) + decoding.max_new_tokens + 8
@@ -93,6 +117,12 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
                 f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
                 f"tokens, the language model reads {limit}; shorten it or lower max_new_tokens"
             )
+
+
+def position_limit(model: EmberVLM) -> int | None:
+    """Most positions that the language model reads, visual tokens included; None for any number."""
+    limit: int | None = getattr(model.language_model.backbone.config, "max_position_embeddings", None)
+    return limit
 
 
 @torch.inference_mode()
@@ -138,6 +168,7 @@ def generate_from_visual(
             "text": text or "",
             "confidence": math.exp(log_probs[row]) if text else 0.0,
             "num_tokens": len(ids),
+            "cut_off": writer.everyone[row].cut_off,
         }
         if head is not None:
             result["head_probabilities"] = dict(zip(candidates, head[row]))
@@ -174,9 +205,13 @@ class _Row:
     num_steps: int
     concluded: bool
     in_answer: bool
+    room: int
+    """Tokens that it may have."""
     ids: list[int] = field(default_factory=list)
     answer_log_prob: float = 0.0
     done: bool = False
+    cut_off: str | None = None
+    """Which limit cut it off, `steps` or `tokens`: it was about to begin one more step, or had not come to its end."""
 
 
 class _Writer:
@@ -190,7 +225,10 @@ class _Writer:
         self, model: EmberVLM, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
     ) -> None:
         assert model.tokenizer is not None
-        self.model, self.visual, self.image_mask, self.decoding = model, visual, image_mask, decoding
+        self.model, self.visual, self.image_mask = model, visual, image_mask
+        self.decoding = decoding.for_model(model.config)
+        self.most_steps, most_tokens = self.decoding.max_reasoning_steps or 1, self.decoding.max_new_tokens or 1
+        self.limit = limit = position_limit(model)
         self.ids, self.base = model.tokenizer.ids, model.tokenizer.base_vocab_size
         self.end_ids = (self.ids["<|answer_end|>"], model.tokenizer.end_of_text)
         longest = max(map(len, prompts))
@@ -200,11 +238,20 @@ class _Writer:
         self.generator = torch.Generator(visual.device).manual_seed(decoding.seed)
         step, conclusion = self.ids["<|step|>"], self.ids["<|conclusion|>"]
         self.everyone = [  # a prompt may hold a chain's beginning
-            _Row(place, prompt.count(step), conclusion in prompt, not decoding.reasoning)
+            _Row(place, prompt.count(step), conclusion in prompt, not decoding.reasoning, most_tokens)
             for place, prompt in enumerate(prompts)
         ]
+        for row, prompt in zip(self.everyone, prompts):
+            length = visual.shape[1] + len(prompt)
+            row.room = most_tokens if limit is None else min(most_tokens, limit - length)
+            if row.room < 1:
+                raise ConfigError(
+                    f"instruction {row.place}: with the picture it has {length} tokens, the language model reads "
+                    f"{limit} and has no room for an answer; shorten it"
+                )
         self.rows = list(self.everyone)
-        room = visual.shape[1] + longest + decoding.max_new_tokens
+        self.room = max(row.room for row in self.everyone)
+        room = visual.shape[1] + longest + self.room
         self.language_cache, self.head_cache = roomy_cache(room), roomy_cache(room)
         use_head = decoding.reasoning or model.config.stage != 3
         head = model.reasoning_module.reasoning_head
@@ -215,7 +262,7 @@ class _Writer:
         """Generated ids without padding, and the log-probability of each row's answer part."""
         hidden = self._read_prompts()
         self.conclusion_state = hidden.clone()
-        num_visual, room = self.visual.shape[1], self.decoding.max_new_tokens
+        num_visual, room = self.visual.shape[1], self.room
         positions = (self.image_mask.long() * num_visual + self.text_mask.sum(1))[:, None]
         mask = torch.cat([self.image_mask[:, None].expand(-1, num_visual), self.text_mask], dim=1)
         seen = mask.shape[1]
@@ -224,7 +271,7 @@ class _Writer:
         go_on = language_step(self.model.language_model, mask.shape[1])
         refine = head_step(self.model.reasoning_module.reasoning_head)
         hidden_keys = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-        for _ in range(room):
+        for _ in range(room + 1):  # the last time, whatever is not done is cut off
             tokens, concluding, is_text = self._write(hidden)
             alive = [place for place, row in enumerate(self.rows) if not row.done]
             if not alive:
@@ -245,6 +292,8 @@ class _Writer:
             for row in concluding:
                 self.conclusion_state[row.place] = hidden[self.rows.index(row)]
             positions = positions + 1
+            if self.limit is not None:  # of rows that are done and not yet left out
+                positions = positions.clamp_max(self.limit - 1)
         return [row.ids for row in self.everyone], [row.answer_log_prob for row in self.everyone]
 
     def head_probabilities(self, choices: Sequence[Sequence[str]]) -> list[list[float]] | None:
@@ -280,8 +329,8 @@ class _Writer:
     def _write(self, hidden: Tensor) -> tuple[Tensor, list[_Row], bool]:
         """The next token of each row, the rows that conclude with it, and whether all tokens are text."""
         base, added = self.model.token_scores(hidden)
-        most = self.decoding.max_reasoning_steps - 1
-        if full := [place for place, row in enumerate(self.rows) if row.concluded or row.num_steps >= most]:
+        if full := [p for p, row in enumerate(self.rows) if row.concluded or row.num_steps >= self.most_steps - 1]:
+            self._note_cut_steps(base, added, [p for p in full if not self.rows[p].concluded])
             added[full, self.ids["<|step|>"] - self.base] = -torch.inf
         if over := [place for place, row in enumerate(self.rows) if row.concluded]:
             added[over, self.ids["<|conclusion|>"] - self.base] = -torch.inf
@@ -295,6 +344,8 @@ class _Writer:
         for row, token in zip(self.rows, tokens.tolist()):
             if token >= self.base:
                 is_text = False
+            if len(row.ids) >= row.room and not row.done:
+                row.done, row.cut_off = True, row.cut_off or "tokens"
             if row.done:
                 continue
             row.ids.append(token)
@@ -308,6 +359,16 @@ class _Writer:
             elif token in self.end_ids:
                 row.done = True
         return tokens, concluding, is_text
+
+    def _note_cut_steps(self, base: Tensor, added: Tensor, full: Sequence[int]) -> None:
+        """Mark the rows at `full`, which have all their steps, where one more step is the likeliest to come."""
+        if not full:
+            return
+        step = added[full, self.ids["<|step|>"] - self.base]
+        wanted = (step > base[full].amax(-1)) & (step >= added[full].amax(-1))
+        for place, more in zip(full, wanted.tolist()):
+            if more and not self.rows[place].done:
+                self.rows[place].cut_off = self.rows[place].cut_off or "steps"
 
     def _keep(self, alive: Sequence[int], kept: Tensor) -> None:
         self.rows = [self.rows[place] for place in alive]

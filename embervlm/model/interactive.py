@@ -49,6 +49,8 @@ class Reasoning:
     """Heading and text of a template."""
     kept_steps: int = 0
     """Steps that were taken over from the reasoning before."""
+    cut_off: str | None = None
+    """`steps` or `tokens` where that limit cut the text off."""
 
     def __str__(self) -> str:
         if self.sections:
@@ -182,6 +184,7 @@ def _as_reasoning(question: str, image: Any, result: Mapping[str, Any], kept: in
     return Reasoning(
         question=question, image=image, steps=result["reasoning_steps"], answer=result["answer"],
         answer_set=result["answer_set"], confidence=result["confidence"], kept_steps=kept,
+        cut_off=result["cut_off"],
     )  # fmt: skip
 
 

@@ -70,6 +70,21 @@ def own_steps_lines(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cut_off_lines(eval_json: Mapping[str, Any]) -> str:
+    """A warning of the answers that a limit on steps or tokens cut off; "" where none was."""
+    counted = dict(eval_json.get("cut_off") or {})
+    counted["faithfulness probes"] = (eval_json.get("faithfulness") or {}).get("cut_off_share")
+    found = [f"{name} {share:.1%}" for name, share in counted.items() if share]
+    if not found:
+        return ""
+    limits = eval_json.get("decoding") or {}
+    return (
+        f"warning: cut off before their end: {', '.join(found)}. Chains had {limits.get('max_reasoning_steps')} steps "
+        f"and {limits.get('max_new_tokens')} tokens. Raise --max_reasoning_steps or --max_new_tokens; where texts "
+        "never come to an end, train on"
+    )
+
+
 def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 

@@ -154,8 +154,10 @@ class Run:
         model.attach_tokenizer(self._tokenizer(settings, model, data.reasoning))
         labels = DenseLabels(data.train, model.vision_encoder.grid)
         self._chains(model, data)  # what Stage 4 refuses is refused now
+        direct = self._asked(encode_direct, model, data.train)
+        _note_lengths(model, direct)
         plan = EpochPlan(
-            main=self._asked(encode_direct, model, data.train),
+            main=direct,
             mixed=(
                 (self._captions(model, data), config.stage3.caption_records_ratio),
                 (self._glossary(model), config.stage3.glossary_records_ratio),
@@ -185,10 +187,12 @@ class Run:
         if self.world.rank == 0:
             self._say_what_is_cut(samples, number, model, len(data.reasoning))
         first_epoch = stage.phase1.epochs if number == 2 else 0
+        direct = self._asked(encode_direct, model, data.train)
+        _note_lengths(model, direct, samples)
         plan = EpochPlan(
             main=samples,
             mixed=(
-                (self._asked(encode_direct, model, data.train), phase.direct_records_ratio),
+                (direct, phase.direct_records_ratio),
                 *self._edited(data.reasoning, samples, number, phase),
             ),
             epochs=epochs[first_epoch : first_epoch + phase.epochs],
@@ -245,10 +249,9 @@ class Run:
             return done
         model = self._start_from(start, STAGE3)
         data = self._load_data(model)
-        plan = EpochPlan(
-            main=self._asked(encode_direct, model, data.train), global_batch=baseline.batch_size * self.world.size,
-            seed=config.seed + 3,
-        )  # fmt: skip
+        direct = self._asked(encode_direct, model, data.train)
+        _note_lengths(model, direct)
+        plan = EpochPlan(main=direct, global_batch=baseline.batch_size * self.world.size, seed=config.seed + 3)
         job = PhaseJob(
             name=f"baseline {name}", folder=folder, phase=_without_reasoning(phase), model=model, plan=plan,
             collator=self._collator(model, data, use_reasoning=False), pictures=data.pictures,
@@ -408,9 +411,7 @@ class Run:
         """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
         records = (data.val or data.train)[: self.config.sample_records]
         images = [data.pictures[record.image] if record.image else None for record in records]
-        results = model.generate_with_reasoning(
-            images, [record.instruction for record in records], max_new_tokens=self.config.stage4.max_reasoning_length
-        )
+        results = model.generate_with_reasoning(images, [record.instruction for record in records])
         if self.world.rank == 0:
             samples = [
                 {"id": record.record_id, "image": record.image, "instruction": record.instruction,
@@ -418,6 +419,8 @@ class Run:
                 for record, result in zip(records, results)
             ]  # fmt: skip
             run_dir.write_json_atomic(run_dir.reasoning_samples_path(self.output, epoch), samples)
+            if cut := sum(bool(result["cut_off"]) for result in results):
+                print(f"epoch {epoch}: {cut} of {len(results)} sample chains are cut off before their end")
 
     def _evaluate(self, checkpoint: Path) -> None:
         """What `select_best` reads: computed here by all processes, or by a job of its own.
@@ -489,6 +492,14 @@ def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
     """`phase` with the reasoning module left alone, for models that have none yet."""
     factors = {**phase.learning_rate_multipliers, "reasoning_module": 0.0}
     return dataclasses.replace(phase, learning_rate_multipliers=factors)
+
+
+def _note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = None) -> None:
+    """Leave in the model's configuration what its data need, from which generation takes its limits."""
+    model.config.longest_answer_tokens = int(direct.sizes[:, 1].max())
+    if chains is not None:
+        model.config.longest_chain_tokens = int(chains.sizes[:, 1].max())
+        model.config.longest_chain_steps = int(chains.num_steps.max())
 
 
 def _tokenizer_of(model: EmberVLM) -> ReasoningTokenizer:
