@@ -41,11 +41,11 @@ def test_one_place_prints_them():
     ("env", "said"),
     [
         ({}, "error: mend it"), ({"RANK": "0"}, "error: mend it"), ({"RANK": "1"}, 1),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 1), ({"SLURM_PROCID": "1"}, "error: mend it"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1), ({"SLURM_PROCID": "1"}, "error: mend it"),
     ],
 )  # fmt: skip
 def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
-    for name in ("RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -317,12 +317,12 @@ def test_an_empty_split_is_named(checkpoint, scene_data, tmp_path):
     assert "the test split is empty" in said
 
 
-def test_an_evaluation_of_an_older_format_says_to_evaluate_again(checkpoint, capsys):
+def test_an_evaluation_of_an_older_format_says_to_evaluate_again(checkpoint):
     path = run_dir.eval_path(checkpoint, "val")
     run_dir.write_json_atomic(path, {"format": 1, "metrics": {"reasoning_consistency": 0.9}})
-    assert select_best(["--checkpoints_dir", str(checkpoint.parent)]) != 0
-    said = capsys.readouterr().err
-    assert str(path) in said and "format 1" in said and "evaluate again" in said
+    with pytest.raises(SystemExit) as ended:
+        select_best(["--checkpoints_dir", str(checkpoint.parent)])
+    assert str(path) in (said := str(ended.value)) and "format 1" in said and "evaluate again" in said
 
 
 def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(checkpoint, scene_data, capsys):

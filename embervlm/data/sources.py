@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from embervlm.data.records import file_values
 from embervlm.run_dir import WriteError, naming_unwritten
@@ -71,7 +72,7 @@ def source_values(file: Path, unpack_dir: Path, problems: list[str]) -> Iterator
                 name = f"{file.stem}-{number:06d}.{suffix}"  # a key may hold any path
                 with naming_unwritten(unpack_dir / name):
                     unpack_dir.mkdir(parents=True, exist_ok=True)
-                    (unpack_dir / name).write_bytes(sample[suffix])
+                    _write_whole(unpack_dir / name, sample[suffix])
                 value["image"] = name
             yield key, value
     except WriteError:
@@ -79,6 +80,14 @@ def source_values(file: Path, unpack_dir: Path, problems: list[str]) -> Iterator
     except (OSError, tarfile.TarError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error.args[0]
         problems.append(f"{file}: not readable as a shard ({reason}); copy it again, or leave it out")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Beside its place and renamed into it: another run may be reading the same picture."""
+    if not path.exists() or path.stat().st_size != len(content):
+        part = path.with_name(f"{uuid4().hex}.tmp")
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
 def _check_end(shard: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, write_json_atomic
 
 STORE_FORMAT = 1
+_PART = ".tmp-records-"
+LEFTOVER_S = 86_400.0
+"""A half-prepared store that nobody has written to for so long is of a killed run."""
 REMEMBERED_RECORDS = 8192
 """Parsed records that are kept, about 3 KB each; reading one again costs about 20 microseconds."""
 MARKED = ("facts", "scene", "boxes", "caption", "augmentation")
@@ -190,7 +194,7 @@ def prepare(
     """The checked and split records of a data file, of Parquet files or of shards; kept in `cache_dir`.
 
     Memory grows by about 80 bytes a record. What was prepared counts as long as the files, the options and the pictures
-    are what they were, by time and length. One process at a time; the others open it afterwards.
+    are what they were, by time and length. Several may prepare the same at a time: the first to end counts.
     Args:
         ready_in: a folder in which they may have been prepared already; nothing is written there.
     Raises:
@@ -202,7 +206,7 @@ def prepare(
     if not files:
         raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
     digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside)
-    folder, part = cache_dir / f"records-{digest}", cache_dir / f".tmp-records-{digest}"
+    folder, part = cache_dir / f"records-{digest}", cache_dir / f"{_PART}{digest}-{uuid4().hex[:12]}"
     for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
         if (store := _open(ready)) is not None:
             return store
@@ -212,17 +216,27 @@ def prepare(
         image_root=str(unpack_dir.resolve()) if is_shard(files[0]) else folder_of_images(root, image_root),
         candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
     )  # fmt: skip
-    shutil.rmtree(part, ignore_errors=True)  # of a killed run
+    _delete_leftovers(cache_dir)
     try:
         with naming_unwritten(folder):
             part.mkdir(parents=True)
         _write(path, part, partial(_records, files, unpack_dir, rules))
         with naming_unwritten(folder):
+            if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
+                return of_another
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return RecordStore(folder)
+
+
+def _delete_leftovers(cache_dir: Path) -> None:
+    """What killed runs left half-done. What was written lately may be another run's that lives."""
+    for part in cache_dir.glob(f"{_PART}*"):
+        times = [path.stat().st_mtime for path in (part, *part.iterdir()) if path.exists()]
+        if time.time() - max(times, default=0) > LEFTOVER_S:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _source_digest(files: Sequence[Path], *options: Any) -> str:

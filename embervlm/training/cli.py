@@ -7,14 +7,20 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
 from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.run_dir import phase_dir
 from embervlm.training.eval_jobs import check_eval_cluster
+from embervlm.training.owner import owning
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
+
+if TYPE_CHECKING:
+    from embervlm.training.engine import World
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "preset in configs/model/, or a YAML"),
@@ -118,7 +124,8 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
     world = World.join()
     try:
         check_cluster(args.cluster, world.size)
-        Run(config, world).go(stages, args.phase)
+        with _owned_by_all(config.output_dir, world):
+            Run(config, world).go(stages, args.phase)
     except UserError:
         raise
     except Preempted as stopped:
@@ -132,6 +139,21 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
         _leave()
     if config.report and world.rank == 0 and "4" in stages:
         write_run_report(config)
+
+
+@contextmanager
+def _owned_by_all(output_dir: str, world: World) -> Iterator[None]:
+    """`owning` for all processes of a run: the first one asks, and its error is everyone's."""
+    with ExitStack() as stack:
+        error = None
+        if world.rank == 0:
+            try:
+                stack.enter_context(owning(output_dir))
+            except UserError as refusal:
+                error = refusal
+        if (error := world.broadcast(error)) is not None:
+            raise error
+        yield
 
 
 def write_run_report(config: TrainConfig) -> None:
