@@ -234,6 +234,14 @@ def test_the_validator_does_not_see_a_picture_that_is_not_there(lively_model, to
     assert one == pytest.approx(other, abs=1e-6)
 
 
+def test_the_consistency_term_moves_the_validator_alone(lively_model, batch):
+    lively_model.train()
+    loss_sums(lively_model(**batch.inputs), batch.targets)["consistency"].backward()
+    moved = {path.partition(".step_validator.")[0] for path, p in lively_model.named_parameters() if p.grad is not None}
+    assert moved == {"reasoning_module"}
+    assert all(p.grad.any() for p in lively_model.reasoning_module.step_validator.layers.parameters())
+
+
 def test_the_validator_refuses_a_text_longer_than_it_can_read(lively_model, tokenizer, batch):
     validator = lively_model.reasoning_module.step_validator
     text = torch.zeros(1, validator.MAX_LENGTH + 1, 32)

@@ -278,7 +278,7 @@ class EmberVLM(PreTrainedModel):
     ) -> Tensor:
         """The step validator's logits `[pairs]`; for the arguments see `forward` and `validator_inputs`.
 
-        Its states are computed without gradient: the validator learns to judge the model and does not bend it.
+        No gradient leaves the validator: it learns to judge the model and does not bend it, its vision included.
         """
         step = StepValidator.SEGMENTS.index("step")
         scored = ((pair_segments == step) & pair_mask).flatten().nonzero().squeeze(1)
@@ -292,7 +292,7 @@ class EmberVLM(PreTrainedModel):
             surprise = losses.new_zeros(pair_ids.numel()).index_copy(0, scored, losses).view(pair_ids.shape)
         self.train(was_training)
         return self.reasoning_module.step_validator(
-            visual, image_mask, hidden, surprise, pair_segments, pair_mask
+            visual.detach(), image_mask, hidden, surprise, pair_segments, pair_mask
         )  # fmt: skip
 
     @torch.no_grad()
