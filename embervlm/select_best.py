@@ -93,9 +93,10 @@ def rank_checkpoints(
     known = sorted({name for evaluation in evaluations.values() for name in evaluation["metrics"]})
     if metric not in known:
         raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
-    if len(sizes := {evaluation.get("num_samples") for evaluation in evaluations.values()}) > 1:
+    made = [evaluation for evaluation in evaluations.values() if evaluation["metrics"]]
+    if len(sizes := {evaluation.get("num_samples") for evaluation in made}) > 1:
         _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
-    if len(backends := {json.dumps(evaluation.get("backend")) for evaluation in evaluations.values()}) > 1:
+    if len(backends := {json.dumps(evaluation.get("backend")) for evaluation in made}) > 1:
         _log.warning("the chains were judged by different backends: %s", "; ".join(sorted(backends)))
 
     accuracies = [_number(evaluation["metrics"].get(ACCURACY)) for evaluation in evaluations.values()]

@@ -35,10 +35,11 @@ LAUNCH = {
     "torch": ("python", 1, ("--engine", "torch")),
     "zero2": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "2")),
     "zero2 x4": ("torchrun", 4, ("--engine", "deepspeed", "--zero_stage", "2", "--batch_size", "2")),
+    "zero3": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "3")),
     "fsdp": ("torchrun", 2, ("--engine", "fsdp")),
 }
 """Launcher, processes and flags."""
-PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2 x4", "torch"), ("zero2 x4", "fsdp")]
+PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2 x4", "torch"), ("zero2 x4", "fsdp"), ("zero3", "zero3")]
 """What saved, and what resumed."""
 CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
               "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,23 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """ZeRO-3's parameters in one piece, and no hook that cuts a module's up again when it has been called."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._zero_stage == 3)
+        hooks = self._optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(hooks.module)
+
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        return self._gathered() if self._zero_stage == 3 else contextlib.nullcontext()
 
     @property
     def _scaler(self) -> Any:
