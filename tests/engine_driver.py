@@ -48,13 +48,13 @@ def let_deepspeed_compute_in_fp16() -> None:
     engine.resolve_precision = lambda precision, *_: precision
 
 
-def overflow_once(engine: Engine, rank: int) -> None:
-    """The next update meets an infinite gradient in what process `rank` holds or adds, and in nothing else."""
+def overflow_once(engine: Engine, rank: int, value: float = float("inf")) -> None:
+    """The next update meets a gradient of `value` in what process `rank` holds or adds, and in nothing else."""
     update = engine._update
     if isinstance(engine, DeepSpeedEngine):  # takes gradients away as they come
         if engine.world.rank == rank:
             (bias,) = (p for name, p in engine.module.named_parameters() if name.endswith("answer_head.bias"))
-            hook = bias.register_hook(lambda gradient: (hook.remove(), gradient + float("inf"))[1])
+            hook = bias.register_hook(lambda gradient: (hook.remove(), gradient + value)[1])
         return
 
     def update_with_overflow(rates: Mapping[str, float]) -> bool:
@@ -63,7 +63,7 @@ def overflow_once(engine: Engine, rank: int) -> None:
             gradients: list[Any] = [p.grad for p in engine.module.parameters() if p.grad is not None]
             held = (g.to_local() if hasattr(g, "to_local") else g for g in gradients)
             local = next(gradient for gradient in held if gradient.numel())
-            local.view(-1)[0] = float("inf")
+            local.view(-1)[0] = value
         return update(rates)
 
     engine._update = update_with_overflow  # type: ignore[method-assign]
@@ -107,7 +107,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         "rates": [], "terms": [], "counts": [], "error": None, "records": [], "overflows": 0,
     }  # fmt: skip
     optimizer = engine._optimizer  # type: ignore[attr-defined]
-    if "overflow_on_rank" in case:  # at a scale where nothing overflows by itself
+    if engine.loss_scale is not None and "overflow_on_rank" in case:  # at a scale where nothing overflows by itself
         engine._set_loss_scale({"scale": FP16_SCALE, "good_steps": case.get("good_steps", 0)})
     for step in range(case.get("steps", 3)):
         factor = learning_rate_factor(step, case.get("steps", 3), phase.warmup_steps, phase.final_lr_ratio)
@@ -120,7 +120,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         out["records"] += [name for batch in batches for name in batch.record_ids]
         if step == 1 and "overflow_on_rank" in case:
             out["at_overflow"] = vars(whole_state(engine))
-            overflow_once(engine, case["overflow_on_rank"])
+            overflow_once(engine, case["overflow_on_rank"], float(case.get("gradient", "inf")))
         try:
             terms, counts = engine.train_step(batches, phase.loss_weights, rates, step)
             while engine.overflowed:

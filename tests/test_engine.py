@@ -66,6 +66,10 @@ CASES: list[dict[str, Any]] = [
       for name, engine in SHARDED.items()),
     *({"name": f"fp16_{name}", "phase": PHASE2, "steps": STEPS, "precision": "fp16", "overflow_on_rank": 1,
        "good_steps": 2007 if name.startswith("zero") else 7, **engine} for name, engine in SHARDED.items()),
+    *({"name": f"{gradient}_{precision}_{name}", "phase": PHASE2, "precision": precision, "overflow_on_rank": 1,
+       "gradient": gradient, "draws": False, "steps": 2, **engine}
+      for name, engine in SHARDED.items() for precision, gradient in (("fp32", "inf"), ("bf16", "nan"))
+      if (name, precision) != ("offload", "fp32")),
 ]  # fmt: skip
 
 
@@ -312,6 +316,24 @@ def test_fp16_with_its_overflow_trains_as_fp32_does(
             for state in (found, plain)
         )  # fmt: skip
         assert (moments - wanted_moments).norm() < 0.05 * wanted_moments.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "gradient"), [("fp32", "inf"), ("bf16", "nan")])
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    name: str, precision: str, gradient: str, seen: dict[str, list[Any]]
+) -> None:
+    if (name, precision) == ("offload", "fp32"):
+        pytest.skip("this DeepSpeed JSON enables bf16")
+    for found in seen[f"{gradient}_{precision}_{name}"]:
+        assert found["error"] is not None and "step 1: the gradient is not finite" in found["error"]
+        before, after = found["at_overflow"], found
+        assert changed_components(before["weights"], after["after"]) == set()
+        assert after["optimizer"]["updates"] == before["optimizer"]["updates"] == 1
+        for parameter, moments in before["optimizer"]["moments"].items():
+            for kind, value in moments.items():
+                assert torch.equal(after["optimizer"]["moments"][parameter][kind], value)
 
 
 def losses(found: dict[str, Any]) -> list[float]:

@@ -109,6 +109,10 @@ class DeepSpeedEngine(Engine):
             self._engine.step()
 
     def _update(self, rates: Mapping[str, float]) -> bool:
+        if self._zero_stage == 0 and self.precision == "fp32":  # the one case that DeepSpeed would update all the same
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            if not nn.utils.get_total_norm(gradients).isfinite():
+                return False
         set_rates(self._optimizer, rates)
         self._engine.step()
         return bool(self._engine.was_step_applied())
