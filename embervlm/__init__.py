@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["EmberVLM", "select_best_checkpoint"]
+__all__ = ["EmberVLM", "reasoning_validator", "save_to_dataset", "select_best_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from embervlm.select_best import select_best_checkpoint
 
         return select_best_checkpoint
+    if name in ("reasoning_validator", "save_to_dataset"):
+        from embervlm.model import own_chains
+
+        return getattr(own_chains, name)
     raise AttributeError(f"module 'embervlm' has no attribute {name!r}")

@@ -5,6 +5,7 @@ YAML keys are the field names (the Stage 4 guide's where it names one). An unkno
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -576,17 +577,57 @@ def _move_blocks(values: dict[str, Any]) -> None:
         override(values, home, values.pop(block))
 
 
-def load_train_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top."""
+def load_train_config(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top.
+
+    Args:
+        flags: Dotted key -> the flag that an override came from; an error names it, or else the file.
+    """
     values = read_yaml(path)
     try:
         _move_blocks(values)
-        for dotted, value in (overrides or {}).items():
-            block, dot, rest = dotted.partition(".")
-            override(values, f"{MOVED.get(block, block)}{dot}{rest}", value)
-        return from_mapping(TrainConfig, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    given = {}
+    for dotted, value in (overrides or {}).items():
+        block, dot, rest = dotted.partition(".")
+        given[f"{MOVED.get(block, block)}{dot}{rest}"] = ((flags or {}).get(dotted, dotted), value)
+    problems = _problems(values, given)
+    if not problems:
+        return from_mapping(TrainConfig, _overridden(values, given))
+    in_file = _problems(values, {})
+    raise ConfigError("\n".join(f"{_origin(path, values, given, p, in_file)}: {p}" for p in problems))
+
+
+Given = Mapping[str, tuple[str, Any]]
+"""Dotted key -> the flag it came from, and the value."""
+
+
+def _overridden(values: dict[str, Any], given: Given) -> dict[str, Any]:
+    out = copy.deepcopy(values)
+    for dotted, (_, value) in given.items():
+        override(out, dotted, value)
+    return out
+
+
+def _problems(values: dict[str, Any], given: Given) -> list[str]:
+    try:
+        from_mapping(TrainConfig, _overridden(values, given))
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str, in_file: list[str]) -> str:
+    """Where `problem` comes from: the file, or the flag that makes it alone, or flags and file together."""
+    if problem in in_file or not given:
+        return str(path)
+    for dotted, (flag, value) in given.items():
+        if problem in _problems(values, {dotted: (flag, value)}):
+            return f"{flag} {value}"
+    return f"{path} with {', '.join(flag for flag, _ in given.values())}"
 
 
 def model_preset(name: str) -> dict[str, Any]:

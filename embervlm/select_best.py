@@ -21,6 +21,11 @@ from embervlm.errors import UserError, told_in_one_line
 from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval
 
 ACCURACY = "final_answer_accuracy"
+CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
+RANKABLE = (*CHAIN_METRICS, ACCURACY, "head_accuracy", "head_agreement", "unparseable_share", "cut_off_share")
+"""Metrics that every evaluation of a checkpoint has, whatever it is compared with."""
+PHASE_2 = "outputs/stage4/phase2"
+"""Where the guide's commands leave the checkpoints to choose from."""
 MAX_ACCURACY_LOSS = 0.01
 """A checkpoint more than this far below the best accuracy is out, however well it reasons."""
 
@@ -45,7 +50,7 @@ class Ranked:
 
 
 def select_best_checkpoint(
-    checkpoints_dir: str | Path,
+    checkpoints_dir: str | Path = PHASE_2,
     metric: str = "reasoning_consistency",
     higher_is_better: bool = True,
     evaluate: Evaluate | None = None,
@@ -81,18 +86,15 @@ def rank_checkpoints(
     """
     found = list_checkpoints(checkpoints_dir)
     if not found:
-        raise NoCheckpointError(
-            f"{checkpoints_dir}: no complete checkpoint; looked for folders checkpoint-<step> and checkpoint-final "
-            f"that hold the file {COMPLETE}"
-        )
+        raise NoCheckpointError(_nothing_in(Path(checkpoints_dir)))
     same_weights: dict[int, list[Checkpoint]] = {}
     for checkpoint in reversed(found):  # of two at one step the final comes first
         same_weights.setdefault(checkpoint.step, []).append(checkpoint)
-    evaluations = {group[0]: _evaluation(group, split, evaluate) for group in same_weights.values()}
-
-    known = sorted({name for evaluation in evaluations.values() for name in evaluation["metrics"]})
-    if metric not in known:
+    carried = {group[0]: _carried(group, split) for group in same_weights.values()}
+    known = sorted({*RANKABLE, *(name for found in carried.values() if found for name in found["metrics"])})
+    if metric not in known:  # said before minutes of evaluating
         raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
+    evaluations = {key: found or _evaluation(key.path, split, evaluate) for key, found in carried.items()}
     made = [evaluation for evaluation in evaluations.values() if evaluation["metrics"]]
     if len(sizes := {evaluation.get("num_samples") for evaluation in made}) > 1:
         _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
@@ -122,7 +124,7 @@ def rank_checkpoints(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m embervlm.select_best", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--checkpoints_dir", required=True, help="folder of a phase, such as outputs/stage4/phase2")
+    parser.add_argument("--checkpoints_dir", default=PHASE_2, help=f"folder of a phase; default: {PHASE_2}")
     parser.add_argument("--metric", default="reasoning_consistency", help="name in the evaluation JSON's metrics")
     parser.add_argument("--split", default="val", help="evaluation to compare; keep test for the final report")
     parser.add_argument("--lower_is_better", action="store_true")
@@ -145,13 +147,31 @@ def _winner(ranking: Sequence[Ranked], metric: str) -> Ranked:
     return ranking[0]
 
 
-def _evaluation(same_weights: Sequence[Checkpoint], split: str, evaluate: Evaluate | None) -> dict[str, Any]:
-    """What one of `same_weights` carries for `split`, or a new evaluation of the first."""
-    path = same_weights[0].path
-    carried = [eval_path(checkpoint.path, split) for checkpoint in same_weights]
-    source = next((file for file in carried if file.exists()), None)
-    if source is not None:
-        return read_eval(source)
+def _nothing_in(checkpoints_dir: Path) -> str:
+    """What was looked for, and where near by there is some."""
+    text = (
+        f"{checkpoints_dir}: no complete checkpoint; looked for folders checkpoint-<step> and checkpoint-final "
+        f"that hold the file {COMPLETE}"
+    )
+    parents = [path for path in (checkpoints_dir, *checkpoints_dir.parents) if path.is_dir() and path.name]
+    depths = ("", "*/", "*/*/", "*/*/*/")
+    markers = [marker for depth in depths if parents for marker in parents[0].glob(f"{depth}checkpoint-*/{COMPLETE}")]
+    if folders := sorted({str(marker.parent.parent) for marker in markers}):
+        return f"{text}. There are some in {', '.join(folders[:5])}; choose with --checkpoints_dir"
+    return (
+        f"{text}. Train first (`python launch/train.py --stages 3 4`), or name a phase's folder with --checkpoints_dir"
+    )
+
+
+def _carried(same_weights: Sequence[Checkpoint], split: str) -> dict[str, Any] | None:
+    """The evaluation that one of `same_weights` carries for `split`."""
+    files = [eval_path(checkpoint.path, split) for checkpoint in same_weights]
+    source = next((file for file in files if file.exists()), None)
+    return None if source is None else read_eval(source)
+
+
+def _evaluation(path: Path, split: str, evaluate: Evaluate | None) -> dict[str, Any]:
+    """A new evaluation of the checkpoint."""
     evaluation = (evaluate or _evaluate_with_model)(path, split)
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
         raise ValueError(f"{path}: the evaluation that was made now has no 'metrics'")

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from embervlm import run_dir
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
-from embervlm.config import ConfigError, load_train_config
+from embervlm.config import ConfigError
 from embervlm.errors import told_in_one_line
-from embervlm.training.cli import overrides_of
+from embervlm.training.cli import load_config
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.action == "fits":
         return 0 if fits(_recipe(args)) else 1
-    output_dir = Path(load_train_config(args.config, overrides_of(args)).output_dir)
+    output_dir = Path(load_config(args).output_dir)
     if args.action == "output_dir":
         print(output_dir)
         return 0

@@ -27,10 +27,10 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
-from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.config import REPOSITORY, ConfigError
 from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.slurm import MAX_REQUEUES, job_state
-from embervlm.training.cli import FLAGS, overrides_of, stages_of
+from embervlm.training.cli import FLAGS, load_config, stages_of
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
@@ -145,7 +145,7 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
         axes.append([(key, value) for value in values.split(",")])
     if sweeps and "3" not in stages and not given.resume_from:
         raise ConfigError("--sweep: its runs have folders of their own, so say with --resume_from where they start")
-    base = load_train_config(given.config, overrides_of(given)).output_dir
+    base = load_config(given).output_dir
     jobs = []
     for combination in itertools.product(*axes):
         flags = [flag for key, value in combination for flag in swept_flags(key, value, given.phase)]
@@ -158,7 +158,7 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
             output = str(Path(base) / name.replace("/", "_"))
             full += ["--output_dir", output]
         args = train_parser().parse_args(full)
-        load_train_config(args.config, overrides_of(args))
+        load_config(args)
         jobs.append(TrainJob(argv=tuple(full), output_dir=output, signal_delay_s=signal_delay_s))
     return jobs
 

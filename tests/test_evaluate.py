@@ -92,6 +92,20 @@ def test_the_first_samples_also_hold_attention_and_the_validators_scores(checkpo
     assert all(sample["without_reasoning"] is not None for sample in samples)
 
 
+def test_no_progress_bar_of_an_evaluation_goes_to_its_end_and_back(checkpoint, tmp_path, monkeypatch):
+    totals, real = [], evaluation_module.share_out
+
+    def sharing(tasks, load, world, journal, bar):
+        begun = (bar.n, bar.total)
+        out = real(tasks, load, world, journal, bar)
+        totals.append((bar.desc, begun, bar.n == bar.total))
+        return out
+
+    monkeypatch.setattr(evaluation_module, "share_out", sharing)
+    evaluated(checkpoint, tmp_path / "eval.json", num_samples=3, progress=True)
+    assert totals == [("evaluate train", (0, 0), True), ("ask about train", (0, 0), True)]
+
+
 def test_a_gain_is_taken_record_by_record():
     values = {name: [] for name in METRICS}
     values |= {"final_answer_accuracy": [1.0, 1, 1, 0], "no_reasoning_accuracy": [1.0, 0, 0, 0]}

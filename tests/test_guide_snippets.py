@@ -19,7 +19,7 @@ from embervlm.data.splits import split_records
 HERE = Path(__file__).resolve().parent
 GUIDE = REPOSITORY.parent / "shared" / "spec" / "stage4_guide.md"
 SNIPPETS: list[dict[str, Any]] = yaml.safe_load((HERE / "guide_snippets.yaml").read_text(encoding="utf-8"))
-OUR_OWN = {"best checkpoint selection on a login node"}
+OUR_OWN = {"best checkpoint selection on a login node", "best checkpoint of the guide's folder"}
 """Not in the guide, but promised beside it."""
 
 

@@ -168,3 +168,49 @@ def test_the_models_mode_is_left_as_it_was(lively_model, records):
 def test_a_question_without_words_is_refused(lively_model):
     with pytest.raises(ConfigError, match="the question is empty"):
         lively_model.reason(None, "  ")
+
+
+# ---- the guide's own chains, validated and kept
+
+
+def test_a_sound_chain_passes_the_validator_and_a_broken_one_does_not():
+    from embervlm import reasoning_validator
+
+    assert reasoning_validator(reasoning())
+    assert not reasoning_validator(reasoning(CHAIN[:3]))
+    assert not reasoning_validator(reasoning([CHAIN[0], CHAIN[0], CHAIN[3]]))
+    assert not reasoning_validator(reasoning([*CHAIN[:3], "Conclusion: Humanoid."]))
+    assert not reasoning_validator(dataclasses.replace(reasoning(), answer="", answer_set=[]))
+    assert reasoning_validator("Step 1: It is high.\nStep 2: So it must fly.\nConclusion: Drone.")
+
+
+def test_the_validator_asks_the_model_where_it_is_given(tiny_model, sure):
+    from embervlm import reasoning_validator
+    from embervlm.model.own_chains import reasoning_problems
+
+    sure(lambda step: 0.2 if "high" in step else 0.9)
+    assert not reasoning_validator(reasoning(), model=tiny_model)
+    assert reasoning_problems(reasoning(), tiny_model) == ["step 1 follows with probability 0.20 only"]
+
+
+def test_kept_chains_are_records_with_their_picture_each_once(tmp_path, scene_data, capsys):
+    from embervlm import save_to_dataset
+
+    picture = next((scene_data / "images").iterdir())
+    path = tmp_path / "kept" / "own.jsonl"
+    for chain in (CHAIN, CHAIN, [CHAIN[0], *CHAIN[2:]]):
+        save_to_dataset(reasoning(chain, image=picture), path)
+    first, second = read_records(path)
+    assert list(first.steps) == CHAIN and first.answer == ("Drone",) and second.num_steps == 2
+    assert first.metadata["source"] == "self_generated"
+    assert open(first.image, "rb").read() == picture.read_bytes() and str(tmp_path / "kept") in first.image
+    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 2 records"
+
+
+def test_a_chain_without_question_or_answer_is_no_record(tmp_path):
+    from embervlm import save_to_dataset
+
+    with pytest.raises(ConfigError, match="without its question is no record"):
+        save_to_dataset(CHAIN, tmp_path / "own.jsonl")
+    with pytest.raises(ConfigError, match="without its answer"):
+        save_to_dataset(dataclasses.replace(reasoning(), answer_set=[]), tmp_path / "own.jsonl")

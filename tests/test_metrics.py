@@ -462,6 +462,12 @@ def test_accuracies_without_picture_or_reasoning_must_stay_a_margin_below():
     assert "swapped_image_accuracy" not in compare_with_targets({"swapped_image_accuracy": 0.1})
 
 
+def test_no_target_asks_an_accuracy_to_be_below_zero():
+    compared = compare_with_targets({"final_answer_accuracy": 0.2, "swapped_image_accuracy": 0.0,
+                                     "no_reasoning_accuracy": 0.0})  # fmt: skip
+    assert "swapped_image_accuracy" not in compared and compared["no_reasoning_accuracy"]["target"] == "<=0.100"
+
+
 def test_the_table_fits_80_columns_and_shows_missing_values():
     metrics = {"reasoning_consistency": 0.8499, "no_reasoning_same_time_accuracy": None}
     text = metrics_table(

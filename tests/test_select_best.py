@@ -76,7 +76,7 @@ def test_a_metric_that_is_no_number_is_not_eligible(tmp_path, value, higher_is_b
 
 def test_an_unknown_metric_is_refused_with_those_that_exist(tmp_path):
     add(tmp_path, 500, 0.5)
-    with pytest.raises(ValueError, match="'fluency' .*there are final_answer_accuracy, reasoning_consistency"):
+    with pytest.raises(ValueError, match="'fluency' .*there are .*final_answer_accuracy, .*reasoning_consistency"):
         select_best_checkpoint(tmp_path, metric="fluency")
 
 
@@ -173,3 +173,34 @@ def test_the_module_runs_as_a_command(tmp_path):
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, f"Best checkpoint: {path}\n", "")
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_evaluated(tmp_path):
+    add(tmp_path, 500)
+    with pytest.raises(ValueError, match="metric 'foo' is in no evaluation.*final_answer_accuracy.*step_completeness"):
+        select_best_checkpoint(tmp_path, metric="foo", evaluate=lambda *_: pytest.fail("evaluated"))
+
+
+def test_the_command_without_flags_looks_into_the_guides_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    add(Path("outputs/stage4/phase2"), 500, 0.9)
+    assert main([]) == 0
+    assert capsys.readouterr().out == "Best checkpoint: outputs/stage4/phase2/checkpoint-500\n"
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ("outputs/quickstart/stage4/phase2", "There are some in outputs/quickstart/stage4/phase2; choose with --check"),
+        ("outputs/stage4/phase1", "There are some in outputs/stage4/phase1; choose with --checkpoints_dir"),
+        (None, "Train first (`python launch/train.py --stages 3 4`)"),
+    ],
+)
+def test_where_there_is_nothing_to_choose_the_command_says_what_there_is(made, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if made:
+        add(Path(made), 500, 0.9)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert "outputs/stage4/phase2: no complete checkpoint" in str(ended.value.code)
+    assert expected in str(ended.value.code)

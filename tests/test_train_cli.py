@@ -334,6 +334,37 @@ def test_a_wrong_flag_is_named(
     assert expected in found and "Traceback" not in found
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--precision", "fp8"], "error: --precision fp8: precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
+        (["--phase1_epochs", "0"], "error: --phase1_epochs 0: stage4.phase1: "),
+        (["--set", "stage4.phase1.learnin_rate=1"], "error: --set stage4.phase1.learnin_rate 1: stage4.phase1.learnin"),
+        (["--set", "save_steps.a=1"], "error: --set save_steps.a 1: save_steps.a: save_steps is 500 in the YAML"),
+        (["--deepspeed_config", "none.json"], "error: --deepspeed_config none.json: no such file"),
+        (["--engine", "jax", "--zero_stage", "7"], "error: --engine jax: engine: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_blamed_and_not_the_yaml(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = message(capsys, *flags)
+    assert found.startswith(expected) and "training_stages.yaml" not in found
+
+
+def test_a_mistake_in_the_yaml_is_not_blamed_on_a_flag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("precision: fp8")
+    found = message(capsys, "--config", tmp_path / "run.yaml", "--engine", "torch")
+    assert found.startswith(f"error: {tmp_path / 'run.yaml'}: precision: 'fp8'")
+
+
+def test_a_mistake_in_a_node_recipe_names_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = (REPOSITORY / "configs" / "cluster" / "v100x1.yaml").read_text().replace("fp16", "fp8")
+    (tmp_path / "own.yaml").write_text(recipe)
+    found = message(capsys, "--cluster", tmp_path / "own.yaml")
+    assert found.startswith(f"error: --cluster {tmp_path / 'own.yaml'}: precision fp8: precision: 'fp8' is not one of")
+
+
 def test_stage_3_asks_for_data_that_is_missing(capsys: pytest.CaptureFixture[str], bench: Path, tmp_path: Path) -> None:
     found = message(capsys, "--config", bench / "run.yaml", "--stages", "3", "--output_dir", tmp_path,
                     "--reasoning_data", tmp_path / "none.json")  # fmt: skip

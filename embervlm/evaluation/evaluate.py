@@ -46,6 +46,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
 from embervlm.report.table import cut_off_lines
+from embervlm.select_best import CHAIN_METRICS, RANKABLE
 from embervlm.training.engine import World
 
 BATCH_SIZE = 64
@@ -54,16 +55,12 @@ MAX_REFERENCE_RECORDS = 20_000
 CALIBRATION_RECORDS = 200
 """Of the val split, to fit the temperature of `confidence` on."""
 EXPLAIN_BATCH = 16
-CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 COMPARISONS = {
     "direct": "stage4_direct_accuracy", "swapped": "swapped_image_accuracy", "blind": "blind_accuracy",
     "same_samples": "no_reasoning_accuracy", "same_time": "no_reasoning_same_time_accuracy",
 }  # fmt: skip
 """What else is asked, and the name of its accuracy."""
-METRICS = (
-    *CHAIN_METRICS, "final_answer_accuracy", "head_accuracy", "head_agreement", "unparseable_share",
-    "cut_off_share", *COMPARISONS.values(),
-)  # fmt: skip
+METRICS = (*RANKABLE, *COMPARISONS.values())
 
 
 @dataclass(kw_only=True)
@@ -138,7 +135,8 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     data = load_eval_data(job, model.config.image_size)
     passes = _passes(job, data, reasons=model.config.stage != 3)
     journal = Journal(job.partial, _digest(job, passes), world)
-    bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=not job.progress or world.rank > 0)
+    quiet = not job.progress or world.rank > 0
+    bar = progress_bar(total=0, unit="record", desc=f"evaluate {job.split}", disable=quiet)
     tasks = [task for name in passes for task in _answer_tasks(name, passes[name], data.pictures)]
     answers = share_out([*tasks, *_validator_tasks(model, job.checkpoint, data)], models, world, journal, bar)
     results = {name: _in_order(name, passes[name], answers) for name in passes}
@@ -157,6 +155,9 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         own = [chain["reasoning_steps"] for chain in chains]
         faithfulness = Faithfulness(data.records, own, job.faithfulness_samples)
         later += faithfulness.tasks(job.checkpoint, look, job.decoding)
+    bar.close()
+    # how much there is to ask of the chains is known now: one bar for both would go to its end and back
+    bar = progress_bar(total=0, unit="record", desc=f"ask about {job.split}", disable=quiet or not later)
     explained = share_out(later, models, world, journal, bar)
     bar.close()
     result: dict[str, Any] = {}

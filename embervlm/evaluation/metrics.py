@@ -142,7 +142,8 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, n: int = 1000) ->
 def compare_with_targets(metrics: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
     """Metric name -> {"target": ">0.85", "met": True, False, or None for a metric without a value}.
 
-    What is compared with the final accuracy has a target only where both were measured.
+    What is compared with the final accuracy has a target only where both were measured, and where that accuracy is at
+    least the margin: nothing can stay below 0.
     """
     compared = {}
     for name, target in TARGETS.items():
@@ -151,7 +152,7 @@ def compare_with_targets(metrics: Mapping[str, float | None]) -> dict[str, dict[
         compared[name] = {"target": f">{target:.2f}", "met": met}
     final = metrics.get("final_answer_accuracy")
     for name, margin in MARGINS.items():
-        if final is not None and (value := metrics.get(name)) is not None:
+        if final is not None and final >= margin and (value := metrics.get(name)) is not None:
             compared[name] = {"target": f"<={final - margin:.3f}", "met": bool(value <= final - margin)}
     return compared
 

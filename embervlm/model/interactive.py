@@ -225,14 +225,15 @@ def _still_holds(model: EmberVLM, visual: Tensor, seen: Tensor, question: str, s
 def faults(model: EmberVLM, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
     """What speaks against a chain, by its form and by the model's own step validator; [] where nothing does."""
     steps = reasoning.steps
-    out = list(_form_faults(reasoning))
+    out = list(form_faults(reasoning))
     for number, probability in enumerate(step_probabilities(model, visual, seen, reasoning.question, steps), 1):
         if probability <= 0.5:
             out.append(f"step {number} follows with probability {probability:.2f} only")
     return out
 
 
-def _form_faults(reasoning: Reasoning) -> Iterator[str]:
+def form_faults(reasoning: Reasoning) -> Iterator[str]:
+    """What speaks against a chain by its form alone."""
     steps = reasoning.steps
     if len(steps) < 2:
         yield f"{len(steps)} steps: nothing to follow from"

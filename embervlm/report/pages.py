@@ -252,7 +252,7 @@ def _about(record: RunRecord) -> list[str]:
     )
     parts = [
         text(result.get("checkpoint")) and Path(text(result.get("checkpoint"))).name,
-        f"phase {text(result.get('phase'))}, step {step:,.0f}" if step is not None and result.get("phase") else "",
+        f"{text(result.get('phase'))}, step {step:,.0f}" if step is not None and result.get("phase") else "",
         f"{text(result.get('split'))} split" if result.get("split") else "",
         f"{count:,.0f} samples" if count is not None else "",
         f"scored by {', '.join(sorted(backends))}" if backends else "",

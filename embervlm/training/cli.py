@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
@@ -95,6 +96,15 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
+def load_config(args: argparse.Namespace) -> TrainConfig:
+    """The run that `args` describe; an error names the flag, the node recipe or the YAML that it comes from."""
+    names = {key: f"--{flag}" for flag, (key, _, _) in FLAGS.items() if getattr(args, flag) is not None}
+    names |= {key: f"--set {key}" for key in (item.partition("=")[0] for item in args.set)}
+    overrides = overrides_of(args)
+    names = {key: names.get(key, f"--cluster {args.cluster}: {key}") for key in overrides}
+    return load_train_config(args.config, overrides, names)
+
+
 def stages_of(args: argparse.Namespace) -> list[str]:
     stages = [stage for item in args.stages for stage in item.split(",") if stage]
     if wrong := [stage for stage in stages if stage not in ("3", "4", "baseline")]:
@@ -109,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         args = parser().parse_args(argv)
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-        stages, config = stages_of(args), load_train_config(args.config, overrides_of(args))
+        stages, config = stages_of(args), load_config(args)
+        if config.deepspeed_config is not None and not Path(config.deepspeed_config).is_file():
+            raise ConfigError(f"--deepspeed_config {config.deepspeed_config}: no such file")
         if config.eval_cluster is not None:
             check_eval_cluster(config.eval_cluster)
         _train(args, stages, config)
