@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -379,8 +380,9 @@ def _validate(args: argparse.Namespace) -> None:
     from embervlm.data.validate import validate
     from embervlm.report.validation import summary, write_reports
 
-    report = validate(args.data_file, _check_options(args))
-    page = write_reports(report, args.output_report)
+    with tempfile.TemporaryDirectory() as unpack_dir:
+        report = validate(args.data_file, dataclasses.replace(_check_options(args), unpack_dir=unpack_dir))
+        page = write_reports(report, args.output_report)
     print(f"{summary(report)}\n{args.output_report}, {page}")
     if not report["trains"]:
         sys.exit(1)

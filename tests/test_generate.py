@@ -156,7 +156,7 @@ def test_as_many_questions_as_there_are_can_be_asked_of_a_picture(number):
 def test_a_failed_write_leaves_the_earlier_data_set(tmp_path):
     path = tmp_path / "data.json"
     write_dataset(path, [{"id": 1}])
-    with pytest.raises(TypeError):
+    with pytest.raises(DataError, match="keep JSON values only"):
         write_dataset(path, [{"id": 2}, {"id": {1, 2}}])
     assert json.loads(path.read_text()) == [{"id": 1}]
 

@@ -76,18 +76,6 @@ def test_every_problem_of_a_file_is_reported_and_nothing_is_kept(tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_metadata_that_is_no_json_is_reported_with_its_record(tmp_path):
-    import datetime
-
-    import pyarrow
-    import pyarrow.parquet
-
-    row = {**GOOD, "id": "r1", "metadata": {"day": datetime.date(2024, 1, 1)}}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="record 1: metadata: .*date.*; keep JSON values only"):
-        prepare(tmp_path / "d.parquet", tmp_path / "cache")
-
-
 def test_an_unchanged_file_is_not_prepared_again(tmp_path):
     path = write_texts(tmp_path / "d.jsonl", 20)
     prepare(path, tmp_path / "cache")

@@ -34,6 +34,7 @@ from embervlm.data.claims import (
 )
 from embervlm.data.duplicates import NEAR_JACCARD, shingles_of, words_of
 from embervlm.data.paraphrase import OPENERS, RuleParaphraser
+from embervlm.data.record_pictures import pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
 from embervlm.data.scenes.generate import write_dataset
 from embervlm.data.splits import split_records
@@ -539,7 +540,7 @@ def augment_file(
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
     if target_samples < 1:
         raise ConfigError(f"--target_samples {target_samples}: must be at least 1")
-    records = read_records(input)
+    records = read_records(input, unpack_dir=pictures_beside(output_file))
     train = split_records(records)["train"]
     if not train:
         raise DataError(f"{input}: none of its {len(records)} records falls into the train split; add records")

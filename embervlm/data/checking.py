@@ -34,6 +34,7 @@ from embervlm.data.claims import (
 from embervlm.data.curriculum import complexity_problem
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.lengths import Limits, too_long
+from embervlm.data.record_fields import unused_fields
 from embervlm.data.records import ROBOTS, DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.progress import progress_bar
@@ -146,6 +147,8 @@ class CheckOptions:
     """Decode every picture; False only reads its bytes."""
     workers: int | None = None
     """Processes that open pictures; None: one per core."""
+    unpack_dir: str | None = None
+    """Where pictures are written that stand in the records themselves; None refuses such."""
 
 
 @dataclass(kw_only=True)
@@ -163,6 +166,8 @@ class CheckedData:
     splits: list[str] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     """Of chain and answer with their markers, counted or estimated."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Fields that nothing reads, and in how many records they are."""
     pictures: dict[str, str] = field(default_factory=dict)
     """Path -> digest over its content, of the readable ones."""
 
@@ -210,7 +215,8 @@ def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = F
 def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
     file_problems: list[str] = []
     readings = read_each(
-        data.path, file_problems, image_root=options.image_root, allow_outside=options.allow_outside
+        data.path, file_problems, image_root=options.image_root, allow_outside=options.allow_outside,
+        unpack_dir=options.unpack_dir,
     )  # fmt: skip
     for reading in progress_bar(readings, desc="read", unit=" records"):
         data.num_values += 1
@@ -233,12 +239,13 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         if split_problem(record.metadata):
             data.values[number] = reading.value
             continue
+        data.unused.update(unused_fields(record.metadata))
         data.numbers.append(number)
         data.records.append(record)
     for problem in file_problems:  # a broken line is no value
         data.num_values += 1
-        line = re.search(r" line (\d+)", problem.removeprefix(str(data.path)))
-        what, _, fix = problem.removeprefix(f"{data.path} ").partition("; ")
+        line = re.search(r" (?:line|record) (\d+)", problem.removeprefix(str(data.path)))
+        what, _, fix = re.sub(r"^record \d+: ", "", problem.removeprefix(f"{data.path} ")).partition("; ")
         data.add("schema", int(line[1]) if line else 0, "", what, fix)
     if not data.num_values:
         raise no_records(data.path)

@@ -99,6 +99,7 @@ def convert_annotations(
     shard: str | None = None,
 ) -> None:  # fmt: skip
     """Records that people annotated, in any of the guide's spellings, as records in the unified one."""
+    from embervlm.data.record_pictures import pictures_beside
     from embervlm.data.records import read_records, record_to_json
     from embervlm.data.scenes.generate import write_dataset
     from embervlm.data.teachers.collection import need_input, picture_root
@@ -106,7 +107,8 @@ def convert_annotations(
     part = Shard.parse(shard)
     check_output(output_file, num_samples)
     path = need_input(input_dataset, "--source human")
-    records = part.of(read_records(path, image_root=image_root)[:num_samples])
+    unpack_dir = pictures_beside(output_file)
+    records = part.of(read_records(path, image_root=image_root, unpack_dir=unpack_dir)[:num_samples])
     root = picture_root(output_file, records, image_root or path.parent)
     metadata = {"source": "human_annotated"}
     write_dataset(
@@ -121,7 +123,7 @@ def merge(*, shards: Sequence[Path], output_file: Path, image_root: Path | None 
     Raises:
         DataError: two records share an id and differ, or a picture lies where the output cannot name it.
     """
-    from embervlm.data.record_fields import is_inside
+    from embervlm.data.record_pictures import is_inside, pictures_beside
     from embervlm.data.records import read_records, record_to_json
     from embervlm.data.scenes.generate import write_dataset
 
@@ -131,7 +133,8 @@ def merge(*, shards: Sequence[Path], output_file: Path, image_root: Path | None 
     problems: list[str] = []
     total = 0
     for path in progress_bar(shards, desc="merge", unit="shard"):
-        for record in read_records(path, image_root=image_root, require_reasoning=False):
+        unpack_dir = pictures_beside(output_file)
+        for record in read_records(path, image_root=image_root, require_reasoning=False, unpack_dir=unpack_dir):
             total += 1
             if record.image is not None and not is_inside(record.image, os.path.realpath(root)):
                 problems.append(

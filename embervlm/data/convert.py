@@ -25,7 +25,8 @@ from embervlm.data.chain_text import (
     parse_answer,
     strict_answer,
 )
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, Report, is_inside, kind, quote
+from embervlm.data.record_fields import MAX_STEPS, FieldRules, Report, kind, quote
+from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
 from embervlm.data.splits import SPLITS, picture_digests
 from embervlm.data.teachers.real_tasks import task_group
@@ -74,8 +75,9 @@ def convert_file(
     if image_root is not None and not os.path.isdir(root):
         raise ConfigError(f"--image_root {image_root}: no such folder; name the one that picture paths are relative to")
     rules = FieldRules(
-        image_root=root, candidates=ROBOTS, require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS
-    )
+        image_root=root, candidates=ROBOTS, require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
+        unpack_dir=str(pictures_beside(output_file)),
+    )  # fmt: skip
     line_problems: list[str] = []
     skipped: list[dict[str, Any]] = []
     records: list[ReasoningRecord] = []

@@ -1,4 +1,4 @@
-"""A JSON list read value by value: the same values and errors as `json.load`, without the whole file in memory."""
+"""JSON as `json.load` reads it, but a list value by value, and what it takes in silence is said."""
 
 from __future__ import annotations
 
@@ -14,11 +14,67 @@ _LONGEST_TOKEN = 16
 """More characters than "-Infinity" or an escaped surrogate pair: what ends this near to the end may be cut off."""
 
 
+_NO_JSON = "which is no JSON; write null, or leave the field out"
+
+
+class _Constant:
+    """NaN or Infinity, until it is told."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Decoder:
+    """`json.loads`, with a note of what it takes in silence: a name that stands twice in an object, NaN, Infinity."""
+
+    def __init__(self) -> None:
+        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+        self._lost: list[str] = []
+        self._constants: list[str] = []
+        """NaN and the like of which the field is not known yet."""
+
+    def decode(self, text: str) -> Any:
+        self._lost.clear()
+        self._constants.clear()
+        return self._json.decode(text)
+
+    def raw_decode(self, text: str, at: int) -> tuple[Any, int]:
+        self._lost.clear()
+        self._constants.clear()
+        return self._json.raw_decode(text, at)
+
+    def lost(self) -> list[str]:
+        """What is wrong with the value decoded last, each as `<field>: <what>; <what to do>`."""
+        inside = [f"holds {name}, {_NO_JSON}" for name in self._constants]  # a list
+        return list(dict.fromkeys([*self._lost, *inside]))
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = {name: None for name in names if names.count(name) > 1}
+            self._lost += [
+                f"{json.dumps(name[:80])}: stands twice in one object; keep one of the two" for name in twice
+            ]
+        if self._constants:
+            for name, value in pairs:
+                if isinstance(value, _Constant):
+                    self._lost.append(f"{name[:80]}: is {value.name}, {_NO_JSON}")
+                    self._constants.remove(value.name)
+                    out[name] = None
+        return out
+
+    def _constant(self, name: str) -> _Constant:
+        self._constants.append(name)
+        return _Constant(name)
+
+
 class JsonText:
     """Where reading stands in a file. `line` and `column`, counted from 1, are those of the error that was raised."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._utf8 = file, codecs.getincrementaldecoder("utf-8")()
+        self._decoder = Decoder()
         self._text, self._at = "", 0
         self._num_bytes = 0
         self._lines, self._columns = 0, 0  # before the text that is held
@@ -34,6 +90,10 @@ class JsonText:
                 return self._text[self._at]
             if not self._more():
                 return ""
+
+    def lost(self) -> list[str]:
+        """`Decoder.lost` of the last item."""
+        return self._decoder.lost()
 
     def list_items(self) -> Iterator[Any]:
         """The values of the list that starts here, up to the end of the file.
@@ -57,11 +117,10 @@ class JsonText:
             raise self._error("Extra data", self._at)
 
     def _value(self) -> Any:
-        decoder = json.JSONDecoder()
         while True:
             self.peek()
             try:
-                value, end = decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 near_end = error.pos >= len(self._text) - _LONGEST_TOKEN
                 if (near_end or error.msg.startswith("Unterminated string")) and self._more():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
 from embervlm.data.checking import CheckOptions, Problem, by_record, check_file, without_garbage_collection
+from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.scenes.generate import write_dataset
 
@@ -65,6 +68,7 @@ def filter_file(
         raise ConfigError(f"--output {output}: must end in .json or .jsonl")
     if output.resolve() == Path(data_file).resolve():
         raise ConfigError(f"--output {output}: is the input; name another file")
+    options = replace(options, unpack_dir=os.path.realpath(pictures_beside(output)))
     data = check_file(data_file, options, keep_values=True)
     problems = by_record(data.problems)
     usable = {number: place for place, number in enumerate(data.numbers)}
@@ -81,6 +85,8 @@ def filter_file(
             score = parts["score"]
             value = {key: item for key, item in data.values[number].items() if key != "quality"}
             value["metadata"] = {**(value.get("metadata") or {}), "quality": parts}
+            if is_inside(str(value.get("image")), str(options.unpack_dir)):
+                value["image"] = os.path.relpath(value["image"], output.resolve().parent)
         if value is None or score < min_quality_score or any(problem.stops_training for problem in found):
             reasons = [f"{problem.field}: {problem.what}; {problem.fix}" for problem in found]
             rejected.append({"record": number, "score": score, "reasons": reasons, "value": value})

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +28,9 @@ MAX_ANSWER_CHARACTERS = 2_000
 """Of all answers of a record together, and of one candidate."""
 MAX_CANDIDATES = 100
 MAX_ID_CHARACTERS = 200
+MAX_PRINTED_UNUSED = 12
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character: JSON can spell it, UTF-8 cannot, and tokenizers refuse it."""
-MAX_REMEMBERED_IMAGES = 100_000
-"""Looked-up picture paths that are kept, so that memory does not grow with the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,8 @@ class FieldRules:
     allow_outside: bool
     max_steps: int
     require_answer: bool = True
+    unpack_dir: str | None = None
+    """Where pictures that stand in the records themselves are written; None refuses them."""
     folders: dict[str, str] = field(default_factory=dict)
     images: dict[str, tuple[str | None, str]] = field(default_factory=dict)
 
@@ -53,6 +52,17 @@ class FieldRules:
 _OWN_FIELDS = frozenset(
     "id record_id image instruction question reasoning reasoning_steps answer confidence metadata num_steps".split()
 )
+_READ_METADATA = frozenset(
+    "augmentation boxes candidates caption complexity details facts origin quality question_kind scene seen source "
+    "source_split split split_group step_types task task_group validated".split()
+)
+"""Metadata that something reads, or that our own commands write for people to read."""
+_OTHER_NAMES = {
+    "instruction": ("query", "prompt", "problem", "input", "text", "conversations", "messages"),
+    "reasoning": ("rationale", "rationales", "explanation", "solution", "chain_of_thought", "cot", "steps", "thoughts"),
+    "answer": ("answers", "label", "output", "response", "gold_answer", "correct_answer", "final_answer"),
+}
+"""What other data sets call our fields."""
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
 Report = Callable[[str], None]
 
@@ -69,19 +79,39 @@ def quote(text: str) -> str:
 
 
 def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, report: Report) -> dict[str, Any]:
-    """The arguments of a `ReasoningRecord`; of use only if nothing was reported."""
+    """The arguments of a `ReasoningRecord` but its picture; of use only if nothing was reported."""
     metadata = _read_metadata(value, report)
     fields: dict[str, Any] = {
         "record_id": _read_id(value, default_id, report),
-        "image": _read_image(value.get("image"), rules, report),
         "instruction": _read_instruction(value, metadata, report),
         "steps": _read_steps(value, rules, report),
-        "answer": _read_answer(value.get("answer"), metadata, rules, report),
+        "answer": _read_answer(value, metadata, rules, report),
         "confidence": _read_confidence(value.get("confidence"), report),
         "metadata": metadata,
     }
     _check_metadata(metadata, len(fields["steps"]), report)
     return fields
+
+
+def unused_fields(metadata: Mapping[str, Any]) -> list[str]:
+    """Fields of a record that are kept in its metadata and that nothing reads."""
+    return [name for name in metadata if name not in _READ_METADATA]
+
+
+def told_unused(counts: Mapping[str, int]) -> str:
+    """The fields and files that nothing reads, the most common first, in words; empty where there are none."""
+    ordered = sorted(counts.items(), key=lambda found: (-found[1], found[0]))
+    some = ", ".join(f"{quote(name)[1:-1]} ({count:,})" for name, count in ordered[:MAX_PRINTED_UNUSED])
+    more = f" and {len(ordered) - MAX_PRINTED_UNUSED} more" if len(ordered) > MAX_PRINTED_UNUSED else ""
+    return f"not used, and in how many records: {some}{more}" if some else ""
+
+
+def _called_otherwise(value: Mapping[str, Any], name: str) -> str:
+    """What may be the missing field `name`, in words, or the empty string."""
+    found = [other for other in _OTHER_NAMES[name] if value.get(other) not in (None, "", [], {})]
+    if found and found[0] in ("conversations", "messages"):
+        return f" (`embervlm data convert` reads {found[0]})"
+    return f" (there is {quote(found[0])})" if found else ""
 
 
 def _read_metadata(value: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -174,7 +204,8 @@ def _read_instruction(value: dict[str, Any], metadata: dict[str, Any], report: R
     name = "instruction" if value.get("instruction") is not None else "question"
     text = value.get(name)
     if text is None:
-        report("instruction: is missing; add the question as `instruction` or `question`")
+        hint = _called_otherwise(value, "instruction")
+        report(f"instruction: is missing{hint}; add the question as `instruction` or `question`")
     elif not isinstance(text, str):
         report(f"{name}: is {kind(text)}, not a string; write the question as text")
     elif not text.strip():
@@ -197,7 +228,8 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
     if not given:
         if rules.require_reasoning:
             blank = any(value.get(name) is not None for name in ("reasoning", "reasoning_steps"))
-            report(f"reasoning: is {'empty' if blank else 'missing'}; write the steps, or drop the record")
+            other = _called_otherwise(value, "reasoning")
+            report(f"reasoning: is {'empty' if blank else 'missing'}{other}; write the steps, or drop the record")
         return ()
     (name,) = given
     chain = value[name]
@@ -231,8 +263,10 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
     return steps
 
 
-def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, report: Report) -> tuple[str, ...]:
-    candidates = rules.candidates
+def _read_answer(
+    value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report
+) -> tuple[str, ...]:  # fmt: skip
+    answer, candidates = value.get("answer"), rules.candidates
     if (own := metadata.get("candidates")) is not None:
         if not isinstance(own, list) or not own or not all(isinstance(name, str) and name.strip() for name in own):
             report("metadata.candidates: must be a list of non-empty strings; name every choice, or leave it out")
@@ -250,7 +284,7 @@ def _read_answer(answer: Any, metadata: dict[str, Any], rules: FieldRules, repor
     if answer is None and not rules.require_answer:
         return ()
     if answer is None:
-        report("answer: is missing; add the right answer or answers")
+        report(f"answer: is missing{_called_otherwise(value, 'answer')}; add the right answer or answers")
         return ()
     texts = [answer] if isinstance(answer, str) else answer
     if not isinstance(texts, list):
@@ -296,50 +330,3 @@ def _read_confidence(value: Any, report: Report) -> float | None:
     else:
         return float(value)
     return None
-
-
-def _read_image(image: Any, rules: FieldRules, report: Report) -> str | None:
-    if image is None:
-        return None
-    if not isinstance(image, str):
-        report(f"image: is {kind(image)}, not a string; give the path of the picture, or leave the field out")
-        return None
-    if len(rules.images) >= MAX_REMEMBERED_IMAGES:
-        rules.images.clear()
-    if image not in rules.images:
-        rules.images[image] = _resolve(image, rules)
-    resolved, problem = rules.images[image]
-    if problem:
-        report(f"image: {problem}")
-    return resolved
-
-
-def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
-    """Resolved path and no problem, or None and the problem. One `lstat` per picture: data sets have many."""
-    if not image.strip():
-        return None, "is empty; give the path of the picture, or leave the field out"
-    if image.lower().startswith(("http://", "https://")):
-        return None, f"{quote(image)} is a URL, which is not fetched; download it and give its path"
-    folder, name = os.path.split(os.path.join(rules.image_root, image))
-    try:
-        if folder not in rules.folders:
-            rules.folders[folder] = os.path.realpath(folder)
-        path = os.path.join(rules.folders[folder], name)
-        mode = os.lstat(path).st_mode if name not in ("", ".", "..") else stat.S_IFLNK
-        if stat.S_ISLNK(mode):
-            path = os.path.realpath(path)
-    except (OSError, ValueError):  # ValueError: a null byte or half a surrogate pair
-        mode, path = 0, os.path.join(rules.folders.get(folder, folder), name)
-    if not rules.allow_outside and not is_inside(path, rules.image_root):
-        advice = "move the picture there, or set image_root or allow_outside"
-        return None, f"{quote(image)} leaves {rules.image_root}; {advice}"
-    if mode == 0 or (stat.S_ISLNK(mode) and not os.path.exists(path)):
-        return None, f"{quote(image)} is not in {rules.image_root}; correct the path, or set image_root"
-    if not stat.S_ISREG(mode) and not os.path.isfile(path):
-        return None, f"{quote(image)} is not a file; give the path of one picture"
-    return path, ""
-
-
-def is_inside(path: str, root: str) -> bool:
-    """Whether the resolved `path` lies in the resolved folder `root`."""
-    return (os.path.normpath(path) + os.sep).startswith(root.rstrip(os.sep) + os.sep)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -25,8 +24,10 @@ from embervlm.data.chain_text import (
     parse_answer,
     parse_reasoning_text,
 )
-from embervlm.data.json_text import JsonText
-from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, is_inside, kind, quote, read_fields
+from embervlm.data.json_text import Decoder, JsonText
+from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
+from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
+from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
 from embervlm.errors import UserError
 from embervlm.run_dir import atomic_text
 
@@ -112,6 +113,7 @@ def read_records(
     require_answer: bool = True,
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
+    unpack_dir: str | os.PathLike[str] | None = None,
 ) -> list[ReasoningRecord]:
     """All records of a `.json` (a list), `.jsonl` or `.parquet` file, in its order.
 
@@ -122,6 +124,7 @@ def read_records(
         require_reasoning: False admits direct-answer records, which have no chain; `steps` is then `()`.
         require_answer: False admits questions whose answer is not known; `answer` is then `()`.
         max_steps: the most numbered steps a chain may have.
+        unpack_dir: where pictures are written that stand in the records themselves; None refuses such.
     Raises:
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`; two
             records of one id are one.
@@ -132,7 +135,7 @@ def read_records(
     num_values = 0
     for reading in read_each(
         path, problems, image_root=image_root, candidates=candidates, require_reasoning=require_reasoning,
-        require_answer=require_answer, allow_outside=allow_outside, max_steps=max_steps,
+        require_answer=require_answer, allow_outside=allow_outside, max_steps=max_steps, unpack_dir=unpack_dir,
     ):  # fmt: skip
         num_values += 1
         if reading.record is not None:
@@ -156,7 +159,7 @@ class Reading:
     number: int
     """Counted from 1; in JSONL the line."""
     value: Any
-    """As it stands in the file."""
+    """As it stands in the file; a picture that stands in it is named by its path."""
     record: ReasoningRecord | None
     """None where something is wrong with the value."""
     problems: tuple[str, ...]
@@ -173,6 +176,7 @@ def read_each(
     require_answer: bool = True,
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
+    unpack_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[Reading]:
     """Each value of the file, good or bad; the arguments are those of `read_records`.
 
@@ -184,7 +188,7 @@ def read_each(
     rules = FieldRules(
         image_root=folder_of_images(path, image_root), candidates=tuple(candidates),
         require_reasoning=require_reasoning, allow_outside=allow_outside, max_steps=max_steps,
-        require_answer=require_answer,
+        require_answer=require_answer, unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
     )  # fmt: skip
     numbers: dict[str, int] = {}
     for number, value in file_values(path, file_problems):
@@ -193,6 +197,8 @@ def read_each(
         if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:
             found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each its own")
             record = None
+        if holds_bytes(value):
+            value = without_bytes(value, None if record is None else record.image)
         yield Reading(number=number, value=value, record=record, problems=tuple(found))
 
 
@@ -212,6 +218,8 @@ def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) 
     found: list[str] = []
     try:
         fields = read_fields(value, default_id, rules, found.append)
+        image = fields["image"] = read_picture(value, fields["metadata"], rules, found.append)
+        fields["instruction"] = check_placeholders(fields["instruction"], image, found.append)
     except RecursionError:
         found = [TOO_DEEP]
     for problem in found:
@@ -229,7 +237,10 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iter
     if suffix not in (".json", ".jsonl", ".parquet"):
         raise DataError(f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl or .parquet')
     if suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path), start=1)
+        for number, row in enumerate(_parquet_rows(path), start=1):
+            row, found = plain_row(row)
+            if not _told(path, number, found, problems):
+                yield number, row
         return
     try:
         with open(path, "rb") as file:
@@ -239,6 +250,12 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iter
             yield from values(path, file, problems, keyed)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and that it can be read") from error
+
+
+def _told(path: Path, number: int, found: Sequence[str], problems: list[str]) -> bool:
+    """Whether something was `found` to be wrong with a value, which then is in `problems`."""
+    problems += [f"{path} record {number}: {problem}" for problem in found]
+    return bool(found)
 
 
 def _empty(path: Path) -> DataError:
@@ -267,7 +284,9 @@ def _json_values(path: Path, file: BinaryIO, problems: list[str], keyed: bool) -
     try:
         first = text.peek()
         if first == "[":
-            yield from enumerate(text.list_items(), start=1)
+            for number, value in enumerate(text.list_items(), start=1):
+                if not _told(path, number, text.lost(), problems):
+                    yield number, value
             return
     except UnicodeDecodeError as error:
         problems.append(f"{path} line {text.line}: {_not_utf8(error)}")
@@ -298,8 +317,11 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list[str]) -> Any:
+    decoder = Decoder()
     try:
-        return json.loads(data.decode("utf-8"))
+        value = decoder.decode(data.decode("utf-8"))
+        problems += [f"{path} record {first_line}: {problem}" for problem in decoder.lost()]
+        return value
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
         problems.append(f"{path} line {line}: {_not_utf8(error)}")
@@ -314,27 +336,17 @@ def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    """Rows without the empty fields that a table adds; `metadata` may be a struct or a JSON string."""
     try:  # imported here: slow, and JSON needs none of it
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl") from error
     try:
         with parquet.ParquetFile(os.fspath(path)) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                yield from map(_without_empty_fields, batch.to_pylist())
-    except (OSError, ValueError, arrow.ArrowException) as error:
+            pictured = "binary" in str(file.schema_arrow)  # fewer rows at once: each may hold a picture
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS // 16 if pictured else PARQUET_BATCH_ROWS):
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (OSError, ValueError, KeyError, arrow.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); check the path or write the file again") from error
-
-
-def _without_empty_fields(row: dict[str, Any]) -> dict[str, Any]:
-    metadata = row.get("metadata")
-    if isinstance(metadata, str):
-        with suppress(ValueError):  # what is no JSON stays a string, which the record check reports
-            row["metadata"] = metadata = json.loads(metadata)
-    if isinstance(metadata, dict):
-        row["metadata"] = {key: value for key, value in metadata.items() if value is not None}
-    return {key: value for key, value in row.items() if value is not None}
 
 
 # ---- writing
@@ -372,10 +384,7 @@ def write_jsonl(
     root = path.parent if image_root is None else image_root
     with atomic_text(path) as file:
         for record in records:
-            try:
-                file.write(json.dumps(record_to_json(record, root)) + "\n")
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"record {record.record_id}: metadata: {error}; keep JSON values only") from error
+            file.write(_json_line(record_to_json(record, root), ascii_only=True) + "\n")
 
 
 def write_dataset(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
@@ -391,10 +400,12 @@ def write_dataset(path: str | os.PathLike[str], records: Iterable[Mapping[str, A
             file.write("\n]\n")
 
 
-def _json_line(value: Mapping[str, Any]) -> str:
+def _json_line(value: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     try:
-        line = json.dumps(value, ensure_ascii=False)
+        line = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+        # half a surrogate pair is no UTF-8; JSON can hold it as an escape only
+        return json.dumps(value) if SURROGATE.search(line) else line
     except RecursionError as error:
         raise DataError(f"record {value.get('id')}: metadata: nested too deeply; drop what is inside") from error
-    # half a surrogate pair is no UTF-8; JSON can hold it as an escape only
-    return json.dumps(value) if SURROGATE.search(line) else line
+    except (TypeError, ValueError) as error:
+        raise DataError(f"record {value.get('id')}: metadata: {error}; keep JSON values only") from error

@@ -6,18 +6,33 @@ A shard is a tar file in which `key.json` stands beside its picture `key.jpg`, `
 from __future__ import annotations
 
 import glob
-import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+from embervlm.data.json_text import Decoder
+from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
 from embervlm.data.records import file_values
 from embervlm.run_dir import WriteError, naming_unwritten
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_NO_PICTURES = frozenset(
+    ("json", "pdf", "ps", "eps", "h5", "hdf", "mpg", "mpeg", "fits", "fit", "bufr", "grib", "wmf", "emf")
+)
+"""Suffixes that Pillow connects with a format of its own, of files that are no pictures here."""
+
+
+@lru_cache(maxsize=1)
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes of files that are pictures: all that Pillow reads, and some of which it will say that it cannot."""
+    from PIL import Image
+
+    Image.init()
+    readable = {suffix.lstrip(".") for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
+    return frozenset(readable | {"heic", "heif", "img", "image"}) - _NO_PICTURES
 
 
 def source_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -43,16 +58,20 @@ def is_shard(file: Path) -> bool:
     return file.suffix.lower() == ".tar"
 
 
-def source_values(file: Path, unpack_dir: Path, problems: list[str]) -> Iterator[tuple[int | str, Any]]:
+def source_values(
+    file: Path, unpack_dir: Path, problems: list[str], unused: Counter[str] | None = None
+) -> Iterator[tuple[int | str, Any]]:  # fmt: skip
     """Number, or key of a shard, and value of each record of one file; a shard's pictures go to `unpack_dir`.
 
-    What cannot be read goes to `problems`.
+    What cannot be read goes to `problems`. Members of a shard that are neither record nor picture are counted in
+    `unused`, by their suffix.
     """
     if not is_shard(file):
         yield from file_values(file, problems)
         return
     import webdataset  # here: most data sets are no shards
 
+    unused, decoder = Counter() if unused is None else unused, Decoder()
     try:
         _check_end(file)
         # a list and an absolute path: nothing in a name is expanded or run
@@ -63,17 +82,28 @@ def source_values(file: Path, unpack_dir: Path, problems: list[str]) -> Iterator
                 problems.append(f"{file} record {key}: has no {key}.json; add it, or drop its other files")
                 continue
             try:
-                value = json.loads(sample["json"].decode("utf-8"))
+                value = decoder.decode(sample["json"].decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 problems.append(f"{file} record {key}: {key}.json is no valid JSON ({error}); correct it")
                 continue
-            suffix = next((name for name in PICTURE_SUFFIXES if name in sample), None)
-            if suffix is not None and isinstance(value, dict):
-                name = f"{file.stem}-{number:06d}.{suffix}"  # a key may hold any path
+            members = [name for name in sample if not name.startswith("__") and name != "json"]
+            pictures = _pictures_among(members)
+            found = decoder.lost()
+            if len(pictures) > 1:
+                found.append(f"image: {' and '.join(f'{key}.{name}' for name in pictures)} are pictures; keep one")
+            if found:
+                problems += [f"{file} record {key}: {problem}" for problem in found]
+                continue
+            if pictures and isinstance(value, dict):
+                (picture,) = pictures
+                name = f"{file.stem}-{number:06d}.{picture.rpartition('.')[2]}"  # a key may hold any path
                 with naming_unwritten(unpack_dir / name):
                     unpack_dir.mkdir(parents=True, exist_ok=True)
-                    _write_whole(unpack_dir / name, sample[suffix])
+                    write_whole(unpack_dir / name, sample[picture])
+                # what the record says of its picture's path is of another place
+                value = {f"original_{k}" if k.casefold() in PICTURE_NAMES else k: v for k, v in value.items()}
                 value["image"] = name
+            unused.update(f".{name}" for name in members if name not in pictures)
             yield key, value
     except WriteError:
         raise
@@ -82,12 +112,15 @@ def source_values(file: Path, unpack_dir: Path, problems: list[str]) -> Iterator
         problems.append(f"{file}: not readable as a shard ({reason}); copy it again, or leave it out")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Beside its place and renamed into it: another run may be reading the same picture."""
-    if not path.exists() or path.stat().st_size != len(content):
-        part = path.with_name(f"{uuid4().hex}.tmp")
-        part.write_bytes(content)
-        os.replace(part, path)
+def _pictures_among(members: Sequence[str]) -> list[str]:
+    """Of a sample's members (`png`, `image.png`, ...) the one that is its picture, or all that may be it.
+
+    A suffix of one part counts before `image.png`, and that before `mask.png`.
+    """
+    pictures = [name for name in members if name.rpartition(".")[2] in picture_suffixes()]
+    plain = [name for name in pictures if "." not in name]
+    named = [name for name in pictures if name.partition(".")[0] in PICTURE_NAMES]
+    return plain or named or pictures
 
 
 def _check_end(shard: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import time
 import weakref
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,14 +19,14 @@ from uuid import uuid4
 import numpy as np
 
 from embervlm.data.images import files_digest
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, quote
+from embervlm.data.record_fields import MAX_STEPS, FieldRules, quote, unused_fields
 from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, folder_of_images, no_records, read_record
 from embervlm.data.sources import is_shard, source_files, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, write_json_atomic
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""
@@ -56,6 +57,12 @@ class RecordStore:
 
     def __len__(self) -> int:
         return self._num_records
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Fields of records, and members of shards, that nothing reads, and in how many records they are."""
+        counts: dict[str, int] = read_object(self.folder / "store.json")["unused"]
+        return counts
 
     def column(self, name: str) -> np.ndarray:
         """A value for each record, read anew: the whole column is seldom needed, and then for a moment."""
@@ -215,12 +222,14 @@ def prepare(
     rules = FieldRules(
         image_root=str(unpack_dir.resolve()) if is_shard(files[0]) else folder_of_images(root, image_root),
         candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
+        unpack_dir=str(unpack_dir),
     )  # fmt: skip
     _delete_leftovers(cache_dir)
+    unused: Counter[str] = Counter()
     try:
         with naming_unwritten(folder):
             part.mkdir(parents=True)
-        _write(path, part, partial(_records, files, unpack_dir, rules))
+        _write(path, part, partial(_records, files, unpack_dir, rules), unused)
         with naming_unwritten(folder):
             if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
                 return of_another
@@ -263,11 +272,11 @@ def _open(folder: Path) -> RecordStore | None:
 
 
 def _records(
-    files: Sequence[Path], unpack_dir: Path, rules: FieldRules, problems: list[str]
+    files: Sequence[Path], unpack_dir: Path, rules: FieldRules, problems: list[str], unused: Counter[str]
 ) -> Iterator[tuple[Path, int | str, ReasoningRecord]]:
     """Every good record with its file and its number or key there; what is wrong with others goes to `problems`."""
     for file in files:
-        for number, value in source_values(file, unpack_dir, problems):
+        for number, value in source_values(file, unpack_dir, problems, unused):
             found: list[str] = []
             record = read_record(value, f"{file.name}:{number}", rules, found.append)
             problems += [f"{file} record {number}: {problem}" for problem in found]
@@ -275,8 +284,14 @@ def _records(
                 yield file, number, record
 
 
-def _write(path: Path, folder: Path, records: Callable[[list[str]], Iterator[tuple[Path, int | str, Any]]]) -> None:
-    """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others."""
+def _write(
+    path: Path, folder: Path, records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
+    unused: Counter[str],
+) -> None:  # fmt: skip
+    """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others.
+
+    What nothing reads, fields of records and members of shards, is counted in `unused`.
+    """
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
     ids = array("Q")
@@ -285,11 +300,12 @@ def _write(path: Path, folder: Path, records: Callable[[list[str]], Iterator[tup
         open(folder / "records.jsonl", "wb") as file,
         progress_bar(desc=f"check {path.name}", unit="record", delay=2) as bar,
     ):
-        for source, number, record in records(problems):
+        for source, number, record in records(problems, unused):
             bar.update()
+            unused.update(unused_fields(record.metadata))
             ids.append(text_hash(record.record_id))
             try:
-                line = json.dumps(record.__dict__).encode() + b"\n"
+                line = json.dumps(record.__dict__, allow_nan=False).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
                 problems.append(f"{source} record {number}: metadata: {error}; keep JSON values only")
                 continue
@@ -314,18 +330,18 @@ def _write(path: Path, folder: Path, records: Callable[[list[str]], Iterator[tup
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(PicturePaths(store))
-        write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures})
+        write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures, "unused": unused})
 
 
 def _repeated_ids(
-    ids: np.ndarray, records: Callable[[list[str]], Iterator[tuple[Path, int | str, ReasoningRecord]]]
+    ids: np.ndarray, records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, ReasoningRecord]]]
 ) -> list[str]:
     """What to say of each record whose id another has; the data are read once more only where there is one."""
     values, counts = np.unique(ids, return_counts=True)
     repeated = set(values[counts > 1].tolist())
     problems: list[str] = []
     firsts: dict[str, tuple[Path, int | str]] = {}
-    for file, number, record in records([]) if repeated else ():
+    for file, number, record in records([], Counter()) if repeated else ():
         if text_hash(record.record_id) not in repeated:
             continue
         first_file, first = firsts.setdefault(record.record_id, (file, number))

@@ -49,6 +49,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "num_stopping": len(bad - {0}),
         "num_with_findings": len({problem.number for problem in data.problems} - {0}),
         "num_text_only": sum(record.image is None for record in data.records),
+        "unused": dict(data.unused.most_common()),
         "distinct": {
             "pictures": len(set(data.pictures.values())),
             "instructions": len({record.instruction for record in data.records}),

@@ -300,14 +300,16 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     root = (None if job.test_set else job.image_root) or made_with.get("image_root")
     with tempfile.TemporaryDirectory() as elsewhere:
         store = prepare(path, elsewhere, ready_in=cache, image_root=root, allow_outside=outside) if path else None
-        return _eval_data(job, store, outside, job.test_set or path or "", image_size)
+        return _eval_data(job, store, outside, job.test_set or path or "", image_size, elsewhere)
 
 
-def _eval_data(job: Evaluation, store: RecordStore | None, outside: bool, path: str, image_size: int) -> EvalData:
+def _eval_data(
+    job: Evaluation, store: RecordStore | None, outside: bool, path: str, image_size: int, unpack_dir: str
+) -> EvalData:
     splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
     train = splits["train"]
     if job.test_set is not None:
-        splits[job.split] = _read_test_set(job, outside, known=train)
+        splits[job.split] = _read_test_set(job, outside, known=train, unpack_dir=unpack_dir)
     if not splits[job.split]:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
     records = _some(splits[job.split], job.num_samples)
@@ -325,12 +327,14 @@ def _eval_data(job: Evaluation, store: RecordStore | None, outside: bool, path: 
     )
 
 
-def _read_test_set(job: Evaluation, outside: bool, known: Sequence[ReasoningRecord]) -> list[ReasoningRecord]:
+def _read_test_set(
+    job: Evaluation, outside: bool, known: Sequence[ReasoningRecord], unpack_dir: str
+) -> list[ReasoningRecord]:
     """All records of the file, with a warning of those that were trained on."""
     assert job.test_set is not None
     if not Path(job.test_set).exists():
         raise ConfigError(f"--test_set {job.test_set}: no such file")
-    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside))
+    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside, unpack_dir=unpack_dir))
     asked = {(record.image, record.instruction, record.steps) for record in records}
     seen = len({key for record in known if (key := (record.image, record.instruction, record.steps)) in asked})
     if seen and (job.world is None or job.world.rank == 0):

@@ -32,6 +32,7 @@ from embervlm.data.dataset import (
 from embervlm.data.images import PictureCache
 from embervlm.data.lengths import Limits, refuse_too_long
 from embervlm.data.negatives import PairMaker, cut_for_validator
+from embervlm.data.record_fields import told_unused
 from embervlm.data.records import ROBOTS, ReasoningRecord
 from embervlm.data.sources import source_files
 from embervlm.data.store import PicturePaths, RecordView, has_field, prepare
@@ -80,6 +81,8 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     store = first_on_rank_0(
         world, lambda: prepare(path, cache, image_root=config.image_root, allow_outside=config.allow_outside)
     )
+    if world.rank == 0 and (unused := told_unused(store.unused)):
+        print(f"{path}: {unused}")
     train, val = store.split("train"), store.split("val")
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")

@@ -232,4 +232,4 @@ def checked(value: dict[str, Any], question: Question) -> ReasoningRecord:
     )  # fmt: skip
     if problems:
         raise Rejected("; ".join(problems))
-    return ReasoningRecord(**fields)
+    return ReasoningRecord(**fields, image=None)

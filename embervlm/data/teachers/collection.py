@@ -19,7 +19,7 @@ from typing import Any
 
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import parse_reasoning_text
-from embervlm.data.record_fields import is_inside
+from embervlm.data.record_pictures import is_inside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json
 from embervlm.data.scenes.generate import write_dataset
 from embervlm.data.shard import Shard

@@ -1,0 +1,80 @@
+"""Rows of a Parquet file as the values that JSON would hold, so that every command reads them alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from embervlm.data.json_text import Decoder
+from embervlm.data.record_fields import quote
+from embervlm.data.record_pictures import PICTURE_NAMES
+
+
+def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The row, and what JSON has no word for in it, each as `<field>: <what>; <what to do>`.
+
+    Null fields are left out, those of structs too: a table gives every row the fields of all. Dates become ISO text,
+    decimals numbers. Bytes stay where a picture is looked for. `metadata` may be a JSON text.
+    """
+    found: list[str] = []
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):
+        decoder = Decoder()
+        try:
+            row = row | {"metadata": decoder.decode(metadata)}
+            found += [f"metadata: {problem}" for problem in decoder.lost()]
+        except (ValueError, RecursionError):
+            pass  # what is no JSON stays a text, which the record check reports
+    out = {name: _plain(item, name, name.casefold() in PICTURE_NAMES, found.append) for name, item in row.items()}
+    return {name: item for name, item in out.items() if item is not None}, found
+
+
+def _plain(value: Any, where: str, pictured: bool, report: Callable[[str], None]) -> Any:
+    if isinstance(value, dict):
+        items = {name: _plain(item, f"{where}.{name}", pictured, report) for name, item in value.items()}
+        kept = {name: item for name, item in items.items() if item is not None}
+        return kept if kept or not value else None  # a struct of nulls is what a row without it gets
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where, pictured, report) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        report(f"{quote(where)}: is {value}, which is no number; write null")
+    elif isinstance(value, (bytes, bytearray)):
+        if pictured:
+            return bytes(value)
+        report(f"{quote(where)}: holds bytes; call the column image where they are the picture, or leave it out")
+    elif isinstance(value, (date, datetime, time)):
+        return value.isoformat()
+    elif isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    elif isinstance(value, timedelta):
+        return value.total_seconds()
+    elif isinstance(value, UUID):
+        return str(value)
+    elif value is None or isinstance(value, (str, int, float)):
+        return value
+    else:
+        report(f"{quote(where)}: is {type(value).__name__}, which no record holds; write it as text or number")
+    return None
+
+
+def holds_bytes(value: Any) -> bool:
+    """Whether a picture stands in the record itself, as in a Parquet file it can."""
+    return isinstance(value, dict) and any(
+        _is_bytes(item) for name, item in value.items() if name.casefold() in PICTURE_NAMES
+    )
+
+
+def without_bytes(value: dict[str, Any], image: str | None) -> dict[str, Any]:
+    """The record with the path of its picture in place of the content."""
+    rest = {name: item for name, item in value.items() if not _is_bytes(item)}
+    return rest if image is None else {**rest, "image": image}
+
+
+def _is_bytes(item: Any) -> bool:
+    if isinstance(item, (list, dict)):
+        return any(map(_is_bytes, item.values() if isinstance(item, dict) else item))
+    return isinstance(item, bytes)

@@ -1,0 +1,197 @@
+"""Which picture a record is about, however it is named: its path, or the picture itself, as Parquet files hold it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from embervlm.data.record_fields import FieldRules, Report, kind, quote
+from embervlm.run_dir import naming_unwritten
+
+PICTURE_NAMES = (
+    "image", "image_path", "image_file", "image_name", "image_filename", "img", "img_path", "picture", "picture_path",
+    "photo", "images", "file_name", "filename", "path",
+)  # fmt: skip
+"""Fields that name a record's picture, whatever their case; the last three only where what they name ends as pictures
+do."""
+_ANY_FILE = PICTURE_NAMES[-3:]
+MAX_REMEMBERED_IMAGES = 100_000
+"""Looked-up picture paths that are kept, so that memory does not grow with the file."""
+_SUFFIX = re.compile(
+    r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
+)  # fmt: skip
+PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?\d*\|?>|\[(?:image|img)\]", re.IGNORECASE)
+"""Where other data sets put the picture into the text."""
+
+
+def read_picture(
+    value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report
+) -> str | None:  # fmt: skip
+    """The resolved path of the record's picture; None where it has none, or where something was reported.
+
+    A field that was taken for it leaves `metadata`.
+    """
+    given = {
+        name: item for name, item in value.items() if name.casefold() in PICTURE_NAMES and _names_picture(name, item)
+    }
+    if not given:
+        for name, item in metadata.items():
+            if _looks_like_picture(item) or (name.casefold() in PICTURE_NAMES and _names_picture(name, item)):
+                report(f"{quote(name)}: names a picture where none is looked for; call the field image, or take it out")
+                return None
+        return None
+    name = next(name for name in ("image", *given) if name in given)
+    found = _one_of(name, given[name], report)
+    if isinstance(found, _Refused):
+        return None
+    for other, item in given.items():
+        if other != name and _base(_one_of(other, item, lambda _: None)) != _base(found):
+            report(f"{quote(other)}: names another picture than {name}; keep one of the two")
+            return None
+    if name != "image":
+        metadata.pop(name, None)
+    return _read_bytes(name, found, rules, report) if isinstance(found, Embedded) else _read_path(found, rules, report)
+
+
+def pictures_beside(output_file: Path) -> Path:
+    """Where a command that writes records puts pictures that stood in the records themselves."""
+    return output_file.with_name(f"{output_file.stem}-pictures")
+
+
+def check_placeholders(instruction: str, image: str | None, report: Report) -> str:
+    """`instruction` without the place of its picture, which stands before the text."""
+    places = PLACEHOLDER.findall(instruction)
+    if not places:
+        return instruction
+    if image is None:
+        report(f"instruction: holds {places[0]}, but the record has no picture; name it in image, or take this out")
+    elif len(places) > 1:
+        report(f"instruction: holds {len(places)} places of pictures; a record has one picture: keep one of them")
+    return PLACEHOLDER.sub("", instruction).strip()
+
+
+class Embedded:
+    """A picture that stands in the record itself."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.data, self.name = data, name
+
+
+class _Refused:
+    """What was reported already."""
+
+
+def _names_picture(name: str, item: Any) -> bool:
+    """Whether a field of `PICTURE_NAMES` says anything; `image` always does."""
+    if name == "image":
+        return item is not None
+    if name.casefold() in _ANY_FILE:
+        return isinstance(item, str) and _SUFFIX.search(item) is not None
+    return item not in (None, "", [], {})
+
+
+def _looks_like_picture(item: Any) -> bool:
+    if isinstance(item, str):
+        return (
+            len(item) < 4096
+            and "\n" not in item
+            and (_SUFFIX.search(item) is not None or item.startswith("data:image"))
+        )
+    if isinstance(item, dict):
+        return isinstance(item.get("bytes"), bytes)
+    return isinstance(item, bytes)
+
+
+def _one_of(name: str, item: Any, report: Report) -> str | Embedded | _Refused:
+    """The path or content that one field gives."""
+    if isinstance(item, list):
+        if len(item) != 1:
+            report(f"{name}: holds {len(item)} pictures; a record has one: make several records of it, or one picture")
+            return _Refused()
+        item = item[0]
+    if isinstance(item, bytes):
+        return Embedded(item, "")
+    if isinstance(item, dict):
+        data, path = item.get("bytes"), item.get("path")
+        if isinstance(data, bytes) and data:
+            return Embedded(data, path if isinstance(path, str) else "")
+        item = path if isinstance(path, str) else item
+    if not isinstance(item, str):
+        report(f"{name}: is {kind(item)}, not a string; give the path of the picture, or leave the field out")
+        return _Refused()
+    return item
+
+
+def _base(found: str | Embedded | _Refused) -> str:
+    name = found.name if isinstance(found, Embedded) else found if isinstance(found, str) else ""
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def _read_bytes(name: str, found: Embedded, rules: FieldRules, report: Report) -> str | None:
+    """Writes the picture to a file of its own, named after its content."""
+    if rules.unpack_dir is None:
+        report(f"{name}: holds the picture itself, which is not unpacked here; `embervlm data filter` writes it out")
+        return None
+    suffix = _SUFFIX.search(found.name)
+    digest = hashlib.blake2b(found.data, digest_size=12).hexdigest()
+    path = Path(rules.unpack_dir) / f"{digest}{suffix[0].lower() if suffix else '.img'}"
+    with naming_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, found.data)
+    return os.path.realpath(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Beside its place and renamed into it: another run may be reading the same picture."""
+    if not path.exists() or path.stat().st_size != len(content):
+        part = path.with_name(f"{uuid4().hex}.tmp")
+        part.write_bytes(content)
+        os.replace(part, path)
+
+
+def _read_path(image: str, rules: FieldRules, report: Report) -> str | None:
+    if len(rules.images) >= MAX_REMEMBERED_IMAGES:
+        rules.images.clear()
+    if image not in rules.images:
+        rules.images[image] = _resolve(image, rules)
+    resolved, problem = rules.images[image]
+    if problem:
+        report(f"image: {problem}")
+    return resolved
+
+
+def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
+    """Resolved path and no problem, or None and the problem. One `lstat` per picture: data sets have many."""
+    if not image.strip():
+        return None, "is empty; give the path of the picture, or leave the field out"
+    if image.lower().startswith(("http://", "https://")):
+        return None, f"{quote(image)} is a URL, which is not fetched; download it and give its path"
+    folder, name = os.path.split(os.path.join(rules.image_root, image))
+    try:
+        if folder not in rules.folders:
+            rules.folders[folder] = os.path.realpath(folder)
+        path = os.path.join(rules.folders[folder], name)
+        mode = os.lstat(path).st_mode if name not in ("", ".", "..") else stat.S_IFLNK
+        if stat.S_ISLNK(mode):
+            path = os.path.realpath(path)
+    except (OSError, ValueError):  # ValueError: a null byte or half a surrogate pair
+        mode, path = 0, os.path.join(rules.folders.get(folder, folder), name)
+    if not rules.allow_outside and not is_inside(path, rules.image_root):
+        advice = "move the picture there, or set image_root or allow_outside"
+        return None, f"{quote(image)} leaves {rules.image_root}; {advice}"
+    if mode == 0 or (stat.S_ISLNK(mode) and not os.path.exists(path)):
+        return None, f"{quote(image)} is not in {rules.image_root}; correct the path, or set image_root"
+    if not stat.S_ISREG(mode) and not os.path.isfile(path):
+        return None, f"{quote(image)} is not a file; give the path of one picture"
+    return path, ""
+
+
+def is_inside(path: str, root: str) -> bool:
+    """Whether the resolved `path` lies in the resolved folder `root`."""
+    return (os.path.normpath(path) + os.sep).startswith(root.rstrip(os.sep) + os.sep)

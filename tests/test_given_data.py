@@ -1,0 +1,232 @@
+"""Data as other tools write it: pictures under other names or in the table itself, nulls, dates, members of shards."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from embervlm.cli import main
+from embervlm.data.checking import CheckOptions, check_file
+from embervlm.data.quality import filter_file
+from embervlm.data.records import DataError, read_records, write_dataset
+from embervlm.data.store import RecordStore, prepare
+from embervlm.data.validate import validate
+
+
+def picture(shade: int = 0, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (24, 24), (shade, 90, 40)).save(out, form)
+    return out.getvalue()
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"r{number}", "instruction": f"Who brings load {number} up the stairs?",
+        "reasoning": [f"Load {number} is heavy.", "Stairs need legs.", "Conclusion: Humanoid."], "answer": "Humanoid",
+        "metadata": {"split_group": f"group {number}"},
+    } | changes  # fmt: skip
+
+
+def write(folder: Path, records: list[dict[str, Any]]) -> Path:
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in records))
+    return path
+
+
+def told(path: Path, folder: Path) -> set[str]:
+    """What is wrong with the file by all of training, validate and filter, which must agree, without record and fix."""
+    with pytest.raises(DataError) as caught:
+        prepare(path, folder / "cache")
+    trained = {problem.split(" record ", 1)[1].split(": ", 1)[1] for problem in caught.value.problems}
+    problems = check_file(path, CheckOptions(unpack_dir=str(folder / "unpacked"))).problems
+    checked = {f"{p.field}: {p.what}; {p.fix}" for p in problems if p.stops_training}
+    assert {text.replace('"', "") for text in checked} == {text.replace('"', "") for text in trained}
+    kept, rejected = filter_file(
+        path, output=folder / "kept.jsonl", min_quality_score=0, options=CheckOptions(open_pictures=False)
+    )
+    assert kept + rejected == len(path.read_text().splitlines()) and rejected >= 1
+    return trained
+
+
+# ---- pictures under other names
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"file_name": "1.png"}, {"image_path": "1.png"}, {"img": "1.png"}, {"images": ["1.png"]}, {"Image": "1.png"},
+        {"image": {"path": "1.png", "bytes": None}}, {"image": ["1.png"]}, {"image": "1.png", "file_name": "old/1.png"},
+    ],
+)  # fmt: skip
+def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, [record(1, **fields)])
+    (found,) = read_records(path)
+    assert found.image == str(tmp_path / "1.png")
+    assert validate(path, CheckOptions())["num_text_only"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images": ["1.png", "2.png"]}, "images: holds 2 pictures; a record has one"),
+        ({"image": "1.png", "image_path": "2.png"}, "image_path: names another picture than image; keep one"),
+        ({"photograph": "1.png"}, "photograph: names a picture where none is looked for; call the field image"),
+        ({"metadata": {"image": "1.png"}}, "image: names a picture where none is looked for"),
+        ({"instruction": "<image>\nWho goes?"}, "instruction: holds <image>, but the record has no picture"),
+        ({"instruction": "<image> or <image>?", "image": "1.png"}, "instruction: holds 2 places of pictures"),
+    ],
+)
+def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (found,) = told(write(tmp_path, [record(1, **fields), record(2, image="0.png")]), tmp_path)
+    assert message in found.replace('"', "")
+
+
+def test_the_place_of_the_picture_is_taken_out_of_the_question(tmp_path: Path) -> None:
+    (found,) = read_records(write(tmp_path, [record(1, image="1.png", instruction="<image>\nWho goes?")]))
+    assert found.instruction == "Who goes?"
+
+
+def test_a_missing_field_that_is_there_under_another_name_is_pointed_at(tmp_path: Path) -> None:
+    bare = {"image": "1.png", "instruction": "Who goes?", "rationale": "Stairs need legs.", "answers": ["Humanoid"]}
+    found = told(write(tmp_path, [bare, {"conversations": [{"from": "human", "value": "?"}]}, record(2)]), tmp_path)
+    assert any("reasoning: is missing (there is" in text and "rationale" in text for text in found)
+    assert any("answer: is missing (there is" in text and "answers" in text for text in found)
+    assert any("`embervlm data convert` reads conversations" in text for text in found)
+
+
+def test_fields_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, [record(n, image=f"{n}.png", rationale="Legs.", difficulty=3) for n in range(4)])
+    assert prepare(path, tmp_path / "cache").unused == {"rationale": 4, "difficulty": 4}
+    main(["data", "validate", "--data_file", str(path), "--output_report", str(tmp_path / "report.txt"), "--model",
+          "quickstart"])  # fmt: skip
+    assert "not used, and in how many records: difficulty (4), rationale (4)" in capsys.readouterr().out
+
+
+# ---- JSON that is none
+
+
+def test_nan_and_fields_that_stand_twice_are_refused_with_their_record(tmp_path: Path) -> None:
+    twice = json.dumps(record(2))[:-1] + ', "answer": "Drone"}'
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(record(1, score=float("nan"))), twice, json.dumps(record(3, scores=[1.0, float("inf")]))]
+    path.write_text("\n".join([*lines, json.dumps(record(4))]))
+    wanted = {
+        "score: is NaN, which is no JSON; write null, or leave the field out",
+        '"answer": stands twice in one object; keep one of the two',
+        "holds Infinity, which is no JSON; write null, or leave the field out",
+    }
+    with pytest.raises(DataError) as caught:
+        prepare(path, tmp_path / "cache")
+    assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
+    report = validate(path, CheckOptions())
+    assert [p["number"] for p in report["problems"] if p["kind"] == "schema"] == [1, 2, 3] and not report["trains"]
+    (tmp_path / "data.json").write_text(f"[{','.join(lines)}]")
+    with pytest.raises(DataError) as caught:
+        read_records(tmp_path / "data.json")
+    assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
+    with pytest.raises(DataError, match="record r1: metadata: .*not JSON compliant"):
+        write_dataset(tmp_path / "out.json", [record(1, score=float("nan"))])
+
+
+# ---- Parquet
+
+
+def parquet(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
+    path = folder / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, **options), path)
+    return path
+
+
+def prepared(path: Path, folder: Path) -> RecordStore:
+    return prepare(path, folder / "cache")
+
+
+def test_the_nulls_that_a_table_gives_every_row_are_absent(scene_data: Path, tmp_path: Path) -> None:
+    """As `datasets` writes the product's own records: a struct of all rows' fields, null where a row has none."""
+    rows = json.loads((scene_data / "reasoning_data.json").read_text())
+    path = parquet(tmp_path, rows)
+    assert path.stat().st_size
+    options = {"image_root": scene_data, "allow_outside": True}
+    assert read_records(path, **options) == read_records(scene_data / "reasoning_data.json", **options)
+
+
+def test_dates_and_decimals_are_text_and_numbers_for_every_command(tmp_path: Path) -> None:
+    day, moment = datetime.date(2024, 5, 6), datetime.datetime(2024, 5, 6, 7, 8)
+    extra = {"day": day, "at": moment, "price": decimal.Decimal("2.50"), "count": decimal.Decimal("7")}
+    path = parquet(tmp_path, [record(n) | extra for n in range(3)])
+    wanted = {"day": "2024-05-06", "at": "2024-05-06T07:08:00", "price": 2.5, "count": 7}
+    metadata = prepared(path, tmp_path).all()[0].metadata
+    assert {name: metadata[name] for name in extra} == wanted
+    assert validate(path, CheckOptions())["trains"]
+    filter_file(path, output=tmp_path / "kept.jsonl", min_quality_score=0, options=CheckOptions())
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert len(kept) == 3 and {name: kept[0][name] for name in extra} == wanted
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_pictures_in_the_table_are_read_checked_kept_and_trained_on(as_struct: bool, tmp_path: Path) -> None:
+    def held(shade: int) -> Any:
+        return {"bytes": picture(shade), "path": f"{shade}.png"} if as_struct else picture(shade)
+
+    path = parquet(tmp_path, [record(n, image=held(n)) for n in range(3)])
+    images = {found.image for found in prepared(path, tmp_path).all()}
+    assert len(images) == 3 and all(Path(str(image)).stat().st_size for image in images)
+    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))
+    assert report["trains"] and report["distinct"]["pictures"] == 3
+    filter_file(path, output=tmp_path / "out" / "kept.jsonl", min_quality_score=0, options=CheckOptions())
+    again = read_records(tmp_path / "out" / "kept.jsonl")
+    assert {Path(str(found.image)).read_bytes() for found in again} == {picture(n) for n in range(3)}
+
+
+def test_a_picture_in_the_table_that_is_none_and_bytes_elsewhere_are_refused_alike(tmp_path: Path) -> None:
+    path = parquet(tmp_path, [record(1, image=b"no picture"), record(2, image=picture(2))])
+    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))
+    assert [(p["kind"], p["number"]) for p in report["problems"] if p["kind"] == "picture"] == [("picture", 1)]
+    path = parquet(tmp_path, [record(1, image=picture(1), thumbnail=b"123"), record(2)])
+    with pytest.raises(DataError, match='record 1: "thumbnail": holds bytes; call the column image'):
+        prepared(path, tmp_path)
+    assert not validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))["trains"]
+
+
+# ---- shards
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [("avif", "AVIF"), ("jfif", "JPEG"), ("jp2", "JPEG2000"), ("ppm", "PPM"), ("img", "PNG"), ("image.png", "PNG")],
+)
+def test_a_member_of_any_picture_format_is_the_records_picture(suffix: str, form: str, tmp_path: Path) -> None:
+    members = {"0.json": json.dumps(record(1, file_name="elsewhere/0.jpg")).encode(), f"0.{suffix}": picture(9, form)}
+    (found,) = prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache").all()
+    assert Path(str(found.image)).read_bytes() == picture(9, form)
+
+
+def test_members_that_nothing_reads_are_counted_and_two_pictures_refused(tmp_path: Path) -> None:
+    members = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.txt": b"?", "0.mask.png": picture(3)}
+    assert prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache").unused == {".txt": 1, ".mask.png": 1}
+    both = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.jpg": picture(form="JPEG")}
+    with pytest.raises(DataError, match=r"record 0: image: 0\.(png|jpg) and 0\.(png|jpg) are pictures; keep one"):
+        prepare(shard(tmp_path / "b.tar", both), tmp_path / "cache")
