@@ -30,7 +30,7 @@ from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recip
 from embervlm.config import REPOSITORY, ConfigError
 from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.slurm import MAX_REQUEUES, job_state
-from embervlm.training.cli import FLAGS, load_config, stages_of
+from embervlm.training.cli import FLAGS, check_start, load_config, stages_of
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
@@ -145,7 +145,9 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
         axes.append([(key, value) for value in values.split(",")])
     if sweeps and "3" not in stages and not given.resume_from:
         raise ConfigError("--sweep: its runs have folders of their own, so say with --resume_from where they start")
-    base = load_config(given).output_dir
+    config = load_config(given)
+    check_start(stages, config)
+    base = config.output_dir
     jobs = []
     for combination in itertools.product(*axes):
         flags = [flag for key, value in combination for flag in swept_flags(key, value, given.phase)]

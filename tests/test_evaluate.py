@@ -236,6 +236,31 @@ with evaluating_processes() as world:
     assert found.returncode != 0 and "process 1: MemoryError: no room left" in found.stderr
 
 
+@pytest.mark.slow
+def test_process_0_alone_fits_the_judge_and_all_hear_where_it_cannot(checkpoint, tmp_path):
+    script = tmp_path / "fitting.py"
+    script.write_text(f"""
+import dataclasses, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from pathlib import Path
+from embervlm.errors import UserError
+from embervlm.evaluation.commands import evaluating_processes
+from embervlm.evaluation.evaluate import Evaluation, load_eval_data
+
+with evaluating_processes() as world:
+    job = Evaluation(checkpoint=Path({str(checkpoint)!r}), split="train", world=world)
+    print(f"process {{world.rank}} fits: {{load_eval_data(job, 36).scorer is not None}}")
+    try:
+        load_eval_data(dataclasses.replace(job, similarity=str(Path("no/such/judge"))), 36)
+    except UserError as error:
+        print(f"process {{world.rank}} hears: {{error}}")
+""")
+    found = ok(run(command("torchrun", script), timeout_s=90)).stdout
+    assert "process 0 fits: True" in found and "process 1 fits: False" in found
+    said = [line for line in found.splitlines() if " hears: " in line]
+    assert len(said) == 2 and all("similarity backend no/such/judge" in line for line in said)
+
+
 # ---- calibration
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from embervlm.config import ScheduledSamplingConfig
-from embervlm.training.schedule import learning_rate_factor, teacher_forcing_ratio
+from embervlm.training.schedule import learning_rate_factor, teacher_forcing_ratio, timed_learning_rate_factor
 
 GUIDE = ScheduledSamplingConfig()
 
@@ -88,3 +88,9 @@ def test_disabled_scheduled_sampling_is_gold_throughout() -> None:
 def test_the_configured_ends_are_used() -> None:
     config = ScheduledSamplingConfig(initial_teacher_forcing=0.8, final_teacher_forcing=0.2)
     assert [teacher_forcing_ratio(epoch, 3, config) for epoch in range(3)] == pytest.approx([0.8, 0.5, 0.2])
+
+
+def test_a_run_that_the_clock_ends_warms_up_by_steps_and_comes_down_with_the_time() -> None:
+    assert [timed_learning_rate_factor(step, 4, 0.0, 0.1) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert timed_learning_rate_factor(10**6, 4, 0.5, 0.1) == pytest.approx(0.55)
+    assert timed_learning_rate_factor(10**6, 4, 1.0, 0.1) == pytest.approx(0.1)

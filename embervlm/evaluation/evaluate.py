@@ -69,7 +69,8 @@ class EvalData:
 
     records: list[ReasoningRecord]
     pictures: PictureCache
-    scorer: ChainScorer
+    scorer: ChainScorer | None
+    """On process 0, which alone scores."""
     domains: Mapping[str, frozenset[str]]
     val: list[ReasoningRecord] = field(default_factory=list)
     """Where the split is another one: records to calibrate on."""
@@ -319,12 +320,26 @@ def _eval_data(
     return EvalData(
         records=records,
         pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
-        scorer=ChainScorer.fit(
-            [r.steps for r in reference if r.steps], domains, similarity=job.similarity, entailment=job.entailment
-        ),
+        scorer=_scorer(job, reference, domains),
         domains=domains,
         val=val,
     )
+
+
+def _scorer(
+    job: Evaluation, reference: Sequence[ReasoningRecord], domains: Mapping[str, frozenset[str]]
+) -> ChainScorer | None:
+    """The judge, fitted where it is needed: on process 0."""
+    world = job.world or World(0, 1, torch.device("cpu"))
+    found, failed = None, None
+    if world.rank == 0:
+        try:
+            chains = [record.steps for record in reference if record.steps]
+            found = ChainScorer.fit(chains, domains, similarity=job.similarity, entailment=job.entailment)
+        except Exception as error:  # the other processes wait to hear
+            failed = error
+    raise_together(world, failed)
+    return found
 
 
 def _read_test_set(
@@ -401,6 +416,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         answer=frozenset(result["answer_set"]), gold_answer=frozenset(record.answer),
         candidates=frozenset(record.metadata.get("candidates") or ROBOTS),
     )  # fmt: skip
+    assert data.scorer is not None
     scores = data.scorer.score(result["reasoning_steps"], context)
     scores["reasons"] = [*cut_off_reasons(result), *scores["reasons"]]
     boxes = known_boxes(record.metadata)
@@ -453,7 +469,7 @@ def _result(
         "split": job.split,
         "num_samples": len(samples),
         "decoding": dataclasses.asdict(job.decoding.for_model(model.config)),
-        "backend": data.scorer.backends.record,
+        "backend": data.scorer.backends.record if data.scorer else None,
         "metrics": metrics,
         "intervals": {name: list(bootstrap_interval(found)) for name, found in values.items() if found},
         "gains": gains(values),

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,19 @@ def stages_of(args: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--stages: {', '.join(wrong)}: this program trains 3, 4 and baseline")
     if args.phase and args.run_both_phases:
         raise ConfigError("--phase and --run_both_phases contradict each other; give one of them")
+    if args.phase and "4" not in stages:
+        raise ConfigError(f"--phase {args.phase} is a phase of Stage 4, which --stages {' '.join(stages)} leaves out")
     return stages
+
+
+def check_start(stages: Sequence[str], config: TrainConfig) -> None:
+    """ConfigError where `resume_from` would not be used."""
+    if "3" in stages and config.resume_from:
+        raise ConfigError(
+            f"--stages {' '.join(stages)} trains Stage 3 from its beginning, so --resume_from {config.resume_from} "
+            "would not be used; leave out 3 to start Stage 4 from that checkpoint, or leave out --resume_from (a Stage "
+            "3 that was stopped goes on by itself in its --output_dir)"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         stages, config = stages_of(args), load_config(args)
+        check_start(stages, config)
         if config.deepspeed_config is not None and not Path(config.deepspeed_config).is_file():
             raise ConfigError(f"--deepspeed_config {config.deepspeed_config}: no such file")
         if config.eval_cluster is not None:

@@ -28,7 +28,12 @@ from embervlm.model.storage import load_checkpoint_into
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
 from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
-from embervlm.training.schedule import learning_rate_factor, shortened_warmup, teacher_forcing_ratio
+from embervlm.training.schedule import (
+    learning_rate_factor,
+    shortened_warmup,
+    teacher_forcing_ratio,
+    timed_learning_rate_factor,
+)
 from embervlm.training.settings import changes, saved_with
 from embervlm.training.signals import Preempted, stop_wanted
 from embervlm.training.tracking import Tracker
@@ -255,10 +260,9 @@ def _peak_rates(phase: PhaseConfig) -> dict[str, float]:
 
 def _rate_factor(job: PhaseJob, progress: Progress, total: int) -> float:
     phase = job.phase
-    if phase.max_minutes is not None:  # the clock is the schedule: a thousandth of the time counts as a step
-        return learning_rate_factor(
-            1000 * progress.elapsed_s / (60 * phase.max_minutes), 1000, 20, phase.final_lr_ratio
-        )
+    if phase.max_minutes is not None:
+        spent_ratio = progress.elapsed_s / (60 * phase.max_minutes)
+        return timed_learning_rate_factor(progress.step, phase.warmup_steps, spent_ratio, phase.final_lr_ratio)
     return learning_rate_factor(progress.step, total, phase.warmup_steps, phase.final_lr_ratio)
 
 

@@ -466,7 +466,6 @@ class Run:
         first_on_rank_0(self.world, lambda: self._check_finished(stages, phase))
         if "3" in stages:
             stage3 = self.stage3()
-            resume = None
         if "4" in stages:
             if self.world.rank == 0:
                 print("".join(f"{line}\n" for line in self.config.stage4.known_to_harm), end="")

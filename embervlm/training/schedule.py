@@ -21,6 +21,11 @@ def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def timed_learning_rate_factor(steps: int, warmup_steps: int, spent_ratio: float, final_ratio: float) -> float:
+    """As `learning_rate_factor` for a run that the clock ends: warmup by steps, cosine by the time that is spent."""
+    return min((steps + 1) / (warmup_steps + 1), learning_rate_factor(spent_ratio, 1.0, 0, final_ratio))
+
+
 def shortened_warmup(warmup_steps: float, total_steps: float) -> float:
     """`warmup_steps`, or a tenth of the run where that would be the whole of it."""
     return total_steps / 10 if warmup_steps >= total_steps else warmup_steps
