@@ -81,6 +81,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     bench = Bench.make(
         data, phase, global_batch=global_batch, draws=case.get("draws", True), vision=case.get("vision"),
         seed=world.rank if case.get("seed_by_rank") else 0, text_only=case.get("text_only", False),
+        boxes=case.get("boxes", True),
         engine=case.get("engine", "deepspeed"), zero_stage=case.get("zero_stage", 2),
         precision=case.get("precision", "fp32"), deepspeed_config=case.get("deepspeed_config"),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from embervlm.data import collate
 from embervlm.data.collate import DenseLabels, validator_inputs
 from embervlm.data.dataset import (
     boxes_to_mask,
@@ -201,17 +202,50 @@ def test_grounded_tokens_are_those_of_the_steps_that_look(records, samples, toke
     assert batch.counts["multimodal"] == len(expected)
 
 
-def test_without_boxes_chains_are_told_apart_by_picture(records, tokenizer, make_collator):
-    bare = [dataclasses.replace(r, metadata={}) for r in records[:6:3]]
-    batch = make_collator(bare, grounding=True)(encode_reasoning(bare, tokenizer, 3, 512), step=0)
-    assert batch.inputs["want_pooled"] is True
-    assert batch.targets["contrast"].tolist() == [True, True]
+@pytest.fixture
+def contrast_all(monkeypatch):
+    monkeypatch.setattr(collate, "CONTRAST_RATIO", 1.0)
 
 
-def test_a_lone_chain_without_boxes_has_nothing_to_be_told_from(records, tokenizer, make_collator):
-    bare = [dataclasses.replace(records[0], metadata={})]
-    batch = make_collator(bare, grounding=True)(encode_reasoning(bare, tokenizer, 3, 512), step=0)
-    assert batch.counts["multimodal"] == 0
+def bare(records):
+    return [dataclasses.replace(record, metadata={}) for record in records]
+
+
+def test_without_boxes_a_chain_is_read_again_behind_a_picture_that_it_does_not_fit(
+    contrast_all, records, tokenizer, make_collator
+):
+    chains = encode_reasoning(bare(records), tokenizer, 3, 512)[:3]
+    batch = make_collator(bare(records), grounding=True)(chains, step=0)
+    assert batch.counts["multimodal"] == 3 and batch.inputs["repeated"].tolist() == [0, 1, 2]
+    ids, tokens, rows = batch.inputs["input_ids"], len(batch.targets["direct"]), batch.picture_index.tolist()
+    assert torch.equal(ids[:3], ids[3:]) and batch.counts["reasoning"] == tokens
+    scored, length = batch.inputs["score_index"], ids.shape[1]
+    assert torch.equal(scored[tokens:], scored[:tokens] + 3 * length)
+    assert torch.equal(batch.targets["labels"][tokens:], batch.targets["labels"][:tokens])
+    assert batch.targets["contrast_lengths"].tolist() == [len(sample.target) for sample in chains]
+    said = {row: [record.steps for record in records if record.image == records[chain.record].image]
+            for row, chain in zip(rows[:3], chains)}  # fmt: skip
+    for chain, own, other in zip(chains, rows, rows[3:]):
+        assert own != other and records[chain.record].steps not in said.get(other, [])
+
+
+def test_which_chains_are_contrasted_with_what_does_not_depend_on_the_rest_of_the_batch(
+    records, tokenizer, make_collator
+):
+    chains = encode_reasoning(bare(records), tokenizer, 3, 512)[:8]
+    batcher = make_collator(bare(records), grounding=True)
+    whole = batcher(chains, step=5)
+    alone = [batcher([chain], step=5, places=[place]) for place, chain in enumerate(chains)]
+    assert whole.picture_index[8:].tolist() == [row for one in alone for row in one.picture_index[1:].tolist()]
+    assert whole.inputs["repeated"].tolist() == [place for place, one in enumerate(alone) if one.counts["multimodal"]]
+    assert 0 < whole.counts["multimodal"] < 8
+    assert batcher(chains, step=6).picture_index[8:].tolist() != whole.picture_index[8:].tolist()
+
+
+def test_a_chain_without_a_picture_that_it_does_not_fit_is_not_contrasted(records, tokenizer, make_collator):
+    same = [dataclasses.replace(record, steps=records[0].steps) for record in bare(records)]
+    batch = make_collator(same, grounding=True)(encode_reasoning(same, tokenizer, 3, 512)[:2], step=0)
+    assert batch.counts["multimodal"] == 0 and len(batch.picture_index) == 2
 
 
 # ---- scheduled sampling
@@ -370,10 +404,10 @@ def test_the_answer_head_is_taught_the_answer_of_the_edited_facts(records, sampl
         assert [name for name, right in zip(ROBOTS, row) if right] == list(records[sample.record].answer)
 
 
-def test_an_edited_chain_is_not_matched_with_the_picture_it_contradicts(records, samples, make_collator):
+def test_an_edited_chain_is_not_matched_with_the_picture_it_contradicts(contrast_all, records, samples, make_collator):
     without_boxes = [
         dataclasses.replace(r, metadata={k: v for k, v in r.metadata.items() if k != "boxes"}) for r in records
     ]
     edited = edit_facts(without_boxes, samples, seed=0)[:2]
     batch = make_collator(without_boxes, grounding=True)([*samples[:2], *edited], step=0)
-    assert batch.targets["contrast"].tolist() == [True, True, False, False]
+    assert batch.inputs["repeated"].tolist() == [0, 1]

@@ -64,6 +64,8 @@ CASES: list[dict[str, Any]] = [
       for name, engine in SHARDED.items()),
     *({"name": f"text_{name}", "phase": PHASE2, "steps": 2, "text_only": True, **engine}
       for name, engine in SHARDED.items()),
+    *({"name": f"boxless_{name}", "phase": PHASE2, "steps": 2, "boxes": False, **engine}
+      for name, engine in SHARDED.items()),
     *({"name": f"fp16_{name}", "phase": PHASE2, "steps": STEPS, "precision": "fp16", "overflow_on_rank": 1,
        "good_steps": 2007 if name.startswith("zero") else 7, **engine} for name, engine in SHARDED.items()),
     *({"name": f"{gradient}_{precision}_{name}", "phase": PHASE2, "precision": precision, "overflow_on_rank": 1,
@@ -274,6 +276,18 @@ def test_records_without_pictures_train_alike_on_every_engine(
     moved = {key for key, value in alone["before"].items() if not torch.equal(value, alone["after"][key])}
     assert any("language_model" in key for key in moved) and any("reasoning_module" in key for key in moved)
     assert_same_weights(seen[f"text_{name}"][0]["after"], alone["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_chains_without_boxes_are_contrasted_alike_on_every_engine(
+    name: str, data: Path, seen: dict[str, list[Any]]
+) -> None:
+    alone = run_case({"name": "boxless", "phase": PHASE2, "steps": 2, "boxes": False, **ALONE_ON_TORCH}, data, ALONE)
+    assert all(terms["multimodal"] > 0 for terms in alone["terms"])
+    for terms, wanted in zip(seen[f"boxless_{name}"][1]["terms"], alone["terms"], strict=True):
+        assert terms == pytest.approx(wanted, rel=1e-4)
+    assert_same_weights(seen[f"boxless_{name}"][0]["after"], alone["after"])
 
 
 @pytest.mark.slow

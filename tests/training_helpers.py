@@ -136,17 +136,20 @@ class Bench:
     @classmethod
     def make(
         cls, data: Path, phase: PhaseConfig, *, global_batch: int = 8, draws: bool = True, seed: int = 0,
-        vision: dict[str, Any] | None = None, text_only: bool = False, **config: Any,
+        vision: dict[str, Any] | None = None, text_only: bool = False, boxes: bool = True, **config: Any,
     ) -> Bench:  # fmt: skip
         """
         Args:
             draws: Also what is drawn at random, such as the validator's negatives.
             text_only: The same records without their pictures.
+            boxes: Where things are in the pictures is known.
         """
         torch.manual_seed(seed)
         records = split_records(read_records(data))["train"]
         if text_only:
             records = [dataclasses.replace(record, image=None, metadata={}) for record in records]
+        if not boxes:
+            records = [dataclasses.replace(record, metadata={}) for record in records]
         tokenizer = make_tokenizer(records)
         settings = {**TINY, **({"vision": vision} if vision else {}), "candidates": ROBOTS}
         model = build_model(settings, load_pretrained=False)

@@ -19,6 +19,10 @@ from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
 TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning"}
+CONTRAST_RATIO = 0.5
+"""Share of the chains that are contrasted where no boxes are known: each of them is read twice."""
+CONTRAST_TRIES = 8
+"""Records looked at for a picture that a chain does not fit; where all of them are about the same, it has none."""
 
 
 @dataclass(kw_only=True)
@@ -95,9 +99,11 @@ class Collator:
         """`places` are those of `samples` in their global batch; 0, 1, ... where left out."""
         places = range(len(samples)) if places is None else places
         rngs = [random.Random(f"{self.seed}:{step}:{place}") for place in places]
-        texts = [[*sample.prompt, *sample.target] for sample in samples]
-        length = max(map(len, texts))
         rows = [self._row(sample) for sample in samples]
+        contrasted = self._contrasted(samples, rows, step, places)
+        rows += [picture for _, picture in contrasted]
+        texts = [[*sample.prompt, *sample.target] for sample in (*samples, *(samples[row] for row, _ in contrasted))]
+        length = max(map(len, texts))
         inputs: dict[str, Any] = {
             "input_ids": self._pad(texts, 0),
             "text_mask": torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None],
@@ -112,9 +118,11 @@ class Collator:
         if self.use_reasoning:
             self._ask_answer_head(samples, length, inputs, targets, counts)
             self._ask_validator(samples, rngs, inputs, targets, counts)
-            if self.grounding:
-                self._ground(samples, rows, length, inputs, targets, counts)
+            if self.grounding and self._has_boxes:
+                self._ground(samples, length, inputs, targets, counts)
             self._sample_inputs(samples, rngs, length, teacher_forcing, inputs)
+            if self.grounding and not self._has_boxes:
+                self._contrast([row for row, _ in contrasted], texts, length, inputs, targets, counts)
         if self.dense_labels is not None:
             self._dense(samples, targets, counts)
         return Batch(
@@ -211,17 +219,57 @@ class Collator:
         inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
 
-    def _ground(
-        self, samples: Sequence[Sample], rows: Sequence[int], length: int, inputs: dict[str, Any],
+    def _contrasted(
+        self, samples: Sequence[Sample], rows: Sequence[int], step: int, places: Sequence[int]
+    ) -> list[tuple[int, int]]:  # fmt: skip
+        """Where no boxes are known: chains to read a second time, behind the picture of another record.
+
+        Which one depends on seed, step and place alone, not on what else is in the micro-batch. It is one that the
+        chain does not fit: another file, about which a record says something else.
+        """
+        if not self.use_reasoning or not self.grounding or self._has_boxes:
+            return []
+        out = []
+        for number, (sample, row, place) in enumerate(zip(samples, rows, places)):
+            if row < 0 or sample.form != REASONING:
+                continue
+            rng = random.Random(f"{self.seed}:{step}:{place}:contrast")
+            if rng.random() >= CONTRAST_RATIO:
+                continue
+            for other in (rng.randrange(len(self.records)) for _ in range(CONTRAST_TRIES)):
+                record = self.records[other]
+                if record.image is not None and record.steps != self.records[sample.record].steps:
+                    if (picture := self.pictures.index(record.image)) != row:
+                        out.append((number, picture))
+                        break
+        return out
+
+    @staticmethod
+    def _contrast(
+        chains: Sequence[int], texts: list[list[int]], length: int, inputs: dict[str, Any],
         targets: dict[str, Tensor], counts: dict[str, float],
     ) -> None:  # fmt: skip
-        """Tokens whose attention is supervised where the data know boxes, otherwise the rows to contrast."""
-        if not self._has_boxes:
-            chains = torch.tensor([row >= 0 and sample.form == REASONING for row, sample in zip(rows, samples)])
-            inputs["want_pooled"] = True
-            targets["contrast"] = chains
-            counts["multimodal"] = float(chains.sum()) if chains.sum() > 1 else 0.0
-            return
+        """Score the last rows as well, which repeat `chains` behind other pictures.
+
+        `contrast_own` tells of each token there which scored token it repeats, `contrast_lengths` how many a chain has.
+        """
+        scored = inputs["score_index"]
+        own = [(scored // length == row).nonzero().squeeze(1) for row in chains]
+        begin = len(texts) - len(chains)
+        again = [scored[places] + (begin + number - row) * length
+                 for number, (row, places) in enumerate(zip(chains, own))]  # fmt: skip
+        targets["contrast_own"] = torch.cat([*own, scored[:0]])
+        targets["contrast_lengths"] = torch.tensor([len(places) for places in own], dtype=torch.long)
+        targets["labels"] = torch.cat([targets["labels"], targets["labels"][targets["contrast_own"]]])
+        inputs["score_index"] = torch.cat([scored, *again])
+        inputs["repeated"] = torch.tensor(chains, dtype=torch.long)
+        counts["multimodal"] = float(len(chains))
+
+    def _ground(
+        self, samples: Sequence[Sample], length: int, inputs: dict[str, Any], targets: dict[str, Tensor],
+        counts: dict[str, float],
+    ) -> None:  # fmt: skip
+        """Tokens whose attention is supervised, where the data know boxes."""
         index: list[int] = []
         masks: list[Tensor] = []
         for row, sample in enumerate(samples):

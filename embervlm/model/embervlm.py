@@ -37,8 +37,6 @@ class EmberVLMOutput(ModelOutput):
         answer_logits: `[records, candidates]`.
         validator_logits: `[pairs]`.
         grounding_attention: `[grounded, num_visual_tokens]`, the reasoning head's attention at the grounded tokens.
-        pooled_text: `[batch, hidden]`, mean of the chain's states (contrastive grounding).
-        pooled_visual: `[batch, hidden]`.
         patch_features: `[batch, num_visual_tokens, hidden]`.
     """
 
@@ -46,8 +44,6 @@ class EmberVLMOutput(ModelOutput):
     answer_logits: Tensor | None = None
     validator_logits: Tensor | None = None
     grounding_attention: Tensor | None = None
-    pooled_text: Tensor | None = None
-    pooled_visual: Tensor | None = None
     patch_features: Tensor | None = None
 
 
@@ -220,7 +216,7 @@ class EmberVLM(PreTrainedModel):
         pair_record: Tensor | None = None,
         ground_index: Tensor | None = None,
         sampled_index: Tensor | None = None,
-        want_pooled: bool = False,
+        repeated: Tensor | None = None,
         use_reasoning: bool = True,
     ) -> EmberVLMOutput:
         """One pass over a batch of whole sequences. `*_index` count over the flattened `[batch * length]` positions.
@@ -235,7 +231,7 @@ class EmberVLM(PreTrainedModel):
             ground_index: `[grounded]`, tokens whose attention is supervised.
             sampled_index: `[sampled]`, inputs that are replaced by the model's own predictions (scheduled sampling;
                 Bengio et al. 2015, in two parallel passes after Mihaylova and Martins 2019).
-            want_pooled: Also give `pooled_text` and `pooled_visual`.
+            repeated: `[repeated]`, rows whose text the last rows repeat behind other pictures.
             use_reasoning: False leaves the reasoning head out (Stage 3 and the no-reasoning baseline).
         """
         if visual is None:
@@ -244,6 +240,8 @@ class EmberVLM(PreTrainedModel):
             visual = self.see(self.normalise(pictures))
         if sampled_index is not None:
             input_ids = self._sample_inputs(visual, image_mask, input_ids, text_mask, sampled_index)
+            if repeated is not None and len(repeated):
+                input_ids = torch.cat([input_ids[: -len(repeated)], input_ids[repeated]])
         hidden = self.read(visual, image_mask, input_ids, text_mask)
         attention = None
         if use_reasoning:
@@ -267,10 +265,6 @@ class EmberVLM(PreTrainedModel):
             )  # fmt: skip
         if ground_index is not None and attention is not None:
             out.grounding_attention = attention.flatten(0, 1).index_select(0, ground_index)
-        if want_pooled:
-            weight = text_mask[..., None].to(hidden.dtype)
-            out.pooled_text = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-            out.pooled_visual = visual.mean(1)
         return out
 
     def judge_steps(

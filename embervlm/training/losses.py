@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from embervlm.model.embervlm import EmberVLMOutput
 
-CONTRAST_TEMPERATURE = 0.1
-
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Next-token cross-entropy in nats, `[scored]`, computed in float32. `labels` `[scored]` are already shifted."""
@@ -31,16 +29,20 @@ def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
     return -(inside.clamp_min(1e-6).log() * target.any(-1)).sum()
 
 
-def contrastive_loss_sum(text: Tensor, visual: Tensor, usable: Tensor) -> Tensor:
-    """Symmetric InfoNCE between chains and pictures of the batch (van den Oord et al. 2018), summed over usable rows.
+def contrastive_loss_sum(own: Tensor, other: Tensor, lengths: Tensor) -> Tensor:
+    """Summed `-log p(own picture)` of chains, each read behind its own picture and behind another one.
 
-    Used where no boxes are known. `text`, `visual`: `[batch, hidden]`; `usable`: `[batch]` bool.
+    InfoNCE (van den Oord et al. 2018) of two pictures, scored with the chain's likelihood: with both equally likely
+    before, the chance that the chain is about its own is the sigmoid of the difference of its log-likelihoods. A chain
+    that does not depend on the picture costs log 2, and text alone has no gradient. Used where no boxes are known.
+
+    Args:
+        own, other: `[tokens]`, `-log p` of each token behind the one and the other picture, chain after chain.
+        lengths: `[chains]` int64, their tokens.
     """
-    scores = F.normalize(text.float(), dim=-1) @ F.normalize(visual.float(), dim=-1).T / CONTRAST_TEMPERATURE
-    scores = scores.masked_fill(~(usable[:, None] & usable[None, :]), -1e4)
-    labels = torch.arange(len(scores), device=scores.device)
-    both = F.cross_entropy(scores, labels, reduction="none") + F.cross_entropy(scores.T, labels, reduction="none")
-    return (both * usable).sum() / 2
+    chain = torch.repeat_interleave(lengths, output_size=len(own))
+    margin = own.new_zeros(len(lengths)).index_add(0, chain, own - other)
+    return F.softplus(margin).sum()
 
 
 def dense_loss_sum(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
@@ -62,10 +64,15 @@ def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, T
     """Sum of every loss term that the outputs allow, under the names of `embervlm.config.LOSS_TERMS`."""
     sums: dict[str, Tensor] = {}
     if out.token_logits is not None:
-        losses = token_losses(out.token_logits, targets["labels"])
         direct = targets["direct"]
+        every = token_losses(out.token_logits, targets["labels"])
+        losses, repeated = every.split([len(direct), len(every) - len(direct)])
         sums["direct"] = (losses * direct).sum()
         sums["reasoning"] = (losses * ~direct).sum()
+        if "contrast_own" in targets:
+            sums["multimodal"] = contrastive_loss_sum(
+                losses[targets["contrast_own"]], repeated, targets["contrast_lengths"]
+            )
     if out.answer_logits is not None:
         losses = F.binary_cross_entropy_with_logits(out.answer_logits, targets["answers"], reduction="none")
         sums["answer"] = (losses * targets["answers_real"]).sum()
@@ -74,6 +81,4 @@ def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, T
         sums["consistency"] = (losses * targets["valid_weight"]).sum()
     if out.grounding_attention is not None:
         sums["multimodal"] = grounding_loss_sum(out.grounding_attention, targets["ground"])
-    elif out.pooled_text is not None and out.pooled_visual is not None:
-        sums["multimodal"] = contrastive_loss_sum(out.pooled_text, out.pooled_visual, targets["contrast"])
     return sums
