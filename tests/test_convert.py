@@ -564,7 +564,7 @@ def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
     with torch.no_grad():
         visual = tiny_model.see(tiny_model.normalise(pictures))
     questions, short = ["Which is it?", "Which robot?"], Decoding(max_new_tokens=4)
-    own, robots = generate_from_visual(tiny_model, visual, seen, questions, short, [("hard", "yellow"), ()])
+    own, robots = generate_from_visual(tiny_model, visual, seen, questions, short, [("hard", "yellow"), None])
     alone = generate_from_visual(
         tiny_model, visual[:1], seen[:1], questions[:1], Decoding(max_new_tokens=4, candidates=("hard", "yellow"))
     )[0]

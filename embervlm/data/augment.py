@@ -22,7 +22,7 @@ import numpy as np
 from embervlm import run_dir
 from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
 from embervlm.data.chain_graph import POINTS_BACK, ChainGraph, join_units
-from embervlm.data.chain_text import CONCLUSION, ROBOTS, format_reasoning, parse_reasoning_text
+from embervlm.data.chain_text import CONCLUSION, format_reasoning, parse_reasoning_text
 from embervlm.data.claims import (
     ChainContext,
     ClaimReader,
@@ -121,7 +121,7 @@ class Origin:
         self.rows: list[Row] = rows[: record.num_steps]
         self.ending: list[Row] = rows[record.num_steps :]
         self.facts = known_facts(record)
-        self.candidates = tuple(metadata.get("candidates") or ROBOTS)
+        self.candidates = record.candidates or record.answer
 
     @cached_property
     def graph(self) -> ChainGraph:

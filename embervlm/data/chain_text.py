@@ -165,15 +165,22 @@ _ROLE = re.compile(
 )
 
 
+def number_edges(name: str) -> tuple[str, str]:
+    """Patterns around a whole name: 3 stands neither in 3.5 nor in 1,300 nor in -3."""
+    before = r"(?<!\w)(?<!\d[.,])(?<![-\u2212])" if name[:1].isdigit() else r"(?<!\w)"
+    return before, r"(?!\w)(?![.,]\d)" if name[-1:].isdigit() else r"(?!\w)"
+
+
 @lru_cache(maxsize=4096)
 def _name_patterns(candidates: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
     """Each candidate with a pattern that finds it, the longest name first."""
     patterns = []
     for name in sorted(filter(str.strip, candidates), key=len, reverse=True):
         words = r"[\s_-]+".join(map(re.escape, name.split()))
+        before, after = number_edges(name.strip())
         # A one-letter choice is matched as written: "a robot" does not name choice A.
         flags = re.IGNORECASE if len(name) > 1 else 0
-        patterns.append((name, re.compile(rf"(?<!\w){words}(?!\w)", flags)))
+        patterns.append((name, re.compile(rf"{before}{words}{after}", flags)))
     return tuple(patterns)
 
 

@@ -35,7 +35,7 @@ from embervlm.data.curriculum import complexity_problem
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.lengths import Limits, too_long
 from embervlm.data.record_fields import unused_fields
-from embervlm.data.records import ROBOTS, DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
+from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.progress import progress_bar
 
@@ -427,7 +427,7 @@ def _check_chains(data: CheckedData, options: CheckOptions) -> None:
     for record in data.records:
         known = (record.metadata.get("facts") or {}).items()
         facts = tuple((name, value) for name, value in known if name in domains)
-        candidates = tuple(record.metadata.get("candidates") or ROBOTS)
+        candidates = record.candidates
         jobs.append(ChainJob(record.instruction, record.steps, facts, candidates, record.answer))
     distinct = list(dict.fromkeys(jobs))  # many pictures may have one chain
     found = _in_processes(partial(check_chain, domains=domains), distinct, "chains", options.workers)

@@ -167,11 +167,14 @@ class Collator:
         self, samples: Sequence[Sample], length: int, inputs: dict[str, Any], targets: dict[str, Tensor],
         counts: dict[str, float],
     ) -> None:  # fmt: skip
-        asked = [(row, s) for row, s in enumerate(samples) if s.answer_position is not None]
+        asked = [
+            (row, s) for row, s in enumerate(samples)
+            if s.answer_position is not None and self._metadata(s).get("candidates") != []  # an open answer
+        ]  # fmt: skip
         counts["answer"] = 0.0
         unasked = not asked
         asked = asked or [(0, samples[0])]  # every process runs every part; see `Batch`
-        own = [tuple(self._metadata(s).get("candidates") or self.candidates) for _, s in asked]
+        own = [tuple((not unasked and self._metadata(s).get("candidates")) or self.candidates) for _, s in asked]
         if any(names != own[0] for names in own):
             ids = [self.tokenizer.encode_many(names) for names in own]
             most, longest = max(map(len, ids)), max(len(name) for names in ids for name in names)

@@ -566,14 +566,14 @@ def _given_answer(name: str, letters: Mapping[str, str], parts: list[tuple[str, 
 
 
 def _free_answer(text: str, parts: list[tuple[str, str]], **metadata: Any) -> Reply:
-    """An answer without choices: robots, yes or no, or else its own and only candidate."""
+    """An answer without choices: robots, yes or no, or else an open one."""
     answer = _ANSWER_LEAD.sub("", text).strip().rstrip(".").strip() or text
     if answer.casefold() in ("yes", "no"):
         return parts, answer.capitalize(), {**metadata, "candidates": ["Yes", "No"]}
     known, unknown = strict_answer(answer, ROBOTS)
     if known and not unknown:
         return parts, ", ".join(robot for robot in ROBOTS if robot in known), metadata
-    return parts, answer, {**metadata, "candidates": [answer]}
+    return parts, answer, {**metadata, "candidates": []}
 
 
 _ANSWER_LEAD = re.compile(

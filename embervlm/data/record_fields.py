@@ -268,8 +268,11 @@ def _read_answer(
 ) -> tuple[str, ...]:  # fmt: skip
     answer, candidates = value.get("answer"), rules.candidates
     if (own := metadata.get("candidates")) is not None:
-        if not isinstance(own, list) or not own or not all(isinstance(name, str) and name.strip() for name in own):
-            report("metadata.candidates: must be a list of non-empty strings; name every choice, or leave it out")
+        if not isinstance(own, list) or not all(isinstance(name, str) and name.strip() for name in own):
+            report(
+                "metadata.candidates: must be a list of non-empty strings; name every choice, leave it out where the "
+                "robots are the choices, or write [] for an answer in free words"
+            )
             return ()
         if len({name.strip().casefold() for name in own}) < len(own):
             report("metadata.candidates: names a choice twice; keep each once")
@@ -280,6 +283,8 @@ def _read_answer(
         if problem := next(filter(None, (_text_problem(name, MAX_ANSWER_CHARACTERS) for name in own)), ""):
             report(f"metadata.candidates: {problem}")
             return ()
+        if len(own) == 1:  # the answer itself, as converters once wrote an open answer: nothing is chosen
+            metadata["candidates"] = own = []
         candidates = tuple(own)
     if answer is None and not rules.require_answer:
         return ()
@@ -296,6 +301,10 @@ def _read_answer(
     if problem := _text_problem(", ".join(texts), MAX_ANSWER_CHARACTERS):
         report(f"answer: {problem}")
         return ()
+    if not candidates:
+        if not any(text.strip() for text in texts):
+            report("answer: is empty; add the right answer or answers")
+        return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
     known: set[str] = set()
     unknown: list[str] = []
     for text in texts:

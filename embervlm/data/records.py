@@ -84,11 +84,20 @@ class ReasoningRecord:
     """Without the "Step i:" prefix; bullets of a step stay in it, one per line. A conclusion stands last and starts
     with "Conclusion: ". Empty for a direct-answer record."""
     answer: tuple[str, ...]
-    """The set of right answers, without repeats, in the order of the candidates. Empty for an open question."""
+    """The set of right answers, without repeats, in the order of the candidates. Empty where it is not known."""
     confidence: float | None = None
     """In [0, 1], or None where the record gives none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Everything else the record holds; `num_steps` is not stored but computed."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """What the answer is chosen from: the record's own `metadata.candidates`, else `ROBOTS`; () for an open answer.
+
+        The record of an open answer, which is free text, has an empty list of candidates.
+        """
+        own = self.metadata.get("candidates")
+        return ROBOTS if own is None else tuple(own)
 
     @property
     def num_steps(self) -> int:

@@ -26,7 +26,7 @@ from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, tex
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, write_json_atomic
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""

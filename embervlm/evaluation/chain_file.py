@@ -17,6 +17,7 @@ from typing import Any
 
 from embervlm.data.chain_text import parse_answer, parse_reasoning_text
 from embervlm.data.claims import ChainContext, content_words, fact_domains
+from embervlm.data.open_answers import LIST_SEPARATOR
 from embervlm.data.record_fields import kind
 from embervlm.data.records import DataError, file_values, read_records
 from embervlm.evaluation.backends import EMBEDDED
@@ -29,7 +30,6 @@ MAX_STEPS, MAX_CHARACTERS = 200, 30_000
 """Of a line; scoring compares every step with every other, and every word."""
 MAX_VALUES = 200
 """A fact with more values over the reference chains is free text."""
-_AND = re.compile(r"\s*(?:[,;]|\band\b)\s*")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _answer(value: Mapping[str, Any], name: str, candidates: Sequence[str]) -> f
         return frozenset(found)
     if candidates and (named := parse_answer(found[0], tuple(candidates))):
         return frozenset(named)
-    parts = [part for part in _AND.split(found[0].strip().rstrip(".")) if part]
+    parts = [part for part in LIST_SEPARATOR.split(found[0].strip().rstrip(".")) if part]
     return frozenset(parts) if all(len(part.split()) <= 4 for part in parts) else frozenset(found)
 
 

@@ -23,7 +23,7 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_reasoning, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, read_records
+from embervlm.data.records import ReasoningRecord, read_records
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordStore, prepare
@@ -38,6 +38,7 @@ from embervlm.evaluation.metrics import (
     bootstrap_interval,
     compare_with_targets,
     final_answer_accuracy,
+    is_right,
     per_candidate_precision_recall,
 )
 from embervlm.evaluation.own_steps import OwnSteps
@@ -244,7 +245,7 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Model output for a batch of records."""
     visual, seen = see(model, pictures, records)
-    own = [record.metadata.get("candidates") or () for record in records]
+    own = [record.metadata.get("candidates") for record in records]
     return generate_from_visual(model, visual, seen, [record.instruction for record in records], decoding, own)
 
 
@@ -414,7 +415,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=data.domains,
         reference_steps=record.steps, step_types=record.metadata.get("step_types") or (),
         answer=frozenset(result["answer_set"]), gold_answer=frozenset(record.answer),
-        candidates=frozenset(record.metadata.get("candidates") or ROBOTS),
+        candidates=frozenset(record.candidates),
     )  # fmt: skip
     assert data.scorer is not None
     scores = data.scorer.score(result["reasoning_steps"], context)
@@ -424,7 +425,7 @@ def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "id": record.record_id, "image": record.image, "instruction": record.instruction,
         "complexity": record.metadata.get("complexity"), "question_kind": record.metadata.get("question_kind"),
         "gold_steps": list(record.steps), "gold_answer": list(record.answer), **result,
-        "correct": bool(final_answer_accuracy(result["answer_set"], record.answer)),
+        "is_open": not record.candidates, "correct": is_right(result["answer_set"], record),
         "step_types": list(record.metadata.get("step_types") or ()) or None,
         "completeness_by_type": scores.pop("completeness_by_type"),
         "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
@@ -444,7 +445,7 @@ def _complete(
 ) -> None:  # fmt: skip
     """Beside each sample what the baseline answered, and for the first ones what the chain looked at."""
     for sample, record, direct in zip(samples, data.records, results.get("same_samples", ())):
-        right = bool(final_answer_accuracy(direct["answer_set"], record.answer))
+        right = is_right(direct["answer_set"], record)
         sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
     for sample, record, detail in zip(samples, data.records, details):
         sample |= detail
@@ -460,6 +461,7 @@ def _result(
     metrics = {name: _mean(found) for name, found in values.items()}
     about = run_dir.read_state(job.checkpoint)
     calibrated = _calibrate(job, data, samples, results)
+    closed = [sample for sample in samples if not sample["is_open"]]
     return {
         "format": run_dir.EVAL_FORMAT,
         "embervlm_version": __version__,
@@ -478,7 +480,7 @@ def _result(
         "impact_by_complexity": by(samples, "complexity"),
         "accuracy_by_question_kind": by(samples, "question_kind"),
         "per_candidate": per_candidate_precision_recall(
-            [s["answer_set"] for s in samples], [s["gold_answer"] for s in samples]
+            [s["answer_set"] for s in closed], [s["gold_answer"] for s in closed]
         ),
         "cut_off": {name: _mean([float(bool(r["cut_off"])) for r in found]) for name, found in results.items()},
         "calibration": calibrated,
@@ -497,13 +499,13 @@ def _values(
     values: dict[str, list[float]] = {name: [_finite(s["scores"][name]) for s in samples] for name in CHAIN_METRICS}
     values["final_answer_accuracy"] = [float(s["correct"]) for s in samples]
     for name, other in (("head_accuracy", "gold_answer"), ("head_agreement", "answer_set")):
-        values[name] = [final_answer_accuracy(s.get("head_answer", ()), s[other]) for s in samples]
+        values[name] = [final_answer_accuracy(s.get("head_answer", ()), s[other]) for s in samples if not s["is_open"]]
     values["unparseable_share"] = [float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples]
     values["cut_off_share"] = [float(bool(s["cut_off"])) for s in samples]
     for name, metric in COMPARISONS.items():
         asked = passes[name].records if name in passes else ()
         found = results.get(name, ())
-        values[metric] = [final_answer_accuracy(r["answer_set"], o.answer) for r, o in zip(found, asked)]
+        values[metric] = [float(is_right(r["answer_set"], record)) for r, record in zip(found, asked)]
     return values
 
 
@@ -530,12 +532,12 @@ def _calibrate(
 ) -> dict[str, Any] | None:  # fmt: skip
     """Fit on val, set the samples' `confidence`, and leave the temperature where `from_pretrained` finds it."""
     if job.split == "val":
-        fitted_on, gold = results["chains"], [record.answer for record in data.records]
+        fitted_on, asked = results["chains"], data.records
     elif "calibration" in results:
-        fitted_on, gold = results["calibration"], [record.answer for record in data.val]
+        fitted_on, asked = results["calibration"], data.val
     else:
         return None
-    right = [bool(final_answer_accuracy(r["answer_set"], answer)) for r, answer in zip(fitted_on, gold)]
+    right = [is_right(r["answer_set"], record) for r, record in zip(fitted_on, asked)]
     found = calibration(fitted_on, right, results["chains"], [s["correct"] for s in samples])
     if found is not None:
         for sample, sure in zip(samples, confidences(results["chains"], found["temperature"])):

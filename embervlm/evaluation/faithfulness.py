@@ -23,7 +23,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.scenes.facts import FACT_DOMAINS, SceneFacts
 from embervlm.data.teachers import rules
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
-from embervlm.evaluation.metrics import bootstrap_interval, final_answer_accuracy
+from embervlm.evaluation.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
@@ -220,7 +220,7 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
     tokenizer = _tokenizer(model)
     records = [probe.record for probe in probes]
     begun = [[*_chain(tokenizer, probe.steps), *_opening(tokenizer, probe.concludes)] for probe in probes]
-    own = [record.metadata.get("candidates") or () for record in records]
+    own = [record.metadata.get("candidates") for record in records]
     visual, seen = see(model, records)
     texts = [record.instruction for record in records]
     results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)
@@ -311,10 +311,13 @@ def summarise(
         return float(np.mean(hits))
 
     def right(found: Sequence[tuple[Probe, Mapping[str, Any]]], key: str = "answer_set") -> list[float]:
-        return [final_answer_accuracy(answer[key], probe.record.answer) for probe, answer in found]
+        return [float(is_right(answer[key], probe.record)) for probe, answer in found]
 
     def follows(found: Sequence[tuple[Probe, Mapping[str, Any]]], key: str = "answer_set") -> list[float]:
-        return [final_answer_accuracy(answer[key], probe.follows) for probe, answer in found]
+        return [
+            final_answer_accuracy(answer[key], probe.follows, is_open=not probe.record.candidates)
+            for probe, answer in found
+        ]
 
     truncated = {str(part): share(f"truncated.{part}", right(asked[f"truncated {part}"])) for part in FRACTIONS}
     planted, forced = asked["planted"], asked["forced"]
@@ -330,7 +333,8 @@ def summarise(
         "cut_off_share": float(np.mean([bool(answer.get("cut_off")) for answer in answers])) if answers else None,
     }
     for key, prefix in (("answer_set", ""), ("head_answer", "head_")):
-        text, picture = follows(forced, key), right(forced, key)
+        asked_so = [(p, a) for p, a in forced if key == "answer_set" or p.record.candidates]  # an open one has no head
+        text, picture = follows(asked_so, key), right(asked_so, key)
         neither = [1 - t - p for t, p in zip(text, picture)]
         for name, hits in (("follows_text", text), ("follows_picture", picture), ("neither", neither)):
             block["forced_prefix"][prefix + name] = share(f"forced_prefix.{prefix}{name}", hits)

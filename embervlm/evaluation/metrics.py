@@ -29,6 +29,8 @@ from embervlm.data.claims import (
     judge_steps,
     named_candidates,
 )
+from embervlm.data.open_answers import same_answers
+from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.arithmetic import calculates_again, wrong_arithmetic
 from embervlm.evaluation.backends import EMBEDDED, Backends, EmbeddedBackend, make_backends
 from embervlm.evaluation.order import OrderScorer
@@ -37,7 +39,7 @@ from embervlm.evaluation.wording import SYNONYM, Reading, clauses_of
 
 __all__ = [
     "MARGINS", "STEP_TYPES", "TARGETS", "ChainContext", "ChainScorer", "OrderScorer", "balanced_accuracy",
-    "bootstrap_interval", "compare_with_targets", "final_answer_accuracy", "identify_step_types",
+    "bootstrap_interval", "compare_with_targets", "final_answer_accuracy", "identify_step_types", "is_right",
     "per_candidate_precision_recall",
 ]  # fmt: skip
 
@@ -94,12 +96,19 @@ _TYPE_KEYWORDS = {
 }
 
 
-def final_answer_accuracy(predicted: Collection[str], gold: Collection[str]) -> float:
+def final_answer_accuracy(predicted: Collection[str], gold: Collection[str], *, is_open: bool = False) -> float:
     """1.0 when both sets are equal, ignoring case and surrounding blanks; else 0.0.
 
     The guide compares with ==; its answers are lists, whose order carries no meaning here.
+    Args:
+        is_open: the answers are free words, of which "3" and "three" are the same; see `same_answers`.
     """
-    return float(_as_set(predicted) == _as_set(gold))
+    return float(same_answers(predicted, gold) if is_open else _as_set(predicted) == _as_set(gold))
+
+
+def is_right(answer: Collection[str], record: ReasoningRecord) -> bool:
+    """Whether `answer` is the record's."""
+    return bool(final_answer_accuracy(answer, record.answer, is_open=not record.candidates))
 
 
 def per_candidate_precision_recall(
@@ -224,7 +233,7 @@ class ChainScorer:
             "reasoning_consistency": consistency,
             "step_completeness": completeness,
             "logical_flow_score": flow,
-            "final_answer_accuracy": final_answer_accuracy(context.answer, gold) if gold else None,
+            "final_answer_accuracy": chain.right(context.answer) if gold else None,
             "adjacent_similarity": chain.adjacent_similarity,
             "completeness_by_type": chain.completeness_by_type,
             "parts": {name: round(value, 6) for name, value in chain.parts.items()},
@@ -254,6 +263,11 @@ class _Chain:
         ]  # fmt: skip
         """What steps must not contradict."""
         self.texts = [*self.background, *self.steps, *self.given]
+
+    def right(self, answer: Collection[str]) -> float:
+        """Whether `answer` is the gold one; without candidates as free words."""
+        context = self.context
+        return final_answer_accuracy(answer, context.gold_answer, is_open=not context.candidates)
 
     @property
     def end(self) -> int:
@@ -641,7 +655,7 @@ class _Chain:
         if not answer:
             return 1.0
         if self.context.gold_answer and text in self.context.reference_steps[-1:]:
-            return final_answer_accuracy(answer, self.context.gold_answer)
+            return self.right(answer)
         named = _as_set(named_candidates(text, candidates))
         if named:
             return float(named == answer)
@@ -663,9 +677,7 @@ class _Chain:
             return 0.0
         if ends is not None and not self._agrees(self.steps[ends]):
             return 0.0
-        wrong = (
-            context.gold_answer and context.answer and not final_answer_accuracy(context.answer, context.gold_answer)
-        )
+        wrong = context.gold_answer and context.answer and not self.right(context.answer)
         if wrong and max(judged.contradicted for judged in self.judgments) < FAULT:
             return 0.0
         stated = self._by_verdicts(len(self.steps) if ends is None else ends)

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from embervlm.data.claims import ChainContext, judge_steps
 from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.explain import explain_chains
-from embervlm.evaluation.metrics import balanced_accuracy, final_answer_accuracy
+from embervlm.evaluation.metrics import balanced_accuracy, is_right
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
@@ -54,7 +54,7 @@ class OwnSteps:
             def ask(model: EmberVLM) -> dict[str, Any]:
                 visual, seen = see(model, records)
                 asked = [record.instruction for record in records]
-                own = [record.metadata.get("candidates") or () for record in records]
+                own = [record.metadata.get("candidates") for record in records]
                 found = generate_from_visual(model, visual, seen, asked, settings, own)
                 out = {}
                 for name, chains in (("greedy", greedy), ("drawn", found)):
@@ -84,10 +84,10 @@ class OwnSteps:
         context = ChainContext(
             instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self._domains,
             reference_steps=record.steps, answer=frozenset(chain["answer_set"]), gold_answer=frozenset(record.answer),
-            candidates=frozenset(record.metadata.get("candidates") or ()),
+            candidates=frozenset(record.candidates),
         )  # fmt: skip
         right = [fault.contradicted is None for fault in judge_steps(chain["reasoning_steps"], context)]
-        return right, list(scores), bool(final_answer_accuracy(chain["answer_set"], record.answer))
+        return right, list(scores), is_right(chain["answer_set"], record)
 
     def result(self, done: Mapping[Key, Any]) -> dict[str, Any] | None:
         """For greedy and drawn chains what `summarise` gives; None where no record has known facts."""

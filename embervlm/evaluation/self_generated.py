@@ -20,7 +20,7 @@ from embervlm.data.commands import check_output
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import fact_domains
 from embervlm.data.shard import Shard
-from embervlm.data.teachers.answers import Rejected, candidates_of, checked
+from embervlm.data.teachers.answers import Rejected, checked
 from embervlm.data.teachers.collection import (
     Answer,
     Collection,
@@ -30,6 +30,7 @@ from embervlm.data.teachers.collection import (
     read_questions,
 )
 from embervlm.evaluation.evaluate import BATCH_SIZE, cut_off_reasons, load_model, see
+from embervlm.evaluation.metrics import is_right
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
@@ -153,7 +154,7 @@ class _Writer:
         record, steps = question.record, result["reasoning_steps"]
         if reasons := cut_off_reasons(result):
             return f"cut off: {reasons[0]}"
-        if set(result["answer_set"]) != set(record.answer):
+        if not is_right(result["answer_set"], record):
             return f"wrong answer: {result['answer'][:80]} instead of {', '.join(record.answer)}"
         if len(steps) < 2 or not steps[-1].startswith(CONCLUSION):
             return f"incomplete: {len(steps)} steps" + (", no conclusion" if steps else "")
@@ -166,7 +167,7 @@ class _Writer:
         context = ChainContext(
             instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self.domains,
             reference_steps=record.steps, answer=frozenset(record.answer), gold_answer=frozenset(record.answer),
-            candidates=frozenset(candidates_of(record)),
+            candidates=frozenset(record.candidates),
         )  # fmt: skip
         for number, fault in enumerate(judge_steps(steps, context), 1):
             if found := fault.contradicted or fault.redundant or fault.unsupported:

@@ -128,12 +128,13 @@ def position_limit(model: EmberVLM) -> int | None:
 @torch.inference_mode()
 def generate_from_visual(
     model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
-    own_candidates: Sequence[Sequence[str]] = (), begun: Sequence[Sequence[int]] = (),
+    own_candidates: Sequence[Sequence[str] | None] = (), begun: Sequence[Sequence[int]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The same from visual tokens `[batch, num_visual_tokens, hidden]`.
 
     Args:
-        own_candidates: for each instruction the answers to choose among; where empty, those of `decoding`.
+        own_candidates: for each instruction the answers to choose among: none for an answer in free words, None for
+            those of `decoding`.
         begun: for each instruction the ids of a chain, behind its start, that the model goes on from; the results'
             steps begin with it.
     """
@@ -141,7 +142,7 @@ def generate_from_visual(
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
     default = decoding.candidates or tuple(model.config.candidates)
-    choices = [tuple(own) or default for own in own_candidates] or [default] * len(instructions)
+    choices = [default if own is None else tuple(own) for own in own_candidates] or [default] * len(instructions)
     if decoding.reasoning:
         begun = begun or [()] * len(instructions)
         start = tokenizer.ids["<|reasoning_start|>"]
@@ -160,7 +161,7 @@ def generate_from_visual(
             end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
             steps, text = [], tokenizer.decode(ids[:end]).strip()
         candidates = choices[row]
-        answer = parse_answer(text or "", candidates)
+        answer = parse_answer(text or "", candidates) if candidates else tuple(filter(None, [text]))
         result: dict[str, Any] = {
             "reasoning_steps": steps,
             "answer": ", ".join(answer) if answer else (text or ""),
@@ -170,7 +171,7 @@ def generate_from_visual(
             "num_tokens": len(ids),
             "cut_off": writer.everyone[row].cut_off,
         }
-        if head is not None:
+        if head is not None and candidates:
             result["head_probabilities"] = dict(zip(candidates, head[row]))
             chosen = [name for name, p in zip(candidates, head[row]) if p > 0.5]
             result["head_answer"] = chosen or [candidates[max(range(len(candidates)), key=lambda i: head[row][i])]]
@@ -298,7 +299,7 @@ class _Writer:
 
     def head_probabilities(self, choices: Sequence[Sequence[str]]) -> list[list[float]] | None:
         """The answer head's probability of each candidate of each row, from the chain before its conclusion."""
-        if not all(choices) or self.looked is None or self.conclusion_state is None:
+        if not any(choices) or self.looked is None or self.conclusion_state is None:
             return None
         assert self.model.tokenizer is not None
         most = max(map(len, choices))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embervlm.data.chain_text import CONCLUSION, ROBOTS, STEP_TYPES, parse_answer
+from embervlm.data.open_answers import same_answers
 from embervlm.data.record_fields import MAX_STEPS, FieldRules, read_fields
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.teachers.collection import Question, finished_record
@@ -35,10 +36,6 @@ class Reply:
     """Whether it reached the limit on its length."""
 
 
-def candidates_of(record: ReasoningRecord) -> tuple[str, ...]:
-    return tuple(record.metadata.get("candidates") or ROBOTS)
-
-
 def scene_text(record: ReasoningRecord) -> str | None:
     """What the picture shows, for a teacher that does not see it; None where the record does not say.
 
@@ -47,17 +44,18 @@ def scene_text(record: ReasoningRecord) -> str | None:
     known = record.metadata.get("scene") or record.metadata.get("facts")
     if not isinstance(known, Mapping):
         return None
-    shown = [f"{name} is {value}" for name, value in known.items() if name not in candidates_of(record)]
+    shown = [f"{name} is {value}" for name, value in known.items() if name not in record.candidates]
     return "; ".join(shown) or None
 
 
 def answer_schema(candidates: Sequence[str]) -> dict[str, Any]:
-    """JSON schema of an answer, in the strict form that endpoints ask for."""
+    """JSON schema of an answer, in the strict form that endpoints ask for; without candidates it is free text."""
     step = _object(type={"type": "string", "enum": list(STEP_TYPES[:-1])}, text={"type": "string"})
+    named = {"enum": list(candidates)} if candidates else {}
     return _object(
         steps={"type": "array", "items": step},
         conclusion={"type": "string"},
-        answer={"type": "array", "items": {"type": "string", "enum": list(candidates)}},
+        answer={"type": "array", "items": {"type": "string", **named}},
         confidence={"type": "number"},
     )
 
@@ -75,11 +73,15 @@ def messages(question: Question, picture: str | None) -> list[dict[str, Any]]:
         picture: data URL, where the teacher sees pictures; else the scene's facts are told.
     """
     record = question.record
-    names = "; ".join(candidates_of(record))
+    choices = (
+        f"The possible answers are: {'; '.join(record.candidates)}. Give each right one, spelled just so."
+        if record.candidates
+        else "Give the answer in as few words as it takes, a number in digits."
+    )
     system = (
         "You teach a small model to reason in steps. Work the question out in short numbered steps, each of which says "
         "one thing that follows from the question, from what is shown, or from earlier steps; then conclude.\n"
-        f"The possible answers are: {names}. Give each right one, spelled just so.\n"
+        f"{choices}\n"
         "Reply with one JSON object and nothing else:\n"
         '{"steps": [{"type": "problem_analysis", "text": "..."}, ...], "conclusion": "...", "answer": ["..."], '
         '"confidence": 0.9}\n'
@@ -121,15 +123,17 @@ def read_reply(reply: Reply, question: Question, sample: int, *, teacher_model: 
     if types and len(types) != len(steps) - bool(record.conclusion):
         raise Rejected(f"steps: {len(types)} written, {len(steps) - bool(record.conclusion)} read; one text per step")
     gold = question.record.answer
-    if gold and set(record.answer) != set(gold):
+    candidates = question.record.candidates
+    if gold and not (set(record.answer) == set(gold) if candidates else same_answers(record.answer, gold)):
         raise Rejected(f"wrong answer: {', '.join(record.answer)} instead of {', '.join(gold)}")
     if not record.conclusion:
         steps.append(f"{CONCLUSION}{', '.join(record.answer)}.")
-    concluded = parse_answer(steps[-1], candidates_of(question.record))
+    concluded = parse_answer(steps[-1], candidates)
     if concluded and not set(concluded) & set(record.answer):
         raise Rejected(f"conclusion: names {', '.join(concluded)}, the answer is {', '.join(record.answer)}")
     return finished_record(
-        question, sample, source="teacher_generated", steps=steps, answer=record.answer,
+        question, sample, source="teacher_generated", steps=steps,
+        answer=record.answer if candidates else gold or record.answer,
         confidence=record.confidence, teacher_model=teacher_model,
         **({"step_types": [*types, STEP_TYPES[-1]]} if types else {}),
     )  # fmt: skip

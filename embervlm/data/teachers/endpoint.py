@@ -19,7 +19,6 @@ from embervlm.data.teachers.answers import (
     Rejected,
     Reply,
     answer_schema,
-    candidates_of,
     messages,
     read_reply,
     scene_text,
@@ -371,7 +370,7 @@ class _Run:
         raise _Unanswered(last[:300])
 
     def _request(self, question: Question, picture: str | None) -> dict[str, Any]:
-        schema = {"name": "record", "strict": True, "schema": answer_schema(candidates_of(question.record))}
+        schema = {"name": "record", "strict": True, "schema": answer_schema(question.record.candidates)}
         request = {
             "model": self.config.teacher_model,
             "messages": messages(question, picture),
