@@ -419,9 +419,12 @@ class TrainConfig:
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
     keep_last: int = 3
-    """Newest numbered checkpoints to keep."""
+    """Newest numbered checkpoints to keep whole, so that a phase can go on from them."""
+    keep_weights: int = 20
+    """Numbered checkpoints before those of which the weights are kept, a third of their size; older ones are deleted.
+    20 are a whole phase of the guide's, 500 steps apart, on one GPU."""
     keep_best: int = 1
-    """Best evaluated checkpoints to keep besides."""
+    """Best evaluated checkpoints to keep besides, by their weights."""
     log_steps: int = 10
     log_records: bool = False
     """Also log the ids of the records of every logged step."""
@@ -438,7 +441,8 @@ class TrainConfig:
         _one_of("resume", self.resume, ("auto", "never"))
         _one_of("on_save_error", self.on_save_error, ("stop", "continue"))
         _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
-        _require(self.keep_best >= 0, f"keep_best: {self.keep_best} is negative")
+        for name in ("keep_best", "keep_weights"):
+            _require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is negative")
         for name in ("save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples"):
             _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
         for name in ("max_steps", "eval_steps"):

@@ -35,6 +35,8 @@ EVALS = "evals"
 EVAL_FORMAT = 2
 """Of evaluation files; 1 had other metrics under the same names."""
 FINAL_NAME = "checkpoint-final"
+TRAINING_STATE = "training_state.pt"
+"""Of a checkpoint: all that a resume needs beside the weights, some two thirds of its size."""
 MANIFEST_FORMAT = 1
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,6 +65,8 @@ class Checkpoint:
     """Optimizer steps done in its phase."""
     is_final: bool
     """True for `checkpoint-final`."""
+    has_state: bool = True
+    """False where only the weights are left, from which no phase goes on."""
 
 
 def stage3_dir(output_dir: str | Path) -> Path:
@@ -292,7 +296,8 @@ def list_checkpoints(phase_dir: str | Path) -> list[Checkpoint]:
             _log.warning("ignored: %s", error)
             continue
         is_final = match[1] is None
-        found.append(Checkpoint(marker.parent, manifest["step"] if is_final else int(match[1]), is_final))
+        step = manifest["step"] if is_final else int(match[1])
+        found.append(Checkpoint(marker.parent, step, is_final, TRAINING_STATE in manifest["files"]))
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.is_final))
 
 
@@ -316,23 +321,39 @@ def verify_checkpoint(path: str | Path, *, checksums: bool = True) -> None:
         raise DamagedCheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint or copy this one again")
 
 
-def prune_checkpoints(phase_dir: str | Path, keep_last: int, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete old numbered checkpoints and return their paths.
+def prune_checkpoints(
+    phase_dir: str | Path, keep_last: int, keep: Collection[Path] = (), keep_weights: int = 0
+) -> list[Path]:  # fmt: skip
+    """Reduce old numbered checkpoints to their weights, delete those beyond `keep_weights`, and return these paths.
 
-    Never deletes the last complete one (whatever `keep_last`), `checkpoint-final`, those in `keep` (the best), or a
-    folder that is not complete. Each is renamed to `.tmp-*` before deletion, so that no reader sees half of it.
+    Never touches the last complete one (whatever `keep_last`), `checkpoint-final`, or a folder that is not complete;
+    never deletes those in `keep` (the best). Each is renamed to `.tmp-*` before deletion, so that no reader sees half
+    of it.
     """
     kept = {Path(path).resolve() for path in keep}
     numbered = [checkpoint for checkpoint in list_checkpoints(phase_dir) if not checkpoint.is_final]
     removed = []
-    for checkpoint in numbered[: -max(keep_last, 1)]:
-        if checkpoint.path.resolve() in kept:
+    old = numbered[: -max(keep_last, 1)]
+    free = [checkpoint for checkpoint in old if checkpoint.path.resolve() not in kept]
+    doomed_ones = free[: max(0, len(free) - keep_weights)]
+    for checkpoint in old:
+        if checkpoint not in doomed_ones:
+            reduce_to_weights(checkpoint.path)
             continue
         doomed = checkpoint.path.with_name(f"{_TMP}{uuid.uuid4().hex[:12]}")
         os.rename(checkpoint.path, doomed)
         shutil.rmtree(doomed)
         removed.append(checkpoint.path)
     return removed
+
+
+def reduce_to_weights(checkpoint: str | Path) -> None:
+    """Delete the training state of a checkpoint, which stays complete: its manifest leaves the file out first."""
+    checkpoint = Path(checkpoint)
+    manifest = _manifest(checkpoint)
+    if manifest["files"].pop(TRAINING_STATE, None) is not None:
+        write_json_atomic(checkpoint / COMPLETE, manifest)
+    (checkpoint / TRAINING_STATE).unlink(missing_ok=True)
 
 
 def set_damaged_aside(checkpoint: str | Path) -> Path:

@@ -12,13 +12,14 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from embervlm.errors import UserError, told_in_one_line
-from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval
+from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval, trained_with
 
 ACCURACY = "final_answer_accuracy"
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
@@ -91,10 +92,10 @@ def rank_checkpoints(
     for checkpoint in reversed(found):  # of two at one step the final comes first
         same_weights.setdefault(checkpoint.step, []).append(checkpoint)
     carried = {group[0]: _carried(group, split) for group in same_weights.values()}
-    known = sorted({*RANKABLE, *(name for found in carried.values() if found for name in found["metrics"])})
-    if metric not in known:  # said before minutes of evaluating
-        raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
-    evaluations = {key: found or _evaluation(key.path, split, evaluate) for key, found in carried.items()}
+    # before minutes of evaluating what carries nothing yet
+    _check_metric(metric, [{"metrics": dict.fromkeys(RANKABLE)}, *carried.values()], checkpoints_dir)
+    evaluations = _evaluations(carried, split, evaluate)
+    _check_metric(metric, evaluations.values(), checkpoints_dir)
     made = [evaluation for evaluation in evaluations.values() if evaluation["metrics"]]
     if len(sizes := {evaluation.get("num_samples") for evaluation in made}) > 1:
         _log.warning("the evaluations differ in num_samples: %s", ", ".join(sorted(map(str, sizes))))
@@ -170,19 +171,47 @@ def _carried(same_weights: Sequence[Checkpoint], split: str) -> dict[str, Any] |
     return None if source is None else read_eval(source)
 
 
-def _evaluation(path: Path, split: str, evaluate: Evaluate | None) -> dict[str, Any]:
-    """A new evaluation of the checkpoint."""
-    evaluation = (evaluate or _evaluate_with_model)(path, split)
-    if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
-        raise ValueError(f"{path}: the evaluation that was made now has no 'metrics'")
-    return evaluation
+def _check_metric(metric: str, evaluations: Iterable[dict[str, Any] | None], checkpoints_dir: str | Path) -> None:
+    known = sorted({name for evaluation in evaluations if evaluation for name in evaluation["metrics"]})
+    if metric not in known:
+        raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
 
 
-def _evaluate_with_model(path: Path, split: str) -> dict[str, Any]:
-    from embervlm.evaluation.evaluate import evaluate_checkpoint  # imports torch
+def _evaluations(
+    carried: dict[Checkpoint, dict[str, Any] | None], split: str, evaluate: Evaluate | None
+) -> dict[Checkpoint, dict[str, Any]]:
+    """What is carried, and for the others new evaluations, on as many records as the carried ones."""
+    sizes = {found.get("num_samples") for found in carried.values() if found}
+    num_samples = sizes.pop() if len(sizes) == 1 else None
+    missing = [checkpoint for checkpoint, found in carried.items() if found is None]
+    if missing and evaluate is None:
+        print(
+            f"{len(missing)} of {len(carried)} checkpoints have no evaluation on {split} yet; it is made now "
+            "(--eval_steps makes it while training)", file=sys.stderr,
+        )  # fmt: skip
+    out: dict[Checkpoint, dict[str, Any]] = {}
+    began = time.monotonic()
+    for checkpoint, found in carried.items():
+        if found is None:
+            found = (evaluate or _with_model(num_samples))(checkpoint.path, split)
+            if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+                raise ValueError(f"{checkpoint.path}: the evaluation that was made now has no 'metrics'")
+            if checkpoint == missing[0] and evaluate is None and len(missing) > 1:
+                seconds = time.monotonic() - began
+                print(f"{seconds:.0f} s; the others: about {seconds * (len(missing) - 1):.0f} s", file=sys.stderr)
+        out[checkpoint] = found
+    return out
 
-    evaluation: dict[str, Any] = evaluate_checkpoint(path, split=split)
-    return evaluation
+
+def _with_model(num_samples: int | None) -> Evaluate:
+    def evaluate(path: Path, split: str) -> dict[str, Any]:
+        from embervlm.evaluation.evaluate import evaluate_checkpoint  # imports torch
+
+        samples = num_samples or trained_with(path).get("eval_samples")
+        evaluation: dict[str, Any] = evaluate_checkpoint(path, split=split, num_samples=samples)
+        return evaluation
+
+    return evaluate
 
 
 def _why_not_eligible(metrics: dict[str, float | None], metric: str, best_accuracy: float | None) -> str | None:

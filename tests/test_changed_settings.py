@@ -14,6 +14,7 @@ from training_helpers import TINY, make_data, save_stage3, unfinish, write_model
 from embervlm import run_dir
 from embervlm.config import TrainConfig
 from embervlm.data.records import read_records
+from embervlm.select_best import main as select_best
 from embervlm.training.cli import main
 from embervlm.training.settings import changes, of_stage4, trained_with
 from embervlm.training.signals import STOP_SIGNALS
@@ -26,7 +27,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, run.yaml, a Stage 3 checkpoint, and `finished`: both phases, 3 steps each, a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("changed")
     data = make_data(folder, 18)
-    write_run_yaml(folder, write_model_yaml(folder), data, engine="torch", sample_records=1, save_steps=1, max_steps=3)
+    write_run_yaml(folder, write_model_yaml(folder), data, engine="torch", sample_records=1, save_steps=1, max_steps=3,
+                   eval_samples=2)  # fmt: skip
     save_stage3(folder / "stage3", TINY, read_records(data))
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     main(flags(folder, folder / "finished"))
@@ -143,6 +145,40 @@ def test_a_phase_that_goes_on_with_the_same_settings_says_nothing_of_them(
     main(flags(bench, output))
     said = capsys.readouterr().out
     assert "phase 2: resuming from" in said and "other settings" not in said
+
+
+@pytest.mark.slow
+def test_the_guides_checkpoints_outlast_a_phase_and_select_best_ranks_them_all(
+    bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those before the newest by their weights alone; a resume goes on from a whole one."""
+    output = tmp_path / "out"
+    main(flags(bench, output, "--phase", "2", "--max_steps", "5", "--keep_last", "2", "--keep_weights", "2"))
+    phase = run_dir.phase_dir(output, 2)
+    kept = [(found.step, found.has_state) for found in run_dir.list_checkpoints(phase) if not found.is_final]
+    assert kept == [(1, False), (2, False), (3, True), (4, True)]
+    assert select_best(["--checkpoints_dir", str(phase), "--json"]) == 0
+    told = capsys.readouterr()
+    assert sorted(ranked["step"] for ranked in json.loads(told.out[told.out.index("[\n") :])) == [1, 2, 3, 4, 5]
+    assert "5 of 5 checkpoints have no evaluation on val yet" in told.err and "s; the others: about" in told.err
+    again = run_dir.read_eval(run_dir.eval_path(phase / "checkpoint-1", "val"))
+    assert again["num_samples"] <= 2  # the run's eval_samples
+    unfinish(phase, keep_step=3)
+    main(flags(bench, output, "--phase", "2", "--max_steps", "5"))
+    assert f"resuming from {phase / 'checkpoint-3'}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_phase_with_weights_alone_starts_anew_and_says_so(
+    bench: Path, output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    phase = run_dir.phase_dir(output, 2)
+    unfinish(phase, keep_step=2)
+    for found in run_dir.list_checkpoints(phase):
+        run_dir.reduce_to_weights(found.path)
+    main(flags(bench, output))
+    assert f"{phase / 'checkpoint-2'} holds weights alone" in caplog.text and "--resume_from" in caplog.text
+    assert run_dir.read_json(phase / "checkpoint-final" / "state.json")["step"] == 3
 
 
 def test_a_batch_of_other_size_on_other_processes_is_no_changed_setting() -> None:

@@ -18,6 +18,7 @@ from embervlm.run_dir import (
     prune_checkpoints,
     publish_checkpoint,
     read_json,
+    reduce_to_weights,
     verify_checkpoint,
     write_json_atomic,
 )
@@ -157,6 +158,39 @@ def test_pruning_keeps_the_last_the_best_and_the_final(tmp_path):
     removed = prune_checkpoints(tmp_path, keep_last=2, keep=[tmp_path / "checkpoint-2"])
     assert [path.name for path in removed] == ["checkpoint-1", "checkpoint-3"]
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-final", "checkpoint-10", "checkpoint-11"]
+
+
+def test_pruning_reduces_old_checkpoints_to_weights_and_deletes_those_beyond(tmp_path):
+    for step in range(1, 7):
+        part = new_tmp_dir(tmp_path)
+        (part / "pytorch_model.bin").write_text("weights")
+        (part / "training_state.pt").write_text("moments")
+        publish_checkpoint(part, run_dir.checkpoint_path(tmp_path, step), step)
+    removed = prune_checkpoints(tmp_path, keep_last=2, keep=[tmp_path / "checkpoint-1"], keep_weights=2)
+    assert removed == [tmp_path / "checkpoint-2"]
+    found = list_checkpoints(tmp_path)
+    assert [(one.step, one.has_state) for one in found] == [(1, False), (3, False), (4, False), (5, True), (6, True)]
+    for one in found:
+        verify_checkpoint(one.path)
+        assert (one.path / "training_state.pt").exists() == one.has_state
+
+
+def test_a_kill_while_the_state_is_deleted_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    part = new_tmp_dir(tmp_path)
+    (part / "pytorch_model.bin").write_text("weights")
+    (part / "training_state.pt").write_text("moments")
+    path = publish_checkpoint(part, run_dir.checkpoint_path(tmp_path, 1), 1)
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reduce_to_weights(path)
+    monkeypatch.undo()
+    verify_checkpoint(path)
+    assert [one.has_state for one in list_checkpoints(tmp_path)] == [False]
+    reduce_to_weights(path)  # the next pruning
+    assert not (path / "training_state.pt").exists()
 
 
 @pytest.mark.parametrize("keep_last", [0, -3])

@@ -29,11 +29,11 @@ import torch
 from embervlm import run_dir
 from embervlm.errors import UserError
 from embervlm.model.storage import CheckpointError, read_tensors
+from embervlm.run_dir import TRAINING_STATE
 from embervlm.training.engine import Engine, EngineState, Snapshot, World
 from embervlm.training.eval_jobs import awaiting_evaluation
 from embervlm.training.module import TrainingModule
 
-TRAINING_STATE = "training_state.pt"
 MODEL_PREFIX = "model."
 SLOW_S = 60.0
 """Waiting for a checkpoint for so long is worth a warning."""
@@ -66,8 +66,8 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, world: World, *, keep_last: int, keep_best: int = 0, on_error: str = "stop",
-        in_background: bool = True,
+        self, folder: Path, world: World, *, keep_last: int, keep_best: int = 0, keep_weights: int = 0,
+        on_error: str = "stop", in_background: bool = True,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -75,7 +75,8 @@ class CheckpointStore:
             in_background: False waits in `save` until the checkpoint is on disk.
         """
         self.folder, self._world = folder, world
-        self._keep_last, self._keep_best, self._on_error = keep_last, keep_best, on_error
+        self._keep_last, self._keep_best, self._keep_weights = keep_last, keep_best, keep_weights
+        self._on_error = on_error
         self._in_background = in_background
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -190,7 +191,7 @@ class CheckpointStore:
             raise SaveError(f"{target}: not written: {reason}") from error
         try:
             kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
-            run_dir.prune_checkpoints(self.folder, self._keep_last, keep=kept)
+            run_dir.prune_checkpoints(self.folder, self._keep_last, kept, self._keep_weights)
         except (UserError, OSError) as error:  # the checkpoint stands, and what is not known to be old is kept
             _log.warning("%s: no old checkpoint is deleted: %s", self.folder, error)
 
@@ -246,11 +247,22 @@ def is_finished(folder: Path, world: World) -> bool:
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint of `folder` whose files are those of its manifest. Damaged ones are set aside, with a
-    warning that names the file."""
+    """The newest checkpoint of `folder` to go on from, whose files are those of its manifest.
+
+    Damaged ones are set aside, with a warning that names the file. One whose training state was deleted is none to go
+    on from; a warning names it where there is no other.
+    """
+    weights_alone = []
     for found in reversed(run_dir.list_checkpoints(folder)):
-        if _is_sound(found.path):
+        if not found.has_state:
+            weights_alone.append(found.path)
+        elif _is_sound(found.path):
             return found.path
+    if weights_alone:
+        _log.warning(
+            "%s holds weights alone, without the optimizer: no phase goes on from it, and this one starts anew. "
+            "--resume_from %s in another --output_dir starts from its weights", weights_alone[0], weights_alone[0],
+        )  # fmt: skip
     return None
 
 
@@ -265,6 +277,8 @@ def _is_sound(checkpoint: Path) -> bool:
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint."""
+    if not (checkpoint / TRAINING_STATE).exists():
+        raise CheckpointError(f"{checkpoint}: holds weights alone, without {TRAINING_STATE}; no phase goes on from it")
     state = read_tensors(checkpoint / TRAINING_STATE)
     if not isinstance(state, dict) or not {"optimizer", "auxiliary", "progress", "data"} <= set(state):
         raise CheckpointError(f"{checkpoint / TRAINING_STATE}: is not the training state of a phase of this version")

@@ -92,8 +92,8 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
     engine, progress, cache, wandb_run_id = _prepare(job, config, world)
     store = CheckpointStore(
-        job.folder, world, keep_last=config.keep_last, keep_best=config.keep_best, on_error=config.on_save_error,
-        in_background=config.background_saves,
+        job.folder, world, keep_last=config.keep_last, keep_best=config.keep_best,
+        keep_weights=config.keep_weights, on_error=config.on_save_error, in_background=config.background_saves,
     )  # fmt: skip
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
