@@ -145,6 +145,35 @@ def test_a_step_looks_at_the_boxes_of_the_facts_it_reads(tokenizer):
     assert [(step, mask.nonzero().flatten().tolist()) for step, mask in sample.attend] == [(0, [0, 1, 2])]
 
 
+def test_each_thing_of_a_step_is_looked_at_by_itself_and_a_place_not_by_way_of_the_load(tokenizer):
+    """On a 3 x 3 grid: the place is the lower two rows, the load a corner of it, the flag a sliver of another token."""
+    metadata = {
+        "boxes": [
+            {"kind": "place", "box": [0, 0.4, 1, 1]}, {"kind": "load", "box": [0.6, 0.7, 1, 1]},
+            {"kind": "flag", "box": [0.1, 0.7, 0.2, 0.8]},
+        ],
+        "seen": [["place", "load"], ["place"], ["place", "place", "sky"]],
+    }  # fmt: skip
+    sample = encode_one(tokenizer, metadata=metadata)
+    found = [(step, mask.nonzero().flatten().tolist()) for step, mask in sample.attend]
+    assert found == [
+        (0, [3, 4, 5, 6, 7]),  # the load covers more than half of 8; the flag of nothing
+        (0, [7, 8]),
+        (1, [3, 4, 5, 6, 7]),
+        (2, [3, 4, 5, 6, 7]),
+    ]
+
+
+def test_a_thing_that_others_cover_whole_is_looked_at_all_the_same(tokenizer):
+    metadata = {
+        "boxes": [{"kind": "sky", "box": [0, 0, 1, 0.3]}, {"kind": "moon", "box": [0, 0, 0.33, 0.3]},
+                  {"kind": "cloud", "box": [0.34, 0, 1, 0.3]}],
+        "seen": [["sky"]],
+    }  # fmt: skip
+    ((_, mask),) = encode_one(tokenizer, metadata=metadata).attend
+    assert mask.nonzero().flatten().tolist() == [0, 1, 2]
+
+
 def test_records_without_boxes_look_at_nothing_in_particular(tokenizer):
     assert encode_one(tokenizer).attend == ()
 

@@ -51,7 +51,7 @@ class Sample:
     step_spans: tuple[tuple[int, int], ...] = ()
     """First and one-past-last position of each step's text, the conclusion last."""
     attend: tuple[tuple[int, Tensor], ...] = ()
-    """(step, bool mask over the visual tokens): what a step's words look at."""
+    """(step, bool mask over the visual tokens): what a step's words look at, one entry for each thing."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -217,17 +217,36 @@ def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [box for box in boxes if isinstance(box, Mapping) and {"kind", "box"} <= set(box)]
 
 
+def _mostly_covered(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
+    """Visual tokens of which one of `boxes` covers more than half, `[grid * grid]` bool."""
+    edges = torch.arange(grid + 1) / grid
+
+    def covered(first: float, last: float) -> Tensor:
+        return (edges[1:].clamp_max(last) - edges[:-1].clamp_min(first)).clamp_min(0) * grid
+
+    shares = [covered(top, bottom)[:, None] * covered(left, right) for left, top, right, bottom in boxes]
+    return (torch.stack(shares) > 0.5).any(0).flatten()
+
+
 def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
-    """From `boxes` and `seen` of the metadata, where a record has them."""
+    """From `boxes` and `seen` of the metadata, where a record has them: an entry for each step and thing that it reads.
+
+    A visual token that a smaller thing mostly covers belongs to that one: nobody sees a place by looking at the load.
+    """
     by_kind: dict[str, list[Sequence[float]]] = {}
     for box in known_boxes(metadata):
         by_kind.setdefault(box["kind"], []).append(box["box"])
-    out = []
-    for step, kinds in enumerate((metadata.get("seen") or ())[:num_steps]):
-        boxes = [box for kind in kinds for box in by_kind.get(kind, ())]
-        if boxes:
-            out.append((step, boxes_to_mask(boxes, grid)))
-    return tuple(out)
+    seen = (metadata.get("seen") or ())[:num_steps]
+    masks = {kind: boxes_to_mask(boxes, grid) for kind, boxes in by_kind.items()}
+    covered = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
+    own = {}
+    for kind, mask in masks.items():
+        left = mask.clone()
+        for other in masks:
+            if masks[other].sum() < mask.sum():
+                left &= ~covered[other]
+        own[kind] = left if left.any() else mask
+    return tuple((step, own[kind]) for step, kinds in enumerate(seen) for kind in dict.fromkeys(kinds) if kind in own)
 
 
 def num_fact_steps(record: ReasoningRecord) -> int:
