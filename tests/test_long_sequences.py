@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ import pytest
 from embervlm import run_dir
 from embervlm.cli import main
 from embervlm.config import load_train_config
-from embervlm.data.records import DataError
+from embervlm.data.images import PictureCache
+from embervlm.data.records import ROBOTS, DataError, read_records
+from embervlm.evaluation.evaluate import refuse_long_questions, see
+from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, summarise
+from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.generation import Decoding
 from embervlm.training.engine import World
 from embervlm.training.phases import Run
-from tests.training_helpers import CPU, make_data, write_model_yaml, write_run_yaml
+from tests.training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +130,38 @@ def test_validate_refuses_the_texts_that_training_refuses_and_names_the_same_tok
     assert ended.value.code == 1
     found = [p for p in json.loads(report.read_text())["problems"] if p["kind"] == "too_long"]
     assert {(f"r{p['number'] - 1}", p["field"], f"{p['what']}; {p['fix']}") for p in found} == trained
+
+
+def test_an_evaluation_asks_nothing_that_the_model_cannot_read(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    found = read_records(data, allow_outside=True)
+    tokenizer = make_tokenizer(found)
+    lengths = [
+        len(tokenizer.encode(record.instruction)) + len(tokenizer.encode(" ".join(record.steps))) for record in found
+    ]
+    positions = VISUAL + sorted(lengths)[len(lengths) // 2]  # for about half of them
+    model = build_model({**TINY, "language": resized(positions), "candidates": ROBOTS}, load_pretrained=False)
+    model.attach_tokenizer(tokenizer)
+    pictures = PictureCache([record.image for record in found if record.image], 36)
+
+    def look(model: EmberVLM, some: Any) -> Any:
+        return see(model, pictures, some)
+
+    probes = [Probe(kind="forced", record=record, steps=record.steps, follows=record.answer) for record in found]
+    answers = go_on(model, look, probes, Decoding(max_new_tokens=4))
+    without = sum("no_room" in answer for answer in answers)
+    gains = answer_log_probs(model, look, found, [record.steps for record in found])
+    explained = explain_chains(
+        model, *look(model, found), [record.instruction for record in found], [record.steps for record in found]
+    )
+    assert 0 < without < len(found) and 0 < sum(map(bool, gains)) < len(found)
+    assert summarise(probes, answers, gains, 0)["no_room_dropped"] == without
+    unread = sum(entry["attention"] is None for entry in explained)
+    assert 0 < unread < len(found)
+    assert all(len(e["validator_scores"]) == len(r.steps) for e, r in zip(explained, found, strict=True))
+    longer = [dataclasses.replace(record, instruction=record.instruction * 40) for record in found[:2]]
+    with pytest.raises(DataError) as caught:
+        refuse_long_questions(model, [*longer, *found])
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [f"record {r.record_id}" for r in longer]
+    refuse_long_questions(model, found)

@@ -23,10 +23,11 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_reasoning, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
-from embervlm.data.records import ReasoningRecord, read_records
+from embervlm.data.records import DataError, ReasoningRecord, read_records
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordStore, prepare
+from embervlm.data.tokenizer import DIRECT_PROMPT
 from embervlm.evaluation.backends import EMBEDDED
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
@@ -135,6 +136,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     models = _Models(world.device)
     model = models(job.checkpoint)
     data = load_eval_data(job, model.config.image_size)
+    refuse_long_questions(model, [*data.records, *data.val])
     passes = _passes(job, data, reasons=model.config.stage != 3)
     journal = Journal(job.partial, _digest(job, passes), world)
     quiet = not job.progress or world.rank > 0
@@ -238,6 +240,22 @@ def _in_order(name: str, asked: _Pass, answers: Mapping[tuple[str, int], Any]) -
         for index, found in zip(batch, answers[name, number]):
             out[index] = found
     return out
+
+
+def refuse_long_questions(model: EmberVLM, records: Sequence[ReasoningRecord]) -> None:
+    """DataError with every record whose question leaves the language model no room for an answer."""
+    room, tokenizer, visual = model.text_room, model.tokenizer, model.num_visual_tokens
+    if room is None or tokenizer is None:
+        return
+    asked = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in records])
+    problems = [
+        f"record {record.record_id}: instruction: {len(ids):,} tokens and {visual:,} of the picture, and the language "
+        f"model reads {room + visual:,} with the answer; shorten it, or leave the record out"
+        for record, ids in zip(records, asked)
+        if len(ids) + 1 >= room
+    ]
+    if problems:
+        raise DataError.of(problems)
 
 
 def answer(

@@ -15,6 +15,7 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import boxes_to_mask
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.interactive import step_probabilities
 
 
 @torch.inference_mode()
@@ -22,6 +23,8 @@ def explain_chains(
     model: EmberVLM, visual: Tensor, seen: Tensor, instructions: Sequence[str], chains: Sequence[Sequence[str]]
 ) -> list[dict[str, Any]]:
     """For each chain `attention` (`{"grid", "steps"}`, or None without a picture) and `validator_scores`.
+
+    Of a chain that is longer in its usual tokens than the language model reads there is no attention.
 
     The chains are read once. Attention is the reasoning head's last layer, the one that learns to look, averaged over
     its heads and the step's tokens; the share that goes past the picture is left out, so that a step sums to 1.
@@ -33,6 +36,9 @@ def explain_chains(
     steps = [_step_ids(model, chain) for chain in chains]
     start = model.tokenizer.ids["<|reasoning_start|>"]
     rows = [[*prompt, start, *(t for step in own for t in step)] for prompt, own in zip(prompts, steps)]
+    unread = [place for place, row in enumerate(rows) if model.text_room is not None and len(row) > model.text_room]
+    for place in unread:
+        rows[place], steps[place] = rows[place][:1], []
     length = max(map(len, rows))
     input_ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=visual.device)
     lengths = torch.tensor([len(row) for row in rows], device=visual.device)
@@ -51,6 +57,10 @@ def explain_chains(
             model, visual[row : row + 1], seen[row : row + 1], prompts[row], own, spans, hidden[row], input_ids[row]
         )
         out.append({"attention": looked, "validator_scores": scores})
+    for place in unread:
+        one = slice(place, place + 1)
+        scores = step_probabilities(model, visual[one], seen[one], instructions[place], chains[place])
+        out[place] = {"attention": None, "validator_scores": [round(score, 4) for score in scores]}
     return out
 
 

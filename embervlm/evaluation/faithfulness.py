@@ -216,10 +216,22 @@ def _in_batches(probes: Sequence[Probe]) -> list[list[int]]:
 
 
 def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding) -> list[dict[str, Any]]:
-    """The answers to which a batch of begun chains leads: the written one and the answer head's."""
-    tokenizer = _tokenizer(model)
-    records = [probe.record for probe in probes]
+    """The answers to which a batch of begun chains leads: the written one and the answer head's.
+
+    `{"no_room": True}` for one that leaves the language model no room for an answer.
+    """
+    tokenizer, room = _tokenizer(model), model.text_room
     begun = [[*_chain(tokenizer, probe.steps), *_opening(tokenizer, probe.concludes)] for probe in probes]
+    if room is not None:  # a chain that is begun may leave none for an answer
+        taken = [len(tokenizer.encode(probe.record.instruction)) + 1 + len(ids) for probe, ids in zip(probes, begun)]
+        fitting = [place for place, length in enumerate(taken) if length < room]
+        if len(fitting) < len(probes):
+            found = go_on(model, see, [probes[place] for place in fitting], decoding) if fitting else []
+            out: list[dict[str, Any]] = [{"no_room": True} for _ in probes]
+            for place, answer in zip(fitting, found):
+                out[place] = answer
+            return out
+    records = [probe.record for probe in probes]
     own = [record.metadata.get("candidates") for record in records]
     visual, seen = see(model, records)
     texts = [record.instruction for record in records]
@@ -234,7 +246,10 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
 def answer_log_probs(
     model: EmberVLM, see: See, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """For each chain the log-probability in nats of the gold conclusion and answer after 0, 1, ... all of its steps."""
+    """For each chain the log-probability in nats of the gold conclusion and answer after 0, 1, ... all of its steps.
+
+    [] for one that the language model cannot read with them.
+    """
     tokenizer = _tokenizer(model)
     device = model.projection.norm.weight.device
     visual, seen = see(model, records)
@@ -249,6 +264,9 @@ def answer_log_probs(
         for count in range(len(steps) + 1):
             begun = [*prompt, *_chain(tokenizer, steps[:count]), *_opening(tokenizer, conclusion is not None)]
             rows.append((place, [*begun, *gold], len(begun)))
+    if model.text_room is not None:
+        too_long = {place for place, ids, _ in rows if len(ids) > model.text_room}
+        rows = [row for row in rows if row[0] not in too_long]
     log_probs = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
     for first in range(0, len(order), BATCH_SIZE):
@@ -301,7 +319,9 @@ def summarise(
     """
     asked: dict[str, list[tuple[Probe, Mapping[str, Any]]]] = defaultdict(list)
     for probe, answer in zip(probes, answers, strict=True):
-        asked[probe.kind].append((probe, answer))
+        if not answer.get("no_room"):
+            asked[probe.kind].append((probe, answer))
+    log_probs = [values for values in log_probs if values]
     intervals: dict[str, tuple[float, float]] = {}
 
     def share(name: str, hits: Sequence[float]) -> float | None:
@@ -330,6 +350,7 @@ def summarise(
         },
         "information_gain": {"per_step": _mean_gains(log_probs), "num": len(log_probs)},
         "forced_prefix": {"num": len(forced), "ambiguous_dropped": dropped},
+        "no_room_dropped": sum(bool(answer.get("no_room")) for answer in answers),
         "cut_off_share": float(np.mean([bool(answer.get("cut_off")) for answer in answers])) if answers else None,
     }
     for key, prefix in (("answer_set", ""), ("head_answer", "head_")):

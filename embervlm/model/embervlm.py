@@ -76,11 +76,15 @@ class EmberVLM(PreTrainedModel):
         return self.vision_encoder.num_visual_tokens
 
     @property
+    def text_room(self) -> int | None:
+        """Tokens of text that the language model reads behind a picture; None for any number."""
+        positions = self.language_model.max_positions
+        return None if positions is None else positions - self.num_visual_tokens
+
+    @property
     def max_pair_tokens(self) -> int:
         """The most that the step validator reads at once: question, steps before and step."""
-        positions = self.language_model.max_positions
-        room = StepValidator.MAX_LENGTH if positions is None else positions - self.num_visual_tokens
-        return min(StepValidator.MAX_LENGTH, room)
+        return min(StepValidator.MAX_LENGTH, self.text_room or StepValidator.MAX_LENGTH)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per component; tied weights count once."""

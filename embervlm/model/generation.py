@@ -107,7 +107,7 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
 
     Without `max_new_tokens` as much is written as there is room for; see `_Writer`.
     """
-    limit = position_limit(model)
+    limit = model.language_model.max_positions
     if limit is None or model.tokenizer is None or decoding.max_new_tokens is None:
         return
     for index, text in enumerate(instructions):
@@ -117,12 +117,6 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
                 f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
                 f"tokens, the language model reads {limit}; shorten it or lower max_new_tokens"
             )
-
-
-def position_limit(model: EmberVLM) -> int | None:
-    """Most positions that the language model reads, visual tokens included; None for any number."""
-    limit: int | None = getattr(model.language_model.backbone.config, "max_position_embeddings", None)
-    return limit
 
 
 @torch.inference_mode()
@@ -229,7 +223,7 @@ class _Writer:
         self.model, self.visual, self.image_mask = model, visual, image_mask
         self.decoding = decoding.for_model(model.config)
         self.most_steps, most_tokens = self.decoding.max_reasoning_steps or 1, self.decoding.max_new_tokens or 1
-        self.limit = limit = position_limit(model)
+        self.limit = limit = model.language_model.max_positions
         self.ids, self.base = model.tokenizer.ids, model.tokenizer.base_vocab_size
         self.end_ids = (self.ids["<|answer_end|>"], model.tokenizer.end_of_text)
         longest = max(map(len, prompts))
