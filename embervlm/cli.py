@@ -234,7 +234,12 @@ def _decoding(args: argparse.Namespace) -> Decoding:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="--output_dir of the training")
-    parser.add_argument("--results", type=Path, help="evaluation to show; default: RUN_DIR/results/stage4_eval.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="evaluation to show; default: RUN_DIR/results/"
+        "stage4_eval.json, else the newest of the test split that a checkpoint carries",
+    )
     parser.add_argument("--num_samples", type=int, default=200, help="samples that the page shows")
     parser.add_argument("--wandb", action="store_true", help="also add the figures to the run's W&B run")
     parser.set_defaults(run=_report)
@@ -498,6 +503,10 @@ def _report(args: argparse.Namespace) -> None:
     from embervlm.report.build import write_report
 
     report = write_report(args.run_dir, results=args.results, num_samples=args.num_samples)
+    for notice in report.notices:
+        print(notice)
+    if report.result_path is not None:
+        print(f"Evaluation: {report.result_path}")
     print(f"Report: {report.index}")
     if args.wandb:
         from embervlm.config import ConfigError

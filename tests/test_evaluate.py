@@ -307,7 +307,9 @@ def test_too_few_answers_are_not_fitted():
     assert fit_temperature(few, [True] * len(few)) is None and calibration(few, [True] * len(few), few, []) is None
 
 
-def test_the_temperature_of_val_is_kept_for_from_pretrained(lively_model, checkpoint, scene_data, monkeypatch):
+def test_the_temperature_of_val_is_kept_for_from_pretrained(
+    lively_model, checkpoint, scene_data, tmp_path, monkeypatch
+):
     prompts = [record.instruction for record in read_records(scene_data / "reasoning_data.json")[:3]]
     monkeypatch.setattr("embervlm.evaluation.calibration.MIN_SAMPLES", 1)
     judged = evaluation_module.answer
@@ -316,7 +318,7 @@ def test_the_temperature_of_val_is_kept_for_from_pretrained(lively_model, checkp
         return [{**result, "answer_set": result.get("head_answer", [])} for result in judged(*given)]
 
     monkeypatch.setattr(evaluation_module, "answer", with_answers)
-    result, samples = evaluate(Evaluation(checkpoint=checkpoint, **options(faithfulness_samples=0)))
+    result, samples = evaluated(checkpoint, tmp_path / "eval.json", faithfulness_samples=0)
     fitted = result["calibration"]["temperature"]
     assert run_dir.read_json(run_dir.calibration_path(checkpoint))["temperature"] == fitted
     model = EmberVLM.from_pretrained(checkpoint)

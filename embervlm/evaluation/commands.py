@@ -13,7 +13,7 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError
-from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate
+from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate, keep_in_checkpoint
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 from embervlm.training.engine import World
 
@@ -51,6 +51,7 @@ def evaluate_to_file(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the evaluation of `checkpoint` to `output_file`, and with `save_samples` the chains beside it.
 
+    Of the test split the checkpoint keeps a copy, which the report finds wherever `output_file` is.
     The same call again goes on where a killed one stopped. Call it on every process of `world`.
     """
     _check_names(reasoning_metrics)
@@ -61,13 +62,17 @@ def evaluate_to_file(
     result, samples = evaluate(job)
     if job.world is not None and job.world.rank > 0:
         return result
-    if "all" not in reasoning_metrics:
+    whole = "all" in reasoning_metrics
+    if not whole:
         wanted = {name for group in reasoning_metrics for name in METRIC_GROUPS.get(group, (group,))}
         for part in ("metrics", "targets", "intervals", "gains"):
             result[part] = {name: value for name, value in result[part].items() if name in wanted}
     run_dir.write_json_atomic(output_file, result)
     if save_samples:
         run_dir.write_json_atomic(output_file.with_name(f"{output_file.stem}_samples.json"), samples)
+    # not of val: its evaluations are compared with each other, so they are made by one rule
+    whole &= split == "test" and job.test_set is None
+    keep_in_checkpoint(job, result, samples if save_samples else None, whole=whole)
     shutil.rmtree(partial, ignore_errors=True)
     return result
 

@@ -124,10 +124,34 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     job = Evaluation(checkpoint=Path(checkpoint), split=split, **options)
     result, _ = evaluate(job)
     if job.world is None or job.world.rank == 0:
-        run_dir.write_json_atomic(run_dir.eval_path(checkpoint, split), result)
+        keep_in_checkpoint(job, result, samples=None, whole=True)
         if warning := cut_off_lines(result):
             print(f"{checkpoint}: {warning}", file=sys.stderr)  # select_best's output is one line
     return result
+
+
+def keep_in_checkpoint(
+    job: Evaluation, result: dict[str, Any], samples: list[dict[str, Any]] | None, *, whole: bool
+) -> None:  # fmt: skip
+    """Leave in the checkpoint what others look for there; a warning where it cannot be written.
+
+    That is the temperature that `from_pretrained` takes and, of a `whole` evaluation, the file of its split with its
+    samples, which `select_best` and the report read.
+    """
+    path = run_dir.eval_path(job.checkpoint, job.split)
+    samples_file = path.with_name(f"{path.stem}_samples.json")
+    try:
+        if (found := result["calibration"]) is not None:
+            kept = {name: found[name] for name in ("split_fitted", "num_fitted", "temperature")}
+            run_dir.write_json_atomic(run_dir.calibration_path(job.checkpoint), kept)
+        if whole:
+            run_dir.write_json_atomic(path, result)
+            with run_dir.naming_unwritten(samples_file):
+                samples_file.unlink(missing_ok=True)  # of an evaluation before
+            if samples is not None:
+                run_dir.write_json_atomic(samples_file, samples)
+    except run_dir.WriteError as error:
+        print(f"warning: nothing is kept in the checkpoint: {error}", file=sys.stderr)
 
 
 def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -548,7 +572,7 @@ def _calibrate(
     job: Evaluation, data: EvalData, samples: list[dict[str, Any]],
     results: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Fit on val, set the samples' `confidence`, and leave the temperature where `from_pretrained` finds it."""
+    """Fit on val, and set the samples' `confidence`."""
     if job.split == "val":
         fitted_on, asked = results["chains"], data.records
     elif "calibration" in results:
@@ -560,8 +584,6 @@ def _calibrate(
     if found is not None:
         for sample, sure in zip(samples, confidences(results["chains"], found["temperature"])):
             sample["confidence"] = sure
-        kept = {name: found[name] for name in ("split_fitted", "num_fitted", "temperature")}
-        run_dir.write_json_atomic(run_dir.calibration_path(job.checkpoint), kept)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from embervlm.errors import UserError
 from embervlm.model.embervlm import EmberVLM
+from embervlm.run_dir import naming_unwritten
 from embervlm.training.engine import World
 
 Key = tuple[str, int]
@@ -46,8 +47,17 @@ class Journal:
         self._file: Any = None
         self.done: dict[Key, Any] = {}
         if folder is not None:
-            found = self._read() if world.rank == 0 else None
-            self.done = world.broadcast(found)  # one reader: the processes must agree on what is left
+            found: Any = None
+            if world.rank == 0:
+                try:
+                    with naming_unwritten(folder):
+                        found = self._read()
+                except UserError as error:
+                    found = error
+            found = world.broadcast(found)  # one reader: the processes must agree on what is left
+            if isinstance(found, UserError):
+                raise found
+            self.done = found
             if self.done and world.rank == 0:
                 print(f"going on with {len(self.done)} batches of a killed evaluation in {folder}")
 
@@ -71,15 +81,16 @@ class Journal:
         self.done[key] = value
         if self._folder is None:
             return
-        if self._file is None:
-            path = self._folder / f"{self._digest}-{self._world.rank}.jsonl"
-            self._folder.mkdir(parents=True, exist_ok=True)
-            begun = path.exists() and not path.read_bytes().endswith(b"\n")
-            self._file = path.open("a", encoding="utf-8")
-            if begun:
-                self._file.write("\n")
-        self._file.write(json.dumps([*key, value]) + "\n")
-        self._file.flush()
+        path = self._folder / f"{self._digest}-{self._world.rank}.jsonl"
+        with naming_unwritten(path):
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                begun = path.exists() and not path.read_bytes().endswith(b"\n")
+                self._file = path.open("a", encoding="utf-8")
+                if begun:
+                    self._file.write("\n")
+            self._file.write(json.dumps([*key, value]) + "\n")
+            self._file.flush()
 
 
 def share_out(

@@ -30,6 +30,10 @@ class Report:
     """Name -> PNG of every figure, the attention maps included."""
     config: Mapping[str, Any]
     """The settings of the run."""
+    notices: list[str]
+    """What is missing, and where it was looked for."""
+    result_path: Path | None
+    """The evaluation that is shown."""
 
 
 def write_report(
@@ -38,7 +42,7 @@ def write_report(
     """Write `stage4/visualizations/` of the run in `folder` anew: the guide's tree, and `index.html`.
 
     Args:
-        results: the evaluation to show; default: `results/stage4_eval.json` in `folder`.
+        results: the evaluation to show; see `recorded.read_run` for where it is looked for without.
         num_samples: how many samples the page shows.
     Raises:
         ReportError: nothing to report, or a file of another version; see `recorded.read_run`.
@@ -70,4 +74,6 @@ def write_report(
         captions={name: caption for name, (caption, _) in FIGURES.items()}, missing=missing,
         num_samples=num_samples, roots=roots,
     )  # fmt: skip
-    return Report(index=index, figures=figures, config=record.config)
+    return Report(
+        index=index, figures=figures, config=record.config, notices=record.notices, result_path=record.result_path
+    )

@@ -107,6 +107,8 @@ class RunRecord:
     samples: list[Sample] = field(default_factory=list)
     sample_sets: list[SampleSet] = field(default_factory=list)
     """For the side-by-side: those of the epochs, of the checkpoints, and `samples`."""
+    result_path: Path | None = None
+    """Where `result` was read."""
     notices: list[str] = field(default_factory=list)
     """What is missing, damaged or left out, and what to do about it."""
 
@@ -132,7 +134,8 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     """What the run in `folder` has recorded so far.
 
     Args:
-        results: the evaluation to show; default: `results/stage4_eval.json` in `folder`.
+        results: the evaluation to show; default: `results/stage4_eval.json` in `folder`, else the newest that a
+            checkpoint of phase 2 or 1 carries of the test split.
     Raises:
         ReportError: no such folder, nothing in it, or an evaluation of another format.
     """
@@ -146,8 +149,10 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
         record.curves[phase] = _read_log(run_dir.metrics_log_path(run_dir.phase_dir(folder, phase)), record.notices)
         record.checkpoints += _read_checkpoints(folder, phase, record)
     record.config = _read_config(folder, record.notices)
-    path = Path(results) if results is not None else run_dir.eval_results_path(folder)
-    if path.exists():
+    places = [Path(results)] if results is not None else _evaluation_places(folder)
+    path = places[0]
+    if (found := next((place for place in places if place.exists()), None)) is not None:
+        path = record.result_path = found
         record.result = read_result(path)
         beside = samples_path(path)
         if beside.exists():
@@ -157,7 +162,10 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     elif results is not None:
         raise ReportError(f"{path}: no such file; make it with `embervlm evaluate --output_file {path}`")
     else:
-        record.notices.append(f"No evaluation yet: `embervlm evaluate --output_file {path}` writes one.")
+        record.notices.append(
+            f"No evaluation: looked for {', '.join(map(str, places))}. `embervlm evaluate --split test` writes one; "
+            "name another with --results."
+        )
     _read_sample_sets(folder, record)
     if not (record.result or record.checkpoints or record.sample_sets or any(record.curves.values())):
         raise ReportError(
@@ -165,6 +173,17 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
             f"checkpoints, stage4/reasoning_samples/ and {path}"
         )
     return record
+
+
+def _evaluation_places(folder: Path) -> list[Path]:
+    """Where the evaluation of a run may be, the first choice first; each checkpoint carries its last one."""
+    carried = [
+        run_dir.eval_path(checkpoint.path, "test")
+        for phase in (2, 1)
+        for checkpoint in reversed(run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)))
+    ]
+    carried.sort(key=lambda path: path.stat().st_mtime if path.exists() else 0, reverse=True)
+    return [run_dir.eval_results_path(folder), *carried]
 
 
 def evaluation_alone(path: Path) -> RunRecord:
@@ -386,6 +405,8 @@ def _read_sample_sets(folder: Path, record: RunRecord) -> None:
     for phase in (1, 2):
         for checkpoint in run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)):
             for path in sorted((checkpoint.path / run_dir.EVALS).glob("*_samples.json")):
+                if record.result_path is not None and path == samples_path(record.result_path):
+                    continue  # they come below
                 split = path.name.removesuffix("_samples.json")
                 files.append((f"Phase {phase}, {checkpoint.path.name} ({split})", path))
     for name, path in files:

@@ -153,7 +153,8 @@ def generate_scenes(
     The shards together write the records of the whole job, each those of its own pictures.
     """
     path = Path(output_file)
-    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    with naming_unwritten(path.parent / "images"):
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
     plans = plan_scenes(-(-num_samples // questions_per_picture), questions_per_picture, seed)
     plans[-1] = replace(plans[-1], tasks=plans[-1].tasks[: num_samples - (len(plans) - 1) * questions_per_picture])
     jobs = [(plan, str(path.parent)) for plan in shard.of(plans)]
@@ -187,7 +188,8 @@ def generate_for_tasks(
     More samples than tasks give each task several pictures, of other scenes in which its answer makes sense.
     """
     path = Path(output_file)
-    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    with naming_unwritten(path.parent / "images"):
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
     total = len(tasks) if num_samples is None else num_samples
     jobs = [
         (index + number * len(tasks), text, scene, str(path.parent))
