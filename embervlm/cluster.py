@@ -6,6 +6,7 @@ Every shipped recipe has the same global batch, so that a run may move from one 
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class ClusterRecipe:
         time = [f"--time={minutes}"] if minutes else []
         return [
             f"--nodes={self.nodes}", f"--ntasks-per-node={self.gpus_per_node}",
-            f"--cpus-per-task={self.cpus_per_task}", *gpus.split(), *time,
+            f"--cpus-per-task={self.cpus_per_task}", *shlex.split(gpus), *time,
         ]  # fmt: skip
 
 

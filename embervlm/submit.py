@@ -29,15 +29,14 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError
 from embervlm.errors import OneLineParser, UserError, told_in_one_line
-from embervlm.slurm import MAX_REQUEUES, job_state
+from embervlm.slurm import MAX_REQUEUES, SIGNAL_DELAY_S, SIGNAL_EARLY_S
+from embervlm.slurm_commands import Patience, ask, is_away, job_state, this_job
 from embervlm.training.cli import FLAGS, check_start, load_config, stages_of
 from embervlm.training.cli import parser as train_parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
-SIGNAL_DELAY_S = 180
-"""Seconds before the time limit at which Slurm signals the job."""
-SIGNAL_EARLY_S = 60
-"""Slurm may send that signal this much earlier than asked for (sbatch, `--signal`)."""
+SRUN_OPTIONS_VARIABLE, WRAPPER_VARIABLE = "EMBERVLM_SRUN_OPTIONS", "EMBERVLM_WRAPPER"
+"""What this site adds to `srun`, and puts before the program; see `slurm/site.env`."""
 
 
 class TrainingFailedError(UserError):
@@ -56,6 +55,13 @@ class Requeue(SignalHandler):
         super().__init__(installed.env, installed._job_paths, installed._delayed)
         self._start_time = installed._start_time
         self._signal_delay_s = signal_delay_s
+        if isinstance(self.env, submitit.slurm.slurm.SlurmJobEnvironment):
+            self.env._requeue = self._requeue  # type: ignore[method-assign]
+
+    def _requeue(self, countdown: int) -> None:
+        """As submitit's, but patient with a controller that is away."""
+        ask("scontrol", "requeue", this_job())
+        self._logger.info(f"Requeued job {this_job()} ({countdown} remaining timeouts)")
 
     def has_timed_out(self) -> bool:
         limit_s = 60 * self._delayed._timeout_min
@@ -85,9 +91,11 @@ class TrainJob:
             main(list(self.argv))
         except SystemExit as ended:
             if ended.code == EXIT_REQUEUE:
-                if environment.global_rank == 0 and _may_requeue():
+                if environment.global_rank > 0:
+                    sys.exit(0)  # an error here would end rank 0 before it has asked for its requeue
+                if _may_requeue():
                     requeue.checkpoint_and_try_requeue(number)
-                sys.exit(0)  # an error here would end rank 0 before it has asked for its requeue
+                sys.exit(EXIT_REQUEUE)  # stopped and not requeued is not done
             if ended.code == EXIT_FAULT:
                 raise TrainingFailedError("an unforeseen error, with its traceback in the log") from None
             raise TrainingFailedError(str(ended.code).removeprefix("error: ")) from None
@@ -100,8 +108,7 @@ class TrainJob:
 
 def _may_requeue() -> bool:
     """False for a Slurm job that is no longer running: cancelled, or requeued by Slurm itself."""
-    job_id = os.environ.get("SLURM_JOB_ID")
-    return job_id is None or job_state(job_id) == "RUNNING"
+    return "SLURM_JOB_ID" not in os.environ or job_state(this_job()) == "RUNNING"
 
 
 # -- what to submit --------------------------------------------------------------------------------------------------
@@ -206,7 +213,10 @@ def slurm_parameters(
             f"if [[ -f {site} ]]; then set -a; source {site}; set +a; fi",
             f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={options.get('cpus-per-task', 1)}"],
+        "srun_args": [
+            "--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={options.get('cpus-per-task', 1)}",
+            *shlex.split(os.environ.get(SRUN_OPTIONS_VARIABLE, "")),
+        ],
         "additional_parameters": options,
     }  # fmt: skip
 
@@ -226,12 +236,17 @@ def submit_to_slurm(
     """Submit `jobs`, several as one array. ConfigError where there is no Slurm or it refuses."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ConfigError("this machine has no sbatch; --dry_run prints the script, --local trains here")
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts)
+    python = shlex.join([*shlex.split(os.environ.get(WRAPPER_VARIABLE, "")), sys.executable])
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=python)
     executor.update_parameters(**parameters)
-    try:
-        return executor.submit_array(jobs)
-    except FailedJobError as error:
-        raise ConfigError(f"Slurm refuses the job: {error}") from error
+    patience = Patience()
+    while True:
+        try:
+            return executor.submit_array(jobs)
+        except FailedJobError as error:
+            if not is_away("sbatch", str(error)):
+                raise ConfigError(f"Slurm refuses the job: {error}") from error
+            patience.pause(str(error).strip().splitlines()[-1])
 
 
 def run_locally(
@@ -291,8 +306,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _submit(args: argparse.Namespace, rest: list[str]) -> None:
     if not args.cluster:
         raise ConfigError(f"choose the nodes with --cluster or {CLUSTER_VARIABLE}: {', '.join(recipe_names())}")
-    if args.minutes is not None and 60 * args.minutes <= SIGNAL_DELAY_S:
-        raise ConfigError(f"--minutes {args.minutes}: the job is told to stop {SIGNAL_DELAY_S} s before its limit")
+    if args.minutes is not None and 60 * args.minutes <= SIGNAL_DELAY_S + SIGNAL_EARLY_S:
+        raise ConfigError(
+            f"--minutes {args.minutes}: the job is told to stop {SIGNAL_DELAY_S} s before its limit, and Slurm may do "
+            f"so {SIGNAL_EARLY_S} s early; give 10 or more"
+        )
     recipe = load_recipe(args.cluster)
     jobs = training_jobs(["--cluster", args.cluster, *rest], args.sweep)
     phase = train_parser().parse_args(rest).phase

@@ -7,20 +7,24 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+for root in "$(dirname "$0")/.." . .. "${SLURM_SUBMIT_DIR:-.}"; do # in a job $0 is Slurm's private copy
+    if [[ -f $root/slurm/job.sh ]]; then break; fi
+done
+cd "$root"
+[[ -f slurm/job.sh ]] || { echo "error: no slurm/job.sh in $PWD; submit from the repository root" >&2 && exit 1; }
 source slurm/job.sh
-phase=() run=()
+flags=()
 while (($#)) && [[ $1 != -- ]]; do
-    run+=("$1")
+    flags+=("$1")
     shift
 done
 behind=("$@")
-on_these_nodes slurm/evaluate.sh "${run[@]}"
+on_these_nodes slurm/evaluate.sh "${flags[@]}"
 if ((${#behind[@]})); then
     evaluate=("${behind[@]:1}")
 else
-    output_dir=$(python -m embervlm.slurm output_dir "${run[@]}")
+    output_dir=$(decide output_dir "${flags[@]}")
     evaluate=(--checkpoint "$output_dir/stage4/phase2/checkpoint-final" --reasoning_metrics all --split test
         --output_file "$output_dir/results/stage4_eval.json" --save_reasoning_samples)
 fi
-srun python scripts/evaluate.py --stage 4 "${evaluate[@]}"
+run python scripts/evaluate.py --stage 4 "${evaluate[@]}"

@@ -10,7 +10,11 @@
 #SBATCH --array=0-7
 #SBATCH --cpus-per-task=4
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+for root in "$(dirname "$0")/.." . .. "${SLURM_SUBMIT_DIR:-.}"; do # in a job $0 is Slurm's private copy
+    if [[ -f $root/slurm/job.sh ]]; then break; fi
+done
+cd "$root"
+[[ -f slurm/job.sh ]] || { echo "error: no slurm/job.sh in $PWD; submit from the repository root" >&2 && exit 1; }
 source slurm/job.sh
 output_file= flags=()
 while (($#)); do
@@ -22,5 +26,6 @@ while (($#)); do
 done
 : "${SLURM_ARRAY_TASK_ID:?run it as an array: sbatch slurm/generate_data.sh ...}" "${output_file:?give --output_file}"
 share="${output_file%.*}-$SLURM_ARRAY_TASK_ID.${output_file##*.}"
-srun python scripts/generate_reasoning_data.py "${flags[@]}" --output_file "$share" \
+step=(--nodes=1 --ntasks=1)
+run python scripts/generate_reasoning_data.py "${flags[@]}" --output_file "$share" \
     --shard "$SLURM_ARRAY_TASK_ID/${EMBERVLM_SHARDS:-8}"

@@ -1,48 +1,54 @@
 # Sourced by the scripts beside it, in the repository root: the site's values, and what the jobs have in common.
-if [[ ! -f slurm/site.env ]]; then
-    echo "error: $PWD has no slurm/site.env; submit from the repository root" >&2
+trap 'echo "error: slurm/site.env failed at: $BASH_COMMAND" >&2' ERR
+set -a +u # what `module` runs may look at variables that are not set
+source slurm/site.env
+set +a -u
+trap - ERR
+if [[ ! -x $EMBERVLM_VENV/bin/python ]]; then
+    echo "error: no virtual environment in $EMBERVLM_VENV: run \`make install\`, or set EMBERVLM_VENV in slurm/site.env" >&2
     exit 1
 fi
-set -a
-source slurm/site.env
-set +a
 export PATH="$EMBERVLM_VENV/bin:$PATH" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since Slurm 22.05 srun does not take sbatch's
 export OMP_NUM_THREADS="$SRUN_CPUS_PER_TASK"
 
-# submit SBATCH_OPTIONS SCRIPT FLAGS: sbatch without this job's own variables, which would stand over the new one's
-submit() {
-    local name drop=(-u SRUN_CPUS_PER_TASK -u OMP_NUM_THREADS)
-    for name in "${!SLURM_@}"; do
-        [[ $name == SLURM_CONF ]] || drop+=(-u "$name") # where the site's configuration is
-    done
-    env "${drop[@]}" sbatch "$@"
+phase=    # that the script trains; none for evaluation
+behind=() # what the script takes behind its flags of launch/train.py
+step=()   # options of srun
+how=()    # how this script was started
+if [[ ${0##*/} == slurm_script ]]; then how+=(--batch); fi # Slurm runs its own copy of a job's script
+if [[ ${1:-} == --submitted ]]; then                       # among the arguments: the environment may not reach the job
+    how+=(--submitted)
+    shift
+fi
+
+decide() { python -m embervlm.slurm "$1" "${how[@]}" ${phase:+--of_phase "$phase"} "${@:2}"; }
+
+# on_these_nodes SCRIPT FLAGS: go on in a job of the right nodes; elsewhere submit one and leave
+on_these_nodes() {
+    local found
+    found=$(decide place --script "$@" "${behind[@]}")
+    if [[ $found == "Submitted batch job "* ]]; then
+        echo "$found"
+        exit
+    fi
+    if [[ -n $found ]]; then mapfile -t step <<<"$found"; fi
 }
 
-behind=() # what the script takes behind its flags of launch/train.py
-
-# on_these_nodes SCRIPT FLAGS: go on in a job of the recipe's nodes; elsewhere submit one and leave
-on_these_nodes() {
-    local script=$1 options
-    shift
-    if [[ -n ${SLURM_JOB_ID:-} ]] && python -m embervlm.slurm fits "${phase[@]}" "$@"; then
-        return
-    fi
-    options=$(python -m embervlm.slurm options "${phase[@]}" "$@")
-    if [[ -n ${EMBERVLM_SUBMITTED:-} ]]; then
-        echo "error: Slurm gave other nodes than asked for with: $options. Look at EMBERVLM_SBATCH_GPU" >&2
-        exit 1
-    fi
-    # shellcheck disable=SC2086  # several options in one string
-    EMBERVLM_SUBMITTED=1 submit $options "$script" "$@" "${behind[@]}"
-    exit
+# run PROGRAM ARGUMENTS: as tasks of this job
+run() {
+    local site wrapper
+    eval "site=(${EMBERVLM_SRUN_OPTIONS:-}) wrapper=(${EMBERVLM_WRAPPER:-})" # their quotes count
+    # --export: what sbatch was told, such as SBATCH_EXPORT=NONE, would hold for srun as well
+    srun --export=ALL "${step[@]}" "${site[@]}" "${wrapper[@]}" "$@"
 }
 
 # train FLAGS: one process per GPU, then back into the queue where that helps
 train() {
     local code=0
-    python -m embervlm.slurm started "${phase[@]}" "$@"
+    decide started "$@"
     trap : TERM USR2 # the processes answer these; this shell stays to requeue
-    srun --kill-on-bad-exit=1 python launch/train.py --stages 4 "${phase[@]}" "$@" || code=$?
-    python -m embervlm.slurm ended --exit_code "$code" "${phase[@]}" "$@"
+    step+=(--kill-on-bad-exit=1)
+    run python launch/train.py --stages 4 --phase "$phase" "$@" || code=$?
+    decide ended --exit_code "$code" "$@"
 }

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Phase 1 of Stage 4:  sbatch slurm/stage4_phase1.sh --cluster a100x4 [flags of launch/train.py]
-# In a job of other nodes than the recipe's, or in none, it submits itself with the right ones.
+# Without a recipe, here or in site.env, it trains on what the job has: sbatch --gres=gpu:4 slurm/stage4_phase1.sh
+# In a small job, or in none, it submits itself on the recipe's nodes, with the options that sbatch was given.
 #SBATCH --job-name=embervlm-phase1
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append      # a requeued job keeps its log
 #SBATCH --requeue
 #SBATCH --signal=USR2@180       # 180 s before the limit: save, then requeue. Not B:, which only tells this shell
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}" # $0 is Slurm's private copy
+for root in "$(dirname "$0")/.." . .. "${SLURM_SUBMIT_DIR:-.}"; do # in a job $0 is Slurm's private copy
+    if [[ -f $root/slurm/job.sh ]]; then break; fi
+done
+cd "$root"
+[[ -f slurm/job.sh ]] || { echo "error: no slurm/job.sh in $PWD; submit from the repository root" >&2 && exit 1; }
 source slurm/job.sh
-phase=(--phase 1)
+phase=1
 on_these_nodes slurm/stage4_phase1.sh "$@"
 train "$@"

@@ -13,7 +13,7 @@ from embervlm import run_dir
 from embervlm.cli import main as embervlm
 from embervlm.cluster import GPU_OPTIONS_VARIABLE, check_recipes, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.slurm import MAX_REQUEUES_VARIABLE, Requeues
+from embervlm.slurm import MAX_REQUEUES_VARIABLE, Allocation, Requeues, job_options, step_options
 from embervlm.slurm import main as slurm
 from embervlm.training.cli import check_cluster, overrides_of, parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
@@ -100,22 +100,50 @@ def test_another_number_of_processes_than_the_recipes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    ("cluster", "phase", "expected"),
     [
-        (["--phase", "1", "--cluster", "a100x8x2"],
-         "--nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --gres=gpu:8 --constraint=a100 --time=45"),
-        (["--phase", "2", "--cluster", "v100x2"],
-         "--nodes=1 --ntasks-per-node=2 --cpus-per-task=8 --gres=gpu:2 --constraint=v100 --time=420"),
-        (["--cluster", "a100x8"], "--nodes=1 --ntasks-per-node=1 --cpus-per-task=8 --gres=gpu:1 --constraint=a100"),
+        ("a100x8x2", 1, "--nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --gres=gpu:8 --constraint=a100 --time=45"),
+        ("v100x2", 2, "--nodes=1 --ntasks-per-node=2 --cpus-per-task=8 --gres=gpu:2 --constraint=v100 --time=420"),
     ],
 )  # fmt: skip
 def test_the_scripts_ask_for_the_recipes_nodes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], expected: str
+    monkeypatch: pytest.MonkeyPatch, cluster: str, phase: int, expected: str
 ) -> None:
     monkeypatch.delenv(GPU_OPTIONS_VARIABLE, raising=False)
-    with pytest.raises(SystemExit) as ended:
-        slurm(["options", *argv])
-    assert ended.value.code == 0 and capsys.readouterr().out.strip() == expected
+    assert " ".join(job_options(load_recipe(cluster), phase)) == expected
+
+
+FOUR_GPUS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
+HERE = ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--cpus-per-task=8", "--overcommit"]
+ONE_TASK = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=32", "--overcommit"]
+
+
+@pytest.mark.parametrize(
+    ("env", "cluster", "phase", "options"),
+    [
+        (FOUR_GPUS | {"SLURM_NTASKS_PER_NODE": "4"}, "a100x4", 1, []),  # as it was submitted
+        (FOUR_GPUS, "a100x4", 1, HERE),  # sbatch --gres=gpu:4
+        (FOUR_GPUS, None, 2, HERE),
+        (FOUR_GPUS | {"SLURM_STEP_ID": "0"}, None, 2, [*HERE, "--overlap"]),  # in the shell of srun --pty
+        (FOUR_GPUS | {"SLURM_NTASKS": "2"}, None, 1,
+         ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=16", "--overcommit"]),
+        (FOUR_GPUS, "a100x8", 1, None),
+        (FOUR_GPUS | {"SLURM_JOB_NUM_NODES": "2"}, "a100x4", 1, None),
+        (FOUR_GPUS, None, None, ONE_TASK),  # an evaluation takes one process
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}, "a100x4", 1, None),  # what sbatch gives by itself
+    ],
+)  # fmt: skip
+def test_a_job_that_has_the_gpus_trains_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], cluster: str | None, phase: int | None,
+    options: list[str] | None,
+) -> None:  # fmt: skip
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    has = Allocation.here()
+    assert has is not None
+    assert step_options(has, load_recipe(cluster) if cluster else None, phase) == options
 
 
 def test_the_site_says_how_gpus_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +164,54 @@ def test_the_shipped_site_file_asks_as_the_recipes_do_by_themselves(monkeypatch:
 
 def test_without_a_recipe_the_scripts_list_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMBERVLM_CLUSTER", raising=False)
-    with pytest.raises(SystemExit, match="choose the nodes with --cluster or EMBERVLM_CLUSTER: v100x1"):
-        slurm(["options", "--phase", "1"])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit, match=r"nothing says on which nodes: give --cluster, set EMBERVLM_CLUSTER.*v100x1"):
+        slurm(["place", "--script", "slurm/stage4_phase1.sh", "--of_phase", "1"])
+
+
+def test_a_script_says_a_wrong_flag_once(tmp_path: Path) -> None:
+    found = script(tmp_path, "slurm/stage4_phase1.sh", "--clustr", "a100x4")
+    assert found.returncode == 2
+    assert (
+        found.stderr == "error: unrecognized arguments: --clustr a100x4; did you mean --cluster? "
+        "(--help lists the flags)\n"
+    )
+
+
+def test_a_script_that_is_given_another_phase_says_so(tmp_path: Path) -> None:
+    found = script(tmp_path, "slurm/stage4_phase1.sh", "--cluster", "a100x4", "--phase", "2")
+    assert found.returncode == 1 and "--phase 2: this script trains phase 1" in found.stderr
+
+
+def test_without_a_virtual_environment_a_script_says_what_to_do(tmp_path: Path) -> None:
+    found = script(tmp_path, "slurm/stage4_phase1.sh", EMBERVLM_VENV=str(tmp_path))
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"error: no virtual environment in {tmp_path}: run `make install`")
+
+
+def test_a_script_finds_its_repository_from_any_folder_of_any_job(tmp_path: Path) -> None:
+    """As in a shell that salloc, srun or a notebook server opened elsewhere."""
+    found = script(tmp_path, REPOSITORY / "slurm" / "stage4_phase1.sh", "--clustr", cwd=tmp_path,
+                   SLURM_SUBMIT_DIR=str(tmp_path))  # fmt: skip
+    assert "did you mean --cluster?" in found.stderr
+    elsewhere = tmp_path / "slurm_script"  # what Slurm makes of a job's script
+    elsewhere.write_text((REPOSITORY / "slurm" / "stage4_phase1.sh").read_text())
+    found = script(tmp_path, elsewhere, cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert found.stderr == f"error: no slurm/job.sh in {tmp_path}; submit from the repository root\n"
+    found = script(tmp_path, elsewhere, "--clustr", cwd=tmp_path, SLURM_SUBMIT_DIR=str(REPOSITORY))
+    assert "did you mean --cluster?" in found.stderr
+
+
+def script(
+    folder: Path, path: Path | str, *argv: str, cwd: Path = REPOSITORY, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of slurm/ where Slurm is not set up."""
+    (folder / "slurm.conf").touch()
+    return subprocess.run(
+        ["bash", path, *argv], cwd=cwd, capture_output=True, text=True, check=False,
+        env={**os.environ, "EMBERVLM_VENV": str(Path(sys.executable).parent.parent),
+             "SLURM_CONF": f"{folder}/slurm.conf", **env},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)
@@ -148,14 +222,9 @@ def test_a_script_is_valid_bash(script: Path) -> None:
 
 def test_nothing_is_chained_to_a_job_that_slurm_refuses(tmp_path: Path) -> None:
     """With a Slurm here that is not set up, and without one: sbatch fails alike."""
-    (tmp_path / "slurm.conf").touch()
-    found = subprocess.run(
-        ["bash", "slurm/stage4.sh", "--cluster", "v100x1"], cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        env={**os.environ, "EMBERVLM_VENV": str(Path(sys.executable).parent.parent),
-             "SLURM_CONF": f"{tmp_path}/slurm.conf"},
-    )  # fmt: skip
+    found = script(tmp_path, "slurm/stage4.sh", "--cluster", "v100x1")
     assert found.returncode != 0 and "phase 1 is job" not in found.stdout
-    assert found.stderr.count("sbatch: fatal") + found.stderr.count("command not found") <= 1
+    assert found.stderr.count("error: ") == 1 and found.stderr.startswith(("error: `sbatch", "error: this machine has"))
 
 
 # -- requeues -------------------------------------------------------------------------------------------------------
@@ -182,6 +251,15 @@ def test_a_job_that_was_asked_to_stop_or_killed_or_lost_a_process_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     assert start(monkeypatch, tmp_path, restarts=0).refusal(code) is None
+
+
+def test_elements_of_an_array_keep_their_starts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last element's SLURM_JOB_ID is the array's number."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    for element in ("0", "1"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", element)
+        assert start(monkeypatch, tmp_path, restarts=0).job == f"7_{element}"
+    assert sorted(path.name for path in tmp_path.glob("slurm-*")) == ["slurm-7_0.json", "slurm-7_1.json"]
 
 
 @pytest.mark.parametrize("code", [1, 2])

@@ -30,7 +30,7 @@ from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.evaluation.evaluate import evaluate_checkpoint
 from embervlm.select_best import rank_checkpoints
-from embervlm.training import eval_jobs
+from embervlm.slurm_commands import outside
 from embervlm.training.cli import main
 from embervlm.training.eval_jobs import awaiting_evaluation, evaluation_command
 
@@ -153,14 +153,16 @@ def test_the_job_writes_where_select_best_reads_whatever_the_working_folder(
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT",
-                                  "OMP_NUM_THREADS", "EMBERVLM_SUBMITTED", "CUDA_VISIBLE_DEVICES"])  # fmt: skip
-def test_the_job_does_not_take_itself_for_a_process_of_the_training(name: str) -> None:
-    assert eval_jobs._OF_THIS_JOB.match(name)
+                                  "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"])  # fmt: skip
+def test_the_job_does_not_take_itself_for_a_process_of_the_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    assert name not in outside()
 
 
 @pytest.mark.parametrize("name", ["SLURM_CONF", "SBATCH_PARTITION", "EMBERVLM_VENV", "PATH", "MASTER_PLAN", "RANKS"])
-def test_the_job_keeps_the_sites_variables(name: str) -> None:
-    assert not eval_jobs._OF_THIS_JOB.match(name)
+def test_the_job_keeps_the_sites_variables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    assert outside()[name] == "x"
 
 
 def test_the_script_evaluates_what_stands_behind_the_dashes_and_phase_2_without(tmp_path: Path) -> None:

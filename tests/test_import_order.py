@@ -21,6 +21,8 @@ BASE = {
     "embervlm.run_dir",
     "embervlm.progress",
     "embervlm.cluster",
+    "embervlm.slurm_commands",
+    "embervlm.slurm_options",
 }
 """Left of every folder."""
 COMMANDS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -127,3 +129,20 @@ def test_a_wrong_flag_is_one_line_of_process_0_also_where_torchrun_ends() -> Non
     said = "error: unrecognized arguments: --max_stps 3; did you mean --max_steps?"
     assert own.count(said) == 1 and "usage:" not in own
     assert said in of_torchrun.strip().splitlines()[-2]
+
+
+def test_the_shell_of_srun_pty_is_alone_and_what_srun_starts_from_it_is_not() -> None:
+    """Both have the variables of a step of several tasks; the shell alone has its terminal."""
+    look = [sys.executable, "-c", "import os; from embervlm.ranks import *; print(is_slurm_task(os.environ))"]
+    env = without_launcher(**TASK, SLURM_PTY_PORT="4242", SLURM_TASK_PID="1", PYTHONPATH=str(REPOSITORY))
+    nested = subprocess.run(look, env=env, capture_output=True, text=True, check=True, start_new_session=True)
+    assert nested.stdout == "True\n"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(look[0], look, env)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal's output
+        while part := os.read(terminal, 1000):
+            said += part
+    os.waitpid(child, 0)
+    assert said.strip() == b"False"

@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import read_yaml
 from embervlm.data.records import read_records
+from embervlm.slurm_commands import fields
 from embervlm.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 
 pytestmark = [
@@ -317,6 +321,120 @@ def an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> Non
     assert len(read_records(output)) == 30
 
 
+def a_stopped_element_of_a_sweep_is_requeued_alone(bench: Bench) -> None:
+    """The last element's SLURM_JOB_ID is the array's number, by which Slurm shows and requeues all of them."""
+    recipe = load_recipe(f"{bench.folder}/one.yaml")
+    jobs = training_jobs([*bench.flags("sweep", "one"), "--phase", "2"], sweeps=["seed=0,1"])
+    parameters = slurm_parameters(recipe, limit_minutes(recipe, 2))
+    other, last = submit_to_slurm(jobs, bench.folder / "sweep" / "jobs", parameters, max_timeouts=0)
+    array = last.job_id.partition("_")[0]
+    ranks = bench.hold("sweep/seed=1", array, STOP)
+    bench.cluster.run("scancel", other.job_id)
+    bench.finish(other.job_id, state="CANCELLED")
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGCONT)
+    bench.restarts(last.job_id, 1)
+    bench.finish(last.job_id)
+    assert run_dir.read_json(run_dir.checkpoint_path(bench.phase("sweep/seed=1"), None) / "state.json")["step"] == STEPS
+    assert bench.state(other.job_id) == "CANCELLED"
+
+
+def commands_wait_for_a_controller_that_is_away(bench: Bench) -> None:
+    away = bench.folder / "away.conf"
+    there = Path(bench.cluster.env["SLURM_CONF"]).read_text()
+    state = f"from embervlm.slurm_commands import job_state; print(job_state({bench.straight!r}))"
+    evaluate = ["bash", "slurm/evaluate.sh", "--cluster", f"{bench.folder}/one.yaml", "--", "--checkpoint", "none"]
+    for command in ([sys.executable, "-c", state], evaluate):
+        away.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", there))  # nobody listens there
+        asking = subprocess.Popen(
+            command, cwd=REPOSITORY, env=bench.cluster.env | bench.env | {"SLURM_CONF": str(away)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert asking.stderr is not None and asking.stdout is not None
+        assert "Slurm's controller does not answer" in asking.stderr.readline()
+        away.write_text(there)
+        said = asking.stdout.read().strip()
+        assert asking.wait(120) == 0, asking.stderr.read()
+        assert said.split()[0] in ("RUNNING", "COMPLETED", "PENDING", "Submitted"), said
+    bench.cluster.run("scancel", said.split()[-1])
+
+
+def what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place(bench: Bench) -> None:
+    given = ("--partition=other", "--time=20", "--mem=700M", "--comment=a b", "--mail-type=END,FAIL",
+             "--mail-user=me@here", "--nice=5", "--exclude=n1", "--job-name=mine", "--no-requeue",
+             f"--output={bench.folder}/a log-%j.txt")  # fmt: skip
+    flags = bench.flags("given", "two")
+    small = bench.cluster.run("sbatch", "--parsable", *given, "slurm/stage4_phase2.sh", *flags, **bench.env).strip()
+    bench.finish(small)
+    said = (bench.folder / f"a log-{small}.txt").read_text()
+    job = said.split()[-1]
+    found = slurm_commands_fields(bench, job)
+    bench.cluster.run("scancel", job)
+    wanted = {"Partition": "other", "TimeLimit": "00:20:00", "MinMemoryNode": "700M", "Comment": "a b", "Nice": "5",
+              "MailType": "END,FAIL", "MailUser": "me@here", "ExcNodeList": "n1", "JobName": "mine", "Requeue": "0",
+              "StdOut": f"{bench.folder}/a log-{job}.txt"}  # fmt: skip
+    assert {key: found[key] for key in wanted} == wanted
+    assert f"job {job}: slurm/stage4_phase2.sh with --nodes=2" in said
+    refused = bench.cluster.run("sbatch", "--parsable", "--gres=gpu:2", "slurm/stage4_phase2.sh", *flags, **bench.env)
+    bench.finish(refused.strip(), state="FAILED")
+    assert "error: sbatch was told 1 x 2 GPUs" in bench.log(refused.strip())
+
+
+def slurm_commands_fields(bench: Bench, job: str) -> dict[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", bench.cluster.env["SLURM_CONF"])
+        return fields("job", job)
+
+
+def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -> None:
+    """SBATCH_EXPORT=NONE, a path with a space, a `module` that looks at an unset variable, an unsuitable option."""
+    site = bench.folder / "a site" / "embervlm"
+    for name in ("embervlm", "launch", "slurm", "configs"):
+        shutil.copytree(REPOSITORY / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+    run_yaml = read_yaml(bench.folder / "run.yaml")
+    changes = {"output_dir": str(site / "out puts"), "resume_from": str(bench.stage3), "max_steps": 1,
+               "engine": "torch", "report": False}  # fmt: skip
+    (site / "configs" / "training_stages.yaml").write_text(yaml.safe_dump({**run_yaml, **changes}))
+    values = {"SBATCH_EXPORT": "NONE", **bench.env, "SBATCH_OUTPUT": f"{site}/%x-%j.log"}
+    env_file = site / "slurm" / "site.env"
+    shipped = env_file.read_text()
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    lines += ["module() { [[ $1 == load && $NEVER_SET == '' ]]; }", "module load python", shipped]
+    env_file.write_text("\n".join(lines))
+
+    def submit(*argv: str) -> str:
+        found = subprocess.run(
+            argv, cwd=site, env={"PATH": os.environ["PATH"], "SLURM_CONF": bench.cluster.env["SLURM_CONF"]} | values,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        return found.stdout.split()[-1]
+
+    on_its_gpus = submit("sbatch", "--gres=gpu:2", "slurm/stage4_phase2.sh")
+    nowhere = submit("sbatch", "slurm/stage4_phase2.sh")
+    env_file.write_text(env_file.read_text() + "\nEMBERVLM_SBATCH_GPU='--gres=gpu:1 --ntasks-per-node=3'\n")
+    endless = submit("bash", "slurm/stage4_phase2.sh", "--cluster", f"{bench.folder}/one.yaml")
+    for job in (nowhere, endless):
+        bench.finish(job, state="FAILED")
+    logs = {job: next(site.glob(f"*-{job}.log")) for job in (on_its_gpus, nowhere, endless)}
+    assert logs[nowhere].read_text().count("error: nothing says on which nodes") == 1
+    assert "error: Slurm gave 1 x 1 GPUs and 3 tasks" in logs[endless].read_text()
+    bench.finish(on_its_gpus)
+    assert len(list(site.glob("*.log"))) == 3, "a job has submitted another"
+    state = run_dir.read_json(run_dir.checkpoint_path(run_dir.phase_dir(site / "out puts", 2), None) / "state.json")
+    assert state["step"] == 1 and "on what the job has, 1 x 2 GPUs" in logs[on_its_gpus].read_text()
+
+
+def in_an_allocation_without_srun_a_training_is_alone(bench: Bench) -> None:
+    train = f"{sys.executable} launch/train.py --phase 2 --max_steps 1 --engine torch --set report=false"
+    for name, start in (("salloc", ("salloc", "--ntasks=2", "bash", "-c")),
+                        ("batch", ("sbatch", "--wait", "--ntasks=2", "--wrap"))):  # fmt: skip
+        flags = shlex.join(bench.flags(name, "one")[2:])
+        bench.cluster.run(*start, f"cd {shlex.quote(str(REPOSITORY))} && {train} {flags}", **bench.env)
+        assert run_dir.checkpoint_path(bench.phase(name), None).exists()
+
+
 SCENARIOS = (
     a_job_whose_node_is_lost_goes_on_elsewhere,
     a_job_that_reaches_its_time_limit_saves_is_requeued_and_finishes,
@@ -328,6 +446,11 @@ SCENARIOS = (
     an_element_of_a_data_array_that_failed_runs_again_alone,
     phase_1_phase_2_and_evaluation_run_one_after_the_other,
     a_training_goes_on_while_jobs_of_their_own_evaluate_its_checkpoints,
+    a_stopped_element_of_a_sweep_is_requeued_alone,
+    commands_wait_for_a_controller_that_is_away,
+    what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place,
+    a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on,
+    in_an_allocation_without_srun_a_training_is_alone,
 )
 
 

@@ -5,7 +5,6 @@ Light: read by commands that must start where torch is not installed.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,14 +13,12 @@ from pathlib import Path
 from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import REPOSITORY, ConfigError, TrainConfig
+from embervlm.slurm_commands import PATIENCE_VARIABLE, outside
 
 SPLIT = "val"
 SCRIPT = "slurm/evaluate.sh"
-_OF_THIS_JOB = re.compile(
-    r"SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|TORCHELASTIC_|OMP_NUM_THREADS$|EMBERVLM_SUBMITTED$|CUDA_VISIBLE_DEVICES$"
-    r"|(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|SIZE|WORLD_SIZE)$|LOCAL_WORLD_SIZE$|MASTER_(ADDR|PORT)$"
-)
-"""Variables of the training's own processes, by which the evaluation would take itself for one of them."""
+PATIENCE_S = 60
+"""How long the training waits for a controller that is away; what is not evaluated now can be later."""
 
 
 def check_eval_cluster(name: str) -> None:
@@ -53,7 +50,7 @@ def submit_evaluation(checkpoint: Path, config: TrainConfig) -> str:
     Raises:
         ConfigError: Slurm refuses.
     """
-    env = {name: value for name, value in os.environ.items() if not _OF_THIS_JOB.match(name)}
+    env = outside() | {PATIENCE_VARIABLE: str(PATIENCE_S)}
     command = evaluation_command(checkpoint, config)
     found = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     job = re.search(r"Submitted batch job (\d+)", found.stdout)
