@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="preset in configs/model/, or a YAML")
+    parser.add_argument("--model", type="path", required=True, help="preset in configs/model/, or a YAML")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_describe)
 
@@ -120,11 +120,15 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image_root", help="folder that picture paths are relative to")
+    parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
     parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
-    parser.add_argument("--model", default=TrainConfig.model, help="preset that will train on it: how much it reads")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer that counts; default: the one a run would use")
+    parser.add_argument(
+        "--model", type="path", default=TrainConfig.model, help="preset that will train on it: how much it reads"
+    )
+    parser.add_argument(
+        "--tokenizer", type="path", help="folder of the tokenizer that counts; default: the one a run would use"
+    )
     parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
 
 
@@ -176,8 +180,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reasoning_data", help="default: what the checkpoint was trained on")
-    parser.add_argument("--image_root", help="folder that picture paths are relative to")
+    parser.add_argument("--reasoning_data", type="path", help="default: what the checkpoint was trained on")
+    parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
     parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
 
 
@@ -261,8 +265,10 @@ def _add_score_chains(parser: argparse.ArgumentParser) -> None:
 
 def _add_judges(parser: argparse.ArgumentParser) -> None:
     backend = "who judges the chains: embedded, or a Hugging Face id or local folder of"
-    parser.add_argument("--similarity", default="embedded", help=f"{backend} a sentence-transformers model")
-    parser.add_argument("--entailment", default="embedded", help=f"{backend} an NLI cross-encoder")
+    parser.add_argument(
+        "--similarity", type="path", default="embedded", help=f"{backend} a sentence-transformers model"
+    )
+    parser.add_argument("--entailment", type="path", default="embedded", help=f"{backend} an NLI cross-encoder")
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -277,9 +283,9 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", required=True, help="recipe in configs/cluster/, or a YAML")
-    parser.add_argument("--model", help="preset in configs/model/, or a YAML; default: the run's")
-    parser.add_argument("--config", help="the run's YAML; default: configs/training_stages.yaml")
+    parser.add_argument("--cluster", type="path", required=True, help="recipe in configs/cluster/, or a YAML")
+    parser.add_argument("--model", type="path", help="preset in configs/model/, or a YAML; default: the run's")
+    parser.add_argument("--config", type="path", help="the run's YAML; default: configs/training_stages.yaml")
     parser.add_argument(
         "--records", type=int, help="records of all splits together; default: target_samples, or 50,000"
     )

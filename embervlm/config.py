@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from embervlm.errors import UserError
+from embervlm.paths import PathError, expanded
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
@@ -38,6 +39,13 @@ class ConfigError(UserError):
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _expanded(name: str, path: str) -> str:
+    try:
+        return expanded(path)
+    except PathError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -436,6 +444,10 @@ class TrainConfig:
     wandb_run_name: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "output_dir", "reasoning_data", "image_root", "resume_from", "deepspeed_config",
+                     "eval_cluster"):  # fmt: skip
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _expanded(name, path))
         _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _one_of("resume", self.resume, ("auto", "never"))
@@ -642,7 +654,12 @@ def model_preset(name: str) -> dict[str, Any]:
         if not path.exists():
             known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
             raise ConfigError(f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML")
-    return read_yaml(path)
+    values = read_yaml(path)
+    for part in ("vision", "language"):
+        settings = values.get(part)
+        if isinstance(settings, dict) and isinstance(name_or_path := settings.get("name_or_path"), str):
+            settings["name_or_path"] = _expanded(f"{path}: {part}.name_or_path", name_or_path)
+    return values
 
 
 def as_dict(config: Any) -> dict[str, Any]:

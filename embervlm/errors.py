@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from embervlm.paths import PathError, expanded
 from embervlm.ranks import is_first_process
 
 
@@ -65,8 +66,27 @@ def _note_for_torchrun(message: str) -> None:
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
+def _path_of(text: str) -> Path:
+    return Path(_path_text(text))
+
+
+def _path_text(text: str) -> str:
+    try:
+        return expanded(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Says of a wrong flag what is wrong with it, without the list of all flags."""
+    """Says of a wrong flag what is wrong with it, without the list of all flags.
+
+    In a value of type `Path`, or `"path"` for text, `~` and `$NAME` are filled in.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path_of)
+        self.register("type", "path", _path_text)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"unrecognized arguments: (--\w+)", message)

@@ -7,7 +7,6 @@ Runs on a login node: torch is only imported when a checkpoint has no evaluation
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.errors import UserError, told_in_one_line
+from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.run_dir import COMPLETE, Checkpoint, eval_path, list_checkpoints, read_eval, trained_with
 
 ACCURACY = "final_answer_accuracy"
@@ -124,8 +123,10 @@ def rank_checkpoints(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m embervlm.select_best", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--checkpoints_dir", default=PHASE_2, help=f"folder of a phase; default: {PHASE_2}")
+    parser = OneLineParser(prog="python -m embervlm.select_best", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--checkpoints_dir", type="path", default=PHASE_2, help=f"folder of a phase; default: {PHASE_2}"
+    )
     parser.add_argument("--metric", default="reasoning_consistency", help="name in the evaluation JSON's metrics")
     parser.add_argument("--split", default="val", help="evaluation to compare; keep test for the final report")
     parser.add_argument("--lower_is_better", action="store_true")

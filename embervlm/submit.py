@@ -283,7 +283,9 @@ def parser() -> argparse.ArgumentParser:
         prog="launch/submit.py", allow_abbrev=False,
         description="Submit a training job on the nodes of a recipe. All other flags are those of launch/train.py.",
     )  # fmt: skip
-    out.add_argument("--cluster", default=os.environ.get(CLUSTER_VARIABLE) or None, help="recipe in configs/cluster/")
+    out.add_argument(
+        "--cluster", type="path", default=os.environ.get(CLUSTER_VARIABLE) or None, help="recipe in configs/cluster/"
+    )
     out.add_argument("--dry_run", action="store_true", help="print the sbatch script and submit nothing")
     out.add_argument("--local", action="store_true", help="train on this machine, without Slurm, and wait")
     out.add_argument("--sweep", action="append", default=[], metavar="KEY=VALUE,VALUE", help="one job per value; again "

@@ -16,6 +16,7 @@ ORDER = ("base", "data", "model", "training", "evaluation", "report", "commands"
 BASE = {
     "embervlm",
     "embervlm.errors",
+    "embervlm.paths",
     "embervlm.ranks",
     "embervlm.config",
     "embervlm.run_dir",

@@ -47,7 +47,6 @@ from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
-from embervlm.report.table import cut_off_lines
 from embervlm.select_best import CHAIN_METRICS, RANKABLE
 from embervlm.training.engine import World
 
@@ -125,6 +124,8 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     result, _ = evaluate(job)
     if job.world is None or job.world.rank == 0:
         keep_in_checkpoint(job, result, samples=None, whole=True)
+        from embervlm.report.table import cut_off_lines  # here: the report stands to the right
+
         if warning := cut_off_lines(result):
             print(f"{checkpoint}: {warning}", file=sys.stderr)  # select_best's output is one line
     return result

@@ -61,9 +61,11 @@ FLAGS: dict[str, tuple[str, type, str]] = {
 
 def parser() -> argparse.ArgumentParser:
     out = OneLineParser(prog="launch/train.py", description=__doc__, allow_abbrev=False)
-    out.add_argument("--config", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML")
     out.add_argument(
-        "--cluster", default=os.environ.get(CLUSTER_VARIABLE) or None,
+        "--config", type="path", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML"
+    )
+    out.add_argument(
+        "--cluster", type="path", default=os.environ.get(CLUSTER_VARIABLE) or None,
         help=f"node recipe in configs/cluster/, or a YAML; its settings stand over --config, flags over it. "
         f"Default: ${CLUSTER_VARIABLE}",
     )  # fmt: skip
