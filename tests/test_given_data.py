@@ -161,7 +161,11 @@ def test_the_nulls_that_a_table_gives_every_row_are_absent(scene_data: Path, tmp
     path = parquet(tmp_path, rows)
     assert path.stat().st_size
     options = {"image_root": scene_data, "allow_outside": True}
-    assert read_records(path, **options) == read_records(scene_data / "reasoning_data.json", **options)
+    wanted = read_records(scene_data / "reasoning_data.json", **options)
+    assert read_records(path, **options) == wanted
+    table = pyarrow.parquet.read_table(path).to_pylist()  # nulls and all, as `Dataset.to_json` writes them
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    assert read_records(tmp_path / "data.jsonl", **options) == wanted
 
 
 def test_dates_and_decimals_are_text_and_numbers_for_every_command(tmp_path: Path) -> None:

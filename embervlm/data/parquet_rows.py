@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from embervlm.data.json_text import Decoder
-from embervlm.data.record_fields import quote
+from embervlm.data.record_fields import quote, without_nulls
 from embervlm.data.record_pictures import PICTURE_NAMES
 
 
@@ -30,14 +30,12 @@ def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except (ValueError, RecursionError):
             pass  # what is no JSON stays a text, which the record check reports
     out = {name: _plain(item, name, name.casefold() in PICTURE_NAMES, found.append) for name, item in row.items()}
-    return {name: item for name, item in out.items() if item is not None}, found
+    return without_nulls(out) or {}, found
 
 
 def _plain(value: Any, where: str, pictured: bool, report: Callable[[str], None]) -> Any:
     if isinstance(value, dict):
-        items = {name: _plain(item, f"{where}.{name}", pictured, report) for name, item in value.items()}
-        kept = {name: item for name, item in items.items() if item is not None}
-        return kept if kept or not value else None  # a struct of nulls is what a row without it gets
+        return {name: _plain(item, f"{where}.{name}", pictured, report) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, pictured, report) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

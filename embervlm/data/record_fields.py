@@ -57,6 +57,7 @@ _READ_METADATA = frozenset(
     "source_split split split_group step_types task task_group validated".split()
 )
 """Metadata that something reads, or that our own commands write for people to read."""
+_WITHOUT_NULLS = frozenset(("boxes", "details", "facts", "scene"))
 _OTHER_NAMES = {
     "instruction": ("query", "prompt", "problem", "input", "text", "conversations", "messages"),
     "reasoning": ("rationale", "rationales", "explanation", "solution", "chain_of_thought", "cot", "steps", "thoughts"),
@@ -93,9 +94,20 @@ def read_fields(value: dict[str, Any], default_id: str, rules: FieldRules, repor
     return fields
 
 
+def without_nulls(value: Any) -> Any:
+    """`value` without the null fields of its objects: `datasets` gives every record the fields of all.
+
+    An object of nulls alone is what a record without it gets, and becomes None.
+    """
+    if isinstance(value, dict):
+        kept = {name: found for name, item in value.items() if (found := without_nulls(item)) is not None}
+        return kept if kept or not value else None
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def unused_fields(metadata: Mapping[str, Any]) -> list[str]:
     """Fields of a record that are kept in its metadata and that nothing reads."""
-    return [name for name in metadata if name not in _READ_METADATA]
+    return [name for name, item in metadata.items() if name not in _READ_METADATA and item is not None]
 
 
 def told_unused(counts: Mapping[str, int]) -> str:
@@ -126,6 +138,11 @@ def _read_metadata(value: dict[str, Any], report: Report) -> dict[str, Any]:
             if key in metadata and metadata[key] != item:
                 report(f"{quote(key)}: differs from the same field in metadata; keep one of the two")
             metadata[key] = item
+    for key in _WITHOUT_NULLS & metadata.keys():
+        metadata[key] = without_nulls(metadata[key])
+    given = [str(value[key]) for key in ("id", "record_id") if value.get(key) is not None]
+    if len(set(given)) > 1:
+        metadata.setdefault("record_id", value["record_id"])
     return metadata
 
 
