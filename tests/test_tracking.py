@@ -27,3 +27,20 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
     assert line["loss/total"] == 1.5
     (said,) = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
     assert str(tracker.wandb_run_id) in said and f"run in {tmp_path}," in said
+
+
+@pytest.mark.slow
+def test_whatever_wandb_raises_costs_the_curves_there_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    tracker = Tracker(tmp_path, active=True, name="phase 2", first_step=0, total_steps=2, project="embervlm")
+    wandb.finish()  # a run that has ended takes nothing more: its log() raises
+    values = {"loss": {"total": 1.5}, "learning_rate": {"all": 0.1}, "samples_per_s": 1.0, "epoch": 1}
+    for step in (1, 2):
+        tracker.advance(step, values)
+    tracker.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    (said,) = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
+    assert "No more is sent there; training goes on" in said

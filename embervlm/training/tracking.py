@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,10 @@ def _add_to_run(
     run.finish()
 
 
+def _send_evaluation(of_step: int, path: Path, step: int, run: Any) -> None:
+    run.log({"val/step": of_step, **evaluation_values(read_eval(path), "val")}, step=step)
+
+
 class Tracker:
     """Rank 0's log of one phase; on other ranks everything is a no-op.
 
@@ -150,7 +155,18 @@ class Tracker:
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
-            self._run.log(flat | {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}, step=step)
+            flat |= {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}
+            self._to_wandb(lambda run: run.log(flat, step=step))
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        """Whatever goes wrong there costs the curves there; `metrics.jsonl` has them all."""
+        if self._run is None:
+            return
+        try:
+            send(self._run)
+        except Exception as error:  # W&B raises what it likes
+            _log.warning("W&B: %s: %s. No more is sent there; training goes on", type(error).__name__, error)
+            self._run = None
 
     def _append(self, line: str) -> None:
         """A full disk costs the line; whether the run ends is up to its checkpoints."""
@@ -178,10 +194,9 @@ class Tracker:
             path = eval_path(checkpoint.path, "val")
             if checkpoint.path not in self._evaluated and path.exists():
                 self._evaluated.add(checkpoint.path)
-                self._run.log({"val/step": checkpoint.step, **evaluation_values(read_eval(path), "val")}, step=step)
+                self._to_wandb(partial(_send_evaluation, checkpoint.step, path, step))
 
     def close(self) -> None:
         if self._active:
             self._bar.close()
-            if self._run is not None:
-                self._run.finish()
+            self._to_wandb(lambda run: run.finish())
