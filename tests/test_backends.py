@@ -108,7 +108,7 @@ def test_a_classifier_of_something_else_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("use", ["similarity", "entailment"])
 def test_a_model_that_is_not_there_is_an_error(tmp_path, use):
-    with pytest.raises(ConfigError, match=f"{use} backend .*nowhere: cannot be loaded"):
+    with pytest.raises(ConfigError, match=f"{use} backend .*nowhere: no such folder"):
         make_backends(**{use: str(tmp_path / "nowhere")})
 
 

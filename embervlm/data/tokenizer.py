@@ -19,6 +19,7 @@ from embervlm.data.claims import fact_domains
 from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning
 from embervlm.data.teachers.rules import glossary
 from embervlm.errors import UserError
+from embervlm.run_dir import closest_path, names_a_path
 
 SPECIAL_TOKENS = (
     "<|reasoning_start|>", "<|reasoning_end|>", "<|step|>", "<|conclusion|>", "<|answer_start|>", "<|answer_end|>",
@@ -107,6 +108,8 @@ class ReasoningTokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ReasoningTokenizer:
+        if names_a_path(path) and not Path(path).exists():
+            raise ConfigError(f"{path}: no such folder, so no tokenizer{closest_path(path)}")
         try:
             return cls(AutoTokenizer.from_pretrained(str(path)))
         except UserError:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from embervlm.config import ConfigError
 from embervlm.errors import UNREADABLE
 from embervlm.evaluation.wording import Rarity, Reading
-from embervlm.run_dir import read_object
+from embervlm.run_dir import closest_path, names_a_path, read_object
 
 EMBEDDED = "embedded"
 EMBEDDED_VERSION = "2"
@@ -246,6 +246,8 @@ def _pooling_of(model: str) -> str:
 def _load(model: str, tokenizer_class: Any, model_class: Any, kind: str) -> tuple[Any, Any, str]:
     import torch
 
+    if names_a_path(model) and not Path(model).exists():
+        raise ConfigError(f"{kind} backend {model}: no such folder{closest_path(model)}")
     try:
         tokenizer = tokenizer_class.from_pretrained(model)
         loaded = model_class.from_pretrained(model).eval()

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from embervlm.config import ConfigError
 from embervlm.errors import UNREADABLE
 from embervlm.model.config import EmberVLMConfig
+from embervlm.run_dir import closest_path, names_a_path
+
+_OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
-    """The configuration that `spec` names: by id or local folder, or written out under `config`."""
-    if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config"}):
+    """The configuration that `spec` names: by id or local folder, or written out under `config`.
+
+    `built`, which a checkpoint carries, is that of the part as it was built, and needs neither.
+    """
+    if (built := spec.get("built")) and not pretrained:
+        found: PretrainedConfig = CONFIG_MAPPING[built["model_type"]].from_dict(dict(built))
+        return found
+    if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config", "built"}):
         raise ConfigError(f"{part}: unknown keys {wrong}; there are name_or_path, pretrained and config")
     name = spec.get("name_or_path")
     if pretrained and not name:
         raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; name a model id or a local folder")
     if name and (pretrained or not spec.get("config")):
+        if names_a_path(name) and not Path(name).exists():
+            raise ConfigError(_not_found(part, name, f"no such folder{closest_path(name)}"))
         try:
             return AutoConfig.from_pretrained(name)
         except UNREADABLE as error:
@@ -42,7 +54,13 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
     return config
 
 
-def _not_found(part: str, name: str, error: Exception) -> str:
+def with_built_config(spec: dict[str, Any], backbone: Any) -> dict[str, Any]:
+    """`spec` of a part with the whole configuration it was built from, so that a checkpoint depends on no folder."""
+    whole = {key: value for key, value in backbone.config.to_dict().items() if key not in _OF_THE_FOLDER}
+    return {**spec, "built": whole}
+
+
+def _not_found(part: str, name: str, error: Exception | str) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"{part}: cannot get {name!r} ({reason}). Without network or cache, download it elsewhere "

@@ -15,7 +15,8 @@ class EmberVLMConfig(PretrainedConfig):
 
     Args:
         vision: `{"name_or_path": str | None, "pretrained": bool, "config": {...}}`; `config` is a Hugging Face
-            configuration with its `model_type`, used where nothing pretrained is asked for.
+            configuration with its `model_type`, used where nothing pretrained is asked for. A checkpoint adds `built`,
+            the part's whole configuration, and then needs neither id nor folder.
         language: Likewise, for a causal language model.
         image_size: Side of the square picture in pixels.
         image_mean, image_std: Per channel, of values in [0, 1].

@@ -18,7 +18,7 @@ from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.errors import UNREADABLE
-from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder
+from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder, with_built_config
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.reasoning import ReasoningModule, StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
@@ -59,6 +59,8 @@ class EmberVLM(PreTrainedModel):
         super().__init__(config)
         self.vision_encoder = VisionEncoder(config, load_pretrained)
         self.language_model = LanguageModel(config, load_pretrained)
+        config.vision = with_built_config(config.vision, self.vision_encoder.backbone)
+        config.language = with_built_config(config.language, self.language_model.backbone)
         hidden = self.language_model.hidden_size
         self.projection = Projection(self.vision_encoder.vision_dim, config.projection_hidden_size, hidden)
         self.reasoning_module = ReasoningModule(config, hidden, self.vision_encoder.num_visual_tokens)

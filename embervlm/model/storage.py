@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embervlm.errors import UserError
+from embervlm.run_dir import closest_path, names_a_path
 
 WEIGHTS = "pytorch_model.bin"
 REASONING_WEIGHTS = "reasoning_module.bin"
@@ -29,14 +30,15 @@ def resolve_folder(name: Any) -> Path:
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json in it; name a checkpoint folder such as checkpoint-final")
         return folder
-    if folder.exists() or folder.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if names_a_path(name) or "/" not in str(name):
+        raise CheckpointError(f"{folder}: no such checkpoint folder{closest_path(folder)}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name)))
     except Exception as error:  # the hub client raises a family of unrelated types
-        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error})") from error
+        hint = closest_path(folder)
+        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error}){hint}") from error
 
 
 def save_weights(state: Mapping[str, Tensor], folder: Path, with_reasoning: bool) -> None:

@@ -377,7 +377,8 @@ class Run:
                 if "stage3" in checkpoint.parts
                 else "train it first, or name another with --resume_from"
             )
-            raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint; {hint}")
+            close = run_dir.closest_path(checkpoint)
+            raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
         if (checkpoint / "COMPLETE").is_file():
             run_dir.verify_checkpoint(checkpoint)
         settings = {**model_preset(self.config.model), "stage": stage, "candidates": ROBOTS}
