@@ -286,9 +286,9 @@ def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) ->
         _fsync(folder)
 
     aside: Path | None = None
-    if final_dir.exists():
+    if os.path.lexists(final_dir):
         aside = final_dir.with_name(f"{_REPLACED}{final_dir.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
         os.rename(final_dir, aside)
     try:
         os.rename(tmp_dir, final_dir)
@@ -298,8 +298,21 @@ def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) ->
         raise
     _fsync(final_dir.parent)
     if aside is not None:
-        shutil.rmtree(aside)
+        remove_tree(aside)
     return final_dir
+
+
+def remove_tree(path: str | Path) -> None:
+    """Delete a file, a folder and what is in it, or a link alone: what a user has moved elsewhere is the user's."""
+    path = Path(path)
+    if path.is_symlink():
+        if path.exists():
+            _log.warning("%s: only this link is deleted; what it points to stays in %s", path, path.resolve())
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def list_checkpoints(phase_dir: str | Path) -> list[Checkpoint]:
@@ -347,12 +360,17 @@ def prune_checkpoints(
 ) -> list[Path]:  # fmt: skip
     """Reduce old numbered checkpoints to their weights, delete those beyond `keep_weights`, and return these paths.
 
-    Never touches the last complete one (whatever `keep_last`), `checkpoint-final`, or a folder that is not complete;
+    Never touches the last complete one (whatever `keep_last`), `checkpoint-final`, a folder that is not complete, or
+    one that a user has moved elsewhere and linked back;
     never deletes those in `keep` (the best). Each is renamed to `.tmp-*` before deletion, so that no reader sees half
     of it.
     """
     kept = {Path(path).resolve() for path in keep}
-    numbered = [checkpoint for checkpoint in list_checkpoints(phase_dir) if not checkpoint.is_final]
+    numbered = [
+        checkpoint
+        for checkpoint in list_checkpoints(phase_dir)
+        if not checkpoint.is_final and not checkpoint.path.is_symlink()
+    ]
     removed = []
     old = numbered[: -max(keep_last, 1)]
     free = [checkpoint for checkpoint in old if checkpoint.path.resolve() not in kept]
@@ -363,7 +381,7 @@ def prune_checkpoints(
             continue
         doomed = checkpoint.path.with_name(f"{_TMP}{uuid.uuid4().hex[:12]}")
         os.rename(checkpoint.path, doomed)
-        shutil.rmtree(doomed)
+        remove_tree(doomed)
         removed.append(checkpoint.path)
     return removed
 
@@ -381,7 +399,7 @@ def set_damaged_aside(checkpoint: str | Path) -> Path:
     """Rename a damaged checkpoint to `damaged-<name>`, where no reader looks, and return that path."""
     checkpoint = Path(checkpoint)
     aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_tree(aside)
     os.rename(checkpoint, aside)
     return aside
 
@@ -393,12 +411,13 @@ def clean_leftovers(phase_dir: str | Path) -> None:
     """
     for path in sorted(Path(phase_dir).glob(f"{_TMP}*")):
         original = path.with_name(path.name[len(_REPLACED) :]) if path.name.startswith(_REPLACED) else None
-        if original is not None and not original.exists():
+        if original is not None and not os.path.lexists(original):
             os.rename(path, original)
-        elif path.is_dir():
-            shutil.rmtree(path)
         else:
-            path.unlink()
+            remove_tree(path)
+    for path in sorted(Path(phase_dir).glob("checkpoint-*")):
+        if path.is_symlink() and not path.exists():
+            _log.warning("ignored: %s is a link to %s, where nothing is", path, os.readlink(path))
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -138,6 +138,55 @@ def test_leftovers_are_deleted_and_a_checkpoint_set_aside_is_put_back(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint-final"]
 
 
+def moved_and_linked_back(checkpoint: Path, scratch: Path) -> Path:
+    scratch.mkdir()
+    target = checkpoint.rename(scratch / checkpoint.name)
+    checkpoint.symlink_to(target)
+    return target
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_read_and_replaced_and_its_files_stay(tmp_path, caplog):
+    phase = tmp_path / "phase"
+    target = moved_and_linked_back(publish(phase, 1, final=True), tmp_path / "scratch")
+    assert names(phase) == ["checkpoint-final"]
+    verify_checkpoint(phase / "checkpoint-final")
+    new = publish(phase, 2, final=True, weights="new")
+    assert not new.is_symlink() and (new / "model.bin").read_text() == "new"
+    assert (target / "model.bin").read_text() == "weights" and f"stays in {target}" in caplog.text
+
+
+def test_a_linked_checkpoint_that_is_damaged_is_set_aside_more_than_once(tmp_path):
+    phase = tmp_path / "phase"
+    for turn in range(3):
+        linked = publish(phase, 3)
+        if turn < 2:
+            moved_and_linked_back(linked, tmp_path / f"scratch{turn}")
+        assert run_dir.set_damaged_aside(linked).is_symlink() == (turn < 2)
+    assert (tmp_path / "scratch0" / "checkpoint-3" / COMPLETE).exists()
+
+
+def test_links_among_the_leftovers_end_no_start(tmp_path, caplog):
+    phase = tmp_path / "phase"
+    target = moved_and_linked_back(publish(phase, 1), tmp_path / "scratch")
+    (phase / "checkpoint-1").rename(phase / ".tmp-killed")
+    (phase / ".tmp-replaced-checkpoint-2").symlink_to(target)
+    (phase / "checkpoint-3").symlink_to(tmp_path / "purged")
+    clean_leftovers(phase)
+    assert sorted(path.name for path in phase.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert f"{phase / 'checkpoint-3'} is a link to {tmp_path / 'purged'}, where nothing is" in caplog.text
+    assert (target / "model.bin").exists()
+    assert not publish(phase, 3).is_symlink()  # over a link to nothing
+
+
+def test_pruning_leaves_linked_checkpoints_alone(tmp_path):
+    phase = tmp_path / "phase"
+    target = moved_and_linked_back(publish(phase, 1), tmp_path / "scratch")
+    for step in (2, 3, 4):
+        publish(phase, step)
+    prune_checkpoints(phase, keep_last=1)
+    assert names(phase) == ["checkpoint-1", "checkpoint-4"] and (target / "engine" / "rank0.pt").exists()
+
+
 @pytest.mark.parametrize("name", ["best", "checkpoint-6"])
 def test_a_name_that_does_not_fit_is_refused(tmp_path, name):
     tmp = new_tmp_dir(tmp_path)

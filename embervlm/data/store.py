@@ -24,7 +24,7 @@ from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, folder_of_
 from embervlm.data.sources import is_shard, source_files, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
 from embervlm.progress import progress_bar
-from embervlm.run_dir import naming_unwritten, read_object, write_json_atomic
+from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
 STORE_FORMAT = 3
 _PART = ".tmp-records-"
@@ -233,7 +233,7 @@ def prepare(
         with naming_unwritten(folder):
             if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
                 return of_another
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
             os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

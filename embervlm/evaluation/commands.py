@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +72,8 @@ def evaluate_to_file(
     # not of val: its evaluations are compared with each other, so they are made by one rule
     whole &= split == "test" and job.test_set is None
     keep_in_checkpoint(job, result, samples if save_samples else None, whole=whole)
-    shutil.rmtree(partial, ignore_errors=True)
+    with run_dir.naming_unwritten(partial):
+        run_dir.remove_tree(partial)
     return result
 
 
