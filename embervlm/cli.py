@@ -465,11 +465,11 @@ def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: P
     try:
         with TemporaryDirectory() as folder:
             figures = write_figures(evaluation_alone(output_file), folder)
-            log_evaluation(
+            sent = log_evaluation(
                 checkpoint.absolute().parent, result, figures, project=project,
                 run_name=config.get("wandb_run_name"),
             )  # fmt: skip
-        print(f"sent to W&B: project {project}")
+        print(f"sent to W&B: project {project}" if sent else "not sent to W&B, which is disabled (WANDB_MODE)")
     except Exception as error:  # drawing and W&B raise what they like
         print(f"not sent to W&B ({type(error).__name__}: {error})")
 
@@ -517,8 +517,10 @@ def _report(args: argparse.Namespace) -> None:
     if args.wandb:
         from embervlm.config import ConfigError
         from embervlm.run_dir import phase_dir
-        from embervlm.training.tracking import log_figures
+        from embervlm.training.tracking import log_figures, wandb_mode
 
+        if wandb_mode() == "disabled":
+            raise ConfigError("--wandb: W&B is disabled (WANDB_MODE); the report is written, and nothing is sent")
         project = report.config.get("wandb_project")
         if not project or not log_figures(
             phase_dir(args.run_dir, 2), report.figures, project=project, run_name=report.config.get("wandb_run_name")

@@ -53,7 +53,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "keep_weights": ("keep_weights", int, "checkpoints before those to keep the weights of"),
     "keep_best": ("keep_best", int, "best evaluated checkpoints to keep besides"),
     "log_steps": ("log_steps", int, "updates between log lines"),
-    "wandb_project": ("wandb_project", str, "Weights & Biases project; offline without an API key"),
+    "wandb_project": ("wandb_project", str, "Weights & Biases project; offline where W&B finds no key"),
     "wandb_run_name": ("wandb_run_name", str, "name of the run there"),
 }
 """Flag -> (key in the YAML, type, help)."""

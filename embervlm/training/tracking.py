@@ -37,8 +37,44 @@ def _known_run_id(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
 
 
+def wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """What W&B would do by its own rules: WANDB_MODE and its settings files, where `wandb offline` writes.
+
+    A run without a key, of `wandb login` or WANDB_API_KEY, is kept offline: W&B itself would ask for one, and nobody
+    sits before a training. A warning says so where WANDB_MODE asks for more.
+    """
+    import wandb
+
+    said = wandb.setup().settings.mode
+    if said in ("offline", "dryrun"):
+        return "offline"
+    if said == "disabled":
+        return "disabled"
+    if _has_key():
+        return "online"
+    if asked := os.environ.get("WANDB_MODE"):
+        _log.warning(
+            "W&B: WANDB_MODE=%s, but it finds no key here, so the run is kept offline; `wandb login` gives one, and "
+            "`wandb sync` sends the run later", asked,
+        )  # fmt: skip
+    return "offline"
+
+
+def _has_key() -> bool:
+    """Whether W&B finds credentials: in the environment, in the netrc file of `wandb login`, in its settings."""
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # a W&B that always prompts; there this tells without
+        return bool(wandb.api.api_key)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        _log.warning("W&B: %s; the run is kept offline", " ".join(str(error).split()))
+        return False
+
+
 def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run `run_id`, new or resumed; offline without an API key, or where its server does not answer."""
+    """The W&B run `run_id`, new or resumed; offline by W&B's own rules, or where its server does not answer."""
     import wandb
 
     def opened(mode: Literal["online", "offline"]) -> Any:
@@ -47,7 +83,7 @@ def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapp
             settings=wandb.Settings(x_service_wait=SERVICE_WAIT_S),
         )  # fmt: skip
 
-    if not os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+    if wandb_mode() == "offline":
         return opened("offline")
     try:
         return opened("online")
@@ -67,7 +103,7 @@ def evaluation_values(result: Mapping[str, Any], prefix: str) -> dict[str, float
 def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
     """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none."""
     run_id = _known_run_id(folder)
-    if run_id is None or not figures:
+    if run_id is None or not figures or wandb_mode() == "disabled":
         return False
     _add_to_run(folder, run_id, figures, {}, prefix="report", project=project, name=run_name or folder.name)
     return True
@@ -75,13 +111,19 @@ def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_
 
 def log_evaluation(
     folder: Path, result: Mapping[str, Any], figures: Mapping[str, Path], *, project: str, run_name: str | None = None
-) -> None:
-    """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run."""
+) -> bool:
+    """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run.
+
+    False where W&B is disabled.
+    """
+    if wandb_mode() == "disabled":
+        return False
     run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
     split = str(result["split"])
     values = {f"{split}/step": result.get("step"), **evaluation_values(result, split)}
     name = run_name or f"evaluate {result['checkpoint']}"
     _add_to_run(folder, run_id, figures, values, prefix=split, project=project, name=name)
+    return True
 
 
 def _add_to_run(
@@ -107,7 +149,7 @@ def _send_evaluation(of_step: int, path: Path, step: int, run: Any) -> None:
 class Tracker:
     """Rank 0's log of one phase; on other ranks everything is a no-op.
 
-    Without an API key W&B runs offline. A resumed phase goes on under the same run id.
+    W&B's own rules say whether its run is online, see `wandb_mode`. A resumed phase goes on under the same run id.
     """
 
     def __init__(
@@ -126,7 +168,7 @@ class Tracker:
         self._path = folder / "metrics.jsonl"
         self._drop_after(first_step)
         self._bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
-        if project:
+        if project and wandb_mode() != "disabled":
             if wandb_run_id is None:  # a new run, or one that was killed before its first checkpoint
                 wandb_run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
             self.wandb_run_id = wandb_run_id
