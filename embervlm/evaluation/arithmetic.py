@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 
+from embervlm.evaluation.equations import MEASURES, Equation, Side, Value, equations
 from embervlm.evaluation.wording import SUPPOSES
 
-_NUMBER = r"\$?\d[\d,]*(?:\.\d+)?"
 _SIGNS = "-+*/x\u00d7\u00f7"
-_EQUATION = re.compile(
-    rf"(?<![\w.,%])(-?{_NUMBER}(?:\s*[{_SIGNS}]\s*{_NUMBER})+)\s*=\s*\$?(-?\d[\d,]*(?:\.\d+)?)(?![\d%])"
-)
-_TERM = re.compile(rf"\d[\d,]*(?:\.\d+)?|[{_SIGNS}]")
 _ANY_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 _SPELLED = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13)))
@@ -26,6 +21,15 @@ _COMPARISON = re.compile(
     rf"(?P<b>{_VALUE})(?![\d:]|[.,]\d|\s*[{_SIGNS}=]\s*\$?\d)(?P<other>(?:\s+[a-z]+)?)",
     re.IGNORECASE,
 )
+_ROUNDS = re.compile(
+    r"\b(?:round\w*|approx\w*|about|roughly|around|nearest|remainder|left over|whole|nearly|almost|at least|R\s?\d)\b",
+    re.IGNORECASE,
+)
+_DENIED_BEFORE = re.compile(r"\b(?:not|never|instead of|rather than)\s+$", re.IGNORECASE)
+_DENIED_AFTER = re.compile(r"\W*(?:is|was|would be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
+_CLOCK = frozenset(("am", "pm", "o'clock", "oclock"))
+_FACTORS = (7, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 1440, 3600)
+"""From one unit of time, length, weight or money to another."""
 _END = re.compile(r"[.;]")
 _CLAUSE_START = re.compile(
     r"(?:^|[.;:,(=]|\b(?:since|because|as|so|but|that|only|therefore|thus|hence))\s*$", re.IGNORECASE
@@ -49,42 +53,60 @@ def wrong_arithmetic(text: str) -> str | None:
 
 def calculates_again(text: str, earlier: str) -> bool:
     """Whether `text` has sums, all of them stand in `earlier` too, and so do all of its other numbers."""
-    if "=" not in text or "=" not in earlier:
-        return False
     sums = _sums(text)
     return bool(sums) and sums <= _sums(earlier) and _numbers(text) <= _numbers(earlier)
 
 
 def _wrong_equation(text: str) -> str | None:
-    if "=" not in text:
-        return None
-    for match in _EQUATION.finditer(text):
-        terms = _TERM.findall(match[1].replace("$", "").strip())
-        try:
-            found, stated = _calculate(terms), float(match[2].replace(",", ""))
-        except (ValueError, ZeroDivisionError, IndexError):
-            continue
-        rounds = any(term in "/\u00f7" for term in terms) or "." in match[0]
-        tolerance = 0.51 * 10 ** -len(match[2].partition(".")[2]) if rounds else 1e-6
-        if abs(found - stated) > tolerance:
-            return match[0].strip()
-    return None
+    return next((found.text for found in equations(text) if not _comes_out(found, text)), None)
 
 
-def _calculate(terms: Sequence[str]) -> float:
-    """Value of numbers and signs in turn, products first."""
-    sign = 1.0
-    items = list(terms)
-    if items[0] == "-":
-        sign, items = -1.0, items[1:]
-    total, product = 0.0, sign * float(items[0].replace(",", ""))
-    for operator, number in zip(items[1::2], items[2::2], strict=True):
-        value = float(number.replace(",", ""))
-        if operator in "+-":
-            total, product = total + product, value if operator == "+" else -value
-        else:
-            product = product / value if operator in "/\u00f7" else product * value
-    return total + product
+def _comes_out(found: Equation, text: str) -> bool:
+    """Whether the sides are equal, or may be: rounded, in another unit, or said not to be."""
+    left, right = found.left, found.right
+    worked, stated = (left, right) if left.calculates else (right, left)
+    around = text[max(0, left.start - 40) : right.end + 40]
+    about = found.about or (worked.divides and _ROUNDS.search(around) is not None)
+    for value, places in _readings(stated):
+        tolerance = _tolerance(stated, worked, about) / 10**places
+        if any(abs(value - other) <= tolerance for other, _ in _readings(worked)):
+            return True
+    if right.calculates and left.value == right.first:  # "5 + 3 = 8 * 2 = 16" goes on calculating
+        return True
+    units = left.units | right.units
+    measured = any(set(unit.replace("/", " ").split()) & MEASURES for unit in units)
+    if len(units) > 1 and measured and (left.adds or not right.units & left.units):
+        return True  # "1 hour + 30 minutes = 90 minutes"
+    if not left.units and measured and _is_conversion(left.value, right.value):
+        return True
+    mixed = any(side.percent and side.adds and not side.all_percent for side in (left, right))
+    before, after = text[max(0, left.start - 12) : left.start], text[right.end : right.end + 30]
+    denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
+    return mixed or bool(units & _CLOCK or denied)  # "50 + 20%" may mean a fifth more
+
+
+def _readings(side: Side) -> tuple[tuple[Value, int], ...]:
+    """Values, each with its places behind the point beside those written: a percentage is also the number alone."""
+    return ((side.value, 2), (side.value * 100, 0)) if side.all_percent else ((side.value, 0),)
+
+
+def _tolerance(stated: Side, worked: Side, about: bool) -> float:
+    """Half of the last place that is written, where the result may be rounded; with "about" zeros are no places."""
+    exact = stated.calculates and not stated.decimals
+    rounded = about or ((worked.divides or stated.decimals > 0) and not exact)
+    places = stated.decimals
+    if about and not places:
+        digits = str(abs(int(float(stated.value))))
+        return max(1.0, 0.51 * 10 ** (len(digits) - len(digits.rstrip("0")) if digits != "0" else 0))
+    return 0.51 * 10.0**-places if rounded else 1e-6
+
+
+def _is_conversion(found: Value, stated: Value) -> bool:
+    """Whether one is the other in a larger or smaller unit."""
+    if not found or not stated:
+        return False
+    ratio = float(found) / float(stated)
+    return any(abs(max(ratio, 1 / ratio) - factor) < 0.01 * factor for factor in _FACTORS)
 
 
 def _wrong_comparison(text: str) -> str | None:
@@ -116,7 +138,7 @@ def _value(text: str) -> float:
 
 @lru_cache(maxsize=1 << 14)
 def _sums(text: str) -> frozenset[str]:
-    return frozenset(re.sub(r"[\s,$]", "", match[0]) for match in _EQUATION.finditer(text))
+    return frozenset(f"{found.left.key}={found.right.key}" for found in equations(text))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -1,0 +1,73 @@
+"""The judge of sums: right ones are never called wrong, wrong ones are found where the whole sum is understood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embervlm.data.claims import ChainContext
+from embervlm.evaluation.arithmetic import calculates_again, wrong_arithmetic
+from embervlm.evaluation.metrics import ChainScorer
+
+CHAINS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "arithmetic_chains.jsonl").read_text("utf-8").splitlines()
+]
+"""Everyday arithmetic, written for this test: each chain is right; `planted` is one step of it with a wrong sum."""
+RIGHT = """
+5 + 3 = 8 * 2 = 16|x + 3 = 8|2x = 10|Day 3 = 4 + 5 miles|three times 4 + 2 = 14|the sum of 3 and 4 + 2 = 9
+half of 6 + 4 = 7|9 + 5 = 2 pm|2 dozen + 3 = 27|50 cents + 50 cents = $1|3:30 + 2 = 5:30|It is not 5 + 3 = 9.
+5 + 3 = 9 is wrong|50 + 20% = 60|7 = 3 + 4|2 km + 500 m = 2500 m|$5k + 3 = 8|1,5 + 1,5 = 3|5 + 3 = 8 - x|3 * 20 = 1 hour
+11/3 = 3 remainder 2|66.7% = 2/3|**5 + 3 = 8**|(5 + 3 = 8)|-5 * -3 = 15|3 + 4 = 7 - so he has 7|f(3) = 9 + 1|5 != 3 + 1
+3 / 0 = 4|2 ** 9999999 = 3|((((5 + 3 = 8|5 + = 3|= = =|$ = %|A4 + 3 = 9|Page 7 + 2 = 4
+"""
+WRONG = """
+5 + 3 = 9|$1,200 + $300 = $1,600|20% of 50 = 15|15 / 60 = 30%|3 * 4 = 10 + 3 = 12|1/2 + 1/4 = 2/4|5² + 12² = 14²
+2(5 + 3) = 17|10 \u2212 4 = 7|\u22123 + 5 = 3|3x4=13|3 boxes * 4 apples = 13 apples
+48/2 = <<48/2=25>>25 clips|0.1 + 0.2 = 0.4
+**5 + 3 = 9**|7 = 3 + 5|3 + 4 = 8 - so he has 8|100 / 7 = about 20|1/4 of 80 = 25|5 plus 3 equals 9
+"""
+
+
+def lines(text):
+    return [part for line in text.strip().splitlines() for part in line.split("|")]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain['id']}-{chain['form']}")
+def test_a_right_chain_of_everyday_arithmetic_raises_no_alarm_and_a_planted_wrong_sum_is_found(chain):
+    assert [wrong_arithmetic(step) for step in chain["steps"]] == [None] * len(chain["steps"])
+    assert wrong_arithmetic(chain["planted"][1])
+
+
+@pytest.mark.parametrize("text", lines(RIGHT))
+def test_what_is_right_or_not_understood_as_a_whole_is_left_alone(text):
+    assert wrong_arithmetic(text) is None
+
+
+@pytest.mark.parametrize("text", lines(WRONG))
+def test_a_sum_that_is_understood_and_does_not_come_out_is_named_as_it_stands(text):
+    found = wrong_arithmetic(text)
+    assert found and found in text
+
+
+def test_the_whole_score_of_arithmetic_chains_falls_with_the_wrong_sum_alone():
+    scorer = ChainScorer.fit()
+    for chain in CHAINS[::4]:
+        answer = frozenset([chain["answer"]])
+        context = ChainContext(instruction=chain["instruction"], answer=answer, gold_answer=answer)
+        at, wrong = chain["planted"]
+        spoilt = [wrong if place == at else step for place, step in enumerate(chain["steps"])]
+        assert scorer.score(chain["steps"], context)["reasoning_consistency"] > 0.3, chain["id"]
+        assert scorer.score(spoilt, context)["reasoning_consistency"] == 0, chain["id"]
+
+
+def test_a_text_of_signs_alone_is_judged_in_no_time():
+    for text in ("1+" * 5_000 + "1 = 2", "(" * 5_000 + "= 1", "1 = " * 2_000, "3 of " * 2_000 + "= 2"):
+        assert wrong_arithmetic(text) is None or "=" in text
+
+
+def test_a_step_that_only_repeats_a_sum_is_seen_whatever_its_separators():
+    assert calculates_again("So that is $1,200 + $300 = $1,500.", "1200 + 300 = 1500, as 1,200 and 1,500 say.")
+    assert not calculates_again("1,200 + 400 = 1,600", "1,200 + 300 = 1,500")
