@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
@@ -27,6 +28,7 @@ from embervlm.data.augment import (
 from embervlm.data.chain_graph import ChainGraph
 from embervlm.data.claims import ClaimReader, reader_of
 from embervlm.data.duplicates import find_duplicates
+from embervlm.data.numbers import numbers_in
 from embervlm.data.paraphrase import RuleParaphraser
 from embervlm.data.records import DataError, ReasoningRecord, read_records, write_jsonl
 from embervlm.data.splits import split_records
@@ -410,3 +412,77 @@ def test_records_enough_are_left_alone(records, tmp_path):
 def test_augmentation_needs_no_torch():
     code = "import sys; sys.modules.update(torch=None); import embervlm.data.augment, embervlm.data.curriculum"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+# ---- chains that calculate
+
+SUMS = {
+    "Mia buys 3 packs of 8 pens and 5 packs of 6 pencils, and gives 14 away. How many things does she keep?": (
+        "Mia has 3 * 8 = 24 pens.", "Mia has 5 * 6 = 30 pencils.", "Pens and pencils make 24 + 30 = 54 things.",
+        "After the gift 54 - 14 = 40 things remain.", "Conclusion: 40.",
+    ),
+    "A farm sells 40 eggs at $2 and 20 jars at $5, and pays $80 for feed. What does it earn?": (
+        "The eggs bring 40 * $2 = $80.", "The jars bring 20 * $5 = $100.", "Sales come to $80 + $100 = $180.",
+        "Without the feed $180 - $80 = $100 is earned.", "Conclusion: $100.",
+    ),
+    "A school has 1,200 pupils; 1/3 walk, 450 ride a bike, and the rest take buses for 50. How many buses go?": (
+        "Walking is chosen by 1,200 / 3 = 400 pupils.", "On foot or by bike come 400 + 450 = 850 pupils.",
+        "By bus come 1200 - 850 = 350 pupils.", "The buses number 350 / 50 = 7.", "Conclusion: 7.",
+    ),
+    "Tom runs 4 km on Monday, twice as far on Tuesday, and 5 km on Friday. How far in all?": (
+        "Tuesday's run is 2 * 4 = 8 km.", "Monday and Tuesday make 4 + 8 = 12 km.", "All runs make twelve + 5 = 17 km.",
+        "Conclusion: 17 km.",
+    ),
+    "Ann saves $15 a week for 6 weeks, her brother $10 a week for 9 weeks. A tent costs $200. What is missing?": (
+        "Ann saves 15*6 = $<<15*6=90>>90.", "Her brother saves 10*9 = $<<10*9=90>>90.",
+        "Both have $90 + $90 = $180.00.", "Missing are 200 - 180 = $20.", "Conclusion: $20.",
+    ),
+    "A tank of 500 litres loses 20% and then gets 60 litres. How full is it?": (
+        "The loss is 20% of 500 = 100 litres.", "A tank of 500 litres keeps 500 - 100 = 400 litres.",
+        "In the end 400 + 60 = 460 litres are in it.", "Conclusion: 460 litres.",
+    ),
+}  # fmt: skip
+"""Question -> chain; written for this test."""
+
+
+def computed_before_use(question, given, order):
+    """Whether each number that a step computes in `given` is computed in `order` before any step that uses it there."""
+    results = [numbers_in(text)[1] for text in given]
+    for place, text in enumerate(order):
+        at = given.index(text) if text in given else None
+        if at is None:
+            continue
+        needed = [i for i in range(at) if results[i] & numbers_in(text)[0]]
+        if any(given[i] not in order[:place] for i in needed):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("question", SUMS, ids=lambda text: text.split()[0] + text.split()[1])
+@pytest.mark.parametrize("strategy", [reorder, simplify])
+def test_a_chain_that_calculates_keeps_each_sum_before_the_steps_that_use_its_result(question, strategy):
+    steps = SUMS[question]
+    given = ReasoningRecord(record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []},
+                            answer=(steps[-1].removeprefix("Conclusion: ").rstrip("."),))  # fmt: skip
+    origin = origin_of(given)
+    for seed in range(60):
+        found = strategy(origin, random.Random(seed))
+        if isinstance(found, str):
+            continue
+        order = texts(found)
+        assert computed_before_use(question, steps[:-1], order), order
+        if strategy is simplify:  # what leads to the answer stays
+            assert order[-1] == steps[-2], order
+
+
+def test_steps_that_do_not_use_each_others_results_may_still_change_places():
+    question, steps = next(iter(SUMS.items()))
+    given = ReasoningRecord(record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []},
+                            answer=("40",))  # fmt: skip
+    orders = {tuple(texts(reorder(origin_of(given), random.Random(seed)))) for seed in range(20)}
+    assert orders == {(steps[0], steps[1], *steps[2:4]), (steps[1], steps[0], *steps[2:4])}
+
+
+def test_a_number_in_other_clothes_is_the_same_number():
+    used, results = numbers_in("Half of 1,200 is 600, so twelve + $3.50 = $15.50 <<12+3.5=15.5>>.")
+    assert used == {1200, 600, 12, Fraction(7, 2)} and results == {Fraction(31, 2)}

@@ -1,9 +1,10 @@
 """Which part of a chain needs which: what may change places, and what the conclusion does not need.
 
 A unit is a sentence of a step, or a line where the step has several. A unit depends on an earlier one that introduces
-what it uses: that is the first to claim something about a name, or the first to use a content word that the question
-does not hold. The words of a unit's own claims are not looked for elsewhere. Works on any text: names and values come
-from the data set, the word lists are English function words.
+what it uses: that is the first to claim something about a name, the first to use a content word or a number that the
+question does not hold, and every one whose sum results in a number that it uses. The words of a unit's own claims are
+not looked for elsewhere. Works on any text: names and values come from the data set, the word lists are English
+function words.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
 from functools import cached_property
 
 from embervlm.data.claims import ClaimReader, content_words, named_candidates
+from embervlm.data.numbers import numbers_in
 
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _BULLET = re.compile(r"\s*[-*\u2022]\s")
@@ -58,6 +61,7 @@ class ChainGraph:
         """Whether the chain speaks of the number or place of its own steps: then none may move."""
         self._types = step_types
         self._known = set(content_words(instruction))
+        self._known_numbers = frozenset().union(*numbers_in(instruction))
         self.needs: list[set[int]] = []
         """Unit -> earlier units it depends on directly."""
         self.glued: list[bool] = []
@@ -65,6 +69,8 @@ class ChainGraph:
         self.names: list[frozenset[str]] = []
         """Unit -> names it claims something about."""
         self._words: list[frozenset[str]] = []
+        self._numbers: list[tuple[frozenset[Fraction], frozenset[Fraction]]] = []
+        """Unit -> numbers that it uses, and its results."""
         first_name: dict[str, int] = {}
         first_word: dict[str, int] = {}
         for units in self.steps:
@@ -78,6 +84,8 @@ class ChainGraph:
                 words = all_words - self._known
                 needs = {first_name[name] for name in claimed if name in first_name}
                 needs |= {first_word[word] for word in words - own if word in first_word}
+                numbers = numbers_in(unit)
+                needs |= self._computes(numbers[0])
                 glued = number > 0 and POINTS_BACK.match(unit) is not None
                 if glued:
                     needs.add(number - 1)
@@ -91,19 +99,28 @@ class ChainGraph:
                 self.glued.append(glued)
                 self.names.append(claimed)
                 self._words.append(all_words)
+                self._numbers.append(numbers)
         self.concludes_from = self._evidence(conclusion, reader, names)
         """Units that the conclusion depends on directly: all that speak of what it names."""
+
+    def _computes(self, used: Collection[Fraction]) -> set[int]:
+        """Units so far that bring in one of the numbers `used`: by a sum, or first of all where it is not given."""
+        found = {place for place, (_, results) in enumerate(self._numbers) if not results.isdisjoint(used)}
+        for value in set(used) - self._known_numbers:
+            found.update([place for place, both in enumerate(self._numbers) if value in both[0] | both[1]][:1])
+        return found
 
     def _evidence(self, conclusion: str, reader: ClaimReader, names: Collection[str]) -> set[int]:
         named = named_candidates(conclusion, names) | {claim.name for claim in reader.read(conclusion)}
         own = {word for name in named for word in content_words(name)}
         words = set(content_words(conclusion)) - self._known
+        computing = self._computes(frozenset().union(*numbers_in(conclusion)))
         claimed = {name for unit in self.names for name in unit}
         spoken_of = {word for name in named - claimed for word in content_words(name)} | (words - own)
         return {
             number
             for number, (unit_names, unit_words) in enumerate(zip(self.names, self._words, strict=True))
-            if unit_names & named or unit_words & spoken_of
+            if unit_names & named or unit_words & spoken_of or number in computing
         }
 
     @cached_property

@@ -34,6 +34,26 @@ def plain(text: str) -> str:
     return text
 
 
+_WRITTEN = re.compile(rf"(?<![\w.,])(?:{DIGITS})|[^\W\d_]+")
+_RESULT = re.compile(rf"(?:=|\u2248|\bequals?\b|\bis equal to\b)\s*(?:about\s+)?[^\w\s]*\s*(?P<value>{DIGITS})")
+_NOTE = re.compile(r"<<[^>]*>>")
+"""Of GSM8K's calculator."""
+
+
+def numbers_in(text: str) -> tuple[frozenset[Fraction], frozenset[Fraction]]:
+    """Values that `text` writes in digits or words, without its results, and these: what an equals sign leads to."""
+    text = _NOTE.sub("", plain(text))
+    results = frozenset(Fraction(match["value"].replace(",", "")) for match in _RESULT.finditer(text))
+    used = set()
+    for match in _WRITTEN.finditer(_RESULT.sub("=", text)):
+        word = match[0].casefold()
+        if word[0].isdigit() or word[0] == ".":
+            used.add(Fraction(word.replace(",", "")))
+        elif word in _SMALL or word in _TENS:
+            used.add(Fraction(_SMALL.get(word, _TENS.get(word, 0))))
+    return frozenset(used), results
+
+
 def number(text: str) -> Fraction | None:
     """The value of a text that is one number and nothing else, in digits, as a ratio or in words; else None."""
     text = plain(text).strip()
