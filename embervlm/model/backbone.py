@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from embervlm.model.config import EmberVLMConfig
 from embervlm.run_dir import closest_path, names_a_path
 
 _OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+Logits = Callable[[Tensor], Tensor]
 
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
@@ -36,10 +42,8 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
     if name and (pretrained or not spec.get("config")):
         if names_a_path(name) and not Path(name).exists():
             raise ConfigError(_not_found(part, name, f"no such folder{closest_path(name)}"))
-        try:
-            return AutoConfig.from_pretrained(name)
-        except UNREADABLE as error:
-            raise ConfigError(_not_found(part, name, error)) from error
+        with _said_clearly(part, name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)  # asks on the terminal otherwise
     settings = dict(spec.get("config") or {})
     model_type = settings.pop("model_type", None)
     if not model_type:
@@ -60,24 +64,55 @@ def with_built_config(spec: dict[str, Any], backbone: Any) -> dict[str, Any]:
     return {**spec, "built": whole}
 
 
+def _first_line(error: Exception | str) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _not_found(part: str, name: str, error: Exception | str) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"{part}: cannot get {name!r} ({reason}). Without network or cache, download it elsewhere "
+        f"{part}: cannot get {name!r} ({_first_line(error)}). Without network or cache, download it elsewhere "
         f"(`hf download {name} --local-dir DIR`) and set {part}.name_or_path to that folder, "
         f"or set {part}.pretrained to false and write its config out"
     )
 
 
+@contextmanager
+def _said_clearly(part: str, name: str) -> Iterator[None]:
+    """What goes wrong in Hugging Face's reading of `name` as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{part}: {name!r} needs a package that is not installed: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise ConfigError(_not_found(part, name, error)) from error
+
+
 def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn.Module:
     pretrained = bool(spec.get("pretrained")) and load_weights
     config = hugging_face_config(part, spec, pretrained=pretrained)
-    if pretrained:
+    name = spec.get("name_or_path") or config.model_type
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ConfigError(
+            f"{part}: {name!r} is quantized ({method}), and such weights do not learn; name the model it was made from"
+        )
+    if part == "vision":
+        config = getattr(config, "vision_config", None) or config  # of CLIP and its kin the vision tower alone
+        if config.model_type.startswith("siglip2"):
+            raise ConfigError(
+                f"vision: {name!r} is a SigLIP 2 of the NaFlex kind, which reads patches of pictures of any shape; "
+                "name one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
+            )
+    with _said_clearly(part, name):
+        if pretrained:
+            return auto.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
         try:
-            return auto.from_pretrained(spec["name_or_path"], dtype=torch.float32)
-        except UNREADABLE as error:
-            raise ConfigError(_not_found(part, spec["name_or_path"], error)) from error
-    return auto.from_config(config, dtype=torch.float32)
+            return auto.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            wanted = "picture encoder" if part == "vision" else "causal language model"
+            raise ConfigError(f"{part}: {config.model_type} is no {wanted} ({_first_line(error)[:200]})") from error
 
 
 class VisionEncoder(nn.Module):
@@ -93,8 +128,18 @@ class VisionEncoder(nn.Module):
         self._wanted_tokens = config.num_visual_tokens
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad():
-            probe = self._features(torch.zeros(1, 3, config.image_size, config.image_size))
+        size = config.image_size
+        try:
+            with torch.no_grad():
+                probe = self._features(torch.zeros(1, 3, size, size))
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            kind = self.backbone.config.model_type
+            raise ConfigError(
+                f"vision: {kind} does not read pictures of image_size {size} "
+                f"({type(error).__name__}: {_first_line(error)})"
+            ) from error
         self.backbone.train(was_training)
         self.num_visual_tokens, self.vision_dim = probe.shape[1:]
         self.grid = math.isqrt(self.num_visual_tokens)
@@ -140,6 +185,21 @@ class LanguageModel(nn.Module):
         self.backbone = _build("language", AutoModelForCausalLM, config.language, load_weights)
         self.hidden_size = self.backbone.get_input_embeddings().weight.shape[1]
         self.vocab_size = self.backbone.get_input_embeddings().weight.shape[0]
+        self._head: Logits | None = None
+        self._scaled: Logits | None = None
+        self._find_head()
+
+    def _find_head(self) -> None:
+        """Set `_head` and `_scaled` where the logits are more than a product with the output embedding."""
+        if self.backbone.base_model is self.backbone:
+            return
+        head = _without_modules(self.backbone, [self.backbone.base_model])
+        states = torch.randn(1, 4, self.hidden_size, generator=torch.Generator().manual_seed(0))
+        states = 100 * states.to(self.backbone.dtype)  # a soft cap is the identity near zero
+        with torch.no_grad():
+            if not torch.allclose(_logits(head, states), self.logits(states), rtol=1e-4):
+                self._head = partial(_logits, head)
+                self._scaled = partial(_logits, _without_modules(head, [self.backbone.get_output_embeddings()]))
 
     @property
     def max_positions(self) -> int | None:
@@ -159,4 +219,54 @@ class LanguageModel(nn.Module):
         return outputs.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.backbone.get_output_embeddings()(hidden)
+        """Scores of the vocabulary as the model itself computes them: some scale or cap them behind the embedding."""
+        return self._head(hidden) if self._head else self.backbone.get_output_embeddings()(hidden)
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Scores of other tokens than the vocabulary's, `hidden @ embedding`, scaled or capped like `logits`."""
+        return self._scaled(scores) if self._scaled else scores
+
+
+class _States:
+    """What a model gives its head: states, and None of everything else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Through(nn.Module):
+    """Stands in for a module, or for a part of it: gives back what it is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # not a part of this one
+
+    def __getattr__(self, name: str) -> Any:  # some heads read a factor off the model
+        value = getattr(self.__dict__["module"], name)
+        return self if isinstance(value, nn.Module) else value
+
+    def forward(self, given: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
+        return given if inputs_embeds is None else _States(inputs_embeds)
+
+
+def _without_modules(model: nn.Module, left_out: Sequence[nn.Module]) -> nn.Module:
+    """`model` with the same parameters, without hooks, and with nothing done by some of its direct parts."""
+    out = copy.copy(model)
+    out._modules = {
+        name: _Through(part) if part is not None and any(part is other for other in left_out) else part
+        for name, part in model._modules.items()
+    }
+    return out
+
+
+def _logits(model: nn.Module, states: Tensor) -> Tensor:
+    """What `model`, whose base is left out, makes of `states` `[..., hidden]`."""
+    flat = states.reshape(1, -1, states.shape[-1])
+    logits: Tensor = model.forward(inputs_embeds=flat, use_cache=False).logits
+    return logits.view(*states.shape[:-1], -1)

@@ -196,7 +196,8 @@ class EmberVLM(PreTrainedModel):
     def token_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the base vocabulary and those of Stage 4's tokens, apart."""
         base = self.language_model.logits(hidden)[..., : self._base_vocab_size]
-        return base, hidden @ self.reasoning_module.reasoning_head.token_embedding.weight.T
+        added = hidden @ self.reasoning_module.reasoning_head.token_embedding.weight.T
+        return base, self.language_model.scaled(added)
 
     def candidate_embeddings(self, candidate_ids: Tensor) -> Tensor:
         """Mean token embedding of each candidate, from ids padded with -1: `[..., length] -> [..., hidden]`."""
