@@ -105,7 +105,9 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data_file", type=Path, required=True, help=".json, .jsonl or .parquet")
+    parser.add_argument(
+        "--data_file", type=Path, required=True, help="as --reasoning_data: a file, a folder of parts, a pattern"
+    )
     parser.add_argument("--output_report", type=Path, required=True, help="text, or JSON by .json; a page goes beside")
     _add_check_options(parser)
     parser.set_defaults(run=_validate)

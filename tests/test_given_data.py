@@ -234,3 +234,32 @@ def test_members_that_nothing_reads_are_counted_and_two_pictures_refused(tmp_pat
     both = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.jpg": picture(form="JPEG")}
     with pytest.raises(DataError, match=r"record 0: image: 0\.(png|jpg) and 0\.(png|jpg) are pictures; keep one"):
         prepare(shard(tmp_path / "b.tar", both), tmp_path / "cache")
+
+
+def test_validate_reads_whatever_training_reads_and_finds_what_it_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a", "b"):
+        members = {"0.txt": b"?"}
+        for n in range(3):
+            members |= {f"{n}.json": json.dumps(record(n, id=f"{name}{n}")).encode(), f"{n}.png": picture(n)}
+        shard(folder / f"{name}.tar", members)
+    arguments = ["data", "validate", "--data_file", str(folder), "--model", "quickstart", "--output_report"]
+    main([*arguments, str(tmp_path / "report.txt")])
+    said = capsys.readouterr().out
+    assert "6 records, 3 different pictures, 0 text only" in said and ".txt (2)" in said
+    bare = json.dumps(record(7, answer="Boat")).encode()
+    shard(folder / "c.tar", {"seven.json": bare, "seven.png": b"no picture", "eight.png": picture()})
+    with pytest.raises(DataError) as caught:
+        prepare(folder, tmp_path / "cache")
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "report.txt")])
+    report = (tmp_path / "report.txt").read_text()
+    assert f"{folder / 'c.tar'} record seven: answer:" in report and '"Boat" is not one of' in report
+    assert f"{folder / 'c.tar'} record eight: has no eight.json; add it" in report
+    assert len(caught.value.problems) == report.count("c.tar record ") == 2
+    with pytest.raises(SystemExit, match="filter reads one .json, .jsonl or .parquet file"):
+        main(["data", "filter", "--input", str(folder), "--output", str(tmp_path / "o.json"), "--min_quality_score",
+              "0", "--model", "quickstart"])  # fmt: skip

@@ -35,7 +35,16 @@ from embervlm.data.curriculum import complexity_problem
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.lengths import Limits, too_long
 from embervlm.data.record_fields import unused_fields
-from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_each, record_to_json
+from embervlm.data.records import (
+    DataError,
+    Reading,
+    ReasoningRecord,
+    no_records,
+    read_each,
+    read_values,
+    record_to_json,
+)
+from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.progress import progress_bar
 
@@ -161,6 +170,8 @@ class CheckedData:
     problems: list[Problem] = field(default_factory=list)
     values: dict[int, Any] = field(default_factory=dict)
     """Number -> what stands in the file; where only the report needs it, of unreadable records alone."""
+    where: dict[int, str] = field(default_factory=dict)
+    """Number -> file and its own number or key there, where `path` names several files."""
     numbers: list[int] = field(default_factory=list)
     records: list[ReasoningRecord] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
@@ -214,11 +225,7 @@ def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = F
 
 def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
     file_problems: list[str] = []
-    readings = read_each(
-        data.path, file_problems, image_root=options.image_root, allow_outside=options.allow_outside,
-        unpack_dir=options.unpack_dir,
-    )  # fmt: skip
-    for reading in progress_bar(readings, desc="read", unit=" records"):
+    for reading in progress_bar(_readings(data, options, file_problems), desc="read", unit=" records"):
         data.num_values += 1
         number, record = reading.number, reading.record
         if keep_values or record is None:
@@ -244,11 +251,38 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         data.records.append(record)
     for problem in file_problems:  # a broken line is no value
         data.num_values += 1
-        line = re.search(r" (?:line|record) (\d+)", problem.removeprefix(str(data.path)))
-        what, _, fix = re.sub(r"^record \d+: ", "", problem.removeprefix(f"{data.path} ")).partition("; ")
+        text = problem.removeprefix(f"{data.path} ")
+        line = None if data.where else re.search(r"(?:line|record) (\d+)", problem.removeprefix(str(data.path)))
+        what, _, fix = (text if line is None else re.sub(r"^record \d+: ", "", text)).partition("; ")
         data.add("schema", int(line[1]) if line else 0, "", what, fix)
     if not data.num_values:
         raise no_records(data.path)
+
+
+def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> Iterator[Reading]:
+    """Of one file, or of all that training would read under this name; these are then numbered through."""
+    if is_one_file(data.path):
+        yield from read_each(
+            data.path, problems, image_root=options.image_root, allow_outside=options.allow_outside,
+            unpack_dir=options.unpack_dir,
+        )  # fmt: skip
+        return
+    files = source_files(data.path)
+    if not files or options.unpack_dir is None:
+        raise DataError(f"{data.path}: no data file there; name one, a folder of shards, or a pattern of files")
+    unpack_dir = Path(options.unpack_dir)
+    rules = source_rules(
+        data.path, files, unpack_dir, image_root=options.image_root, allow_outside=options.allow_outside
+    )
+
+    def values() -> Iterator[tuple[int, str, Any]]:
+        for file in files:
+            for key, value in source_values(file, unpack_dir, problems, data.unused):
+                number = len(data.where) + 1
+                data.where[number] = f"{file} record {key}"
+                yield number, f"{file.name}:{key}", value
+
+    yield from read_values(values(), rules)
 
 
 def _parts(problem: str) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from embervlm.data.checking import CheckOptions, Problem, by_record, check_file,
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.scenes.generate import write_dataset
+from embervlm.data.sources import is_one_file
 
 
 def quality(
@@ -66,6 +67,8 @@ def filter_file(
         raise ConfigError(f"--min_quality_score {min_quality_score}: must be from 0 to 1")
     if output.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--output {output}: must end in .json or .jsonl")
+    if not is_one_file(data_file):
+        raise ConfigError(f"--input {data_file}: filter reads one .json, .jsonl or .parquet file; name one")
     if output.resolve() == Path(data_file).resolve():
         raise ConfigError(f"--output {output}: is the input; name another file")
     options = replace(options, unpack_dir=os.path.realpath(pictures_beside(output)))

@@ -199,10 +199,16 @@ def read_each(
         require_reasoning=require_reasoning, allow_outside=allow_outside, max_steps=max_steps,
         require_answer=require_answer, unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
     )  # fmt: skip
+    named = ((number, f"{path.name}:{number}", value) for number, value in file_values(path, file_problems))
+    yield from read_values(named, rules)
+
+
+def read_values(values: Iterable[tuple[int, str, Any]], rules: FieldRules) -> Iterator[Reading]:
+    """The reading of each value, given with its number and the id of a record that has none."""
     numbers: dict[str, int] = {}
-    for number, value in file_values(path, file_problems):
+    for number, default_id, value in values:
         found: list[str] = []
-        record = read_record(value, f"{path.name}:{number}", rules, found.append)
+        record = read_record(value, default_id, rules, found.append)
         if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:
             found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each its own")
             record = None

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.data.json_text import Decoder
+from embervlm.data.record_fields import MAX_STEPS, FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
-from embervlm.data.records import file_values
+from embervlm.data.records import ROBOTS, file_values, folder_of_images
 from embervlm.run_dir import WriteError, naming_unwritten
 
 _NO_PICTURES = frozenset(
@@ -52,6 +53,24 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     for name in braceexpand(text):
         found += map(Path, sorted(glob.glob(name)) if glob.has_magic(name) else [name])
     return found
+
+
+def is_one_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is what the commands that write records read; else a folder, a pattern or a shard."""
+    return source_files(path) == [Path(path)] and not is_shard(Path(path))
+
+
+def source_rules(
+    path: Path, files: Sequence[Path], unpack_dir: Path, *, image_root: str | os.PathLike[str] | None,
+    allow_outside: bool,
+) -> FieldRules:  # fmt: skip
+    """What the records in the `files` that `path` names are checked against."""
+    root = path / "any" if path.is_dir() else path
+    return FieldRules(
+        image_root=os.path.realpath(unpack_dir) if is_shard(files[0]) else folder_of_images(root, image_root),
+        candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
+        unpack_dir=str(unpack_dir),
+    )  # fmt: skip
 
 
 def is_shard(file: Path) -> bool:

@@ -19,9 +19,9 @@ from uuid import uuid4
 import numpy as np
 
 from embervlm.data.images import files_digest
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, quote, unused_fields
-from embervlm.data.records import ROBOTS, DataError, ReasoningRecord, folder_of_images, no_records, read_record
-from embervlm.data.sources import is_shard, source_files, source_values
+from embervlm.data.record_fields import FieldRules, quote, unused_fields
+from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
+from embervlm.data.sources import source_files, source_rules, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
@@ -218,12 +218,7 @@ def prepare(
         if (store := _open(ready)) is not None:
             return store
     unpack_dir = cache_dir / f"pictures-{digest}"
-    root = path / "any" if path.is_dir() else path
-    rules = FieldRules(
-        image_root=str(unpack_dir.resolve()) if is_shard(files[0]) else folder_of_images(root, image_root),
-        candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
-        unpack_dir=str(unpack_dir),
-    )  # fmt: skip
+    rules = source_rules(path, files, unpack_dir, image_root=image_root, allow_outside=allow_outside)
     _delete_leftovers(cache_dir)
     unused: Counter[str] = Counter()
     try:

@@ -81,8 +81,12 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
             "words of the instruction": _histogram([len(record.instruction.split()) for record in data.records]),
         },
         "examples": _examples(data),
-        "problems": [asdict(problem) for problem in data.problems],
+        "problems": [asdict(problem) | _where(data, problem.number) for problem in data.problems],
     }
+
+
+def _where(data: CheckedData, number: int) -> dict[str, str]:
+    return {"where": data.where[number]} if number in data.where else {}
 
 
 def _share(flags: Iterable[bool]) -> float | None:

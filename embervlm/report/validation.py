@@ -87,6 +87,8 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def verdict(report: Mapping[str, Any]) -> str:
     if not report["trains"]:
+        if not report["num_stopping"]:  # findings about files alone
+            return "what was found would stop training; mend it"
         return f"{report['num_stopping']:,} records would stop training; mend or drop them"
     if report["num_with_findings"]:
         return f"every record trains; {report['num_with_findings']:,} of them are worth a look"
@@ -95,6 +97,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def problem_line(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     where = f"{report['data_file']} record {found['number']}" if found["number"] else report["data_file"]
+    where = found.get("where", where)
     name = f"{found['field']}: " if found["field"] else ""
     line = " ".join(f"{where}: {name}{found['what']}; {found['fix']}".split())
     return "".join(character if character.isprintable() else "?" for character in line)
