@@ -88,6 +88,35 @@ def test_a_model_that_scales_its_logits_learns_and_answers(family: str, tokenize
     assert found["num_tokens"] > 0
 
 
+GPT2 = {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 1024}}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])
+@pytest.mark.parametrize("precision", ["autocast", "double", "bfloat16"])
+def test_answers_are_written_under_autocast_and_in_every_precision(
+    precision: str, family: str, records: Any, tokenizer: Any, tiny_settings: Any
+) -> None:
+    spec = {"gpt2": GPT2, "cohere": language("cohere")}.get(family, tiny_settings["language"])
+    spec = {"config": {**spec["config"], "vocab_size": tiny_settings["language"]["config"]["vocab_size"],
+                       "max_position_embeddings": 1024}}  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model({**tiny_settings, "language": spec}).eval()
+    model.attach_tokenizer(tokenizer)
+    torch.nn.init.normal_(model.reasoning_module.reasoning_head.output.weight, std=0.5)
+    asked = [record.image for record in records[:3]], [record.instruction for record in records[:3]]
+    wanted = model.generate_with_reasoning(*asked, max_new_tokens=12)
+    if precision != "autocast":
+        model = model.to(getattr(torch, "float64" if precision == "double" else precision))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        found = model.generate_with_reasoning(*asked, max_new_tokens=12)
+        first = model.generate_reasoning(asked[0][0], asked[1][0], max_new_tokens=12)
+        followed = model.reason(asked[0][0], "And then?", first, max_new_tokens=12)
+        model.verify_reasoning(followed["reasoning"])
+    assert [result["num_tokens"] for result in found] == [result["num_tokens"] for result in wanted]
+    if precision == "double":
+        assert [result["text"] for result in found] == [result["text"] for result in wanted]
+
+
 # -- picture encoders ------------------------------------------------------------------------------------------------
 
 

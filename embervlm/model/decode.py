@@ -35,7 +35,7 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
     """The step of a language model in eval mode, for positions below `room`."""
     backbone = language_model.backbone
     config, model = backbone.config, backbone.base_model
-    if config._attn_implementation == "sdpa" and not backbone.training:
+    if config._attn_implementation == "sdpa" and not backbone.training and backbone.dtype != torch.float64:
         if config.model_type == "llama" and config.rope_parameters.get("rope_type") == "default":
             linear = [module for name, module in model.layers.named_modules() if name.endswith("_proj")]
             if all(type(module) is nn.Linear for module in linear):  # not one of an adapter, say

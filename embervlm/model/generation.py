@@ -124,7 +124,8 @@ def generate_from_visual(
     model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
     own_candidates: Sequence[Sequence[str] | None] = (), begun: Sequence[Sequence[int]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The same from visual tokens `[batch, num_visual_tokens, hidden]`.
+    """The same from visual tokens `[batch, num_visual_tokens, hidden]`, in the precision of the weights, whatever
+    `torch.autocast` says.
 
     Args:
         own_candidates: for each instruction the answers to choose among: none for an answer in free words, None for
@@ -144,9 +145,10 @@ def generate_from_visual(
     else:
         suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
-    writer = _Writer(model, visual, image_mask, prompts, decoding)
-    generated, log_probs = writer.run()
-    head = writer.head_probabilities(choices)
+    with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
+        writer = _Writer(model, visual.to(model.projection.norm.weight.dtype), image_mask, prompts, decoding)
+        generated, log_probs = writer.run()
+        head = writer.head_probabilities(choices)
     results = []
     for row, ids in enumerate(generated):
         if decoding.reasoning:
