@@ -191,8 +191,8 @@ class LanguageModel(nn.Module):
 
     def _find_head(self) -> None:
         """Set `_head` and `_scaled` where the logits are more than a product with the output embedding."""
-        if self.backbone.base_model is self.backbone:
-            return
+        if self.backbone.base_model is self.backbone or self.backbone.get_input_embeddings().weight.is_meta:
+            return  # without weights there is nothing to compare
         head = _without_modules(self.backbone, [self.backbone.base_model])
         states = torch.randn(1, 4, self.hidden_size, generator=torch.Generator().manual_seed(0))
         states = 100 * states.to(self.backbone.dtype)  # a soft cap is the identity near zero
