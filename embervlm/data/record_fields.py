@@ -61,6 +61,7 @@ _WITHOUT_NULLS = frozenset(("boxes", "details", "facts", "scene"))
 _OTHER_NAMES = {
     "instruction": ("query", "prompt", "problem", "input", "text", "conversations", "messages"),
     "reasoning": ("rationale", "rationales", "explanation", "solution", "chain_of_thought", "cot", "steps", "thoughts"),
+    "candidates": ("choices", "options", "answer_choices"),
     "answer": ("answers", "label", "output", "response", "gold_answer", "correct_answer", "final_answer"),
 }
 """What other data sets call our fields."""
@@ -123,6 +124,8 @@ def _called_otherwise(value: Mapping[str, Any], name: str) -> str:
     found = [other for other in _OTHER_NAMES[name] if value.get(other) not in (None, "", [], {})]
     if found and found[0] in ("conversations", "messages"):
         return f" (`embervlm data convert` reads {found[0]})"
+    if found and name == "candidates":
+        return f" (there is {quote(found[0])}: call it candidates)"
     return f" (there is {quote(found[0])})" if found else ""
 
 
@@ -325,11 +328,12 @@ def _read_answer(
     known: set[str] = set()
     unknown: list[str] = []
     for text in texts:
-        names, others = strict_answer(text, candidates)
+        names, rest = strict_answer(text, candidates)
         known.update(names)
-        unknown.extend(others)
+        unknown.extend(rest)
+    others = _called_otherwise(value, "candidates") if own is None else ""
     for name in unknown:
-        report(f"answer {quote(name)} is not one of {_listing(candidates)}; {_advice(name, candidates)}")
+        report(f"answer {quote(name)} is not one of {_listing(candidates)}{others}; {_advice(name, candidates)}")
     if not known and not unknown:
         report("answer: is empty; add the right answer or answers")
     return tuple(name for name in candidates if name in known)
