@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
 
 MAX_REQUEUES_VARIABLE = "EMBERVLM_MAX_REQUEUES"
 MAX_REQUEUES = 20
-KILLED = 128
-"""A shell's exit status of a command that died of a signal is this and the signal's number."""
+KILLED = range(129, 193)
+"""A shell's exit status of a command that died of a signal: 128 and the signal's number."""
 SIGNAL_DELAY_S = 180
 """Seconds before the time limit at which Slurm signals the job."""
 SIGNAL_EARLY_S = 60
@@ -61,18 +62,29 @@ class Allocation:
         if "SLURM_JOB_ID" not in env:
             return None
         nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
-        tasks = env.get("SLURM_NTASKS_PER_NODE") or str(-(-int(env.get("SLURM_NTASKS", "0")) // nodes))
-        gpus = env.get("SLURM_GPUS_ON_NODE", "0")
-        return cls(nodes=nodes, tasks_per_node=int(tasks) or None, gpus_per_node=int(gpus) if gpus.isdecimal() else 0)
+        tasks = env.get("SLURM_NTASKS_PER_NODE")
+        if tasks is None and int(env.get("SLURM_NTASKS", "1")) > 1:  # one is what a job has by default
+            tasks = str(-(-int(env["SLURM_NTASKS"]) // nodes))
+        return cls(nodes=nodes, tasks_per_node=int(tasks) if tasks else None, gpus_per_node=_gpus_per_node(env))
 
     @property
     def is_chosen(self) -> bool:
         """Whether somebody has said what this job needs."""
-        return self.nodes > 1 or self.tasks_per_node is not None or self.gpus_per_node > 0
+        return self.nodes > 1 or (self.tasks_per_node or 1) > 1 or self.gpus_per_node > 0
 
     def __str__(self) -> str:
-        tasks = f" and {self.tasks_per_node} tasks" if self.tasks_per_node else ""
-        return f"{self.nodes} x {self.gpus_per_node} GPUs{tasks} (nodes x per node)"
+        tasks = f", tasks per node: {self.tasks_per_node}" if self.tasks_per_node else ""
+        return f"nodes: {self.nodes}, GPUs per node: {self.gpus_per_node}{tasks}"
+
+
+def _gpus_per_node(env: Mapping[str, str]) -> int:
+    if env.get("SLURM_GPUS_ON_NODE", "").isdecimal():
+        return int(env["SLURM_GPUS_ON_NODE"])
+    if "SLURM_PROCID" in env:
+        return 0
+    asked = fields("job", this_job()).get("TresPerNode", "")  # a shell under salloc runs on none of the nodes
+    found = re.search(r"gpu(?::[A-Za-z][^:,]*)?[:=](\d+)", asked)
+    return int(found[1]) if found else 0
 
 
 def step_options(has: Allocation, recipe: ClusterRecipe | None, phase: int | None) -> list[str] | None:
@@ -100,7 +112,7 @@ def place(args: argparse.Namespace, flags: list[str], behind: list[str]) -> list
         options = step_options(has, recipe, args.of_phase)
         if options is not None:
             if recipe is None:
-                print(f"no --cluster: on what the job has, {has}", file=sys.stderr)
+                print(f"no --cluster: on what the job has ({has})", file=sys.stderr)
             return options
     if recipe is None:
         raise ConfigError(
@@ -110,13 +122,13 @@ def place(args: argparse.Namespace, flags: list[str], behind: list[str]) -> list
     if args.submitted:
         asked = " ".join(job_options(recipe, args.of_phase))
         raise ConfigError(
-            f"Slurm gave {has} where --cluster {train_args.cluster} asks for {asked}; "
+            f"Slurm gave other nodes ({has}) than --cluster {train_args.cluster} asks for ({asked}); "
             f"look at {GPU_OPTIONS_VARIABLE} and SBATCH_* in slurm/site.env"
         )
     if args.batch and has is not None and has.is_chosen:
         raise ConfigError(
-            f"sbatch was told {has}, but --cluster {train_args.cluster} has {recipe.nodes} x {recipe.gpus_per_node}: "
-            "leave nodes, tasks and GPUs to the recipe, or choose a recipe that has them"
+            f"sbatch was told other nodes ({has}) than --cluster {train_args.cluster} has ({recipe.nodes} with "
+            f"{recipe.gpus_per_node} GPUs each); leave them to the recipe, or choose one that has them"
         )
     carried = given(this_job(), args.script) if args.batch else []
     return [f"Submitted batch job {_submit(args, train_args, [*flags, *behind], carried)}"]
@@ -149,7 +161,7 @@ def _submit(args: argparse.Namespace, train_args: argparse.Namespace, argv: list
     recipe = _recipe(train_args, args.of_phase)
     assert recipe is not None
     options = [*job_options(recipe, args.of_phase), *carried]
-    _warn_of_short_limit(options)
+    warn_of_short_limit(options)
     # the recipe may come from a variable that the site does not pass on
     said = ask("sbatch", "--parsable", *options, args.script, "--submitted", "--cluster", train_args.cluster, *argv)
     job = said.strip().splitlines()[-1].partition(";")[0]
@@ -170,7 +182,7 @@ def _recipe(train_args: argparse.Namespace, phase: int | None) -> ClusterRecipe 
     return recipe if phase else dataclasses.replace(recipe, nodes=1, gpus_per_node=1)
 
 
-def _warn_of_short_limit(options: Sequence[str]) -> None:
+def warn_of_short_limit(options: Sequence[str]) -> None:
     """Slurm's signal would come as soon as the job starts."""
     limit = next((item.partition("=")[2] for item in reversed(options) if item.startswith("--time=")), "")
     limit_s = 60 * int(limit) if limit.isdecimal() else seconds(limit)
@@ -215,7 +227,7 @@ class Requeues:
 
         The first start may fail without progress, as on a bad node; a requeue must have brought the run further.
         """
-        if exit_code not in (EXIT_REQUEUE, EXIT_FAULT) and exit_code < KILLED:
+        if exit_code not in (EXIT_REQUEUE, EXIT_FAULT, *KILLED):
             return f"exit status {exit_code} is an error that would come again"
         if self.restarts >= self.limit:
             return f"it was requeued {self.restarts} times ({MAX_REQUEUES_VARIABLE}={self.limit})"
@@ -284,7 +296,7 @@ def _run(args: argparse.Namespace, flags: list[str], behind: list[str]) -> int:
         return args.exit_code or 0
     requeues = Requeues(run_dir.phase_dir(output_dir, args.of_phase))
     if args.action == "started":
-        _warn_of_short_limit([f"--time={fields('job', requeues.job)['TimeLimit']}"])
+        warn_of_short_limit([f"--time={fields('job', requeues.job)['TimeLimit']}"])
         requeues.started()
         return 0
     return ended(requeues, args.exit_code)

@@ -221,9 +221,14 @@ def slurm_parameters(
     }  # fmt: skip
 
 
+def _python() -> str:
+    """What starts Python in the job: this one, in the site's wrapper."""
+    return shlex.join([*shlex.split(os.environ.get(WRAPPER_VARIABLE, "")), sys.executable])
+
+
 def sbatch_script(folder: Path, parameters: dict[str, Any], num_jobs: int) -> str:
     """The script that submitit would give to sbatch; of more than one job, as an array."""
-    executor = _SlurmText(folder)
+    executor = _SlurmText(folder, python=_python())
     executor.update_parameters(**parameters)
     if num_jobs > 1:
         executor.parameters["map_count"] = num_jobs
@@ -236,8 +241,7 @@ def submit_to_slurm(
     """Submit `jobs`, several as one array. ConfigError where there is no Slurm or it refuses."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ConfigError("this machine has no sbatch; --dry_run prints the script, --local trains here")
-    python = shlex.join([*shlex.split(os.environ.get(WRAPPER_VARIABLE, "")), sys.executable])
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=python)
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=_python())
     executor.update_parameters(**parameters)
     patience = Patience()
     while True:

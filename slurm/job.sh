@@ -40,7 +40,8 @@ run() {
     local site wrapper
     eval "site=(${EMBERVLM_SRUN_OPTIONS:-}) wrapper=(${EMBERVLM_WRAPPER:-})" # their quotes count
     # --export: what sbatch was told, such as SBATCH_EXPORT=NONE, would hold for srun as well
-    srun --export=ALL "${step[@]}" "${site[@]}" "${wrapper[@]}" "$@"
+    # 70: where srun itself fails, as with the controller away, another start may succeed
+    SLURM_EXIT_ERROR=70 srun --export=ALL "${step[@]}" "${site[@]}" "${wrapper[@]}" "$@"
 }
 
 # train FLAGS: one process per GPU, then back into the queue where that helps

@@ -13,7 +13,7 @@ from embervlm import run_dir
 from embervlm.cli import main as embervlm
 from embervlm.cluster import GPU_OPTIONS_VARIABLE, check_recipes, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.slurm import MAX_REQUEUES_VARIABLE, Allocation, Requeues, job_options, step_options
+from embervlm.slurm import MAX_REQUEUES_VARIABLE, Allocation, Requeues, job_options, step_options, warn_of_short_limit
 from embervlm.slurm import main as slurm
 from embervlm.training.cli import check_cluster, overrides_of, parser
 from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
@@ -113,6 +113,15 @@ def test_the_scripts_ask_for_the_recipes_nodes(
     assert " ".join(job_options(load_recipe(cluster), phase)) == expected
 
 
+def test_a_limit_within_slurms_signal_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for limit, minutes in (("00:03:00", "3"), ("4", "4")):
+        warn_of_short_limit(["--time=600", f"--time={limit}"])
+        assert f"warning: a time limit of {minutes} minutes" in capsys.readouterr().err
+    for limit in ("00:10:00", "1-00:00:00", "UNLIMITED", "45"):
+        warn_of_short_limit([f"--time={limit}"])
+        assert not capsys.readouterr().err
+
+
 FOUR_GPUS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
 HERE = ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--cpus-per-task=8", "--overcommit"]
 ONE_TASK = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=32", "--overcommit"]
@@ -124,13 +133,14 @@ ONE_TASK = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=3
         (FOUR_GPUS | {"SLURM_NTASKS_PER_NODE": "4"}, "a100x4", 1, []),  # as it was submitted
         (FOUR_GPUS, "a100x4", 1, HERE),  # sbatch --gres=gpu:4
         (FOUR_GPUS, None, 2, HERE),
+        (FOUR_GPUS | {"SLURM_NTASKS": "1"}, "a100x4", 1, HERE),  # some Slurms set it unasked
         (FOUR_GPUS | {"SLURM_STEP_ID": "0"}, None, 2, [*HERE, "--overlap"]),  # in the shell of srun --pty
         (FOUR_GPUS | {"SLURM_NTASKS": "2"}, None, 1,
          ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=16", "--overcommit"]),
         (FOUR_GPUS, "a100x8", 1, None),
         (FOUR_GPUS | {"SLURM_JOB_NUM_NODES": "2"}, "a100x4", 1, None),
         (FOUR_GPUS, None, None, ONE_TASK),  # an evaluation takes one process
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}, "a100x4", 1, None),  # what sbatch gives by itself
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0"}, "a100x4", 1, None),  # by default
     ],
 )  # fmt: skip
 def test_a_job_that_has_the_gpus_trains_where_it_is(
@@ -262,7 +272,7 @@ def test_elements_of_an_array_keep_their_starts_apart(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.glob("slurm-*")) == ["slurm-7_0.json", "slurm-7_1.json"]
 
 
-@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("code", [1, 2, 255])  # 255: srun does not know an option
 def test_an_error_of_the_run_is_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     assert "an error that would come again" in str(start(monkeypatch, tmp_path, restarts=0).refusal(code))
 

@@ -378,7 +378,7 @@ def what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place(bench: 
     assert f"job {job}: slurm/stage4_phase2.sh with --nodes=2" in said
     refused = bench.cluster.run("sbatch", "--parsable", "--gres=gpu:2", "slurm/stage4_phase2.sh", *flags, **bench.env)
     bench.finish(refused.strip(), state="FAILED")
-    assert "error: sbatch was told 1 x 2 GPUs" in bench.log(refused.strip())
+    assert "error: sbatch was told other nodes (nodes: 1, GPUs per node: 2)" in bench.log(refused.strip())
 
 
 def slurm_commands_fields(bench: Bench, job: str) -> dict[str, str]:
@@ -400,6 +400,11 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
     env_file = site / "slurm" / "site.env"
     shipped = env_file.read_text()
     lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    # what srun and the wrapper get keeps its quotes
+    lines += [
+        "EMBERVLM_SRUN_OPTIONS=--label",
+        "EMBERVLM_WRAPPER='bash -c '\\''echo \"in $0\"; exec \"$@\"'\\'' \"my image\"'",
+    ]
     lines += ["module() { [[ $1 == load && $NEVER_SET == '' ]]; }", "module load python", shipped]
     env_file.write_text("\n".join(lines))
 
@@ -413,17 +418,23 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
 
     on_its_gpus = submit("sbatch", "--gres=gpu:2", "slurm/stage4_phase2.sh")
     nowhere = submit("sbatch", "slurm/stage4_phase2.sh")
+    bench.finish(on_its_gpus)
+    env_file.write_text(env_file.read_text() + "\nEMBERVLM_SRUN_OPTIONS=--nonsense\n")
+    unknown = submit("sbatch", "--gres=gpu:2", "slurm/stage4_phase2.sh")
+    bench.finish(unknown, state="FAILED")
     env_file.write_text(env_file.read_text() + "\nEMBERVLM_SBATCH_GPU='--gres=gpu:1 --ntasks-per-node=3'\n")
     endless = submit("bash", "slurm/stage4_phase2.sh", "--cluster", f"{bench.folder}/one.yaml")
     for job in (nowhere, endless):
         bench.finish(job, state="FAILED")
-    logs = {job: next(site.glob(f"*-{job}.log")) for job in (on_its_gpus, nowhere, endless)}
+    logs = {job: next(site.glob(f"*-{job}.log")) for job in (on_its_gpus, nowhere, unknown, endless)}
     assert logs[nowhere].read_text().count("error: nothing says on which nodes") == 1
-    assert "error: Slurm gave 1 x 1 GPUs and 3 tasks" in logs[endless].read_text()
-    bench.finish(on_its_gpus)
-    assert len(list(site.glob("*.log"))) == 3, "a job has submitted another"
+    assert "error: Slurm gave other nodes (nodes: 1, GPUs per node: 1, tasks per node: 3)" in logs[endless].read_text()
+    assert "is not requeued: exit status 255 is an error that would come again" in logs[unknown].read_text()
+    assert len(list(site.glob("*.log"))) == 4, "a job has submitted another"
+    for rank in range(2):
+        assert f"{rank}: in my image" in logs[on_its_gpus].read_text()
     state = run_dir.read_json(run_dir.checkpoint_path(run_dir.phase_dir(site / "out puts", 2), None) / "state.json")
-    assert state["step"] == 1 and "on what the job has, 1 x 2 GPUs" in logs[on_its_gpus].read_text()
+    assert state["step"] == 1 and "on what the job has (nodes: 1, GPUs per node: 2)" in logs[on_its_gpus].read_text()
 
 
 def in_an_allocation_without_srun_a_training_is_alone(bench: Bench) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +79,20 @@ def test_options_of_the_site_reach_the_script(capsys: pytest.CaptureFixture[str]
     for option in ("partition=gpu", "exclusive", "gres=gpu:v"):
         assert f"#SBATCH --{option}\n" in script
     assert "gres=gpu:1" not in script
+
+
+def test_the_sites_srun_options_and_wrapper_reach_the_script(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBERVLM_SRUN_OPTIONS", "--container-mounts='/my data:/data' --label")
+    monkeypatch.setenv("EMBERVLM_WRAPPER", "apptainer exec '/my images/torch.sif'")
+    monkeypatch.setenv("EMBERVLM_SBATCH_GPU", "--gres=gpu:{count} --comment='two words'")
+    script = printed(capsys, "--cluster", "v100x1", "--dry_run")
+    (started,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    words = shlex.split(started)
+    assert {"--export=ALL", "--container-mounts=/my data:/data", "--label"} < set(words)
+    assert words[words.index("apptainer") :][:4] == ["apptainer", "exec", "/my images/torch.sif", sys.executable]
+    assert "#SBATCH --comment='two words'\n" in script
 
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_value(capsys: pytest.CaptureFixture[str]) -> None:
