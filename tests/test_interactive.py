@@ -121,13 +121,37 @@ def test_earlier_reasoning_may_be_a_result_steps_or_text():
         (CHAIN[-1:], ["1 steps: nothing to follow from"]),
         (CHAIN[:3], ["it has no conclusion"]),
         ([CHAIN[0], "look at it.  It is high.", CHAIN[3]], ["it says 2 times: look at it. it is high."]),
-        ([*CHAIN[:3], "Conclusion: Humanoid."], ["the conclusion does not name Drone"]),
+        ([*CHAIN[:3], "Conclusion: Humanoid."], ["the conclusion names Humanoid, the answer is Drone"]),
+        ([*CHAIN[:3], "Conclusion: The crane."], ["the conclusion does not name Drone"]),
+        ([*CHAIN[:3], "Conclusion: Drone, Humanoid."], ["the conclusion names Drone, Humanoid, the answer is Drone"]),
+        ([*CHAIN[:3], "Conclusion: Drone, not Humanoid."], []),
     ],
 )  # fmt: skip
 def test_the_form_of_a_chain_is_checked(lively_model, sure, steps, expected):
     sure(lambda step: 0.9)
     assert lively_model.reasoning_faults(reasoning(steps)) == expected
     assert lively_model.verify_reasoning(reasoning(steps)) is not bool(expected)
+
+
+@pytest.mark.parametrize(("limit", "name"), [("steps", "max_reasoning_steps"), ("tokens", "max_new_tokens")])
+def test_a_cut_off_chain_that_concludes_otherwise_says_both(lively_model, sure, limit, name):
+    sure(lambda step: 0.9)
+    cut = dataclasses.replace(reasoning([*CHAIN[:2], "Conclusion: Underwater Robot, Robot with Legs."]), cut_off=limit)
+    assert lively_model.reasoning_faults(cut) == [
+        f"it is cut off by {name}", "the conclusion names Robot with Legs, Underwater Robot, the answer is Drone",
+    ]  # fmt: skip
+    assert not lively_model.verify_reasoning(cut)
+
+
+def test_a_chain_with_choices_of_its_own_is_held_against_them_and_kept_with_them(lively_model, sure):
+    sure(lambda step: 0.9)
+    own = dataclasses.replace(
+        reasoning([*CHAIN[:2], "Conclusion: the tram."]), answer_set=["Bus"], candidates=("Bus", "Tram")
+    )
+    assert lively_model.reasoning_faults(own) == ["the conclusion names Tram, the answer is Bus"]
+    assert own.record()["metadata"]["candidates"] == ["Bus", "Tram"]
+    assert dataclasses.replace(own, answer_set=["three"], candidates=()).record()["metadata"]["candidates"] == []
+    assert "candidates" not in reasoning(CHAIN).record()["metadata"]
 
 
 def test_a_step_that_the_validator_doubts_is_named(lively_model, sure):

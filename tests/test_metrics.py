@@ -20,6 +20,7 @@ from embervlm.evaluation.metrics import (
     identify_step_types,
     per_candidate_precision_recall,
 )
+from embervlm.report.pages import samples_page
 from embervlm.report.table import metrics_table
 
 ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
@@ -493,3 +494,21 @@ def test_a_conclusion_in_words_agrees_with_yes_or_no():
         score_chain(steps, replace(context, answer={answer}))["parts"]["conclusion_follows"] for answer in ("No", "Yes")
     ]
     assert found == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("conclusion", "reason"), [
+    ("Conclusion: Drone and Humanoid.", "it names Drone, Humanoid, the answer is Humanoid"),
+    ("Conclusion: Drone.", "it names Drone, the answer is Humanoid"),
+    ("Conclusion: nobody can.", "it does not name the answer"),
+])  # fmt: skip
+def test_a_conclusion_that_names_another_answer_is_told_as_a_reason_and_shown_on_the_page(tmp_path, conclusion, reason):
+    steps = ["The stairs are steep.", "A humanoid climbs stairs.", conclusion]
+    context = ChainContext(instruction="Who climbs the stairs?", answer=frozenset({"Humanoid"}),
+                           candidates=frozenset({"Drone", "Humanoid"}))  # fmt: skip
+    scores = ChainScorer().score(steps, context)
+    assert scores["reasons"][-1] == f"step 3 concludes otherwise: {reason}"
+    sample = {"id": "1", "instruction": "Who?", "reasoning_steps": steps, "answer_set": ["Humanoid"], "correct": True,
+              "gold_answer": ["Humanoid"], "scores": scores, "image": None}  # fmt: skip
+    assert reason in samples_page([sample], tmp_path / "samples.html", "Samples").read_text(encoding="utf-8")
+    fits = ChainScorer().score([*steps[:2], "Conclusion: Humanoid."], context)
+    assert not any("concludes otherwise" in reason for reason in fits["reasons"])

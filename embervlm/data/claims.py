@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+from embervlm.data.chain_text import number_edges
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.store import with_fields
 
@@ -252,6 +253,14 @@ def named_candidates(conclusion: str, candidates: Collection[str]) -> frozenset[
     return _named(conclusion, frozenset(candidates))
 
 
+def conclusion_fault(conclusion: str, answer: Collection[str], candidates: Collection[str]) -> str | None:
+    """What is wrong where a conclusion names other candidates than the answer does; None where it names none."""
+    named = named_candidates(conclusion, {*candidates, *answer})
+    if not answer or not named or {name.casefold() for name in named} == {name.casefold() for name in answer}:
+        return None
+    return f"names {', '.join(sorted(named))}, the answer is {', '.join(sorted(answer))}"
+
+
 def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]:
     """Faults of each step; the rules are those of `embervlm.evaluation.metrics.reasoning_consistency`.
 
@@ -393,7 +402,10 @@ def _singular(word: str) -> str:
 
 def _alternatives(phrases: Collection[str], units: Iterable[str] = ()) -> re.Pattern[str] | None:
     """Matches any of `phrases` as whole words, in any case, the longest first; then any number with one of `units`."""
-    parts = [re.escape(phrase) for phrase in sorted(phrases, key=lambda p: (-len(p), p)) if phrase.strip()]
+    parts = [
+        re.escape(phrase).join(number_edges(phrase))
+        for phrase in sorted(phrases, key=lambda p: (-len(p), p)) if phrase.strip()
+    ]  # fmt: skip
     parts += [rf"-?\d[\d,]*(?:\.\d+)?\s*{re.escape(unit)}" for unit in sorted(units, key=lambda u: (-len(u), u))]
     return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE) if parts else None
 

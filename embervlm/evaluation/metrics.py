@@ -24,6 +24,7 @@ from embervlm.data.claims import (
     ClaimReader,
     StepFaults,
     all_words,
+    conclusion_fault,
     content_words,
     is_conclusion,
     judge_steps,
@@ -482,7 +483,12 @@ class _Chain:
 
     @property
     def reasons(self) -> list[str]:
-        return [f"step {n} {reason}" for n, judged in enumerate(self.judgments, 1) for reason in judged.reasons]
+        found = [f"step {n} {reason}" for n, judged in enumerate(self.judgments, 1) for reason in judged.reasons]
+        ends, context = self.conclusion, self.context
+        if ends is not None and is_conclusion(self.steps[ends]) and self._agrees(self.steps[ends]) == 0:
+            fault = conclusion_fault(self.steps[ends], context.answer, context.all_candidates)
+            found.append(f"step {ends + 1} concludes otherwise: it {fault or 'does not name the answer'}")
+        return found
 
     # ---- the metrics
 

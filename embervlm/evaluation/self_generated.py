@@ -15,7 +15,7 @@ import torch
 
 from embervlm.config import ConfigError
 from embervlm.data.chain_text import CONCLUSION, format_reasoning
-from embervlm.data.claims import ChainContext, judge_steps
+from embervlm.data.claims import ChainContext, conclusion_fault, judge_steps
 from embervlm.data.commands import check_output
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import fact_domains
@@ -158,6 +158,8 @@ class _Writer:
             return f"wrong answer: {result['answer'][:80]} instead of {', '.join(record.answer)}"
         if len(steps) < 2 or not steps[-1].startswith(CONCLUSION):
             return f"incomplete: {len(steps)} steps" + (", no conclusion" if steps else "")
+        if other := conclusion_fault(steps[-1], record.answer, record.candidates):
+            return f"conclusion: {other}"
         try:
             read = checked({"reasoning": format_reasoning(steps), "answer": list(record.answer)}, question)
             if list(read.steps) != steps:

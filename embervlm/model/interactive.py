@@ -5,15 +5,23 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
+from embervlm.data.chain_text import (
+    CONCLUSION,
+    REASONING_END,
+    REASONING_START,
+    ROBOTS,
+    format_reasoning,
+    parse_reasoning_text,
+)
+from embervlm.data.claims import conclusion_fault
 from embervlm.data.collate import validator_inputs
 from embervlm.model.config import STAGE3
 from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
@@ -49,6 +57,8 @@ class Reasoning:
     """Heading and text of a template."""
     kept_steps: int = 0
     """Steps that were taken over from the reasoning before."""
+    candidates: tuple[str, ...] = ()
+    """What the answer was chosen from."""
     cut_off: str | None = None
     """`steps` or `tokens` where that limit cut the text off."""
 
@@ -60,12 +70,15 @@ class Reasoning:
     def record(self) -> dict[str, Any]:
         """As a record of the unified format. Its picture has to be a path."""
         image = None if self.image is None else str(self.image)
+        robots = {*self.candidates, *self.answer_set} <= set(ROBOTS)
+        own = {} if robots else {"candidates": list(self.candidates)}  # of an open answer none
         return {
             "image": image, "instruction": self.question,
             "reasoning": f"{REASONING_START}{format_reasoning(self.steps)}{REASONING_END}",
             "answer": self.answer_set, "confidence": self.confidence,
             "metadata": {
                 "source": "self_generated", "num_steps": sum(not step.startswith(CONCLUSION) for step in self.steps),
+                **own,
             },
         }  # fmt: skip
 
@@ -184,7 +197,7 @@ def _as_reasoning(question: str, image: Any, result: Mapping[str, Any], kept: in
     return Reasoning(
         question=question, image=image, steps=result["reasoning_steps"], answer=result["answer"],
         answer_set=result["answer_set"], confidence=result["confidence"], kept_steps=kept,
-        cut_off=result["cut_off"],
+        candidates=tuple(result.get("head_probabilities") or ()), cut_off=result["cut_off"],
     )  # fmt: skip
 
 
@@ -200,6 +213,7 @@ def as_reasoning(given: Any) -> Reasoning:
             return Reasoning(
                 question=str(given.get("instruction", "")), image=given.get("image"), steps=list(steps),
                 answer=str(given.get("answer", "")), answer_set=answers, confidence=float(given.get("confidence", 0)),
+                candidates=tuple(given.get("head_probabilities") or ()), cut_off=given.get("cut_off"),
             )  # fmt: skip
     if isinstance(given, str):
         given = parse_reasoning_text(given)
@@ -225,16 +239,18 @@ def _still_holds(model: EmberVLM, visual: Tensor, seen: Tensor, question: str, s
 def faults(model: EmberVLM, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
     """What speaks against a chain, by its form and by the model's own step validator; [] where nothing does."""
     steps = reasoning.steps
-    out = list(form_faults(reasoning))
+    out = list(form_faults(reasoning, reasoning.candidates or model.config.candidates))
     for number, probability in enumerate(step_probabilities(model, visual, seen, reasoning.question, steps), 1):
         if probability <= 0.5:
             out.append(f"step {number} follows with probability {probability:.2f} only")
     return out
 
 
-def form_faults(reasoning: Reasoning) -> Iterator[str]:
-    """What speaks against a chain by its form alone."""
+def form_faults(reasoning: Reasoning, candidates: Collection[str] = ()) -> Iterator[str]:
+    """What speaks against a chain by its form alone; `candidates`: what a conclusion may name."""
     steps = reasoning.steps
+    if reasoning.cut_off:
+        yield f"it is cut off by {'max_reasoning_steps' if reasoning.cut_off == 'steps' else 'max_new_tokens'}"
     if len(steps) < 2:
         yield f"{len(steps)} steps: nothing to follow from"
     if steps and not steps[-1].startswith(CONCLUSION):
@@ -242,8 +258,10 @@ def form_faults(reasoning: Reasoning) -> Iterator[str]:
     counts = Counter(" ".join(step.lower().split()) for step in steps)
     yield from (f"it says {count} times: {step[:80]}" for step, count in counts.items() if count > 1)
     if steps and steps[-1].startswith(CONCLUSION):
-        ends = steps[-1].lower()
-        yield from (f"the conclusion does not name {name}" for name in reasoning.answer_set if name.lower() not in ends)
+        if fault := conclusion_fault(steps[-1], reasoning.answer_set, {*candidates, *reasoning.candidates}):
+            yield f"the conclusion {fault}"
+        elif missing := [name for name in reasoning.answer_set if name.lower() not in steps[-1].lower()]:
+            yield from (f"the conclusion does not name {name}" for name in missing)
 
 
 def _most_consistent(model: EmberVLM, drawn: Sequence[Reasoning], visual: Tensor, seen: Tensor) -> Reasoning:
@@ -263,10 +281,7 @@ def verify(model: EmberVLM, reasoning: Any, image: Any = None, question: str | N
     if not asked.strip():
         raise ConfigError("this reasoning does not say what it answers; give image= and question= as well")
     visual, seen = _look(model, image if image is not None else given.image)
-    about = Reasoning(
-        question=asked, steps=given.steps, answer=given.answer, answer_set=given.answer_set, confidence=0.0
-    )
-    return faults(model, about, visual, seen)
+    return faults(model, replace(given, question=asked), visual, seen)
 
 
 def _ids(model: EmberVLM, step: str) -> list[int]:
