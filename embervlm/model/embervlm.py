@@ -358,7 +358,8 @@ class EmberVLM(PreTrainedModel):
 
     def verify_reasoning(self, reasoning: Any, image: Any = None, question: str | None = None) -> bool:
         """Whether nothing speaks against a chain: not cut off, at least two steps, none twice, a conclusion that
-        names the answer and no other candidate, and every step more likely to follow than not by the model's own step validator.
+        names the answer and no other candidate, and every step more likely to follow than not by the model's own step
+        validator.
 
         It is the model's opinion of its own chain, and no metric.
 
