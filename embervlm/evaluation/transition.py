@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
-from embervlm.model.storage import WEIGHTS, read_tensors
+from embervlm.model.storage import WEIGHT_FILES, read_weights
 
 LINES = 5
 """Log lines on each side of the switch that are compared."""
@@ -115,7 +115,7 @@ def check_transition(phase1: Path, phase2: Path, start: Path | None = None) -> T
             for part in out.moved
         }
     start = start or _recorded_start(phase1)
-    if start is None or not (start / WEIGHTS).is_file():
+    if start is None or not any((start / name).is_file() for name in WEIGHT_FILES):
         where = f"{start} is not there" if start is not None else "it is not recorded"
         out.notes.append(
             f"Whether phase 1 left the backbone alone was not checked: it needs the checkpoint that phase 1 started "
@@ -144,8 +144,7 @@ def _check_phases(phase1: Path, phase2: Path) -> None:
 def _weights(checkpoint: Path) -> dict[str, Tensor]:
     if not checkpoint.is_dir():
         raise ConfigError(f"{checkpoint}: no such checkpoint folder")
-    weights: dict[str, Tensor] = read_tensors(checkpoint / WEIGHTS)
-    return weights
+    return read_weights(checkpoint)[1]
 
 
 def _settings(checkpoint: Path) -> dict[str, Any]:

@@ -409,24 +409,41 @@ class EmberVLM(PreTrainedModel):
     # -- files -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> EmberVLM:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *, config: EmberVLMConfig | None = None, dtype: Any = None,
+        device_map: Any = None, revision: str | None = None, **others: Any,
+    ) -> EmberVLM:  # fmt: skip
         """The model in a checkpoint folder (or of a hub id), ready to answer.
 
         Where the checkpoint has been evaluated, its `confidence` is calibrated with what was fitted then.
 
+        Args:
+            config: In place of the checkpoint's own.
+            dtype: Of the weights: a torch type or its name; None and `auto` leave them as they are, float32.
+            device_map: The one device that the model goes to; `auto` is the GPU where there is one.
+            revision: Branch, tag or commit of a hub id.
+            others: Options of the download; anything else that asks for something is an error.
+
         Raises:
             CheckpointError: names the file that is missing, damaged, or of another model size.
+            ConfigError: names an option that is not known.
         """
-        folder = resolve_folder(pretrained_model_name_or_path)
+        dtype, device = _dtype_of(others.pop("torch_dtype", None) if dtype is None else dtype), _device_of(device_map)
+        hub = {name: others.pop(name) for name in _HUB_OPTIONS if name in others}
+        others.pop("trust_remote_code", None)  # nothing here runs any; AutoModel always passes it
+        if wrong := sorted(name for name, value in others.items() if value not in (None, False, {})):
+            known = ", ".join(("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
+            raise ConfigError(f"from_pretrained: {', '.join(wrong)}: not known; there are {known}")
+        folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
-            config = EmberVLMConfig.from_pretrained(str(folder))
+            config = config or EmberVLMConfig.from_pretrained(str(folder))
             model = cls(config)
         except UNREADABLE as error:
             raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
         load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
         model.confidence_temperature = run_dir.read_temperature(folder)
-        return model.eval()
+        return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]
         """Write config, weights and tokenizer under the guide's file names. Not atomic; see `run_dir`."""
@@ -436,6 +453,31 @@ class EmberVLM(PreTrainedModel):
         save_weights(state_dict if state_dict is not None else self.state_dict(), folder, self.config.stage != STAGE3)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def _dtype_of(given: Any) -> torch.dtype:
+    found = {None: torch.float32, "auto": torch.float32}.get(given, given)
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"from_pretrained: dtype {given!r} is no type of weights; name one such as bfloat16")
+    return found
+
+
+def _device_of(given: Any) -> torch.device:
+    if isinstance(given, Mapping) and set(given) == {""}:
+        given = given[""]
+    if given == "auto":
+        given = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device("cpu" if given is None else given)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"from_pretrained: device_map {given!r} is not one device; name one such as cuda:0, or auto"
+        ) from error
 
 
 def _decoding(settings: Mapping[str, Any]) -> Decoding:

@@ -1,4 +1,8 @@
-"""Weights on disk: `pytorch_model.bin` and `reasoning_module.bin`, read with `weights_only=True`."""
+"""Weights on disk: ours in `pytorch_model.bin` and `reasoning_module.bin`, read with `weights_only=True`.
+
+Those of other programs are taken too: as safetensors, in several files with an index, inside a trainer's dictionary,
+and under the names that a wrapper around the model gives them.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embervlm import run_dir
+from embervlm.config import BACKBONE, COMPONENTS
 from embervlm.errors import UserError
 from embervlm.run_dir import closest_path, names_a_path
 
 WEIGHTS = "pytorch_model.bin"
 REASONING_WEIGHTS = "reasoning_module.bin"
 REASONING_PREFIX = "reasoning_module."
+INDEX = ".index.json"
+WEIGHT_FILES = (WEIGHTS, "model.safetensors", WEIGHTS + INDEX, "model.safetensors" + INDEX)
+"""The weights are in the first that is there."""
+_INSIDE = ("model", "state_dict", "model_state_dict", "module")
+"""Where a trainer's dictionary keeps the weights."""
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Of torch.compile, FSDP and activation checkpointing, anywhere in a name."""
+_AROUND = ("module.", "model.")
+"""Of DDP, and of a module around the model; in front of every name."""
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def resolve_folder(name: Any) -> Path:
-    """The local folder of a checkpoint path or hub id."""
+def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
+    """The local folder of a checkpoint path or hub id. `revision` and `hub` are for `snapshot_download`."""
     folder = Path(str(name))
     if folder.is_dir():
+        if revision not in (None, "main"):
+            raise CheckpointError(f"{folder}: is a folder, which has no revision {revision!r}; leave revision out")
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json in it; name a checkpoint folder such as checkpoint-final")
         return folder
@@ -35,7 +52,7 @@ def resolve_folder(name: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name)))
+        return Path(snapshot_download(str(name), revision=revision, **hub))
     except Exception as error:  # the hub client raises a family of unrelated types
         hint = closest_path(folder)
         raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error}){hint}") from error
@@ -72,21 +89,69 @@ def read_tensors(path: Path) -> Any:
         struct.error,
         pickle.UnpicklingError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cut short or tampered with ({reason[:200]}); use another checkpoint") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"{path}: cut short or tampered with ({reason[:200]}); use another checkpoint")
 
 
 def _named_tensors(path: Path) -> dict[str, Tensor]:
-    state = read_tensors(path)
+    """Names as the model has them -> tensors, of one file or of those that an index names."""
+    if path.name.endswith(INDEX):
+        files = run_dir.read_object(path, "weight_map")["weight_map"]
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{path}: its weight_map is no JSON object; use another checkpoint")
+        shards = [_named_tensors(path.with_name(str(name))) for name in sorted(set(map(str, files.values())))]
+        return {key: value for shard in shards for key, value in shard.items()}
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    while isinstance(state, dict) and (
+        inside := [state[name] for name in _INSIDE if isinstance(state.get(name), dict)]
+    ):
+        state = inside[0]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: does not hold named tensors")
+    return _unwrapped(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return found
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without what wrappers have put into the names."""
+    for wrapper in _WRAPPERS:
+        state = {key.replace(wrapper, ""): value for key, value in state.items()}
+    while state and (prefix := next((p for p in _AROUND if all(key.startswith(p) for key in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
-def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[str]) -> None:
-    """Load the weights of `components` from the checkpoint in `folder`, all of them or CheckpointError."""
-    path = folder / WEIGHTS
-    load_state(model, _named_tensors(path), components, path)
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), folder / WEIGHTS)
+    return path, _named_tensors(path)
+
+
+def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[str] | None = None) -> None:
+    """Load the weights of `components` from the checkpoint in `folder`, all of them or CheckpointError.
+
+    None: of the backbone, and of the reasoning module where the checkpoint has one.
+    """
+    path, state = read_weights(folder)
+    if components is None:
+        components = COMPONENTS if any(key.startswith(REASONING_PREFIX) for key in state) else BACKBONE
+    load_state(model, state, components, path)
 
 
 def load_reasoning_module(model: nn.Module, path: Path) -> None:
@@ -98,6 +163,10 @@ def load_reasoning_module(model: nn.Module, path: Path) -> None:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequence[str], path: Path) -> None:
     own = {key: value for key, value in model.state_dict().items() if key.partition(".")[0] in components}
     given = {key: value for key, value in state.items() if key.partition(".")[0] in components}
+    for key in own.keys() - given.keys():  # safetensors hold of tied weights one
+        same = (other for other in given if other in own and own[key].data_ptr() == own[other].data_ptr() != 0)
+        if (tied := next(same, None)) is not None:
+            given[key] = given[tied]
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is not part of the model" for key in given if key not in own]
     problems += [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from embervlm import run_dir
-from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.config import ConfigError, PhaseConfig, TrainConfig, model_preset
 from embervlm.data.augment import augment_cached
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.curriculum import records_of_epochs
@@ -384,9 +384,8 @@ class Run:
         settings = {**model_preset(self.config.model), "stage": stage, "candidates": ROBOTS}
         torch.manual_seed(self.config.seed)
         model = build_model(settings, load_pretrained=False)
-        of_stage4 = (checkpoint / "reasoning_module.bin").exists()
         try:
-            load_checkpoint_into(model, checkpoint, COMPONENTS if of_stage4 else BACKBONE)
+            load_checkpoint_into(model, checkpoint)
         except CheckpointError as error:
             raise ConfigError(f"{error} (this run's preset is {self.config.model!r}; choose with --model)") from error
         model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
