@@ -59,7 +59,7 @@ def evaluation(num_samples: int = 24, **changed: Any) -> dict[str, Any]:
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     return {
         "format": 2, "embervlm_version": "0.1.0", "checkpoint": "outputs/run/stage4/phase2/checkpoint-final",
-        "step": 550, "phase": 2, "split": "test", "num_samples": num_samples,
+        "step": 550, "phase": "phase 2", "split": "test", "num_samples": num_samples,
         "decoding": {"max_reasoning_steps": 10, "temperature": 0.0},
         "backend": {part: {"name": "embedded", "version": "1"} for part in ("similarity", "entailment")},
         "metrics": dict(METRICS),

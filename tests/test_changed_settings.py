@@ -122,6 +122,17 @@ def test_phase_2_of_another_phase_1_is_refused_alone_too(bench: Path, output: Pa
 
 
 @pytest.mark.slow
+def test_a_baseline_that_was_matched_to_another_phase_is_refused_before_that_trains(bench: Path, output: Path) -> None:
+    shutil.copytree(run_dir.phase_dir(output, 2), output / "baseline" / "same_samples")
+    shutil.rmtree(run_dir.phase_dir(output, 2))
+    with pytest.raises(SystemExit) as ended:
+        main(flags(bench, output, "--stages", "4", "baseline"))
+    assert f"{output / 'baseline' / 'same_samples'} is finished" in str(ended.value.code)
+    assert "weights of another phase 2, now trained anew" in str(ended.value.code)
+    assert not run_dir.list_checkpoints(run_dir.phase_dir(output, 2))
+
+
+@pytest.mark.slow
 def test_a_phase_that_goes_on_with_other_settings_says_which(
     bench: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,11 @@ def test_the_page_holds_every_sample_with_its_steps_and_attention(run: Path, rep
         assert data["pictures"][found["picture"]].startswith("data:image/jpeg;base64,")
 
 
+def test_the_pages_header_names_the_phase_once(report: Report) -> None:
+    page = report.index.read_text(encoding="utf-8")
+    assert "phase 2, step 550" in page and "phase phase" not in page
+
+
 def test_the_pages_say_what_the_number_beside_a_step_is_and_how_far_to_trust_it(report: Report, tmp_path: Path) -> None:
     about = "step validator: its probability that the step is valid. Of the model's own steps it tells 91% right"
     for path in (report.index, report.index.parent / "samples" / "failure_cases.html"):

@@ -450,6 +450,10 @@ class Run:
             if phase in (None, number):
                 folder = run_dir.phase_dir(self.output, number)
                 planned.append((f"phase {number}", folder, self._phase_settings(number, None)))
+        if "baseline" in stages:  # matched to both phases; the settings of its own are compared when its turn comes
+            planned += [
+                (f"baseline {name}", self.output / "baseline" / name, {}) for name in ("same_samples", "same_time")
+            ]
         to_train: list[str] = []
         for name, folder, wanted in planned:
             final = run_dir.checkpoint_path(folder, None)
