@@ -82,6 +82,7 @@ def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_
     [
         ({"images": ["1.png", "2.png"]}, "images: holds 2 pictures; a record has one"),
         ({"image": "1.png", "image_path": "2.png"}, "image_path: names another picture than image; keep one"),
+        ({"picture": "9.png"}, "picture: 9.png is not in "),
         ({"photograph": "1.png"}, "photograph: names a picture where none is looked for; call the field image"),
         ({"metadata": {"image": "1.png"}}, "image: names a picture where none is looked for"),
         ({"instruction": "<image>\nWho goes?"}, "instruction: holds <image>, but the record has no picture"),
@@ -145,6 +146,15 @@ def test_nan_and_fields_that_stand_twice_are_refused_with_their_record(tmp_path:
     assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
     with pytest.raises(DataError, match="record r1: metadata: .*not JSON compliant"):
         write_dataset(tmp_path / "out.json", [record(1, score=float("nan"))])
+
+
+def test_scored_chains_hold_no_nan_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "chains.jsonl", tmp_path / "scored.jsonl"
+    chain = {"steps": ["2 + 3 = 5.", "So five."], "answer": "5"}
+    path.write_text(f"{json.dumps(chain)}\n{json.dumps(chain | {'score': float('nan')})}\n")
+    main(["score-chains", str(path), "--output_file", str(out)])
+    assert f"{path} line 2: score: is NaN, which is no JSON" in capsys.readouterr().err
+    assert "NaN" not in out.read_text().replace("is NaN", "")
 
 
 # ---- Parquet

@@ -35,6 +35,7 @@ from embervlm.data.curriculum import complexity_problem
 from embervlm.data.duplicates import find_duplicates
 from embervlm.data.lengths import Limits, too_long
 from embervlm.data.record_fields import unused_fields
+from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import (
     DataError,
     Reading,
@@ -296,7 +297,7 @@ def _parts(problem: str) -> tuple[str, str, str]:
 
 
 def _kind_of(name: str, what: str) -> str:
-    if name == "image":
+    if name.casefold() in PICTURE_NAMES:
         return "picture"
     if name == "answer" and " is not one of " in what:
         return "unknown_answer"

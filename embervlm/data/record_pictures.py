@@ -56,7 +56,11 @@ def read_picture(
             return None
     if name != "image":
         metadata.pop(name, None)
-    return _read_bytes(name, found, rules, report) if isinstance(found, Embedded) else _read_path(found, rules, report)
+    return (
+        _read_bytes(name, found, rules, report)
+        if isinstance(found, Embedded)
+        else _read_path(name, found, rules, report)
+    )
 
 
 def pictures_beside(output_file: Path) -> Path:
@@ -140,7 +144,7 @@ def _read_bytes(name: str, found: Embedded, rules: FieldRules, report: Report) -
         return None
     suffix = _SUFFIX.search(found.name)
     digest = hashlib.blake2b(found.data, digest_size=12).hexdigest()
-    path = Path(rules.unpack_dir) / f"{digest}{suffix[0].lower() if suffix else '.img'}"
+    path = Path(rules.unpack_dir) / f"{digest}.{suffix[1].lower() if suffix else 'img'}"
     with naming_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, found.data)
@@ -155,14 +159,14 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(part, path)
 
 
-def _read_path(image: str, rules: FieldRules, report: Report) -> str | None:
+def _read_path(name: str, image: str, rules: FieldRules, report: Report) -> str | None:
     if len(rules.images) >= MAX_REMEMBERED_IMAGES:
         rules.images.clear()
     if image not in rules.images:
         rules.images[image] = _resolve(image, rules)
     resolved, problem = rules.images[image]
     if problem:
-        report(f"image: {problem}")
+        report(f"{name}: {problem}")
     return resolved
 
 

@@ -69,8 +69,9 @@ def read_lines(path: Path) -> Iterator[ChainLine]:
 
 
 def _broken(problem: str, path: Path) -> ChainLine:
-    line = re.search(r" line (\d+)", problem.removeprefix(str(path)))
-    return ChainLine(int(line[1]) if line else 0, None, problem=problem.removeprefix(f"{path} "))
+    line = re.search(r" (?:line|record) (\d+)", problem.removeprefix(str(path)))
+    text = re.sub(r"^record \d+: ", "", problem.removeprefix(f"{path} "))
+    return ChainLine(int(line[1]) if line else 0, None, problem=text)
 
 
 def read_line(number: int, value: Any) -> ChainLine:
