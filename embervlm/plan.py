@@ -202,7 +202,7 @@ def micro_batch(
     """
     import torch
 
-    from embervlm.data.collate import Batch
+    from embervlm.data.collate import OWN_MISTAKES_RATIO, Batch
     from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS
     from embervlm.data.records import ROBOTS
 
@@ -218,7 +218,9 @@ def micro_batch(
     rows = answered + direct
     length, chain_positions = question_tokens + chain_tokens, chains * chain_tokens
     scored = answered * chain_tokens + direct * ANSWER_TOKENS
-    pairs = max(1, round(2 * chains * phase.validator_records_ratio))
+    asked = chains * phase.validator_records_ratio
+    own = max(1, round(asked * OWN_MISTAKES_RATIO))
+    pairs = max(1, round(2 * asked) - own)
     pair_length = min(
         MAX_PAIR_TOKENS, question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + max(1, chain_tokens // 4)
     )
@@ -227,11 +229,13 @@ def micro_batch(
         "score_index": ids(scored), "answer_index": ids(answered), "candidate_ids": ids(len(ROBOTS), 4),
         "pair_ids": ids(pairs, pair_length), "pair_segments": ids(pairs, pair_length),
         "pair_mask": flags(pairs, pair_length), "pair_record": ids(pairs),
+        "own_record": ids(own), "own_prompt": ids(own) + question_tokens,
+        "own_places": ids(own, 1, 4) + torch.tensor([0, 1, 1, min(length, MAX_PAIR_TOKENS)]),
     }  # fmt: skip
     targets = {
         "labels": ids(scored), "direct": flags(scored), "answers": torch.zeros(answered, len(ROBOTS)),
-        "answers_real": torch.ones(answered, len(ROBOTS)), "valid": torch.zeros(pairs),
-        "valid_weight": torch.ones(pairs),
+        "answers_real": torch.ones(answered, len(ROBOTS)), "valid": torch.zeros(pairs + own),
+        "valid_weight": torch.ones(pairs + own),
     }  # fmt: skip
     if cached_pictures:
         dtype = model.projection.norm.weight.dtype
@@ -243,8 +247,8 @@ def micro_batch(
         inputs["ground_index"] = ids(chain_positions)
         targets["ground"] = flags(chain_positions, model.num_visual_tokens)
     if stage.scheduled_sampling.enabled:
-        own = 1 - stage.scheduled_sampling.final_teacher_forcing
-        inputs["sampled_index"] = 1 + ids(round(chain_positions * own))
+        sampled = 1 - stage.scheduled_sampling.final_teacher_forcing
+        inputs["sampled_index"] = 1 + ids(round(chain_positions * sampled))
     return Batch(inputs=inputs, targets=targets, counts={}, picture_index=ids(rows))
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from embervlm import run_dir
 from embervlm.config import PhaseConfig, TrainConfig, from_mapping
+from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import EpochPlan, Sample, encode_direct, encode_reasoning
 from embervlm.data.images import PictureCache
@@ -109,7 +110,8 @@ def make_data(folder: Path, num_samples: int = 36) -> Path:
 
 def make_tokenizer(records: Sequence[ReasoningRecord], size: int = VOCABULARY) -> ReasoningTokenizer:
     texts = [text for record in records for text in (record.instruction, format_reasoning(record.steps))]
-    return ReasoningTokenizer(train_tokenizer(texts, size))
+    values = {value for found in fact_domains(records).values() for value in found}  # a token each, as in a run
+    return ReasoningTokenizer(train_tokenizer(texts, size, values | set(ROBOTS)))
 
 
 def save_stage3(folder: Path, settings: dict[str, Any], records: Sequence[ReasoningRecord]) -> Path:

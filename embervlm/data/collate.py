@@ -23,6 +23,8 @@ CONTRAST_RATIO = 0.5
 """Share of the chains that are contrasted where no boxes are known: each of them is read twice."""
 CONTRAST_TRIES = 8
 """Records looked at for a picture that a chain does not fit; where all of them are about the same, it has none."""
+OWN_MISTAKES_RATIO = 0.5
+"""Of the records whose steps the validator is asked about: share with the model's own mistake, not a planted one."""
 
 
 @dataclass(kw_only=True)
@@ -206,13 +208,19 @@ class Collator:
         counts["consistency"] = 0.0
         if self.pair_maker is None:
             return
-        pairs = [
-            (row, pair)
-            for row, (sample, rng) in enumerate(zip(samples, rngs))
-            if sample.step_spans and rng.random() < self.pair_records_ratio
-            for pair in self.pair_maker.pairs(sample, rng)
-        ]
-        counts["consistency"] = float(len(pairs))
+        pairs: list[tuple[int, StepPair]] = []
+        own: list[tuple[int, list[tuple[int, int, int]]]] = []
+        for row, (sample, rng) in enumerate(zip(samples, rngs)):
+            if not sample.step_spans or rng.random() >= self.pair_records_ratio:
+                continue
+            drawn = self.pair_maker.pairs(sample, rng)
+            if rng.random() < OWN_MISTAKES_RATIO and (
+                places := self.pair_maker.value_places(sample, self.max_pair_tokens)
+            ):
+                own.append((row, places))
+                drawn = drawn[:1]
+            pairs += [(row, pair) for pair in drawn]
+        counts["consistency"] = float(len(pairs) + len(own))
         targets["valid_weight"] = torch.ones(len(pairs))
         if not pairs:
             pairs = [(0, StepPair(kind="valid", previous=[], step=samples[0].prompt))]
@@ -221,6 +229,28 @@ class Collator:
         inputs |= validator_inputs(texts, self.max_pair_tokens)
         inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
+        if self.pair_maker.knows_facts:
+            self._ask_of_own(own, samples, inputs, targets)
+
+    @staticmethod
+    def _ask_of_own(
+        own: Sequence[tuple[int, list[tuple[int, int, int]]]], samples: Sequence[Sample], inputs: dict[str, Any],
+        targets: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """The chains whose likeliest mistakes the validator is asked about, behind the pairs."""
+        scored_from = [max(1, len(sample.prompt) + sample.num_given) for sample in samples]
+        scored = [len(sample) - start for sample, start in zip(samples, scored_from)]
+        first = [sum(scored[:row]) - scored_from[row] for row in range(len(samples))]
+        weight = float(bool(own))
+        own = own or [(0, [(scored_from[0], scored_from[0], scored_from[0] + 1)])]  # every process runs every part
+        most = max(len(places) for _, places in own)
+        inputs["own_record"] = torch.tensor([row for row, _ in own])
+        inputs["own_prompt"] = torch.tensor([len(samples[row].prompt) for row, _ in own])
+        inputs["own_places"] = torch.tensor([
+            [(first[row] + at, at, start, end) for at, start, end in (places * most)[:most]] for row, places in own
+        ])  # fmt: skip
+        targets["valid"] = torch.cat([targets["valid"], torch.zeros(len(own))])
+        targets["valid_weight"] = torch.cat([targets["valid_weight"], torch.full((len(own),), weight)])
 
     def _contrasted(
         self, samples: Sequence[Sample], rows: Sequence[int], step: int, places: Sequence[int]

@@ -116,6 +116,33 @@ class PairMaker:
                     break
         return pairs
 
+    @property
+    def knows_facts(self) -> bool:
+        """Whether any record says what is true, so that a value can be known to be wrong."""
+        return bool(self._domains)
+
+    def value_places(self, sample: Sample, limit: int = MAX_PAIR_TOKENS) -> list[tuple[int, int, int]]:
+        """Of each known value that the chain states: its first token, and the first and one-past-last of its step.
+
+        The step begins with the token that opens it. Steps for which something is cut off (`fit_pair`) are left out.
+        """
+        record = self._records[sample.record]
+        facts = record.metadata.get("facts") or {}
+        texts, conclusion = step_texts(record)
+        out = []
+        for text, (start, end) in zip((*texts, *([] if conclusion is None else [conclusion])), sample.step_spans):
+            whole = [*sample.prompt, *sample.target]
+            read = (sample.prompt, whole[len(sample.prompt) : start - 1], whole[start - 1 : end])
+            if fit_pair(*read, limit) != read:
+                continue
+            ids = whole[start:end]
+            for name, value in facts.items():
+                at = text.casefold().find(f"{name} is {value}".casefold())
+                before = self._tokenizer.encode(" " + text[: at + len(name) + len(" is")]) if at >= 0 else ids
+                if before == ids[: len(before)] and len(before) < len(ids):  # no token reaches into the value
+                    out.append((start + len(before), start - 1, end))
+        return out
+
     def _negative(
         self, kind: str, sample: Sample, steps: list[list[int]], index: int, rng: random.Random
     ) -> StepPair | None:

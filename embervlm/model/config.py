@@ -25,6 +25,7 @@ class EmberVLMConfig(PretrainedConfig):
         projection_hidden_size: Hidden width of the two-layer projection.
         reasoning_width, reasoning_ffn, reasoning_layers, reasoning_heads: Shape of the reasoning head.
         validator_width, validator_ffn, validator_layers, validator_heads: Shape of the step validator.
+        surprise_by_magnitude: The step validator reads the logarithm of its surprises; False in files of older models.
         candidates: Answers that are scored where the caller names none.
         longest_chain_steps, longest_chain_tokens, longest_answer_tokens: What the training data needed: steps of the
             longest chain with its conclusion, tokens of a chain with its answer, tokens of an answer without a chain.
@@ -51,6 +52,7 @@ class EmberVLMConfig(PretrainedConfig):
         validator_ffn: int = 128,
         validator_layers: int = 2,
         validator_heads: int = 4,
+        surprise_by_magnitude: bool = False,
         candidates: tuple[str, ...] = (),
         longest_chain_steps: int | None = None,
         longest_chain_tokens: int | None = None,
@@ -73,6 +75,7 @@ class EmberVLMConfig(PretrainedConfig):
         self.validator_ffn = validator_ffn
         self.validator_layers = validator_layers
         self.validator_heads = validator_heads
+        self.surprise_by_magnitude = surprise_by_magnitude
         self.candidates = list(candidates)
         self.longest_chain_steps = longest_chain_steps
         self.longest_chain_tokens = longest_chain_tokens

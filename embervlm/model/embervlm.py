@@ -20,6 +20,7 @@ from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.errors import UNREADABLE
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder, with_built_config
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
+from embervlm.model.own_mistakes import own_mistakes, together
 from embervlm.model.reasoning import ReasoningModule, StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
 
@@ -221,6 +222,9 @@ class EmberVLM(PreTrainedModel):
         pair_segments: Tensor | None = None,
         pair_mask: Tensor | None = None,
         pair_record: Tensor | None = None,
+        own_record: Tensor | None = None,
+        own_prompt: Tensor | None = None,
+        own_places: Tensor | None = None,
         ground_index: Tensor | None = None,
         sampled_index: Tensor | None = None,
         repeated: Tensor | None = None,
@@ -235,6 +239,8 @@ class EmberVLM(PreTrainedModel):
             score_index: `[scored]`, positions whose next token is scored.
             answer_index: `[records]`, where the answer head reads; `candidate_ids`: `[(records,) candidates, length]`.
             pair_ids, pair_segments, pair_mask: `[pairs, length]`, what the validator reads; `pair_record` `[pairs]`.
+            own_record, own_prompt, own_places: chains of which the validator also reads the model's own mistakes,
+                behind the pairs; see `own_mistakes`.
             ground_index: `[grounded]`, tokens whose attention is supervised.
             sampled_index: `[sampled]`, inputs that are replaced by the model's own predictions (scheduled sampling;
                 Bengio et al. 2015, in two parallel passes after Mihaylova and Martins 2019).
@@ -245,6 +251,7 @@ class EmberVLM(PreTrainedModel):
             if pictures is None:
                 raise ValueError("give pictures or visual")
             visual = self.see(self.normalise(pictures))
+        gold_ids = input_ids
         if sampled_index is not None:
             input_ids = self._sample_inputs(visual, image_mask, input_ids, text_mask, sampled_index)
             if repeated is not None and len(repeated):
@@ -266,10 +273,17 @@ class EmberVLM(PreTrainedModel):
                 image_mask.index_select(0, record), self.candidate_embeddings(candidate_ids),
             )  # fmt: skip
         if pair_ids is not None and pair_record is not None and pair_segments is not None and pair_mask is not None:
-            out.validator_logits = self.judge_steps(
-                visual.index_select(0, pair_record), image_mask.index_select(0, pair_record), pair_ids, pair_segments,
-                pair_mask,
-            )  # fmt: skip
+            pairs = {
+                "pair_ids": pair_ids, "pair_segments": pair_segments, "pair_mask": pair_mask,
+                "pair_record": pair_record,
+            }  # fmt: skip
+            if own_record is not None and own_prompt is not None and own_places is not None:
+                assert out.token_logits is not None
+                pairs = together(pairs, own_mistakes(
+                    self, visual, image_mask, gold_ids, out.token_logits, own_record, own_prompt, own_places
+                ))  # fmt: skip
+            of = pairs.pop("pair_record")
+            out.validator_logits = self.judge_steps(visual.index_select(0, of), image_mask.index_select(0, of), **pairs)
         if ground_index is not None and attention is not None:
             out.grounding_attention = attention.flatten(0, 1).index_select(0, ground_index)
         return out
@@ -305,7 +319,7 @@ class EmberVLM(PreTrainedModel):
         hidden = self.read(visual, image_mask, input_ids, text_mask)
         hidden, _ = self.refine(hidden, input_ids, visual, image_mask)
         self.train(was_training)
-        scores = self.token_logits(hidden.flatten(0, 1).index_select(0, sampled_index - 1))
+        scores = self.token_logits(hidden.flatten(0, 1).index_select(0, (sampled_index - 1).clamp_min(0)))
         own = scores[:, : self._base_vocab_size].argmax(-1)  # the chain's structure stays gold
         return input_ids.flatten().index_copy(0, sampled_index, own).view_as(input_ids)
 
@@ -491,7 +505,7 @@ def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) ->
     known = set(EmberVLMConfig.__init__.__code__.co_varnames)
     if wrong := sorted(set(settings) - known):
         raise ConfigError(f"model: unknown keys {wrong}")
-    return EmberVLM(EmberVLMConfig(**settings), load_pretrained=load_pretrained)
+    return EmberVLM(EmberVLMConfig(**{"surprise_by_magnitude": True, **settings}), load_pretrained=load_pretrained)
 
 
 AutoConfig.register("embervlm", EmberVLMConfig)

@@ -128,12 +128,16 @@ class StepValidator(nn.Module):
 
     MAX_LENGTH = MAX_PAIR_TOKENS
     SEGMENTS = PAIR_SEGMENTS
+    SMALLEST_SURPRISE = 0.01
+    """In nats. The validator reads surprise by its order of magnitude from here on: what the model says of itself while
+    it hesitates lies below one nat, what somebody plants far above."""
 
     def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
         super().__init__()
         width = config.validator_width
         self.input = nn.Linear(hidden_size, width)
         self.surprise = nn.Linear(1, width)
+        self.surprise_by_magnitude = config.surprise_by_magnitude
         self.segment = nn.Embedding(len(self.SEGMENTS), width)
         self.position = nn.Embedding(self.MAX_LENGTH, width)
         self.visual_position = nn.Embedding(num_visual_tokens, width)
@@ -167,6 +171,8 @@ class StepValidator(nn.Module):
         seen = torch.arange(num_visual, device=text.device)
         where = torch.cat([self.visual_position(seen), self.position(places)])
         states = self.input(states) + self.segment(kinds) + where
+        if self.surprise_by_magnitude:
+            surprise = torch.log1p(surprise / self.SMALLEST_SURPRISE)
         unexpected = self.surprise(surprise.to(states.dtype)[..., None])
         states = states + torch.cat([torch.zeros_like(states[:, :num_visual]), unexpected], dim=1)
         visible = torch.cat([visual_mask[:, None].expand(pairs, num_visual), mask], dim=1)[:, None, None, :]
