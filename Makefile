@@ -4,15 +4,16 @@ BIN := $(VENV)/bin
 
 .PHONY: install install-slurm install-browser quickstart smoke lint test test-fast clean
 
+# The environment is made anew where pip does not start: an install that was interrupted leaves a python without it.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "python3 has no venv: sudo apt-get install python3-venv python3-dev gcc"; exit 1; }
-	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first and alone: another package's range would take the newest build with its CUDA packages
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # For the tests, which start and stop a Slurm of their own; without root they say why they are skipped.

@@ -15,7 +15,7 @@ from embervlm.errors import UserError, told_in_one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("embervlm", "scripts", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-INTERNAL = {"Preempted", "NoData", "Rejected", "_Unanswered", "_Malformed"}
+INTERNAL = {"PathError", "Preempted", "NoData", "Rejected", "_Unanswered", "_Malformed"}
 """Caught by our own code: no user sees them."""
 
 
@@ -61,7 +61,7 @@ def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
         ["-m", "embervlm.cli", "select-best", "--checkpoints_dir", "none"],
         ["launch/train.py", "--config", "none.yaml"],
         ["launch/submit.py", "--cluster", "none.yaml"],
-        ["-m", "embervlm.slurm", "options", "--cluster", "none.yaml"],
+        ["-m", "embervlm.slurm", "output_dir", "--config", "none.yaml"],
         ["-m", "embervlm.select_best", "--checkpoints_dir", "none"],
         ["scripts/evaluate.py", "--checkpoint", "none", "--output_file", "none.json"],
     ],
