@@ -66,6 +66,8 @@ CASES: list[dict[str, Any]] = [
       for name, engine in SHARDED.items()),
     *({"name": f"boxless_{name}", "phase": PHASE2, "steps": 2, "boxes": False, **engine}
       for name, engine in SHARDED.items()),
+    *({"name": f"norms_{name}", "phase": PHASE2, "vision": BATCH_NORM_VISION, "precision": "bf16", "steps": 1, **engine}
+      for name, engine in SHARDED.items()),
     *({"name": f"fp16_{name}", "phase": PHASE2, "steps": STEPS, "precision": "fp16", "overflow_on_rank": 1,
        "good_steps": 2007 if name.startswith("zero") else 7, **engine} for name, engine in SHARDED.items()),
     *({"name": f"{gradient}_{precision}_{name}", "phase": PHASE2, "precision": precision, "overflow_on_rank": 1,
@@ -288,6 +290,20 @@ def test_chains_without_boxes_are_contrasted_alike_on_every_engine(
     for terms, wanted in zip(seen[f"boxless_{name}"][1]["terms"], alone["terms"], strict=True):
         assert terms == pytest.approx(wanted, rel=1e-4)
     assert_same_weights(seen[f"boxless_{name}"][0]["after"], alone["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_backbone_with_running_statistics_trains_in_bf16_on_every_engine(
+    name: str, data: Path, seen: dict[str, list[Any]]
+) -> None:
+    """Engines round its weights and not its statistics, which batch norm does not take together."""
+    case = {"name": "norms", "phase": PHASE2, "vision": BATCH_NORM_VISION, "steps": 1, "engine": "torch"}
+    alone = run_case(case, data, ALONE)
+    found = seen[f"norms_{name}"][0]
+    assert found["terms"][0] == pytest.approx(alone["terms"][0], rel=0.03)
+    moved = {key for key, value in found["before"].items() if not torch.equal(value, found["after"][key])}
+    assert any("running_mean" in key for key in moved)
 
 
 @pytest.mark.slow

@@ -115,6 +115,24 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
             raise ConfigError(f"{part}: {config.model_type} is no {wanted} ({_first_line(error)[:200]})") from error
 
 
+class _BatchNorm2d(nn.BatchNorm2d):
+    """Takes its weights as wide as its statistics: engines round the one and not the other, which torch refuses."""
+
+    @classmethod
+    def put_into(cls, backbone: nn.Module) -> None:
+        for module in backbone.modules():
+            if type(module) is nn.BatchNorm2d and module.affine and module.running_mean is not None and module.momentum:
+                module.__class__ = cls
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None and self.momentum is not None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(input, mean, variance, weight, bias, self.training, self.momentum, self.eps)
+
+
 class VisionEncoder(nn.Module):
     """Any Hugging Face vision backbone as `[batch, num_visual_tokens, vision_dim]`."""
 
@@ -125,6 +143,7 @@ class VisionEncoder(nn.Module):
         self.backbone = _build("vision", AutoModel, config.vision, load_weights)
         if "add_pooling_layer" in inspect.signature(type(self.backbone).__init__).parameters:
             self.backbone.pooler = None  # its output is not used, so its weights would never learn
+        _BatchNorm2d.put_into(self.backbone)
         self._wanted_tokens = config.num_visual_tokens
         was_training = self.backbone.training
         self.backbone.eval()
