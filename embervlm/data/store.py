@@ -26,7 +26,7 @@ from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, tex
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""
@@ -64,6 +64,12 @@ class RecordStore:
         counts: dict[str, int] = read_object(self.folder / "store.json")["unused"]
         return counts
 
+    @property
+    def answer_kinds(self) -> dict[str, int]:
+        """Records by what their answer is: `robots`, `own` candidates, or `open`."""
+        counts: dict[str, int] = read_object(self.folder / "store.json")["answer_kinds"]
+        return counts
+
     def column(self, name: str) -> np.ndarray:
         """A value for each record, read anew: the whole column is seldom needed, and then for a moment."""
         values: np.ndarray = np.load(self.folder / f"{name}.npy")
@@ -85,6 +91,12 @@ class RecordStore:
 
     def all(self) -> RecordView:
         return RecordView(self, np.arange(len(self), dtype=np.int32))
+
+
+def answer_kind(record: ReasoningRecord) -> str:
+    """`robots`, `own` candidates, or `open`."""
+    own = record.metadata.get("candidates")
+    return "robots" if own is None else "own" if own else "open"
 
 
 class RecordView(Sequence[ReasoningRecord]):
@@ -289,7 +301,7 @@ def _write(
     """
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
-    ids = array("Q")
+    ids, answer_kinds = array("Q"), Counter[str]()
     with (
         naming_unwritten(folder / "records.jsonl"),
         open(folder / "records.jsonl", "wb") as file,
@@ -298,6 +310,7 @@ def _write(
         for source, number, record in records(problems, unused):
             bar.update()
             unused.update(unused_fields(record.metadata))
+            answer_kinds[answer_kind(record)] += 1
             ids.append(text_hash(record.record_id))
             try:
                 line = json.dumps(record.__dict__, allow_nan=False).encode() + b"\n"
@@ -325,7 +338,8 @@ def _write(
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(PicturePaths(store))
-        write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures, "unused": unused})
+        about = {"format": STORE_FORMAT, "pictures": pictures, "unused": unused, "answer_kinds": answer_kinds}
+        write_json_atomic(folder / "store.json", about)
 
 
 def _repeated_ids(

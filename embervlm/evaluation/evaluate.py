@@ -108,6 +108,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
             raise ConfigError(f"--num_samples {self.num_samples}: there is nothing to evaluate; give at least 1")
+        if self.decoding.candidates:
+            raise ConfigError("decoding.candidates: an evaluation takes each record's own; write them into the records")
         if self.explained < 0:
             raise ConfigError(f"--explain_samples {self.explained}: give 0 or more")
         if self.faithfulness_samples < 0:
@@ -288,7 +290,7 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Model output for a batch of records."""
     visual, seen = see(model, pictures, records)
-    own = [record.metadata.get("candidates") for record in records]
+    own = [record.candidates for record in records]
     return generate_from_visual(model, visual, seen, [record.instruction for record in records], decoding, own)
 
 

@@ -232,7 +232,7 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
                 out[place] = answer
             return out
     records = [probe.record for probe in probes]
-    own = [record.metadata.get("candidates") for record in records]
+    own = [record.candidates for record in records]
     visual, seen = see(model, records)
     texts = [record.instruction for record in records]
     results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)

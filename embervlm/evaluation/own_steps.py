@@ -54,7 +54,7 @@ class OwnSteps:
             def ask(model: EmberVLM) -> dict[str, Any]:
                 visual, seen = see(model, records)
                 asked = [record.instruction for record in records]
-                own = [record.metadata.get("candidates") for record in records]
+                own = [record.candidates for record in records]
                 found = generate_from_visual(model, visual, seen, asked, settings, own)
                 out = {}
                 for name, chains in (("greedy", greedy), ("drawn", found)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,8 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     )
     if world.rank == 0 and (unused := told_unused(store.unused)):
         print(f"{path}: {unused}")
+    if world.rank == 0 and (told := told_answers(store.answer_kinds)):
+        print(f"{path}: {told}")
     train, val = store.split("train"), store.split("val")
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
@@ -107,6 +109,28 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
         train=train[: num_given or None], val=val, test=store.split("test"), pictures=pictures, reasoning=reasoning,
         epochs=epochs,
     )  # fmt: skip
+
+
+def told_answers(kinds: Mapping[str, int]) -> str:
+    """What the answers are chosen from; "" where it is the robots everywhere."""
+    spelled = {
+        "robots": "choose among the five robots", "own": "among candidates of their own (metadata.candidates)",
+        "open": "are free text, which the answer head has no part in",
+    }  # fmt: skip
+    found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
+    return f"answers: {', '.join(found)}" if set(kinds) - {"robots"} else ""
+
+
+def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
+    """The preset's settings; ConfigError where it names answers, which come from the records."""
+    settings = model_preset(config.model)
+    own = tuple(settings.get("candidates") or ROBOTS)
+    if own != ROBOTS:
+        raise ConfigError(
+            f"model {config.model}: candidates: {', '.join(own)[:200]} would not be used: a run takes its answers from "
+            "the records. Write them into each record's metadata.candidates, and take the key out of the preset"
+        )
+    return {**settings, "stage": stage, "candidates": ROBOTS}
 
 
 def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
@@ -150,9 +174,9 @@ class Run:
         wanted = self._stage3_settings()
         if (done := self._finished(folder, wanted)) is not None:
             return done
-        settings = model_preset(config.model)
+        settings = model_settings(config, STAGE3)
         torch.manual_seed(config.seed)
-        model = build_model({**settings, "stage": STAGE3, "candidates": ROBOTS})
+        model = build_model(settings)
         data = self._load_data(model)
         model.attach_tokenizer(self._tokenizer(settings, model, data.reasoning))
         labels = DenseLabels(data.train, model.vision_encoder.grid)
@@ -381,7 +405,8 @@ class Run:
             raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
         if (checkpoint / "COMPLETE").is_file():
             run_dir.verify_checkpoint(checkpoint)
-        settings = {**model_preset(self.config.model), "stage": stage, "candidates": ROBOTS}
+        settings = model_settings(self.config, stage)
+        self._say_what_was_chosen_from(checkpoint)
         torch.manual_seed(self.config.seed)
         model = build_model(settings, load_pretrained=False)
         try:
@@ -390,6 +415,15 @@ class Run:
             raise ConfigError(f"{error} (this run's preset is {self.config.model!r}; choose with --model)") from error
         model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
         return model
+
+    def _say_what_was_chosen_from(self, checkpoint: Path) -> None:
+        config = checkpoint / "config.json"
+        own = tuple(run_dir.read_object(config).get("candidates") or ROBOTS) if config.exists() else ROBOTS
+        if own != ROBOTS and self.world.rank == 0:
+            print(
+                f"{checkpoint}: its answers ({', '.join(map(str, own))[:200]}) are not taken over: this run's come "
+                "from each record's metadata.candidates, else they are the five robots"
+            )
 
     def _collator(self, model: EmberVLM, data: RunData, **options: Any) -> Collator:
         dense, records = options.pop("dense", None), options.pop("records", data.train)

@@ -1,0 +1,61 @@
+"""What answers are chosen from comes from the records; whatever says otherwise is refused or told, never overruled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_helpers import CPU, TINY, make_tokenizer, write_model_yaml
+
+from embervlm.config import ConfigError, TrainConfig
+from embervlm.data.records import ROBOTS
+from embervlm.data.store import prepare
+from embervlm.evaluation.evaluate import Evaluation
+from embervlm.model.embervlm import build_model
+from embervlm.model.generation import Decoding
+from embervlm.training.engine import World
+from embervlm.training.phases import Run, model_settings, told_answers
+
+
+def test_a_preset_that_names_answers_is_refused_with_the_place_for_them(tmp_path):
+    preset = write_model_yaml(tmp_path, candidates=["Yes", "No"])
+    with pytest.raises(ConfigError, match=r"tiny.yaml: candidates: Yes, No would not be used: .*metadata.candidates"):
+        model_settings(TrainConfig(model=str(preset)), 4)
+    same = write_model_yaml(tmp_path, candidates=list(ROBOTS))
+    assert model_settings(TrainConfig(model=str(same)), 3)["candidates"] == ROBOTS
+
+
+@pytest.mark.parametrize(("own", "told"), [(("Yes", "No"), True), (ROBOTS, False), ((), False)])
+def test_a_run_says_that_it_does_not_take_over_the_answers_of_the_checkpoint(tmp_path, records, capsys, own, told):
+    model = build_model({**TINY, "stage": 3, "candidates": own}, load_pretrained=False)
+    model.attach_tokenizer(make_tokenizer(records))
+    model.save_pretrained(tmp_path / "start")
+    config = TrainConfig(model=str(write_model_yaml(tmp_path)), output_dir=str(tmp_path / "out"))
+    started = Run(config, World(0, 1, CPU))._start_from(tmp_path / "start", 4)
+    assert ("its answers (Yes, No) are not taken over" in capsys.readouterr().out) is told
+    assert tuple(started.config.candidates) == ROBOTS
+
+
+def test_a_start_counts_the_records_by_what_their_answers_are_chosen_from(tmp_path):
+    chain = "Step 1: Look.\nStep 2: Count.\nConclusion: So it is."
+    kinds = [("Drone", None), ("Yes", ["Yes", "No"]), ("three", []), ("four", ["four"])]
+    values = [
+        {"instruction": f"Question {n}?", "reasoning": chain, "answer": answer}
+        | ({} if own is None else {"metadata": {"candidates": own}})
+        for n, (answer, own) in enumerate(kinds)
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(values))
+    store = prepare(path, tmp_path / "cache")
+    assert store.answer_kinds == {"robots": 1, "own": 1, "open": 2}
+    assert told_answers(store.answer_kinds) == (
+        "answers: 1 records choose among the five robots, 1 records among candidates of their own "
+        "(metadata.candidates), 2 records are free text, which the answer head has no part in"
+    )
+    assert told_answers({"robots": 7}) == ""
+
+
+def test_an_evaluation_refuses_answers_that_would_not_be_the_records_own():
+    with pytest.raises(ConfigError, match="an evaluation takes each record's own"):
+        Evaluation(checkpoint=Path("c"), decoding=Decoding(candidates=("Yes", "No")))
