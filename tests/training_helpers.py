@@ -86,7 +86,8 @@ def write_run_yaml(folder: Path, model: Path | str, data: Path, **changes: Any) 
     values: dict[str, Any] = {
         "model": str(model), "output_dir": str(folder / "outputs"), "reasoning_data": str(data), "precision": "fp32",
         "log_steps": 1, "keep_last": 9, "sample_records": 1, "stage3_batch_size": 4, "stage3": dict(STAGE3),
-        "stage4": {"batch_size": 4, "phase1": dict(PHASE1), "phase2": dict(PHASE2), "max_reasoning_length": 400},
+        "stage4": {"batch_size": 4, "phase1": dict(PHASE1), "phase2": dict(PHASE2), "max_reasoning_length": 400,
+                   "scheduled_sampling": {"enabled": True}},
     }  # fmt: skip
     for key, value in changes.items():
         at = values

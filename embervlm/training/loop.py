@@ -98,10 +98,10 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
-    elif world.rank == 0 and (warmup := shortened_warmup(job.phase.warmup_steps, total)) != job.phase.warmup_steps:
+    elif world.rank == 0 and shortened_warmup(job.phase.warmup_steps, total) < job.phase.warmup_steps:
         print(
             f"{job.name}: warmup_steps {job.phase.warmup_steps} would be all of its {total} steps; the rate warms up "
-            f"over a tenth of them, {warmup:g}"
+            "over a tenth of them instead"
         )
     settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config), "trained_with": job.trained_with}
     tracker = Tracker(
