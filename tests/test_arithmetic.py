@@ -22,6 +22,10 @@ half of 6 + 4 = 7|9 + 5 = 2 pm|2 dozen + 3 = 27|50 cents + 50 cents = $1|3:30 + 
 5 + 3 = 9 is wrong|50 + 20% = 60|7 = 3 + 4|2 km + 500 m = 2500 m|$5k + 3 = 8|1,5 + 1,5 = 3|5 + 3 = 8 - x|3 * 20 = 1 hour
 11/3 = 3 remainder 2|66.7% = 2/3|**5 + 3 = 8**|(5 + 3 = 8)|-5 * -3 = 15|3 + 4 = 7 - so he has 7|f(3) = 9 + 1|5 != 3 + 1
 3 / 0 = 4|2 ** 9999999 = 3|((((5 + 3 = 8|5 + = 3|= = =|$ = %|A4 + 3 = 9|Page 7 + 2 = 4
+3 tens + 4 ones = 34|5! = 120, 3! + 1 = 7|log(100) + 1 = 3|2 * 45 = 90 minutes = 1 hour 30 minutes|3 + 4i + 2 = 5 + 4i
+36 inches / 12 = 3 feet|17 / 4 = 4.25|10% of the 50 students = 5 students|12 pm + 3 hours = 3 pm
+1.2 million + 0.3 million = 1.5|20 - 3 * 4 = 20 - 12 = 8 left|1st + 2nd = 3 + 5 = 8
+It works 8 hours/day * 5 days/week = 40 hours/week.
 """
 WRONG = """
 5 + 3 = 9|$1,200 + $300 = $1,600|20% of 50 = 15|15 / 60 = 30%|3 * 4 = 10 + 3 = 12|1/2 + 1/4 = 2/4|5² + 12² = 14²

@@ -39,9 +39,9 @@ _OPERATORS = {
 _PARTS = frozenset(("num", "cur", "pct", "op", "square", "root", "open", "close"))
 _MOST_UNIT_WORDS = 4
 _NO_UNIT = frozenset(
-    """of and or than more less fewer is are was were if so then by times plus minus to at not half twice double triple
-    dozen hundred thousand million billion quarter third squared cubed over equal each a an the he she it they we you i
-    which that this but because when while""".split()
+    """of and or than more less fewer is are was were if so then by times plus minus to at not half twice double
+    triple dozen hundred thousand million billion tens ones hundreds thousands quarter third squared cubed over
+    equal each a an the he she it they we you i which that this but because when while""".split()
 )
 """Words that make of a number something else than an amount of a thing."""
 _HALF_SAID = frozenset("times plus minus half twice double triple third quarter squared over percent".split())
@@ -171,6 +171,16 @@ def _left_of(tokens: Sequence[Token], end: int) -> Side | None:
             return None
     if before is not None and before.kind == "bad":
         return None
+    opens = tokens[start] if start < end else None
+    if (
+        opens is not None
+        and opens.kind == "op"
+        and (opens.text != "-" or (before is not None and before.text in "!\u00b0"))
+    ):
+        return None  # "3! + 1"
+    if opens is not None and opens.kind == "open" and before is not None and before.end == opens.start:
+        if before.kind == "word":
+            return None  # "log(100)"
     side = _side(tokens, start, end)
     if side is not None and not side.calculates and before is not None and before.kind in ("word", "bad"):
         return None  # "day 3 = ..."
