@@ -99,7 +99,7 @@ def drive(
 
 @pytest.fixture(scope="module")
 def seen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return drive(data, CASES, tmp_path_factory.mktemp("cases"))
+    return drive(data, CASES, tmp_path_factory.mktemp("cases"), timeout_s=800)
 
 
 @pytest.fixture(scope="module")
