@@ -69,7 +69,7 @@ class Owner:
         """Whether this owner has ended, as far as `other`, which would follow it, can tell; None: it cannot."""
         if self.machine == other.machine and self.host == other.host:
             status = process_status(self.pid)
-            return status is None or status.started != self.process
+            return status is None or (bool(status.started) and status.started != self.process)
         if self.job and self.job == other.job and self.restarts != other.restarts:
             return True  # Slurm requeues no job that still runs
         return None

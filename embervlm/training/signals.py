@@ -32,7 +32,7 @@ class ProcessStatus:
 
     parent: int
     started: str
-    """Tells it from one that gets the same pid later."""
+    """Tells it from one that gets the same pid later; empty where the system does not say."""
 
 
 def process_status(pid: int) -> ProcessStatus | None:
@@ -47,8 +47,8 @@ def process_status(pid: int) -> ProcessStatus | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
-        pass
+    except PermissionError:  # of another user, whose processes some systems hide
+        return ProcessStatus(parent=0, started="")
     return None if Path("/proc/self").exists() else ProcessStatus(parent=0, started="")
 
 
