@@ -8,6 +8,7 @@ from torch import distributed
 
 from embervlm.data.records import DataError
 from embervlm.data.store import prepare
+from embervlm.errors import UserError
 from embervlm.training.engine import World
 from embervlm.training.phases import first_on_rank_0
 
@@ -26,12 +27,19 @@ def prepare_on(rank, folder):
         except DataError as error:
             seen.append(str(error))
     (folder / str(rank)).write_text("\n".join(seen))
+    try:
+        path = folder / ("gone.jsonl" if rank == 2 else "good.jsonl")
+        first_on_rank_0(world, partial(prepare, path, folder / f"cache-{rank}"))
+    except UserError as error:
+        (folder / "alone").write_text(f"{error.is_of_one_process} {error}")
     distributed.destroy_process_group()
 
 
-def test_the_first_process_prepares_the_others_open_it_and_all_hear_of_bad_records(tmp_path):
+def test_the_first_process_prepares_the_others_open_it_and_errors_are_said_by_who_has_to(tmp_path):
     (tmp_path / "good.jsonl").write_text(GOOD * 300)
     (tmp_path / "bad.jsonl").write_text(GOOD + GOOD.replace("Drone", "Boat"))
     torch.multiprocessing.spawn(prepare_on, (tmp_path,), nprocs=3)
     first, *others = ((tmp_path / str(rank)).read_text() for rank in range(3))
     assert others == [first, first] and first.startswith("300 ") and 'record 2: answer "Boat" is not one of' in first
+    alone = (tmp_path / "alone").read_text()  # what one node does not see is said by that process, and not by the first
+    assert alone.startswith("True process 2 on ") and "gone.jsonl" in alone

@@ -21,6 +21,7 @@ from embervlm.data.checking import (
     check_file,
     problem_counts,
 )
+from embervlm.data.record_fields import told_unused
 from embervlm.data.splits import SPLITS
 
 REPORT_FORMAT = 1
@@ -50,6 +51,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "num_with_findings": len({problem.number for problem in data.problems} - {0}),
         "num_text_only": sum(record.image is None for record in data.records),
         "unused": dict(data.unused.most_common()),
+        "unused_in_words": told_unused(data.unused),
         "distinct": {
             "pictures": len(set(data.pictures.values())),
             "instructions": len({record.instruction for record in data.records}),

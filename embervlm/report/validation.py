@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from embervlm.config import ConfigError
-from embervlm.data.record_fields import told_unused
 from embervlm.run_dir import write_json_atomic, write_text_atomic
 
 THUMBNAIL_PIXELS = 176
@@ -80,8 +79,8 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{about['count']:>8,}  {about['title']}" + ("  [stops training]" if about["stops_training"] else "")
         for about in report["kinds"].values()
     ]
-    if unused := told_unused(report["unused"]):
-        lines.append(unused)
+    if report["unused_in_words"]:
+        lines.append(report["unused_in_words"])
     return "\n".join([*lines, verdict(report)])
 
 

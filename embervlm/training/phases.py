@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -155,7 +156,17 @@ def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
         done, error = world.broadcast(None)
     if error is not None:
         raise error
-    return prepared()
+    try:
+        return prepared()
+    except UserError as own:  # process 0 had no trouble: a file that this node does not see, say
+        raise _of_this_process(own, world.rank) from own
+
+
+def _of_this_process(error: UserError, rank: int) -> UserError:
+    """`error` as one that this process alone meets, and therefore says."""
+    told = UserError(f"process {rank} on {socket.gethostname()} alone: {error}")
+    told.is_of_one_process = True
+    return told
 
 
 class Run:
