@@ -171,7 +171,7 @@ def test_the_script_evaluates_what_stands_behind_the_dashes_and_phase_2_without(
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
     inside = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1",
-              "EMBERVLM_VENV": "/nowhere", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}  # fmt: skip
+              "EMBERVLM_VENV": str(BIN.parent), "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}  # fmt: skip
 
     def started(*flags: str) -> list[str]:
         script = ["bash", "slurm/evaluate.sh", "--cluster", "v100x1", *flags]
