@@ -6,12 +6,15 @@ Nothing heavy is imported before a fixture is asked for, so that tests of light 
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the hub client: no test goes to the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost a tiny model more than they give
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: what a test starts would ignore it too
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is undone in what is started
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # others slow a test down at any moment
 hypothesis.settings.load_profile("shared machine")

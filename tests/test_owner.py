@@ -264,10 +264,13 @@ def test_a_closed_terminal_saves_and_ends(tmp_path, flags):
     argv = command("python", REPOSITORY / "launch" / "train.py", *flags, "--output_dir", str(tmp_path))
     ours, its = pty.openpty()
     process = started(argv, tmp_path, stdin=its, stdout=its, stderr=its)
-    os.close(its)
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)  # what the shell of that terminal does
-    assert process.wait(120) == EXIT_REQUEUE
+    try:
+        os.close(its)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)  # what the shell of that terminal does
+        assert process.wait(120) == EXIT_REQUEUE
+    finally:
+        process.kill()
     assert run_dir.list_checkpoints(run_dir.phase_dir(tmp_path, 2))
 
 
