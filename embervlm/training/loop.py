@@ -114,7 +114,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     model.train()
     began, samples_began = time.monotonic(), progress.samples
     elapsed_before, first_step = progress.elapsed_s, progress.step
-    with store:
+    with store, tracker.bar:  # closed before an error is printed, so that this has a line of its own
         while progress.step < total and not _out_of_time(job, progress, world):
             store.poll()
             step = progress.step

@@ -162,12 +162,13 @@ class Tracker:
         self._run: Any = None
         self._lines_missing = False
         self.wandb_run_id = wandb_run_id
+        self.bar: Any = contextlib.nullcontext()
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._drop_after(first_step)
-        self._bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
+        self.bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
         if project and wandb_mode() != "disabled":
             if wandb_run_id is None:  # a new run, or one that was killed before its first checkpoint
                 wandb_run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
@@ -188,12 +189,12 @@ class Tracker:
         """Count a step; with `values` also log it."""
         if not self._active:
             return
-        self._bar.update(step - self._bar.n)
+        self.bar.update(step - self.bar.n)
         if values is None:
             return
         self._append(json.dumps({"step": step, **values}) + "\n")
         shown = {key: f"{value:.3f}" for key, value in values["loss"].items()}
-        self._bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
+        self.bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
@@ -240,5 +241,5 @@ class Tracker:
 
     def close(self) -> None:
         if self._active:
-            self._bar.close()
+            self.bar.close()
             self._to_wandb(lambda run: run.finish())
