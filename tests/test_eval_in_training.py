@@ -167,9 +167,9 @@ def test_the_job_keeps_the_sites_variables(name: str, monkeypatch: pytest.Monkey
 
 def test_the_script_evaluates_what_stands_behind_the_dashes_and_phase_2_without(tmp_path: Path) -> None:
     """`slurm/evaluate.sh` inside a job of the right size; what would be srun prints its command."""
-    srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    srun.chmod(0o755)
+    for name, script in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo 'JobId=1 JobState=RUNNING NumNodes=1'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
     inside = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1",
               "EMBERVLM_VENV": str(BIN.parent), "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}  # fmt: skip
 
