@@ -53,12 +53,16 @@ def main() -> None:
     for metric in METRICS:
         given, augmented = (scores[name][metric] for name in ("given", "augmented"))
         report[metric] = {
-            "given": with_interval(given), "augmented": with_interval(augmented),
+            "given": with_interval(given),
+            "augmented": with_interval(augmented),
             "difference": with_interval(augmented - given),
-        }  # fmt: skip
-        print(f"{metric:<24}" + "".join(
-            f"{name} {mean:.3f} [{low:.3f}, {high:.3f}]   " for name, (mean, low, high) in report[metric].items()
-        ))  # fmt: skip
+        }
+        print(
+            f"{metric:<24}"
+            + "".join(
+                f"{name} {mean:.3f} [{low:.3f}, {high:.3f}]   " for name, (mean, low, high) in report[metric].items()
+            )
+        )
     run_dir.write_json_atomic(args.output_file, report)
 
 
@@ -79,12 +83,37 @@ def train(args: argparse.Namespace, data: Path, name: str, *settings: str) -> Pa
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for phase, steps in ((1, args.phase1_steps), (2, args.phase2_steps)):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            str(REPOSITORY / "launch" / "train.py"), "--config", str(REPOSITORY / "configs" / "quickstart.yaml"),
-            "--stages", "4", "--phase", str(phase), "--output_dir", str(output), "--reasoning_data", str(data),
-            "--image_root", str(args.data.parent), "--max_steps", str(steps), "--phase1_epochs", "1000",
-            "--phase2_epochs", "1000", "--seed", str(args.seed), "--set", "sample_records=1", *settings,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(REPOSITORY / "launch" / "train.py"),
+            "--config",
+            str(REPOSITORY / "configs" / "quickstart.yaml"),
+            "--stages",
+            "4",
+            "--phase",
+            str(phase),
+            "--output_dir",
+            str(output),
+            "--reasoning_data",
+            str(data),
+            "--image_root",
+            str(args.data.parent),
+            "--max_steps",
+            str(steps),
+            "--phase1_epochs",
+            "1000",
+            "--phase2_epochs",
+            "1000",
+            "--seed",
+            str(args.seed),
+            "--set",
+            "sample_records=1",
+            *settings,
+        ]
         if phase == 1:
             command += ["--resume_from", str(args.stage3)]
         print("$ " + " ".join(command), flush=True)
@@ -97,10 +126,16 @@ def score(checkpoint: Path, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Metric -> its value for each test record."""
     from embervlm.evaluation.evaluate import Evaluation, evaluate
 
-    _, samples = evaluate(Evaluation(
-        checkpoint=checkpoint, split="test", num_samples=args.num_test, reasoning_data=str(args.data), compare=False,
-        image_root=str(args.data.parent),
-    ))  # fmt: skip
+    _, samples = evaluate(
+        Evaluation(
+            checkpoint=checkpoint,
+            split="test",
+            num_samples=args.num_test,
+            reasoning_data=str(args.data),
+            compare=False,
+            image_root=str(args.data.parent),
+        )
+    )
     values = [{"correct": sample["correct"], **sample["scores"]} for sample in samples]
     return {metric: np.array([float(value[metric]) for value in values]) for metric in METRICS}
 

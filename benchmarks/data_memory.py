@@ -23,15 +23,16 @@ from pathlib import Path
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, load_train_config
 from embervlm.data.collate import Collator
-from embervlm.data.dataset import EpochPlan, encode_reasoning
+from embervlm.data.dataset import encode_reasoning
+from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS
 from embervlm.data.store import RecordView
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.progress import progress_bar
-from embervlm.training.engine import World
-from embervlm.training.phases import Run, load_data
+from embervlm.run.stages import Run, load_data
+from embervlm.words.chain_text import ROBOTS
+from embervlm.world import World
 
 INTERVAL_S = 0.2
 BATCH_SIZE, NUM_TIMED = 16, 100
@@ -50,8 +51,11 @@ def write_records(path: Path, num_records: int) -> None:
             steps = [", ".join(rng.choices(clauses, k=3)) for _ in range(5)]
             answer = ROBOTS[number % len(ROBOTS)]
             chain = [*(f"Step {i}: {step}." for i, step in enumerate(steps, 1)), f"Conclusion: {answer}."]
-            record = {"instruction": f"Task {number}: {rng.choice(clauses)}, {rng.choice(clauses)}. Which robot?",
-                      "reasoning": "\n".join(chain), "answer": answer}  # fmt: skip
+            record = {
+                "instruction": f"Task {number}: {rng.choice(clauses)}, {rng.choice(clauses)}. Which robot?",
+                "reasoning": "\n".join(chain),
+                "answer": answer,
+            }
             file.write(json.dumps(record) + "\n")
 
 
@@ -100,9 +104,14 @@ def time_of_batches(records: RecordView, output: Path) -> dict[int, float]:
     plan = EpochPlan(main=samples, global_batch=BATCH_SIZE, seed=0)
     pictures = PictureCache([], 72)
     collator = Collator(
-        records, tokenizer, pictures, candidates=ROBOTS, seed=0, image_size=72,
+        records,
+        tokenizer,
+        pictures,
+        candidates=ROBOTS,
+        seed=0,
+        image_size=72,
         pair_maker=PairMaker(records, samples, tokenizer),
-    )  # fmt: skip
+    )
     plan.batch(0)  # the order of the epoch
     found = {}
     for start in (1, 50_001, len(records) - BATCH_SIZE * NUM_TIMED):
@@ -134,11 +143,20 @@ def main() -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_records(data, args.num_records)
     world.barrier()
-    config = load_train_config(REPOSITORY / "configs" / "quickstart.yaml", {
-        "output_dir": str(output), "reasoning_data": str(data), "max_steps": args.max_steps, "sample_records": 1,
-        "log_steps": 1, "stage4.max_reasoning_length": 600, "stage3_batch_size": 2,
-        "stage4.batch_size": 2, "stage4.gradient_accumulation_steps": 4,
-    })  # fmt: skip
+    config = load_train_config(
+        REPOSITORY / "configs" / "quickstart.yaml",
+        {
+            "output_dir": str(output),
+            "reasoning_data": str(data),
+            "max_steps": args.max_steps,
+            "sample_records": 1,
+            "log_steps": 1,
+            "stage4.max_reasoning_length": 600,
+            "stage3_batch_size": 2,
+            "stage4.batch_size": 2,
+            "stage4.gradient_accumulation_steps": 4,
+        },
+    )
     run = Run(config, world)
     if args.until != "records":
         with watch.part("prepare"):

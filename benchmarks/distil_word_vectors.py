@@ -1,4 +1,4 @@
-"""Make `embervlm/evaluation/word_vectors.npz` from a sentence encoder: one small vector for each common English word.
+"""Make `embervlm/words/word_vectors.npz` from a sentence encoder: one small vector for each common English word.
 
     python benchmarks/distil_word_vectors.py --model FOLDER_OR_ID
 

@@ -78,13 +78,17 @@ def compare(preset: str, batch: int, prompt: int, new: int, rounds: int) -> dict
     pairs = [(timed(ours, *args), timed(theirs, *args)) for _ in range(rounds)]
     tokens = batch * new
     return {
-        "model": preset, "batch": batch, "positions_before": model.num_visual_tokens + prompt, "new_tokens": new,
-        "threads": torch.get_num_threads(), "rounds": rounds,
+        "model": preset,
+        "batch": batch,
+        "positions_before": model.num_visual_tokens + prompt,
+        "new_tokens": new,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
         "tokens_per_s": tokens / min(own[0] for own, _ in pairs),
         "tokens_per_s_bare": tokens / min(other[0] for _, other in pairs),
         "speed_ratio": statistics.median(other[1] / own[1] for own, other in pairs),
         "speed_ratio_clock": statistics.median(other[0] / own[0] for own, other in pairs),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tiny_run import REPOSITORY  # noqa: F401
 
-from embervlm.data.dataset import known_boxes
+from embervlm.data.samples import known_boxes
 from embervlm.evaluation import own_steps
 from embervlm.evaluation.evaluate import BATCH_SIZE, EvalData, Evaluation, answer, load_eval_data, load_model, see
 from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
@@ -40,9 +40,12 @@ def main() -> None:
     own_steps.TEMPERATURE = args.temperature
     model = load_model(args.checkpoint)
     job = Evaluation(
-        checkpoint=args.checkpoint, split=args.split, num_samples=args.num_samples, compare=False,
+        checkpoint=args.checkpoint,
+        split=args.split,
+        num_samples=args.num_samples,
+        compare=False,
         reasoning_data=args.reasoning_data,
-    )  # fmt: skip
+    )
     data = load_eval_data(job, model.config.image_size)
     chains: list[dict[str, Any]] = []
     for start in range(0, len(data.records), BATCH_SIZE):

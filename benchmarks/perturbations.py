@@ -26,14 +26,15 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from embervlm.data.chain_text import ROBOTS  # noqa: E402
-from embervlm.data.claims import ChainContext, ClaimReader, is_conclusion  # noqa: E402
+from embervlm.curate.paraphrase import RuleParaphraser  # noqa: E402
 from embervlm.data.negatives import contradict  # noqa: E402
-from embervlm.data.paraphrase import RuleParaphraser  # noqa: E402
-from embervlm.data.scenes.facts import all_facts  # noqa: E402
-from embervlm.data.teachers.real_tasks import read_tasks  # noqa: E402
-from embervlm.data.teachers.rules import TASKS, claim_domains, teach  # noqa: E402
-from embervlm.evaluation.metrics import ChainScorer  # noqa: E402
+from embervlm.judge.faults import ChainContext  # noqa: E402
+from embervlm.judge.metrics import ChainScorer  # noqa: E402
+from embervlm.robots.facts import all_facts  # noqa: E402
+from embervlm.robots.rules import TASKS, claim_domains, teach  # noqa: E402
+from embervlm.robots.tasks import read_tasks  # noqa: E402
+from embervlm.words.chain_text import ROBOTS  # noqa: E402
+from embervlm.words.claims import ClaimReader, is_conclusion  # noqa: E402
 
 EVERYDAY = REPOSITORY / "tests" / "data" / "everyday_chains.jsonl"
 UNSEEN = REPOSITORY / "tests" / "data" / "unseen_chains.jsonl"
@@ -42,10 +43,15 @@ SETS = ("scenes", "tasks", "everyday", "unseen", "independent")
 CONSISTENCY, COMPLETENESS, FLOW = "reasoning_consistency", "step_completeness", "logical_flow_score"
 SCORES = (CONSISTENCY, COMPLETENESS, FLOW)
 FILLERS = (
-    "Let us think about this carefully.", "This is an interesting question.", "There are many things to consider here.",
-    "It is always good to be careful.", "Let me take a deep breath and go on.", "The weather was nice last weekend.",
-    "Many people enjoy music in their free time.", "As we all know, life is full of surprises.",
-)  # fmt: skip
+    "Let us think about this carefully.",
+    "This is an interesting question.",
+    "There are many things to consider here.",
+    "It is always good to be careful.",
+    "Let me take a deep breath and go on.",
+    "The weather was nice last weekend.",
+    "Many people enjoy music in their free time.",
+    "As we all know, life is full of surprises.",
+)
 _AUXILIARY = re.compile(
     r"\b(is|are|was|were|can|will|must|may|could|should|would|has to|have to|does|do)\b(?! not\b)(?!n't)", re.IGNORECASE
 )
@@ -203,13 +209,19 @@ def harmless_paraphrase(chain: Chain, rng: random.Random, _: Sequence[Chain]) ->
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "repeat one step": (repeat, CONSISTENCY), "repeat it renumbered": (renumbered, CONSISTENCY),
-    "paraphrased repeat": (paraphrased_repeat, CONSISTENCY), "shuffle": (shuffle, FLOW),
-    "swap two steps": (swap, FLOW), "remove a needed step": (remove, COMPLETENESS),
-    "negate a step": (negate, CONSISTENCY), "planted wrong fact": (wrong_fact, CONSISTENCY),
-    "filler": (filler, CONSISTENCY), "wrong conclusion": (wrong_conclusion, FLOW), "empty": (empty, CONSISTENCY),
+    "repeat one step": (repeat, CONSISTENCY),
+    "repeat it renumbered": (renumbered, CONSISTENCY),
+    "paraphrased repeat": (paraphrased_repeat, CONSISTENCY),
+    "shuffle": (shuffle, FLOW),
+    "swap two steps": (swap, FLOW),
+    "remove a needed step": (remove, COMPLETENESS),
+    "negate a step": (negate, CONSISTENCY),
+    "planted wrong fact": (wrong_fact, CONSISTENCY),
+    "filler": (filler, CONSISTENCY),
+    "wrong conclusion": (wrong_conclusion, FLOW),
+    "empty": (empty, CONSISTENCY),
     "another question's chain": (other_chain, CONSISTENCY),
-}  # fmt: skip
+}
 """Name -> how the chain is damaged, and the score that must fall."""
 
 
@@ -228,15 +240,26 @@ def scene_chains(*, held_out: bool, number: int, seed: int = 0) -> list[Chain]:
         if not taught.answer:
             continue
         context = ChainContext(
-            instruction=task.instruction, facts=taught.claims, domains=domains, reference_steps=taught.steps,
-            step_types=taught.step_types, answer=frozenset(taught.answer), gold_answer=frozenset(taught.answer),
+            instruction=task.instruction,
+            facts=taught.claims,
+            domains=domains,
+            reference_steps=taught.steps,
+            step_types=taught.step_types,
+            answer=frozenset(taught.answer),
+            gold_answer=frozenset(taught.answer),
             candidates=frozenset(ROBOTS),
-        )  # fmt: skip
-        out.append(Chain(
-            steps=taught.steps, context=context, needed=tuple(range(len(taught.steps) - 1)),
-            other_answers=tuple(name for name in ROBOTS if (name,) != taught.answer),
-            reader=ClaimReader.of(domains), domains=domains, facts=taught.claims,
-        ))  # fmt: skip
+        )
+        out.append(
+            Chain(
+                steps=taught.steps,
+                context=context,
+                needed=tuple(range(len(taught.steps) - 1)),
+                other_answers=tuple(name for name in ROBOTS if (name,) != taught.answer),
+                reader=ClaimReader.of(domains),
+                domains=domains,
+                facts=taught.claims,
+            )
+        )
     return out
 
 
@@ -246,7 +269,7 @@ SKILLS = {
     "Humanoid": ("handles tools and moves among people", "walks slowly and drains its battery"),
     "Robot with Wheels": ("drives fast and carries a good payload", "needs flat ground"),
     "Robot with Legs": ("walks over rough ground and stairs", "has no hands to manipulate things"),
-}  # fmt: skip
+}
 
 
 def task_chains(path: Path) -> list[Chain]:
@@ -280,15 +303,23 @@ def task_chains(path: Path) -> list[Chain]:
             steps.append(f"The {name} {SKILLS[name][0]}, so it is well suited for {about}.")
         steps.append(f"Conclusion: {', '.join(answer)}.")
         context = ChainContext(
-            instruction=f"Task: {task} Which robot is suited: {', '.join(ROBOTS)}?", answer=frozenset(answer),
-            gold_answer=frozenset(answer), candidates=frozenset(ROBOTS),
+            instruction=f"Task: {task} Which robot is suited: {', '.join(ROBOTS)}?",
+            answer=frozenset(answer),
+            gold_answer=frozenset(answer),
+            candidates=frozenset(ROBOTS),
             statements=tuple(f"The {name} {part}." for name in ROBOTS for part in SKILLS[name]),
             reference_steps=tuple(steps),
-        )  # fmt: skip
-        out.append(Chain(
-            steps=tuple(steps), context=context, needed=tuple(range(len(steps) - 1)),
-            other_answers=tuple(others), paraphrases=paraphrases, wrong_facts=wrong_facts,
-        ))  # fmt: skip
+        )
+        out.append(
+            Chain(
+                steps=tuple(steps),
+                context=context,
+                needed=tuple(range(len(steps) - 1)),
+                other_answers=tuple(others),
+                paraphrases=paraphrases,
+                wrong_facts=wrong_facts,
+            )
+        )
     return out
 
 
@@ -307,11 +338,16 @@ def everyday_chains(path: Path = EVERYDAY) -> list[Chain]:
             gold_answer=frozenset({row["gold_answer"]}),
             reference_steps=tuple(row["steps"]),
         )
-        out.append(Chain(
-            steps=tuple(row["steps"]), context=context, needed=tuple(row["needed"]),
-            other_answers=(row["wrong_answer"],), paraphrases=dict([row["paraphrase"]]),
-            wrong_facts=dict([row["wrong_fact"]]),
-        ))  # fmt: skip
+        out.append(
+            Chain(
+                steps=tuple(row["steps"]),
+                context=context,
+                needed=tuple(row["needed"]),
+                other_answers=(row["wrong_answer"],),
+                paraphrases=dict([row["paraphrase"]]),
+                wrong_facts=dict([row["wrong_fact"]]),
+            )
+        )
     return out
 
 

@@ -43,10 +43,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     epoch_steps = int(0.8 * args.records) // (args.batch_size * args.processes)  # four of five are trained on
     config = write_run(
-        folder, make_data(folder, args.records), args.model, engine=args.engine, stage3_batch_size=args.batch_size,
-        save_steps=epoch_steps // 4, keep_last=1000, max_steps=epoch_steps - 1,
+        folder,
+        make_data(folder, args.records),
+        args.model,
+        engine=args.engine,
+        stage3_batch_size=args.batch_size,
+        save_steps=epoch_steps // 4,
+        keep_last=1000,
+        max_steps=epoch_steps - 1,
         stage3={"epochs": 2, **ANSWERS_ALONE, "learning_rate": 1e-4},
-    )  # fmt: skip
+    )
     whole = folder / "whole"
     if whole.exists():
         sys.exit(f"error: {whole} exists; name a new --work_dir")
@@ -58,10 +64,14 @@ def main() -> None:
         seconds[checkpoint.step].append(resume(config, whole, checkpoint, args))
     medians = {step: statistics.median(found) for step, found in seconds.items()}
     report: dict[str, Any] = {
-        "model": args.model, "engine": args.engine, "processes": args.processes, "steps_per_epoch": epoch_steps,
+        "model": args.model,
+        "engine": args.engine,
+        "processes": args.processes,
+        "steps_per_epoch": epoch_steps,
         **{f"seconds_from_step_{step}": [round(value, 1) for value in found] for step, found in seconds.items()},
-        "target_s": TARGET_S, "passed": max(medians.values()) < TARGET_S,
-    }  # fmt: skip
+        "target_s": TARGET_S,
+        "passed": max(medians.values()) < TARGET_S,
+    }
     for name, value in report.items():
         print(f"{name:<24} {value}")
     if args.output_file:

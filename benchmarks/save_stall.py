@@ -44,10 +44,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     steps = args.saves * args.save_steps + args.save_steps // 2
     config = write_run(
-        folder, make_data(folder, 200), args.model, engine=args.engine, stage3_batch_size=args.batch_size,
-        save_steps=args.save_steps, keep_last=1, max_steps=steps,
+        folder,
+        make_data(folder, 200),
+        args.model,
+        engine=args.engine,
+        stage3_batch_size=args.batch_size,
+        save_steps=args.save_steps,
+        keep_last=1,
+        max_steps=steps,
         stage3={"epochs": 1000, **ANSWERS_ALONE, "learning_rate": 1e-4},
-    )  # fmt: skip
+    )
     runs = {}
     for mode in progress_bar(MODES, desc=args.model):
         output = folder / mode
@@ -71,11 +77,16 @@ def report_of(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -
     }
     ratio = medians["background"] / medians["synchronous"]
     return {
-        "model": args.model, "engine": args.engine, "processes": args.processes,
+        "model": args.model,
+        "engine": args.engine,
+        "processes": args.processes,
         **{f"stalls_{mode}_s": [round(value, 4) for value in found] for mode, found in stalls.items()},
         **{f"median_stall_{mode}_s": round(value, 4) for mode, value in medians.items()},
-        "ratio": round(ratio, 4), "target_ratio": TARGET_RATIO, "passed": ratio <= TARGET_RATIO, **per_step,
-    }  # fmt: skip
+        "ratio": round(ratio, 4),
+        "target_ratio": TARGET_RATIO,
+        "passed": ratio <= TARGET_RATIO,
+        **per_step,
+    }
 
 
 def stalls_of(lines: list[dict[str, Any]], save_steps: int) -> list[float]:

@@ -26,11 +26,19 @@ def write_chains(chains: list[Chain], path: Path) -> None:
         for number, chain in enumerate(chains):
             context = chain.context
             steps = [f"{step} [{number}.{place}]" for place, step in enumerate(chain.steps)]  # nothing is in a cache
-            file.write(json.dumps({
-                "steps": steps, "answer": sorted(context.answer), "gold_answer": sorted(context.gold_answer),
-                "instruction": context.instruction, "facts": dict(context.facts),
-                "candidates": sorted(context.candidates),
-            }) + "\n")  # fmt: skip
+            file.write(
+                json.dumps(
+                    {
+                        "steps": steps,
+                        "answer": sorted(context.answer),
+                        "gold_answer": sorted(context.gold_answer),
+                        "instruction": context.instruction,
+                        "facts": dict(context.facts),
+                        "candidates": sorted(context.candidates),
+                    }
+                )
+                + "\n"
+            )
 
 
 def main() -> None:
@@ -46,8 +54,10 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run(
             command + (["--reference", str(train)] if args.fitted else []),
-            check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY,
-        )  # fmt: skip
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=REPOSITORY,
+        )
         print(f"{args.chains:,} chains: {time.perf_counter() - started:.1f} s, start of the command included")
 
 

@@ -83,10 +83,17 @@ class Soak:
         self.ids = [record.record_id for record in split_records(read_records(self.data))["train"]]
         batches_per_epoch = -(-len(self.ids) // (BATCH * args.processes))
         self.config = write_run(
-            args.work_dir, self.data, None, engine=args.engine, stage3_batch_size=BATCH, save_steps=SAVE_STEPS,
-            keep_last=2, log_records=True, max_steps=self.steps,
+            args.work_dir,
+            self.data,
+            None,
+            engine=args.engine,
+            stage3_batch_size=BATCH,
+            save_steps=SAVE_STEPS,
+            keep_last=2,
+            log_records=True,
+            max_steps=self.steps,
             stage3={"epochs": -(-self.steps // batches_per_epoch), **ANSWERS_ALONE, "learning_rate": 1e-3},
-        )  # fmt: skip
+        )
         self.undisturbed, self.disturbed = args.work_dir / "undisturbed", args.work_dir / "disturbed"
         self.folder = run_dir.stage3_dir(self.disturbed)
         self.tally = self._tally()
@@ -222,8 +229,11 @@ class Soak:
         for line in lines:
             seen.setdefault(line["epoch"], Counter()).update(line["records"])
         last = max(seen)  # may be cut off by max_steps
-        return [epoch for epoch, found in seen.items()
-                if (found != Counter(self.ids) if epoch != last else max(found.values()) > 1)]  # fmt: skip
+        return [
+            epoch
+            for epoch, found in seen.items()
+            if (found != Counter(self.ids) if epoch != last else max(found.values()) > 1)
+        ]
 
 
 def _leaves(tree: object, path: str = "") -> list[tuple[str, object]]:

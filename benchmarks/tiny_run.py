@@ -17,24 +17,49 @@ sys.path.insert(0, str(REPOSITORY))
 from embervlm import run_dir  # noqa: E402
 
 TINY_MODEL: dict[str, Any] = {
-    "vision": {"config": {
-        "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 32, "image_size": 36, "patch_size": 12, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }},
-    "language": {"config": {
-        "model_type": "llama", "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "max_position_embeddings": 1024, "tie_word_embeddings": True,
-    }},
-    "image_size": 36, "projection_hidden_size": 24, "reasoning_width": 16, "reasoning_ffn": 24, "reasoning_heads": 2,
-    "validator_width": 16, "validator_ffn": 24, "validator_heads": 2,
-}  # fmt: skip
+    "vision": {
+        "config": {
+            "model_type": "vit",
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 36,
+            "patch_size": 12,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+    },
+    "language": {
+        "config": {
+            "model_type": "llama",
+            "vocab_size": 1024,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        }
+    },
+    "image_size": 36,
+    "projection_hidden_size": 24,
+    "reasoning_width": 16,
+    "reasoning_ffn": 24,
+    "reasoning_heads": 2,
+    "validator_width": 16,
+    "validator_ffn": 24,
+    "validator_heads": 2,
+}
 """For runs whose subject is not the model."""
 ANSWERS_ALONE = {
-    "direct_loss_weight": 1.0, "dense_loss_weight": 0.0, "caption_records_ratio": 0.0, "glossary_records_ratio": 0.0,
+    "direct_loss_weight": 1.0,
+    "dense_loss_weight": 0.0,
+    "caption_records_ratio": 0.0,
+    "glossary_records_ratio": 0.0,
     "warmup_steps": 0,
-}  # fmt: skip
+}
 """Settings of a Stage 3 that sees each record once an epoch and nothing else."""
 
 
@@ -42,7 +67,7 @@ def make_data(folder: Path, num_samples: int) -> Path:
     """Rendered scenes with their records; made once per folder."""
     path = folder / "data" / "reasoning_data.json"
     if not path.exists():
-        from embervlm.data.scenes.generate import generate_scenes
+        from embervlm.robots.generate import generate_scenes
 
         generate_scenes(path, num_samples=num_samples, questions_per_picture=1, seed=0, workers=1, progress=False)
     return path
@@ -68,16 +93,22 @@ def start(config: Path, output: Path, processes: int, threads: int, *flags: str)
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with Path(f"{output}.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--output_dir", str(output), *flags], stdout=log, stderr=log, env=env, cwd=REPOSITORY,
+            [*command, "--output_dir", str(output), *flags],
+            stdout=log,
+            stderr=log,
+            env=env,
+            cwd=REPOSITORY,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def finish(process: subprocess.Popen[bytes], output: Path) -> None:
     """Wait for a training; exits with the end of its log where it failed."""
     if process.wait() != 0:
-        sys.exit(f"error: the training ended with {process.returncode}; the end of {output}.log:\n"
-                 + Path(f"{output}.log").read_text(errors="replace")[-3000:])  # fmt: skip
+        sys.exit(
+            f"error: the training ended with {process.returncode}; the end of {output}.log:\n"
+            + Path(f"{output}.log").read_text(errors="replace")[-3000:]
+        )
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

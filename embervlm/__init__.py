@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["EmberVLM", "reasoning_validator", "save_to_dataset", "select_best_checkpoint"]
+from embervlm.version import __version__
+
+__all__ = ["EmberVLM", "__version__", "reasoning_validator", "save_to_dataset", "select_best_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from embervlm.config import BACKBONE, TrainConfig, model_preset
 from embervlm.errors import OneLineParser, told_in_one_line
 
 if TYPE_CHECKING:
-    from embervlm.data.checking import CheckOptions
+    from embervlm.curate.checking import CheckOptions
     from embervlm.model.generation import Decoding
 
 
@@ -84,7 +84,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--teacher_sees_pictures", dest="sees_pictures", action="store_true", help="send the picture")
     other.add_argument(
         "--no_teacher_sees_pictures", dest="sees_pictures", action="store_false", help="tell the facts (default)"
-    )  # fmt: skip
+    )
     other.add_argument("--concurrency", type=int, default=16, help="requests in flight")
     other.add_argument("--attempts", type=int, default=3, help="answers asked for until one is accepted")
     other.add_argument("--max_answer_tokens", type=int, default=4096)
@@ -145,7 +145,7 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    from embervlm.data.convert import CONVERTERS
+    from embervlm.curate.convert import CONVERTERS
 
     parser.add_argument("--from", dest="source", required=True, choices=tuple(CONVERTERS), help="format of the input")
     parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file")
@@ -167,9 +167,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
     parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
     parser.add_argument(
-        "--faithfulness_samples", type=int, default=200,
+        "--faithfulness_samples",
+        type=int,
+        default=200,
         help="records of which to ask whether the answer comes from the chain; 0 leaves it out",
-    )  # fmt: skip
+    )
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     _add_eval_data(parser)
     parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
@@ -220,9 +222,10 @@ def _add_transition(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max_reasoning_steps", type=int,
+        "--max_reasoning_steps",
+        type=int,
         help="most steps, the conclusion included; default: what the checkpoint's training data needed, with a margin",
-    )  # fmt: skip
+    )
     parser.add_argument("--max_new_tokens", type=int, help="most tokens that are written; default: likewise")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -233,9 +236,12 @@ def _decoding(args: argparse.Namespace) -> Decoding:
     from embervlm.model.generation import Decoding
 
     return Decoding(
-        max_reasoning_steps=args.max_reasoning_steps, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
+        max_reasoning_steps=args.max_reasoning_steps,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -258,9 +264,12 @@ def _add_score_chains(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", type=Path, help="JSONL: the same lines with their scores")
     parser.add_argument("--json", action="store_true", help="print the lines with their scores, and nothing else")
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="training chains (lines as these, or a data set) to fit on: "
-        "rarity of words, usual order, values of facts; default: nothing is fitted"
-    )  # fmt: skip
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="training chains (lines as these, or a data set) to fit on: "
+        "rarity of words, usual order, values of facts; default: nothing is fitted",
+    )
     _add_judges(parser)
     parser.set_defaults(run=_score_chains)
 
@@ -301,13 +310,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from embervlm.plan import run_plan
+    from embervlm.run.plan import run_plan
 
     run_plan(
-        cluster=args.cluster, model=args.model, config=args.config, records=args.records,
-        question_tokens=args.question_tokens, chain_tokens=args.chain_tokens, utilisation=args.utilisation,
+        cluster=args.cluster,
+        model=args.model,
+        config=args.config,
+        records=args.records,
+        question_tokens=args.question_tokens,
+        chain_tokens=args.chain_tokens,
+        utilisation=args.utilisation,
         as_json=args.json,
-    )  # fmt: skip
+    )
 
 
 def _describe(args: argparse.Namespace) -> None:
@@ -337,60 +351,66 @@ def _describe(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     common = {name: getattr(args, name) for name in ("input_dataset", "output_file", "num_samples", "shard")}
     if args.num_samples is None and (args.source != "teacher" or args.teacher_model != "rules"):
-        from embervlm.data.commands import DEFAULT_SAMPLES
+        from embervlm.curate.commands import DEFAULT_SAMPLES
 
         common["num_samples"] = DEFAULT_SAMPLES
     if args.source == "self":
         from embervlm.evaluation.self_generated import SelfGeneration, generate_by_itself
 
         settings = SelfGeneration(
-            checkpoint=args.checkpoint, seed=args.seed, max_reasoning_steps=args.max_reasoning_steps,
+            checkpoint=args.checkpoint,
+            seed=args.seed,
+            max_reasoning_steps=args.max_reasoning_steps,
             samples_per_record=4 if args.samples_per_record is None else args.samples_per_record,
             temperature=0.8 if args.temperature is None else args.temperature,
-        )  # fmt: skip
+        )
         return generate_by_itself(settings, image_root=args.image_root, **common)
     if args.source == "human":
-        from embervlm.data.commands import convert_annotations
+        from embervlm.curate.commands import convert_annotations
 
         return convert_annotations(image_root=args.image_root, **common)
     if args.teacher_model != "rules":
         from dataclasses import fields
 
-        from embervlm.data.commands import generate_by_teacher
-        from embervlm.data.teachers.endpoint import EndpointConfig
+        from embervlm.curate.commands import generate_by_teacher
+        from embervlm.curate.teachers.endpoint import EndpointConfig
 
         args.samples_per_record = 1 if args.samples_per_record is None else args.samples_per_record
         endpoint = EndpointConfig(**{field.name: getattr(args, field.name) for field in fields(EndpointConfig)})
         return generate_by_teacher(endpoint, image_root=args.image_root, **common)
-    from embervlm.data.commands import generate
+    from embervlm.curate.commands import generate
 
     generate(seed=args.seed, questions_per_picture=args.questions_per_picture, workers=args.workers, **common)
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from embervlm.data.commands import merge
+    from embervlm.curate.commands import merge
 
     merge(shards=args.shards, output_file=args.output_file, image_root=args.image_root)
 
 
 def _check_options(args: argparse.Namespace) -> CheckOptions:
     """What training with these flags would hold the data against."""
-    from embervlm.data.checking import CheckOptions
-    from embervlm.plan import empty_model
+    from embervlm.curate.checking import CheckOptions
+    from embervlm.run.plan import empty_model
 
     settings = model_preset(args.model)
     model, language = empty_model(settings), settings["language"]
     brings_own = language.get("pretrained") or (language.get("name_or_path") and not language.get("config"))
     return CheckOptions(
-        image_root=args.image_root, allow_outside=args.allow_outside, max_reasoning_length=args.max_reasoning_length,
-        positions=model.language_model.max_positions, num_visual_tokens=model.num_visual_tokens,
+        image_root=args.image_root,
+        allow_outside=args.allow_outside,
+        max_reasoning_length=args.max_reasoning_length,
+        positions=model.language_model.max_positions,
+        num_visual_tokens=model.num_visual_tokens,
         tokenizer=args.tokenizer or (language["name_or_path"] if brings_own else None),
-        vocab_size=model.language_model.vocab_size, workers=args.workers,
-    )  # fmt: skip
+        vocab_size=model.language_model.vocab_size,
+        workers=args.workers,
+    )
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from embervlm.data.validate import validate
+    from embervlm.curate.validate import validate
     from embervlm.report.validation import summary, write_reports
 
     with tempfile.TemporaryDirectory() as unpack_dir:
@@ -402,49 +422,65 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _filter(args: argparse.Namespace) -> None:
-    from embervlm.data.quality import filter_file, rejected_path
+    from embervlm.curate.quality import filter_file, rejected_path
 
     options = dataclasses.replace(_check_options(args), open_pictures=False)
     kept, rejected = filter_file(
         args.input, output=args.output, min_quality_score=args.min_quality_score, options=options
-    )  # fmt: skip
+    )
     print(f"{kept:,} records kept in {args.output}, {rejected:,} others with reasons in {rejected_path(args.output)}")
     if args.output.resolve().parent != (root := Path(args.image_root or args.input.parent)).resolve():
         print(f"their pictures lie where they were: read {args.output} with --image_root {root}")
 
 
 def _augment(args: argparse.Namespace) -> None:
-    from embervlm.data.augment import augment_file
+    from embervlm.curate.augment import augment_file
 
     augment_file(
-        args.input, args.output_file, target_samples=args.target_samples,
-        validate_reasoning=args.validate_reasoning, seed=args.seed,
-    )  # fmt: skip
+        args.input,
+        args.output_file,
+        target_samples=args.target_samples,
+        validate_reasoning=args.validate_reasoning,
+        seed=args.seed,
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from embervlm.data.convert import convert_file, summary
+    from embervlm.curate.convert import convert_file, summary
 
     made = convert_file(
-        args.input, args.output_file, source=args.source, image_root=args.image_root, skip_bad=args.skip_bad,
+        args.input,
+        args.output_file,
+        source=args.source,
+        image_root=args.image_root,
+        skip_bad=args.skip_bad,
         allow_outside=args.allow_outside,
-    )  # fmt: skip
+    )
     print(summary(made, args.output_file))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from embervlm.evaluation.commands import evaluate_to_file, evaluating_processes, print_result
+    from embervlm.run.evaluate import evaluate_to_file, evaluating_processes, print_result
 
     with evaluating_processes(args.local_rank) as world:
         result = evaluate_to_file(
-            args.checkpoint, split=args.split, output_file=args.output_file,
-            save_samples=args.save_reasoning_samples, explain_samples=args.explain_samples,
+            args.checkpoint,
+            split=args.split,
+            output_file=args.output_file,
+            save_samples=args.save_reasoning_samples,
+            explain_samples=args.explain_samples,
             faithfulness_samples=args.faithfulness_samples,
-            reasoning_metrics=tuple(args.reasoning_metrics), num_samples=args.num_samples,
-            reasoning_data=args.reasoning_data, image_root=args.image_root, allow_outside=args.allow_outside,
-            decoding=_decoding(args), compare=not args.no_comparisons, world=world,
-            similarity=args.similarity, entailment=args.entailment,
-        )  # fmt: skip
+            reasoning_metrics=tuple(args.reasoning_metrics),
+            num_samples=args.num_samples,
+            reasoning_data=args.reasoning_data,
+            image_root=args.image_root,
+            allow_outside=args.allow_outside,
+            decoding=_decoding(args),
+            compare=not args.no_comparisons,
+            world=world,
+            similarity=args.similarity,
+            entailment=args.entailment,
+        )
         if world.rank == 0:
             print_result(result, args.output_file)
             if not args.no_wandb:
@@ -468,40 +504,51 @@ def _send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: P
         with TemporaryDirectory() as folder:
             figures = write_figures(evaluation_alone(output_file), folder)
             sent = log_evaluation(
-                checkpoint.absolute().parent, result, figures, project=project,
-                run_name=config.get("wandb_run_name"),
-            )  # fmt: skip
+                checkpoint.absolute().parent, result, figures, project=project, run_name=config.get("wandb_run_name")
+            )
         print(f"sent to W&B: project {project}" if sent else "not sent to W&B, which is disabled (WANDB_MODE)")
     except Exception as error:  # drawing and W&B raise what they like
         print(f"not sent to W&B ({type(error).__name__}: {error})")
 
 
 def _try(args: argparse.Namespace) -> None:
-    from embervlm.debug import try_reasoning
+    from embervlm.run.debug import try_reasoning
 
     output_dir = args.output_dir or args.checkpoint / "evals" / "samples"
     try_reasoning(
-        args.checkpoint, num_samples=args.num_samples, split=args.split, decoding=_decoding(args),
-        output_dir=output_dir if args.visualize else None, reasoning_data=args.reasoning_data,
-        image_root=args.image_root, allow_outside=args.allow_outside,
-    )  # fmt: skip
+        args.checkpoint,
+        num_samples=args.num_samples,
+        split=args.split,
+        decoding=_decoding(args),
+        output_dir=output_dir if args.visualize else None,
+        reasoning_data=args.reasoning_data,
+        image_root=args.image_root,
+        allow_outside=args.allow_outside,
+    )
 
 
 def _analyze(args: argparse.Namespace) -> None:
-    from embervlm.debug import analyze
-    from embervlm.evaluation.commands import evaluating_processes
+    from embervlm.run.debug import analyze
+    from embervlm.run.evaluate import evaluating_processes
 
     with evaluating_processes(args.local_rank) as world:
         analyze(
-            args.checkpoint, test_set=args.test_set, output_dir=args.output_dir, world=world,
-            explain_samples=args.explain_samples, faithfulness_samples=args.faithfulness_samples,
-            num_samples=args.num_samples, reasoning_data=args.reasoning_data, image_root=args.image_root,
-            allow_outside=args.allow_outside, decoding=_decoding(args),
-        )  # fmt: skip
+            args.checkpoint,
+            test_set=args.test_set,
+            output_dir=args.output_dir,
+            world=world,
+            explain_samples=args.explain_samples,
+            faithfulness_samples=args.faithfulness_samples,
+            num_samples=args.num_samples,
+            reasoning_data=args.reasoning_data,
+            image_root=args.image_root,
+            allow_outside=args.allow_outside,
+            decoding=_decoding(args),
+        )
 
 
 def _check_transition(args: argparse.Namespace) -> None:
-    from embervlm.debug import check_phases
+    from embervlm.run.debug import check_phases
 
     if not check_phases(args.phase1_checkpoint, args.phase2_checkpoint, args.start_checkpoint):
         sys.exit(1)
@@ -531,16 +578,20 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _score_chains(args: argparse.Namespace) -> None:
-    from embervlm.evaluation.chain_file import score_file
+    from embervlm.judge.chain_file import score_file
 
     score_file(
-        args.file, output_file=args.output_file, as_json=args.json, reference=args.reference,
-        similarity=args.similarity, entailment=args.entailment,
-    )  # fmt: skip
+        args.file,
+        output_file=args.output_file,
+        as_json=args.json,
+        reference=args.reference,
+        similarity=args.similarity,
+        entailment=args.entailment,
+    )
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    from embervlm.quickstart import Quickstart
+    from embervlm.run.quickstart import Quickstart
 
     Quickstart(output_dir=args.output_dir, smoke=args.smoke, input_dataset=args.input_dataset).run()
 
@@ -554,7 +605,7 @@ def _cluster(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = underscored(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
-        from embervlm.training.cli import main as train
+        from embervlm.run.train import main as train
 
         return train(arguments[1:])
     if arguments[:1] == ["select-best"]:

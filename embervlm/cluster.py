@@ -42,8 +42,15 @@ class ClusterRecipe:
     phase2_minutes: int
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "batch_size", "gradient_accumulation_steps", "cpus_per_task",
-                     "phase1_minutes", "phase2_minutes"):  # fmt: skip
+        for name in (
+            "nodes",
+            "gpus_per_node",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "cpus_per_task",
+            "phase1_minutes",
+            "phase2_minutes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
 
@@ -75,9 +82,12 @@ class ClusterRecipe:
             raise ConfigError(f"{GPU_OPTIONS_VARIABLE}={gpus}: only {{count}} and {{type}} are filled in") from None
         time = [f"--time={minutes}"] if minutes else []
         return [
-            f"--nodes={self.nodes}", f"--ntasks-per-node={self.gpus_per_node}",
-            f"--cpus-per-task={self.cpus_per_task}", *shlex.split(gpus), *time,
-        ]  # fmt: skip
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={self.gpus_per_node}",
+            f"--cpus-per-task={self.cpus_per_task}",
+            *shlex.split(gpus),
+            *time,
+        ]
 
 
 def load_recipe(name: str) -> ClusterRecipe:
@@ -107,8 +117,10 @@ def recipe_names() -> list[str]:
 def check_recipes() -> str:
     """A table of the shipped recipes with the global batch of each; ConfigError where they differ."""
     found = {name: load_recipe(name) for name in recipe_names()}
-    lines = [f"{'recipe':<10} {'nodes':>5} {'GPUs':>5}  {'precision':<9} {'ZeRO':>4} {'micro-batch':>11} "
-             f"{'accumulation':>12} {'global batch':>12}"]  # fmt: skip
+    lines = [
+        f"{'recipe':<10} {'nodes':>5} {'GPUs':>5}  {'precision':<9} {'ZeRO':>4} {'micro-batch':>11} "
+        f"{'accumulation':>12} {'global batch':>12}"
+    ]
     for name, recipe in found.items():
         lines.append(
             f"{name:<10} {recipe.nodes:>5} {recipe.num_gpus:>5}  {recipe.precision:<9} {recipe.zero_stage:>4} "

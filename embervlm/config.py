@@ -122,9 +122,12 @@ class PhaseConfig:
         for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
         for name in (
-            "direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio",
+            "direct_records_ratio",
+            "edited_facts_ratio",
+            "caption_records_ratio",
+            "glossary_records_ratio",
             "weight_decay",
-        ):  # fmt: skip
+        ):
             _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
         for name in ("final_lr_ratio", "validator_records_ratio"):
             _require(0 <= getattr(self, name) <= 1, f"{where}{name}: {getattr(self, name)} is not in [0, 1]")
@@ -185,9 +188,13 @@ class Stage3Config(PhaseConfig):
     """Stage 3: answers without chains, and what is in the picture."""
 
     does_nothing: ClassVar[tuple[str, ...]] = (
-        "reasoning_loss_weight", "consistency_loss_weight", "answer_loss_weight", "multimodal_loss_weight",
-        "direct_records_ratio", "edited_facts_ratio",
-    )  # fmt: skip
+        "reasoning_loss_weight",
+        "consistency_loss_weight",
+        "answer_loss_weight",
+        "multimodal_loss_weight",
+        "direct_records_ratio",
+        "edited_facts_ratio",
+    )
 
     name: str = "perception_and_answers"
     learning_rate: float = 5e-4
@@ -239,8 +246,11 @@ class Phase2Config(ReasoningPhaseConfig):
     """Phase 2 as the guide has it."""
 
     default_multipliers: ClassVar[Mapping[str, float]] = {
-        "vision_encoder": 0.1, "projection": 0.5, "language_model": 0.5, "reasoning_module": 1.0,
-    }  # fmt: skip
+        "vision_encoder": 0.1,
+        "projection": 0.5,
+        "language_model": 0.5,
+        "reasoning_module": 1.0,
+    }
 
     name: str = "joint_finetuning"
     learning_rate: float = 5e-5
@@ -444,8 +454,15 @@ class TrainConfig:
     wandb_run_name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "output_dir", "reasoning_data", "image_root", "resume_from", "deepspeed_config",
-                     "eval_cluster"):  # fmt: skip
+        for name in (
+            "model",
+            "output_dir",
+            "reasoning_data",
+            "image_root",
+            "resume_from",
+            "deepspeed_config",
+            "eval_cluster",
+        ):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _expanded(name, path))
         _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
@@ -576,9 +593,10 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 MOVED = {
-    "phase1": "stage4.phase1", "phase2": "stage4.phase2",
+    "phase1": "stage4.phase1",
+    "phase2": "stage4.phase2",
     "augmentation_strategies": "stage4.reasoning_augmentation.augmentation_strategies",
-}  # fmt: skip
+}
 """Blocks that the guide prints alone -> where they belong."""
 
 

@@ -357,7 +357,7 @@ def verify_checkpoint(path: str | Path, *, checksums: bool = True) -> None:
 
 def prune_checkpoints(
     phase_dir: str | Path, keep_last: int, keep: Collection[Path] = (), keep_weights: int = 0
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Reduce old numbered checkpoints to their weights, delete those beyond `keep_weights`, and return these paths.
 
     Never touches the last complete one (whatever `keep_last`), `checkpoint-final`, a folder that is not complete, or

@@ -8,10 +8,14 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from embervlm import run_dir
 from embervlm.config import REPOSITORY
 from embervlm.errors import UserError
 
+EVALUATED_SPLIT = "val"
+"""The split on which a run evaluates its checkpoints in jobs of their own."""
 PATIENCE_VARIABLE = "EMBERVLM_SLURM_PATIENCE_S"
 PATIENCE_S = 900
 """How long to ask again while the controller is away, as when it is restarted."""
@@ -62,9 +66,7 @@ def ask(*argv: str) -> str:
     patience = Patience()
     while True:
         try:
-            found = subprocess.run(
-                argv, cwd=REPOSITORY, env=outside(), capture_output=True, text=True, check=False
-            )  # fmt: skip
+            found = subprocess.run(argv, cwd=REPOSITORY, env=outside(), capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise SlurmError(f"this machine has no {argv[0]}") from None
         if found.returncode == 0:
@@ -117,3 +119,25 @@ def seconds(limit: str) -> float:
         return float("inf")
     days, hours, minutes, rest = (int(part or 0) for part in found.groups())
     return 86400 * days + 3600 * hours + 60 * minutes + rest
+
+
+def awaiting_evaluation(folder: Path) -> list[Path]:
+    """Checkpoints of `folder` that a job which has not ended is still to evaluate: they may not be deleted."""
+    out = []
+    for found in run_dir.list_checkpoints(folder):
+        note = run_dir.eval_job_path(found.path, EVALUATED_SPLIT)
+        if note.exists() and not run_dir.eval_path(found.path, EVALUATED_SPLIT).exists():
+            job = str(run_dir.read_object(note, "job_id")["job_id"])
+            if _is_queued(job):
+                out.append(found.path)
+    return out
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm still has the job, waiting or running; also where Slurm does not answer."""
+    shown = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False
+    )
+    if shown.returncode:
+        return "Invalid job id" not in shown.stderr
+    return bool(shown.stdout.strip())

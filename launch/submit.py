@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embervlm.submit import main
+from embervlm.run.submit import main
 
 if __name__ == "__main__":
     main()

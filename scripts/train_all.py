@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embervlm.training.cli import main
+from embervlm.run.train import main
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ if [[ ${1:-} == --submitted ]]; then                       # among the arguments
     shift
 fi
 
-decide() { python -m embervlm.slurm "$1" "${how[@]}" ${phase:+--of_phase "$phase"} "${@:2}"; }
+decide() { python -m embervlm.run.slurm "$1" "${how[@]}" ${phase:+--of_phase "$phase"} "${@:2}"; }
 
 # on_these_nodes SCRIPT FLAGS: go on in a job of the right nodes; elsewhere submit one and leave
 on_these_nodes() {

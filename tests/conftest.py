@@ -25,7 +25,7 @@ VOCAB_SIZE = 600
 @pytest.fixture(scope="session")
 def scene_data(tmp_path_factory):
     """A folder with `reasoning_data.json`: 48 records, three about each of 16 pictures; no split is empty."""
-    from embervlm.data.scenes.generate import generate_scenes
+    from embervlm.robots.generate import generate_scenes
 
     folder = tmp_path_factory.mktemp("scenes")
     generate_scenes(
@@ -44,30 +44,52 @@ def records(scene_data):
 @pytest.fixture(scope="session")
 def tiny_settings():
     """Settings of an `EmberVLMConfig` with about 0.1 million parameters and nine visual tokens."""
-    from embervlm.data.records import ROBOTS
+    from embervlm.words.chain_text import ROBOTS
 
     return {
-        "vision": {"config": {
-            "model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 64, "image_size": 36, "patch_size": 12, "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        }},
-        "language": {"config": {
-            "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "max_position_embeddings": 1024, "tie_word_embeddings": True,
-        }},
-        "image_size": 36, "projection_hidden_size": 48, "reasoning_width": 32, "reasoning_ffn": 48,
-        "reasoning_heads": 2, "validator_width": 16, "validator_ffn": 32, "validator_heads": 2,
+        "vision": {
+            "config": {
+                "model_type": "vit",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "image_size": 36,
+                "patch_size": 12,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            }
+        },
+        "language": {
+            "config": {
+                "model_type": "llama",
+                "vocab_size": VOCAB_SIZE,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 1024,
+                "tie_word_embeddings": True,
+            }
+        },
+        "image_size": 36,
+        "projection_hidden_size": 48,
+        "reasoning_width": 32,
+        "reasoning_ffn": 48,
+        "reasoning_heads": 2,
+        "validator_width": 16,
+        "validator_ffn": 32,
+        "validator_heads": 2,
         "candidates": list(ROBOTS),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="session")
 def tokenizer(records):
     """The Stage 4 tokenizer, trained on the texts of the records. Nothing changes it, so tests share it."""
-    from embervlm.data.records import format_reasoning
     from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+    from embervlm.words.chain_text import format_reasoning
 
     texts = [text for r in records for text in (r.instruction, format_reasoning(r.steps), " " + ", ".join(r.answer))]
     return ReasoningTokenizer(train_tokenizer(texts, VOCAB_SIZE))
@@ -133,7 +155,7 @@ def samples(records, tokenizer):
 def make_collator(records, tokenizer, pictures):
     """`make_collator(**options)`: a collator over the records as a run builds it."""
     from embervlm.data.collate import Collator
-    from embervlm.data.records import ROBOTS
+    from embervlm.words.chain_text import ROBOTS
 
     def make(own_records=None, **options):
         options = {"candidates": ROBOTS, "seed": 0, "image_size": 36, **options}

@@ -15,10 +15,12 @@ import torch
 from training_helpers import Bench, phase_config
 
 from embervlm.data.collate import Batch
-from embervlm.training.engine import Engine, EngineState, NonFiniteLossError, World, build_engine
-from embervlm.training.engine_deepspeed import DeepSpeedEngine
+from embervlm.engines.base import Engine, EngineState, NonFiniteLossError
+from embervlm.engines.build import build_engine
+from embervlm.engines.deepspeed import DeepSpeedEngine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
+from embervlm.world import World
 
 FP16_SCALE = 4096.0
 
@@ -42,7 +44,7 @@ def let_deepspeed_compute_in_fp16() -> None:
     """On the CPU, past its accelerator's check and ours, which both refuse what torch can do."""
     from deepspeed.accelerator import get_accelerator
 
-    from embervlm.training import engine
+    from embervlm.engines import base as engine
 
     get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
     engine.resolve_precision = lambda precision, *_: precision
@@ -79,12 +81,19 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     phase = phase_config(case["phase"])
     accumulation, global_batch = case.get("accumulation", 1), case.get("global_batch", 8)
     bench = Bench.make(
-        data, phase, global_batch=global_batch, draws=case.get("draws", True), vision=case.get("vision"),
-        seed=world.rank if case.get("seed_by_rank") else 0, text_only=case.get("text_only", False),
+        data,
+        phase,
+        global_batch=global_batch,
+        draws=case.get("draws", True),
+        vision=case.get("vision"),
+        seed=world.rank if case.get("seed_by_rank") else 0,
+        text_only=case.get("text_only", False),
         boxes=case.get("boxes", True),
-        engine=case.get("engine", "deepspeed"), zero_stage=case.get("zero_stage", 2),
-        precision=case.get("precision", "fp32"), deepspeed_config=case.get("deepspeed_config"),
-    )  # fmt: skip
+        engine=case.get("engine", "deepspeed"),
+        zero_stage=case.get("zero_stage", 2),
+        precision=case.get("precision", "fp32"),
+        deepspeed_config=case.get("deepspeed_config"),
+    )
     if bench.config.precision == "fp16" and bench.config.engine == "deepspeed" and world.device.type == "cpu":
         let_deepspeed_compute_in_fp16()
     module = TrainingModule(bench.model)
@@ -97,16 +106,25 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     bench.model.train()
     before = {key: value.detach().clone() for key, value in module.state_dict().items()}
     engine = build_engine(
-        module, bench.config, phase, world, batch_size=global_batch // (world.size * accumulation) or 1,
+        module,
+        bench.config,
+        phase,
+        world,
+        batch_size=global_batch // (world.size * accumulation) or 1,
         accumulation=accumulation,
-    )  # fmt: skip
+    )
     out: dict[str, Any] = {
         "before": before,
         "wrapped": whole_state(engine).weights,
         "own": {key: value.clone() for key, value in module.state_dict().items()} if case.get("seed_by_rank") else {},
         "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
-        "rates": [], "terms": [], "counts": [], "error": None, "records": [], "overflows": 0,
-    }  # fmt: skip
+        "rates": [],
+        "terms": [],
+        "counts": [],
+        "error": None,
+        "records": [],
+        "overflows": 0,
+    }
     optimizer = engine._optimizer  # type: ignore[attr-defined]
     if engine.loss_scale is not None and "overflow_on_rank" in case:  # at a scale where nothing overflows by itself
         engine._set_loss_scale({"scale": FP16_SCALE, "good_steps": case.get("good_steps", 0)})

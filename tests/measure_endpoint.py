@@ -26,13 +26,14 @@ def measure(folder: Path, *, num_questions: int, concurrency: int, delay_s: floa
     questions.write_text(json.dumps(tasks))
     server = subprocess.Popen(
         [sys.executable, str(HERE / "scripted_teacher.py"), "--delay_s", str(delay_s), "--fault_rate", str(fault_rate)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        from embervlm.data.commands import generate_by_teacher
-        from embervlm.data.teachers.endpoint import EndpointConfig
+        from embervlm.curate.commands import generate_by_teacher
+        from embervlm.curate.teachers.endpoint import EndpointConfig
 
         config = EndpointConfig(teacher_model="scripted", base_url=url, concurrency=concurrency)
         import openai  # noqa: F401  # its import takes longer than many answers

@@ -14,17 +14,27 @@ TYPES = ("problem_analysis", "constraint_checking", "solution_selection", "concl
 ROBOTS = ("Drone", "Humanoid", "Robot with Legs", "Robot with Wheels", "Underwater Robot")
 COMPLEXITIES, KINDS = ("simple", "medium", "complex"), ("haul", "inspect", "wait")
 METRICS = {
-    "reasoning_consistency": 0.962, "step_completeness": 0.981, "logical_flow_score": 0.774,
-    "final_answer_accuracy": 0.914, "adjacent_similarity": 0.503, "head_accuracy": 0.931, "head_agreement": 0.944,
-    "unparseable_share": 0.0, "swapped_image_accuracy": 0.168, "blind_accuracy": 0.221,
-    "stage4_direct_accuracy": 0.658, "no_reasoning_accuracy": 0.738, "no_reasoning_same_time_accuracy": 0.898,
-}  # fmt: skip
+    "reasoning_consistency": 0.962,
+    "step_completeness": 0.981,
+    "logical_flow_score": 0.774,
+    "final_answer_accuracy": 0.914,
+    "adjacent_similarity": 0.503,
+    "head_accuracy": 0.931,
+    "head_agreement": 0.944,
+    "unparseable_share": 0.0,
+    "swapped_image_accuracy": 0.168,
+    "blind_accuracy": 0.221,
+    "stage4_direct_accuracy": 0.658,
+    "no_reasoning_accuracy": 0.738,
+    "no_reasoning_same_time_accuracy": 0.898,
+}
 TARGETS = {
-    "reasoning_consistency": {"target": ">0.85", "met": True}, "step_completeness": {"target": ">0.90", "met": True},
+    "reasoning_consistency": {"target": ">0.85", "met": True},
+    "step_completeness": {"target": ">0.90", "met": True},
     "logical_flow_score": {"target": ">0.80", "met": False},
     "final_answer_accuracy": {"target": ">0.75", "met": True},
     "swapped_image_accuracy": {"target": "<=0.664", "met": True},
-}  # fmt: skip
+}
 
 
 def sample(place: int, *, image: str | None = None, grid: int = 7) -> dict[str, Any]:
@@ -36,30 +46,48 @@ def sample(place: int, *, image: str | None = None, grid: int = 7) -> dict[str, 
     steps = [f"The place is cliff, load is {place % 9}, so fact {number} holds." for number in range(1, num_steps)]
     scores = {name: round(rng.uniform(0.6, 1), 4) for name in list(METRICS)[:3]}
     return {
-        "id": f"scene-{place:06d}", "image": image, "complexity": COMPLEXITIES[place % 3],
+        "id": f"scene-{place:06d}",
+        "image": image,
+        "complexity": COMPLEXITIES[place % 3],
         "instruction": f"Take the load to flag {place} and inspect the site there. Which robots are suited?",
-        "question_kind": KINDS[place % 3], "gold_steps": [*steps, f"{gold[0]}."], "gold_answer": gold,
-        "reasoning_steps": [*steps, "Drone."], "answer": gold[0] if right else "Nobody",
-        "answer_set": gold if right else [ROBOTS[(place + 1) % 5]], "correct": right,
-        "confidence": round(rng.uniform(0.4, 1), 3), "head_answer": gold,
-        "scores": {**scores, "final_answer_accuracy": float(right), "adjacent_similarity": 0.5,
-                   "reasons": [] if right else ["step 2 contradicts the fact place: cliff"]},
+        "question_kind": KINDS[place % 3],
+        "gold_steps": [*steps, f"{gold[0]}."],
+        "gold_answer": gold,
+        "reasoning_steps": [*steps, "Drone."],
+        "answer": gold[0] if right else "Nobody",
+        "answer_set": gold if right else [ROBOTS[(place + 1) % 5]],
+        "correct": right,
+        "confidence": round(rng.uniform(0.4, 1), 3),
+        "head_answer": gold,
+        "scores": {
+            **scores,
+            "final_answer_accuracy": float(right),
+            "adjacent_similarity": 0.5,
+            "reasons": [] if right else ["step 2 contradicts the fact place: cliff"],
+        },
         "without_reasoning": {"answer_set": gold if place % 2 else ["Humanoid"], "correct": bool(place % 2)},
         "step_types": [TYPES[0], *[TYPES[1]] * (num_steps - 2), TYPES[3]],
         "completeness_by_type": {name: 1.0 if right else round(rng.random(), 3) for name in TYPES},
         "validator_scores": [round(rng.uniform(0.3, 1), 4) for _ in range(num_steps)],
         "attention": {"grid": [grid, grid], "steps": shares},
         "looked_at": [{"flag": [0.81, 0.16]} if number == 1 else {} for number in range(num_steps)],
-        "boxes": [{"kind": "flag", "label": "near", "box": [0.1, 0.4, 0.4, 0.9]},
-                  {"kind": "sky", "label": "dawn", "box": [0.0, 0.0, 1.0, 0.4]}],
-    }  # fmt: skip
+        "boxes": [
+            {"kind": "flag", "label": "near", "box": [0.1, 0.4, 0.4, 0.9]},
+            {"kind": "sky", "label": "dawn", "box": [0.0, 0.0, 1.0, 0.4]},
+        ],
+    }
 
 
 def evaluation(num_samples: int = 24, **changed: Any) -> dict[str, Any]:
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     return {
-        "format": 2, "embervlm_version": "0.1.0", "checkpoint": "outputs/run/stage4/phase2/checkpoint-final",
-        "step": 550, "phase": "phase 2", "split": "test", "num_samples": num_samples,
+        "format": 2,
+        "embervlm_version": "0.1.0",
+        "checkpoint": "outputs/run/stage4/phase2/checkpoint-final",
+        "step": 550,
+        "phase": "phase 2",
+        "split": "test",
+        "num_samples": num_samples,
         "decoding": {"max_reasoning_steps": 10, "temperature": 0.0},
         "backend": {part: {"name": "embedded", "version": "1"} for part in ("similarity", "entailment")},
         "metrics": dict(METRICS),
@@ -69,29 +97,63 @@ def evaluation(num_samples: int = 24, **changed: Any) -> dict[str, Any]:
         "accuracy_by_question_kind": {
             "haul": {"num": 200, "reasoning": 0.95, "no_reasoning": 0.7},
             "inspect": {"num": 160, "reasoning": 0.97, "no_reasoning": 0.81},
-            "wait": {"num": 140, "reasoning": 0.7, "no_reasoning": 0.73}},
+            "wait": {"num": 140, "reasoning": 0.7, "no_reasoning": 0.73},
+        },
         "impact_by_complexity": {
             name: {"num": 160, "reasoning": 0.9 + place / 50, "no_reasoning": 0.85 - place / 10}
-            for place, name in enumerate(COMPLEXITIES)},
+            for place, name in enumerate(COMPLEXITIES)
+        },
         "per_candidate": {name: {"precision": 0.95, "recall": 0.9, "support": 90.0} for name in ROBOTS},
-        "calibration": {"split_fitted": "val", "temperature": 1.31, "ece": 0.021, "ece_uncalibrated": 0.058,
-                        "bins": [{"low": share - 0.05, "high": share + 0.05, "confidence": share,
-                                  "accuracy": share ** 1.2, "num": int(10 + 300 * share**4)} for share in shares]},
+        "calibration": {
+            "split_fitted": "val",
+            "temperature": 1.31,
+            "ece": 0.021,
+            "ece_uncalibrated": 0.058,
+            "bins": [
+                {
+                    "low": share - 0.05,
+                    "high": share + 0.05,
+                    "confidence": share,
+                    "accuracy": share**1.2,
+                    "num": int(10 + 300 * share**4),
+                }
+                for share in shares
+            ],
+        },
         "faithfulness": {
-            "num_samples": 200, "swapped_picture_accuracy": 0.17,
+            "num_samples": 200,
+            "swapped_picture_accuracy": 0.17,
             "truncated": {"0.25": 0.31, "0.5": 0.52, "0.75": 0.8},
             "planted_mistake": {"num": 180, "accuracy": 0.4, "follows_mistake": 0.55},
             "information_gain": {"per_step": [0.02, 0.05, 0.1, 0.4, 0.9, 1.4, 1.5], "num": 200},
-            "forced_prefix": {"num": 190, "follows_text": 0.82, "follows_picture": 0.11, "neither": 0.07,
-                              "ambiguous_dropped": 10}},
-        "own_steps": {"temperature": 1.0, **{name: {
-            "valid": 1500, "wrong": wrong, "balanced_accuracy": 0.91, "auroc": 0.97, "right_chains": 180,
-            "right_chains_passed": 0.95, "wrong_chains": 20, "wrong_chains_passed": 0.1,
-        } for name, wrong in (("greedy", 9), ("drawn", 120))}},
+            "forced_prefix": {
+                "num": 190,
+                "follows_text": 0.82,
+                "follows_picture": 0.11,
+                "neither": 0.07,
+                "ambiguous_dropped": 10,
+            },
+        },
+        "own_steps": {
+            "temperature": 1.0,
+            **{
+                name: {
+                    "valid": 1500,
+                    "wrong": wrong,
+                    "balanced_accuracy": 0.91,
+                    "auroc": 0.97,
+                    "right_chains": 180,
+                    "right_chains_passed": 0.95,
+                    "wrong_chains": 20,
+                    "wrong_chains_passed": 0.1,
+                }
+                for name, wrong in (("greedy", 9), ("drawn", 120))
+            },
+        },
         "attention": {"flag": {"num": 90, "share": 0.81, "chance": 0.16}},
         "validator": {"other_picture": 0.997, "wrong_order": 1.0, "contradicted": 0.999, "repeated": 1.0},
         **changed,
-    }  # fmt: skip
+    }
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,16 +186,23 @@ def write_pictures(folder: Path, num: int) -> list[str]:
 def write_run(folder: Path, *, num_samples: int = 24, config: Any = None) -> Path:
     """A finished run: logs, four evaluated checkpoints, samples of three epochs, an evaluation with samples."""
     config = config or {
-        "model": "quickstart", "seed": 0, "engine": "deepspeed", "reasoning_data": str(folder / "data.json"),
+        "model": "quickstart",
+        "seed": 0,
+        "engine": "deepspeed",
+        "reasoning_data": str(folder / "data.json"),
         "stage4": {"batch_size": 8, "phase1": {"epochs": 1, "learning_rate": 0.002}, "phase2": {"epochs": 2}},
-    }  # fmt: skip
+    }
     pictures = write_pictures(folder / "data" / "images", min(num_samples, 100) or 1)
     for phase, steps in ((1, 275), (2, 550)):
         lines = []
         for step in range(20, steps + 1, 20):
-            loss = {"total": 4 * 0.99**step + 0.1, "reasoning": 5 * 0.985**step + 0.02,
-                    "consistency": 0.7 * 0.995**step, "answer": 0.5 * 0.993**step,
-                    "multimodal": 0.9 * 0.997**step}  # fmt: skip
+            loss = {
+                "total": 4 * 0.99**step + 0.1,
+                "reasoning": 5 * 0.985**step + 0.02,
+                "consistency": 0.7 * 0.995**step,
+                "answer": 0.5 * 0.993**step,
+                "multimodal": 0.9 * 0.997**step,
+            }
             rates = {"reasoning_module": 0.002 * (1 - step / steps) + 1e-6}
             if phase == 2:
                 rates |= {
@@ -147,9 +216,7 @@ def write_run(folder: Path, *, num_samples: int = 24, config: Any = None) -> Pat
         for place, step in enumerate((steps // 2, steps)):
             grown = {name: value * (0.5 + 0.2 * phase + 0.05 * place) for name, value in METRICS.items()}
             evals = evaluation(64, metrics=grown, intervals={n: [v - 0.05, v + 0.04] for n, v in grown.items()})
-            write_checkpoint(
-                folder / "stage4" / f"phase{phase}", step, final=step == steps, config=config, evals=evals
-            )  # fmt: skip
+            write_checkpoint(folder / "stage4" / f"phase{phase}", step, final=step == steps, config=config, evals=evals)
     for epoch in (1, 2, 3):
         samples = [sample(1000 + place, image=pictures[place % len(pictures)]) for place in range(4)]
         for item in samples:

@@ -42,9 +42,12 @@ class Act:
         if self.thinking is not None:
             message["reasoning_content"] = self.thinking
         value: dict[str, Any] = {
-            "id": "scripted", "object": "chat.completion", "created": 0, "model": model,
+            "id": "scripted",
+            "object": "chat.completion",
+            "created": 0,
+            "model": model,
             "choices": [{"index": 0, "finish_reason": self.finish_reason, "message": message}],
-        }  # fmt: skip
+        }
         if self.usage is not None:
             usage = {**self.usage, "total_tokens": sum(self.usage.values())}
             value["usage"] = usage
@@ -54,13 +57,18 @@ class Act:
 def chain(robots: str | list[str], **fields: Any) -> str:
     """A good structured answer, but for `fields`."""
     answers = [robots] if isinstance(robots, str) else robots
-    return json.dumps({
-        "steps": [
-            {"type": "problem_analysis", "text": "The task needs a robot that fits the place."},
-            {"type": "solution_selection", "text": f"Suited here: {' and '.join(answers)}."},
-        ],
-        "conclusion": f"{', '.join(answers)}.", "answer": answers, "confidence": 0.9, **fields,
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "steps": [
+                {"type": "problem_analysis", "text": "The task needs a robot that fits the place."},
+                {"type": "solution_selection", "text": f"Suited here: {' and '.join(answers)}."},
+            ],
+            "conclusion": f"{', '.join(answers)}.",
+            "answer": answers,
+            "confidence": 0.9,
+            **fields,
+        }
+    )
 
 
 class ScriptedTeacher:

@@ -21,8 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NODES = {"n1": "a100", "n2": "a100", "n3": "a100", "n4": "a100", "n5": "v100", "n6": "v100", "n7": "v100",
-         "n8": "h100", "n9": "h100"}  # fmt: skip
+NODES = {
+    "n1": "a100",
+    "n2": "a100",
+    "n3": "a100",
+    "n4": "a100",
+    "n5": "v100",
+    "n6": "v100",
+    "n7": "v100",
+    "n8": "h100",
+    "n9": "h100",
+}
 """Node -> type of its GPUs. Where a node is lost or a job preempted, others would suffer; hence the several types."""
 DAEMONS = ("munged", "slurmctld", "slurmd")
 TRAINING = {"launch/train.py", "submitit.core._submit"}
@@ -141,10 +150,16 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         self._start(
-            "munged", "munged", "--foreground", "--force", f"--key-file={key}",
-            f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munge.pid",
-            f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munge.log",
-        )  # fmt: skip
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.folder}/munge.socket",
+            f"--pid-file={self.folder}/munge.pid",
+            f"--seed-file={self.folder}/munge.seed",
+            f"--log-file={self.folder}/munge.log",
+        )
         self.wait("munge's socket", (self.folder / "munge.socket").exists, 60)
 
     def _start(self, name: str, program: str, *args: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 from training_helpers import CPU, TINY, make_tokenizer, write_model_yaml
 
 from embervlm.config import ConfigError, TrainConfig
-from embervlm.data.records import ROBOTS
 from embervlm.data.store import prepare
 from embervlm.evaluation.evaluate import Evaluation
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding
-from embervlm.training.engine import World
-from embervlm.training.phases import Run, model_settings, told_answers
+from embervlm.run.stages import Run, model_settings, told_answers
+from embervlm.words.chain_text import ROBOTS
+from embervlm.world import World
 
 
 def test_a_preset_that_names_answers_is_refused_with_the_place_for_them(tmp_path):

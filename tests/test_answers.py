@@ -7,9 +7,9 @@ import json
 import pytest
 from scripted_teacher import chain
 
+from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply, scene_text
+from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply, scene_text
-from embervlm.data.teachers.collection import Question
 
 FACTS = {"place": "cliff", "load": "heavy", "ground": "steep", "Drone": "suited", "Humanoid": "unsuited"}
 
@@ -36,9 +36,7 @@ def rejection(*args, **options):
 
 def test_structured_steps_become_the_chain_with_its_types():
     record = read(chain("Drone"))
-    assert record.steps == (
-        "The task needs a robot that fits the place.", "Suited here: Drone.", "Conclusion: Drone.",
-    )  # fmt: skip
+    assert record.steps == ("The task needs a robot that fits the place.", "Suited here: Drone.", "Conclusion: Drone.")
     assert record.metadata["step_types"] == ["problem_analysis", "solution_selection", "conclusion"]
     assert record.answer == ("Drone",) and record.confidence == 0.9
 
@@ -52,9 +50,13 @@ def test_the_record_says_where_it_is_from():
     record = read(chain("Drone"), sample=2, metadata={"split_group": "g", "step_types": ["old"], "seen": [["place"]]})
     assert record.record_id == "q1#3"
     assert record.metadata == {
-        "split_group": "g", "source": "teacher_generated", "origin": "q1", "validated": True,
-        "teacher_model": "deepseek-r1", "step_types": ["problem_analysis", "solution_selection", "conclusion"],
-    }  # fmt: skip
+        "split_group": "g",
+        "source": "teacher_generated",
+        "origin": "q1",
+        "validated": True,
+        "teacher_model": "deepseek-r1",
+        "step_types": ["problem_analysis", "solution_selection", "conclusion"],
+    }
 
 
 def test_numbered_thinking_is_the_chain_of_an_answer_in_words():

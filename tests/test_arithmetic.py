@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from embervlm.data.claims import ChainContext
-from embervlm.evaluation.arithmetic import calculates_again, wrong_arithmetic
-from embervlm.evaluation.metrics import ChainScorer
+from embervlm.judge.arithmetic import calculates_again, wrong_arithmetic
+from embervlm.judge.faults import ChainContext
+from embervlm.judge.metrics import ChainScorer
 
 CHAINS = [
     json.loads(line)

@@ -14,7 +14,7 @@ import pytest
 
 from embervlm.cli import main
 from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
-from embervlm.data.augment import (
+from embervlm.curate.augment import (
     GIVE_UP_AFTER,
     ChainIndex,
     Origin,
@@ -25,13 +25,14 @@ from embervlm.data.augment import (
     reorder,
     simplify,
 )
-from embervlm.data.chain_graph import ChainGraph
-from embervlm.data.claims import ClaimReader, reader_of
-from embervlm.data.duplicates import find_duplicates
-from embervlm.data.numbers import numbers_in
-from embervlm.data.paraphrase import RuleParaphraser
+from embervlm.curate.duplicates import find_duplicates
+from embervlm.curate.paraphrase import RuleParaphraser
+from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, ReasoningRecord, read_records, write_jsonl
 from embervlm.data.splits import split_records
+from embervlm.words.chain_graph import ChainGraph
+from embervlm.words.claims import ClaimReader
+from embervlm.words.numbers import numbers_in
 
 NUM_NEW = 600
 
@@ -67,9 +68,13 @@ def reader(records):
 
 def graph(*steps, conclusion="Crane.", domains=None, step_types=(), instruction="Which vehicle?"):
     return ChainGraph(
-        steps, conclusion, instruction=instruction, reader=ClaimReader.of(domains or {}),
-        names=("Crane", "Truck", "Boat"), step_types=step_types,
-    )  # fmt: skip
+        steps,
+        conclusion,
+        instruction=instruction,
+        reader=ClaimReader.of(domains or {}),
+        names=("Crane", "Truck", "Boat"),
+        step_types=step_types,
+    )
 
 
 def test_a_step_depends_on_the_one_that_introduces_its_words():
@@ -130,10 +135,15 @@ def test_premises_of_one_claim_each_change_places():
     assert "Since load is big and soil is wet, Truck is unfit." in found
 
 
-@pytest.mark.parametrize("text", [
-    "Is the hill steep, so that it slips?", "Opposite poles attract", "Since 1990, Paris is bigger.",
-    'He said "no, so the truck stays".',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is the hill steep, so that it slips?",
+        "Opposite poles attract",
+        "Since 1990, Paris is bigger.",
+        'He said "no, so the truck stays".',
+    ],
+)
 def test_what_no_rule_understands_stays_as_it_is(text):
     assert rewritten(text) == {text}
 
@@ -167,9 +177,13 @@ def test_simplify_drops_what_the_conclusion_does_not_need():
 
 def test_simplify_takes_step_types_and_what_is_seen_along():
     given = record(
-        "Pipes weigh tons.", "Boats float.", "Tons ask for a crane.", "Conclusion: Crane.",
-        step_types=["a", "b", "c", "conclusion"], seen=[["pipe"], ["boat"], [], []],
-    )  # fmt: skip
+        "Pipes weigh tons.",
+        "Boats float.",
+        "Tons ask for a crane.",
+        "Conclusion: Crane.",
+        step_types=["a", "b", "c", "conclusion"],
+        seen=[["pipe"], ["boat"], [], []],
+    )
     rows = simplify(origin_of(given), random.Random(0))
     assert [extra for _, extra in rows] == [{"step_types": "a", "seen": ["pipe"]}, {"step_types": "c", "seen": []}]
 
@@ -187,8 +201,14 @@ def test_expand_lengthens_a_step_where_the_chain_is_as_long_as_the_longest():
 
 
 def test_expand_does_not_state_what_the_chain_derives():
-    given = record("The soil is wet.", "Soil is wet, so the grip is bad.", "Conclusion: Boat.", answer=("Boat",),
-                   scene={"soil": "wet"}, facts={"soil": "wet", "grip": "bad"})  # fmt: skip
+    given = record(
+        "The soil is wet.",
+        "Soil is wet, so the grip is bad.",
+        "Conclusion: Boat.",
+        answer=("Boat",),
+        scene={"soil": "wet"},
+        facts={"soil": "wet", "grip": "bad"},
+    )
     assert isinstance(expand(origin_of(given), random.Random(0)), str)
 
 
@@ -200,10 +220,14 @@ def test_reorder_says_so_where_only_one_order_is_free():
 # ---- checks
 
 
-@pytest.mark.parametrize(("rows", "reason"), [
-    (["The soil is dry."], "claims changed"), (["The mud is 3 m deep."], "claims changed"),
-    (["The soil is wet, 4 m deep."], "numbers changed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (["The soil is dry."], "claims changed"),
+        (["The mud is 3 m deep."], "claims changed"),
+        (["The soil is wet, 4 m deep."], "numbers changed"),
+    ],
+)
 def test_a_wording_that_says_something_else_is_refused(rows, reason):
     given = record("The soil is wet, 3 m deep.", "Conclusion: Boat.", answer=("Boat",), facts={"soil": "wet"})
     origin = Origin(given, ClaimReader.of({"soil": {"wet", "dry"}}), 9)
@@ -216,10 +240,13 @@ def test_a_fact_that_is_not_true_is_refused():
     assert fault_of(origin, [("The soil is dry.", {}), ("Look.", {})], "expand") == "claims changed"
 
 
-@pytest.mark.parametrize(("given", "reason"), [
-    (record("The soil is dry.", "Conclusion: Crane.", facts={"soil": "wet"}), "contradicts"),
-    (record("The soil is wet.", "Conclusion: Boat."), "disagrees"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (record("The soil is dry.", "Conclusion: Crane.", facts={"soil": "wet"}), "contradicts"),
+        (record("The soil is wet.", "Conclusion: Boat."), "disagrees"),
+    ],
+)
 def test_nothing_is_made_from_a_chain_that_is_wrong_itself(given, reason):
     other = replace(given, record_id="r2", steps=(), metadata={"facts": {"soil": "dry"}})
     made, report = augment([given, other], 10)
@@ -229,8 +256,9 @@ def test_nothing_is_made_from_a_chain_that_is_wrong_itself(given, reason):
 
 
 def test_without_validation_it_is_taken_as_it_is():
-    made, _ = augment([record("Mud is deep, so the truck stays.", "Pipes lie here.", "Conclusion: Boat.")], 3,
-                      validate=False)  # fmt: skip
+    made, _ = augment(
+        [record("Mud is deep, so the truck stays.", "Pipes lie here.", "Conclusion: Boat.")], 3, validate=False
+    )
     assert made and not any(one.metadata["validated"] for one in made)
 
 
@@ -319,8 +347,10 @@ def test_the_same_seed_makes_the_same_records(records):
 
 def test_where_there_are_no_more_distinct_chains_it_stops_below_the_target():
     made, report = augment([record("Rain fell.", "Boats float.", "Conclusion: Boat.", answer=("Boat",))], 50)
-    assert [one.steps for one in made] == [("Boats float.", "Rain fell.", "Conclusion: Boat."),
-                                           ("Boats float.", "Conclusion: Boat.")]  # fmt: skip
+    assert [one.steps for one in made] == [
+        ("Boats float.", "Rain fell.", "Conclusion: Boat."),
+        ("Boats float.", "Conclusion: Boat."),
+    ]
     assert report.wanted == 50 and report.made == 2
     assert report.strategies["paraphrase"].refused == {"duplicate": GIVE_UP_AFTER}
 
@@ -340,8 +370,7 @@ def test_a_teacher_words_chains_in_place_of_the_rules(records):
     def teacher(given, rng):
         return [f"Surely and plainly stated here: {step}" for step in given.steps[: given.num_steps]]
 
-    made, _ = augment([one for one in records if one.num_steps == 3][:3], 10,
-                      teacher=teacher)  # fmt: skip
+    made, _ = augment([one for one in records if one.num_steps == 3][:3], 10, teacher=teacher)
     paraphrased = [one for one in made if one.metadata["augmentation"] == "paraphrase"]
     assert len(paraphrased) == 3 and all(one.steps[0].startswith("Surely") for one in paraphrased)
 
@@ -362,8 +391,21 @@ def test_a_teacher_that_changes_a_claim_is_refused(records):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_the_command_writes_records_that_read_back_and_a_report(scene_data, suffix, capsys):
     path = scene_data / f"augmented{suffix}"
-    main(["data", "augment", "--input", str(scene_data / "reasoning_data.json"), "--output_file", str(path),
-          "--target-samples", "200", "--validate_reasoning", "--seed", "5"])  # fmt: skip
+    main(
+        [
+            "data",
+            "augment",
+            "--input",
+            str(scene_data / "reasoning_data.json"),
+            "--output_file",
+            str(path),
+            "--target-samples",
+            "200",
+            "--validate_reasoning",
+            "--seed",
+            "5",
+        ]
+    )
     found = read_records(path)
     report = json.loads((scene_data / "augmented.augmentation.json").read_text())
     assert len(found) == 200 and report["made"] == 152
@@ -381,7 +423,7 @@ def test_the_command_says_that_it_stopped_below_the_target(tmp_path, capsys):
 
 
 def test_the_command_says_what_is_wrong_with_its_flags(scene_data):
-    from embervlm.data.augment import augment_file
+    from embervlm.curate.augment import augment_file
 
     with pytest.raises(ConfigError, match="must end in .json or .jsonl"):
         augment_file(scene_data / "reasoning_data.json", scene_data / "out.csv", target_samples=9)
@@ -410,7 +452,7 @@ def test_records_enough_are_left_alone(records, tmp_path):
 
 
 def test_augmentation_needs_no_torch():
-    code = "import sys; sys.modules.update(torch=None); import embervlm.data.augment, embervlm.data.curriculum"
+    code = "import sys; sys.modules.update(torch=None); import embervlm.curate.augment, embervlm.data.curriculum"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
@@ -418,30 +460,46 @@ def test_augmentation_needs_no_torch():
 
 SUMS = {
     "Mia buys 3 packs of 8 pens and 5 packs of 6 pencils, and gives 14 away. How many things does she keep?": (
-        "Mia has 3 * 8 = 24 pens.", "Mia has 5 * 6 = 30 pencils.", "Pens and pencils make 24 + 30 = 54 things.",
-        "After the gift 54 - 14 = 40 things remain.", "Conclusion: 40.",
+        "Mia has 3 * 8 = 24 pens.",
+        "Mia has 5 * 6 = 30 pencils.",
+        "Pens and pencils make 24 + 30 = 54 things.",
+        "After the gift 54 - 14 = 40 things remain.",
+        "Conclusion: 40.",
     ),
     "A farm sells 40 eggs at $2 and 20 jars at $5, and pays $80 for feed. What does it earn?": (
-        "The eggs bring 40 * $2 = $80.", "The jars bring 20 * $5 = $100.", "Sales come to $80 + $100 = $180.",
-        "Without the feed $180 - $80 = $100 is earned.", "Conclusion: $100.",
+        "The eggs bring 40 * $2 = $80.",
+        "The jars bring 20 * $5 = $100.",
+        "Sales come to $80 + $100 = $180.",
+        "Without the feed $180 - $80 = $100 is earned.",
+        "Conclusion: $100.",
     ),
     "A school has 1,200 pupils; 1/3 walk, 450 ride a bike, and the rest take buses for 50. How many buses go?": (
-        "Walking is chosen by 1,200 / 3 = 400 pupils.", "On foot or by bike come 400 + 450 = 850 pupils.",
-        "By bus come 1200 - 850 = 350 pupils.", "The buses number 350 / 50 = 7.", "Conclusion: 7.",
+        "Walking is chosen by 1,200 / 3 = 400 pupils.",
+        "On foot or by bike come 400 + 450 = 850 pupils.",
+        "By bus come 1200 - 850 = 350 pupils.",
+        "The buses number 350 / 50 = 7.",
+        "Conclusion: 7.",
     ),
     "Tom runs 4 km on Monday, twice as far on Tuesday, and 5 km on Friday. How far in all?": (
-        "Tuesday's run is 2 * 4 = 8 km.", "Monday and Tuesday make 4 + 8 = 12 km.", "All runs make twelve + 5 = 17 km.",
+        "Tuesday's run is 2 * 4 = 8 km.",
+        "Monday and Tuesday make 4 + 8 = 12 km.",
+        "All runs make twelve + 5 = 17 km.",
         "Conclusion: 17 km.",
     ),
     "Ann saves $15 a week for 6 weeks, her brother $10 a week for 9 weeks. A tent costs $200. What is missing?": (
-        "Ann saves 15*6 = $<<15*6=90>>90.", "Her brother saves 10*9 = $<<10*9=90>>90.",
-        "Both have $90 + $90 = $180.00.", "Missing are 200 - 180 = $20.", "Conclusion: $20.",
+        "Ann saves 15*6 = $<<15*6=90>>90.",
+        "Her brother saves 10*9 = $<<10*9=90>>90.",
+        "Both have $90 + $90 = $180.00.",
+        "Missing are 200 - 180 = $20.",
+        "Conclusion: $20.",
     ),
     "A tank of 500 litres loses 20% and then gets 60 litres. How full is it?": (
-        "The loss is 20% of 500 = 100 litres.", "A tank of 500 litres keeps 500 - 100 = 400 litres.",
-        "In the end 400 + 60 = 460 litres are in it.", "Conclusion: 460 litres.",
+        "The loss is 20% of 500 = 100 litres.",
+        "A tank of 500 litres keeps 500 - 100 = 400 litres.",
+        "In the end 400 + 60 = 460 litres are in it.",
+        "Conclusion: 460 litres.",
     ),
-}  # fmt: skip
+}
 """Question -> chain; written for this test."""
 
 
@@ -462,8 +520,14 @@ def computed_before_use(question, given, order):
 @pytest.mark.parametrize("strategy", [reorder, simplify])
 def test_a_chain_that_calculates_keeps_each_sum_before_the_steps_that_use_its_result(question, strategy):
     steps = SUMS[question]
-    given = ReasoningRecord(record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []},
-                            answer=(steps[-1].removeprefix("Conclusion: ").rstrip("."),))  # fmt: skip
+    given = ReasoningRecord(
+        record_id="q",
+        image=None,
+        instruction=question,
+        steps=steps,
+        metadata={"candidates": []},
+        answer=(steps[-1].removeprefix("Conclusion: ").rstrip("."),),
+    )
     origin = origin_of(given)
     for seed in range(60):
         found = strategy(origin, random.Random(seed))
@@ -477,8 +541,9 @@ def test_a_chain_that_calculates_keeps_each_sum_before_the_steps_that_use_its_re
 
 def test_steps_that_do_not_use_each_others_results_may_still_change_places():
     question, steps = next(iter(SUMS.items()))
-    given = ReasoningRecord(record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []},
-                            answer=("40",))  # fmt: skip
+    given = ReasoningRecord(
+        record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []}, answer=("40",)
+    )
     orders = {tuple(texts(reorder(origin_of(given), random.Random(seed)))) for seed in range(20)}
     assert orders == {(steps[0], steps[1], *steps[2:4]), (steps[1], steps[0], *steps[2:4])}
 

@@ -18,21 +18,45 @@ from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import build_model
 
 SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "word_embed_proj_dim": 32, "ffn_dim": 48, "mamba_d_ssm": 32, "mamba_n_heads": 2,
-    "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "dim_model_base": 16, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_local_experts": 2,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 2,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "dim_model_base": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_local_experts": 2,
     "num_experts_per_tok": 1,
-}  # fmt: skip
+}
 HEADS = {"logit_scale": 0.25, "logits_scaling": 4.0, "final_logit_softcapping": 2.0, "lm_head_multiplier": 0.3}
 """What scales or caps the logits, under every name; each family takes its own."""
 PLAIN = ("gpt2", "llama", "qwen3", "opt", "gemma")
 SCALED = ("cohere", "cohere2", "granite", "granitemoe", "gemma2", "gemma3_text", "falcon_h1", "minicpm3", "nanochat")
 VISION = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 36,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 36,
     "patch_size": 12,
-}  # fmt: skip
+}
 
 
 def language(family: str) -> dict[str, Any]:
@@ -80,8 +104,13 @@ def test_a_model_that_scales_its_logits_learns_and_answers(family: str, tokenize
     model = build_model({**tiny_settings, "language": spec})
     model.attach_tokenizer(tokenizer)
     ids = torch.tensor([tokenizer.encode("Fly to the lake.")])
-    inputs = {"pictures": torch.zeros(1, 36, 36, 3, dtype=torch.uint8), "image_mask": torch.ones(1, dtype=torch.bool),
-              "input_ids": ids, "text_mask": torch.ones_like(ids).bool(), "score_index": torch.arange(3)}  # fmt: skip
+    inputs = {
+        "pictures": torch.zeros(1, 36, 36, 3, dtype=torch.uint8),
+        "image_mask": torch.ones(1, dtype=torch.bool),
+        "input_ids": ids,
+        "text_mask": torch.ones_like(ids).bool(),
+        "score_index": torch.arange(3),
+    }
     model(**inputs).token_logits.logsumexp(-1).sum().backward()
     assert model.language_model.backbone.get_input_embeddings().weight.grad.abs().sum() > 0
     found = model.eval().generate_with_reasoning(None, "Fly to the lake.", max_new_tokens=6)
@@ -97,8 +126,13 @@ def test_answers_are_written_under_autocast_and_in_every_precision(
     precision: str, family: str, records: Any, tokenizer: Any, tiny_settings: Any
 ) -> None:
     spec = {"gpt2": GPT2, "cohere": language("cohere")}.get(family, tiny_settings["language"])
-    spec = {"config": {**spec["config"], "vocab_size": tiny_settings["language"]["config"]["vocab_size"],
-                       "max_position_embeddings": 1024}}  # fmt: skip
+    spec = {
+        "config": {
+            **spec["config"],
+            "vocab_size": tiny_settings["language"]["config"]["vocab_size"],
+            "max_position_embeddings": 1024,
+        }
+    }
     torch.manual_seed(0)
     model = build_model({**tiny_settings, "language": spec}).eval()
     model.attach_tokenizer(tokenizer)
@@ -162,7 +196,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num
         ("language", {"model_type": "t5", "d_model": 32}, "^language: t5 is no causal language model"),
         ("language", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "contains custom code"),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_cannot_be_used_is_said_in_a_line(
     part: str, values: dict[str, Any], said: str, tmp_path: Path
 ) -> None:

@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from embervlm.config import ConfigError
-from embervlm.data.claims import ChainContext
-from embervlm.evaluation.backends import make_backends
-from embervlm.evaluation.metrics import ChainScorer
+from embervlm.judge.backends import make_backends
+from embervlm.judge.faults import ChainContext
+from embervlm.judge.metrics import ChainScorer
 
 WORDS = "the lamp is not dark bright iron wood conducts badly well . conclusion :".split()
 STEPS = ["The lamp is dark.", "Iron conducts well.", "Conclusion: the lamp is bright."]
@@ -25,10 +25,16 @@ def save_model(folder: Path, *, nli: bool = False, labels=("contradiction", "ent
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
     config = BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={name: n for n, name in enumerate(labels)},
+        vocab_size=len(WORDS) + 5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={name: n for n, name in enumerate(labels)},
         initializer_range=1.0,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     (BertForSequenceClassification if nli else BertModel)(config).save_pretrained(folder)
     BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from embervlm.cli import main
-from embervlm.data.chain_text import ROBOTS
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning
+from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
-from embervlm.data.negatives import PairMaker, fact_domains
+from embervlm.data.negatives import PairMaker
 from embervlm.data.records import DataError, read_records, write_dataset, write_jsonl
-from embervlm.data.scenes.generate import generate_scenes
 from embervlm.data.store import prepare
 from embervlm.data.tokenizer import SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
+from embervlm.robots.generate import generate_scenes
 from embervlm.run_dir import WriteError, write_json_atomic
+from embervlm.words.chain_text import ROBOTS
 
 GOOD = {"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}
 TOKENIZER = ReasoningTokenizer(train_tokenizer(["Which robot flies?", "Only the drone has rotors."] * 3, 300))
@@ -47,9 +48,16 @@ def make_batch(records):
     fact_domains(records)
     encode_captions(records, TOKENIZER)
     collator = Collator(
-        records, TOKENIZER, PictureCache([], 12), candidates=ROBOTS, seed=0, image_size=12, grounding=True,
-        pair_maker=PairMaker(records, samples, TOKENIZER), dense_labels=DenseLabels(records, 3),
-    )  # fmt: skip
+        records,
+        TOKENIZER,
+        PictureCache([], 12),
+        candidates=ROBOTS,
+        seed=0,
+        image_size=12,
+        grounding=True,
+        pair_maker=PairMaker(records, samples, TOKENIZER),
+        dense_labels=DenseLabels(records, 3),
+    )
     batch = collator([*samples, *encode_direct(records, TOKENIZER)], step=0, teacher_forcing=0.5)
     assert len(batch.record_ids) == 2 * len(records)
 
@@ -60,9 +68,23 @@ def make_batch(records):
 names = "id instruction question reasoning reasoning_steps answer confidence metadata num_steps".split()
 known = "candidates facts scene seen step_types caption boxes split split_group complexity box kind label".split()
 texts = st.sampled_from(
-    ["Drone", "drone, Humanoid", "Step 1: x", "Conclusion: y", "Step 1: a Step 2: b", "<|reasoning_start|>", "\ud800",
-     "\x00\x1b[2J", "\u202edrone", "place", " ", "", "train", "<|answer_end|>"]
-)  # fmt: skip
+    [
+        "Drone",
+        "drone, Humanoid",
+        "Step 1: x",
+        "Conclusion: y",
+        "Step 1: a Step 2: b",
+        "<|reasoning_start|>",
+        "\ud800",
+        "\x00\x1b[2J",
+        "\u202edrone",
+        "place",
+        " ",
+        "",
+        "train",
+        "<|answer_end|>",
+    ]
+)
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | texts
 values = st.recursive(
     leaves,
@@ -90,9 +112,34 @@ def test_what_the_reader_accepts_makes_a_batch_and_the_rest_is_reported(tmp_path
 
 def fuzzed(rng):
     """A good record with a few things wrong, or right in an odd way, or no record at all."""
-    junk = [None, True, -1, 2.5, float("nan"), 10**400, "", " ", "x" * 300, "\ud83d", "\x00", "Drone", "\u6c34", [], {},
-            ["Drone"], [[]], [None], {"a": 1}, {"kind": "sky", "box": [0, 0, 1, 2]}, "Step 1: a\nStep 2: b", "../x",
-            "/etc/hostname", "http://a/b.png", "<|reasoning_end|>", "Conclusion: x"]  # fmt: skip
+    junk = [
+        None,
+        True,
+        -1,
+        2.5,
+        float("nan"),
+        10**400,
+        "",
+        " ",
+        "x" * 300,
+        "\ud83d",
+        "\x00",
+        "Drone",
+        "\u6c34",
+        [],
+        {},
+        ["Drone"],
+        [[]],
+        [None],
+        {"a": 1},
+        {"kind": "sky", "box": [0, 0, 1, 2]},
+        "Step 1: a\nStep 2: b",
+        "../x",
+        "/etc/hostname",
+        "http://a/b.png",
+        "<|reasoning_end|>",
+        "Conclusion: x",
+    ]
     if rng.random() < 0.05:
         return rng.choice(junk)
     record = {**GOOD, "metadata": {"facts": {"sky": "dusk"}, "step_types": ["problem_analysis"]}}
@@ -181,7 +228,7 @@ def test_a_text_is_read_as_it_is_and_makes_no_special_token(tmp_path, text):
         ({"metadata": {"boxes": [{"kind": [], "box": [0, 0, 1, 1]}]}}, "metadata.boxes: a box is not {kind"),
         ({"metadata": {"boxes": [{"kind": "sky", "box": [0, 0, 1, 40]}]}}, "metadata.boxes: a box is not {kind"),
     ],
-)  # fmt: skip
+)
 def test_what_training_cannot_take_is_refused_with_a_reason(tmp_path, change, message):
     found = problems(tmp_path, GOOD | change)
     assert found.startswith(f"{tmp_path / 'data.json'} record 1: ") and message in found and len(found) < 1000
@@ -249,9 +296,13 @@ def outside(tmp_path, tmp_path_factory):
     (tmp_path / "twice.png").symlink_to(tmp_path / "link.png")
     relative = os.path.relpath(picture, tmp_path)
     return {
-        "relative": relative, "absolute": str(picture), "link": "link.png", "linked folder": "folder/a.png",
-        "link to a link": "twice.png", "up and down": f"x/../{relative}",
-    }  # fmt: skip
+        "relative": relative,
+        "absolute": str(picture),
+        "link": "link.png",
+        "linked folder": "folder/a.png",
+        "link to a link": "twice.png",
+        "up and down": f"x/../{relative}",
+    }
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute", "link", "linked folder", "link to a link", "up and down"])
@@ -282,8 +333,15 @@ def test_evaluate_takes_pictures_outside_only_with_the_flag(tmp_path, outside, c
     path = tmp_path / "data.json"
     path.write_text(json.dumps([GOOD | {"image": outside["absolute"], "split": "test"}]))
     checkpoint = save_stage3(tmp_path / "stage3", TINY, read_records(path, allow_outside=True))
-    command = ["evaluate", "--checkpoint", str(checkpoint), "--reasoning_data", str(path), "--output_file",
-               str(tmp_path / "eval.json")]  # fmt: skip
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(checkpoint),
+        "--reasoning_data",
+        str(path),
+        "--output_file",
+        str(tmp_path / "eval.json"),
+    ]
     with pytest.raises(SystemExit, match="leaves"):
         main(command)
     main([*command, "--allow_outside"])

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embervlm.data.records import ROBOTS, format_reasoning, parse_answer, parse_reasoning_text
+from embervlm.data.records import parse_answer, parse_reasoning_text
+from embervlm.words.chain_text import ROBOTS, format_reasoning
 
 # ---- chains as text
 
@@ -22,9 +23,25 @@ def test_formatted_steps_parse_back_to_the_same_steps(steps, conclusion):
 
 
 pieces = st.sampled_from(
-    ["Step 1:", "Step 2:", "Step 3. ", "step 4", "Conclusion:", "**Step 2:**", "<|reasoning_start|>", "<reasoning>",
-     "<|reasoning_end|>", " ", "\n", "- a", "b", "...", "**", "\u2028"]
-)  # fmt: skip
+    [
+        "Step 1:",
+        "Step 2:",
+        "Step 3. ",
+        "step 4",
+        "Conclusion:",
+        "**Step 2:**",
+        "<|reasoning_start|>",
+        "<reasoning>",
+        "<|reasoning_end|>",
+        " ",
+        "\n",
+        "- a",
+        "b",
+        "...",
+        "**",
+        "\u2028",
+    ]
+)
 
 
 @given(st.text() | st.lists(pieces, max_size=12).map("".join))
@@ -52,8 +69,10 @@ def test_text_outside_the_markers_is_not_part_of_the_chain():
 
 def test_bold_step_headers_are_understood():
     assert parse_reasoning_text("**Step 1:** Look.\n### **Step 2: Decide**\n**Conclusion:** Fly") == (
-        "Look.", "Decide", "Conclusion: Fly",
-    )  # fmt: skip
+        "Look.",
+        "Decide",
+        "Conclusion: Fly",
+    )
 
 
 def test_a_reference_to_an_earlier_step_starts_no_new_step():

@@ -14,10 +14,10 @@ from training_helpers import TINY, make_data, save_stage3, unfinish, write_model
 from embervlm import run_dir
 from embervlm.config import TrainConfig
 from embervlm.data.records import read_records
+from embervlm.run.train import main
 from embervlm.select_best import main as select_best
-from embervlm.training.cli import main
+from embervlm.signals import STOP_SIGNALS
 from embervlm.training.settings import changes, of_stage4, trained_with
-from embervlm.training.signals import STOP_SIGNALS
 
 Start = Callable[..., str]
 
@@ -27,8 +27,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, run.yaml, a Stage 3 checkpoint, and `finished`: both phases, 3 steps each, a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("changed")
     data = make_data(folder, 18)
-    write_run_yaml(folder, write_model_yaml(folder), data, engine="torch", sample_records=1, save_steps=1, max_steps=3,
-                   eval_samples=2)  # fmt: skip
+    write_run_yaml(
+        folder,
+        write_model_yaml(folder),
+        data,
+        engine="torch",
+        sample_records=1,
+        save_steps=1,
+        max_steps=3,
+        eval_samples=2,
+    )
     save_stage3(folder / "stage3", TINY, read_records(data))
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     main(flags(folder, folder / "finished"))
@@ -38,8 +46,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(bench: Path, output: Path, *more: object) -> list[str]:
-    given = ["--config", bench / "run.yaml", "--stages", "4", "--output_dir", output, "--resume_from",
-             bench / "stage3" / "checkpoint-final", *more]  # fmt: skip
+    given = [
+        "--config",
+        bench / "run.yaml",
+        "--stages",
+        "4",
+        "--output_dir",
+        output,
+        "--resume_from",
+        bench / "stage3" / "checkpoint-final",
+        *more,
+    ]
     return [str(item) for item in given]
 
 
@@ -68,8 +85,11 @@ def refusal(bench: Path, output: Path, *more: object) -> str:
     [
         (("--phase1_epochs", "7"), 1, "epochs 1, now 7"),
         (("--phase2_learning_rate", "3e-5"), 2, "learning_rate 0.0005, now 3e-05"),
-        (("--set", "stage4.phase2.learning_rate_multipliers.vision_encoder=0.05"), 2,
-         "learning_rate_multipliers.vision_encoder 0.1, now 0.05"),
+        (
+            ("--set", "stage4.phase2.learning_rate_multipliers.vision_encoder=0.05"),
+            2,
+            "learning_rate_multipliers.vision_encoder 0.1, now 0.05",
+        ),
         (("--set", "stage4.phase2.consistency_loss_weight=0.5"), 2, "consistency_loss_weight 0.2, now 0.5"),
         (("--set", "max_steps=null"), 1, "max_steps 3, now not given"),
         (("--seed", "9"), 1, "seed 0, now 9"),
@@ -78,7 +98,7 @@ def refusal(bench: Path, output: Path, *more: object) -> str:
         (("--model", "quickstart"), 1, "tiny.yaml, now quickstart"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_a_finished_phase_refuses_settings_it_was_not_trained_with_and_names_them(
     more: tuple[str, ...], phase: int, expected: str, bench: Path, output: Path
 ) -> None:
@@ -93,8 +113,24 @@ def test_a_finished_run_takes_other_settings_that_no_weight_depends_on(
     bench: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = shutil.copytree(bench, bench.parent / f"{bench.name}-moved", ignore=shutil.ignore_patterns("finished"))
-    main(flags(bench, output, "--log_steps", "2", "--save_steps", "9", "--eval_steps", "5", "--precision", "bf16",
-               "--engine", "fsdp", "--reasoning_data", moved / "reasoning_data.json"))  # fmt: skip
+    main(
+        flags(
+            bench,
+            output,
+            "--log_steps",
+            "2",
+            "--save_steps",
+            "9",
+            "--eval_steps",
+            "5",
+            "--precision",
+            "bf16",
+            "--engine",
+            "fsdp",
+            "--reasoning_data",
+            moved / "reasoning_data.json",
+        )
+    )
     assert capsys.readouterr().out.count("already finished") == 2
 
 
@@ -137,8 +173,18 @@ def test_a_phase_that_goes_on_with_other_settings_says_which(
     bench: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unfinish(run_dir.phase_dir(output, 2), keep_step=1)
-    main(flags(bench, output, "--phase2_learning_rate", "3e-5", "--phase2_epochs", "3", "--set",
-               "stage4.phase2.answer_loss_weight=0.4"))  # fmt: skip
+    main(
+        flags(
+            bench,
+            output,
+            "--phase2_learning_rate",
+            "3e-5",
+            "--phase2_epochs",
+            "3",
+            "--set",
+            "stage4.phase2.answer_loss_weight=0.4",
+        )
+    )
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "other settings" in line]
     assert line == (
         "phase 2: goes on with other settings than before: epochs 2, now 3; learning_rate 0.0005, now 3e-05; "

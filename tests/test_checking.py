@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 
 from embervlm.cli import main
 from embervlm.config import ConfigError
+from embervlm.curate.checking import KINDS, CheckOptions, check_file, open_picture
+from embervlm.curate.quality import filter_file
+from embervlm.curate.validate import validate
 from embervlm.data.blind import best_guess, blind_guess
-from embervlm.data.chain_text import step_numbers
-from embervlm.data.checking import KINDS, CheckOptions, check_file, open_picture
-from embervlm.data.claims import named_candidates, opposite_steps
-from embervlm.data.quality import filter_file
 from embervlm.data.records import DataError, read_records
 from embervlm.data.splits import split_of, split_records
-from embervlm.data.validate import validate
+from embervlm.judge.faults import opposite_steps
 from embervlm.report.validation import report_page, report_text, write_reports
+from embervlm.words.chain_text import step_numbers
+from embervlm.words.claims import named_candidates
 
 STOPPING = {name for name, kind in KINDS.items() if kind.stops_training}
 SUMS = ["four", "five", "six"]
@@ -107,10 +108,15 @@ def test_a_planted_fault_is_found_at_its_record_alone(kind, check):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("facts", "none"), ("facts", {"load": 3}), ("step_types", ["one"]), ("seen", 5), ("caption", 7),
-        ("boxes", [{"kind": "load", "box": [0, 1]}]), ("scene", 4),
+        ("facts", "none"),
+        ("facts", {"load": 3}),
+        ("step_types", ["one"]),
+        ("seen", 5),
+        ("caption", 7),
+        ("boxes", [{"kind": "load", "box": [0, 1]}]),
+        ("scene", 4),
     ],
-)  # fmt: skip
+)
 def test_metadata_that_training_cannot_use_is_found(name, value, check):
     assert check([sum_record(3), with_metadata(sum_record(50), **{name: value})]) == {("schema", 2)}
 
@@ -126,7 +132,7 @@ def test_a_picture_that_is_cut_off_is_found_in_every_record_that_shows_it(scenes
 def test_pictures_are_opened_in_other_processes_as_in_this_one(scenes, tmp_path, check, monkeypatch):
     (tmp_path / scenes[0]["image"]).write_bytes(b"no picture")
     alone = check(scenes, workers=1)
-    monkeypatch.setattr("embervlm.data.checking.ITEMS_PER_WORKER", 4)
+    monkeypatch.setattr("embervlm.curate.checking.ITEMS_PER_WORKER", 4)
     assert check(scenes, workers=2) == alone
     assert ("picture", 1) in alone
 
@@ -385,10 +391,14 @@ def test_a_good_record_has_score_one_and_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "part", "value"),
     [
-        ("conclusion", "conclusion", 0.0), ("contradiction", "consistency", 0.5), ("numbering", "form", 0.75),
-        ("given_away", "question", 0.5), ("unsupported", "relevance", 0.5), ("repetition", "relevance", 0.6667),
+        ("conclusion", "conclusion", 0.0),
+        ("contradiction", "consistency", 0.5),
+        ("numbering", "form", 0.75),
+        ("given_away", "question", 0.5),
+        ("unsupported", "relevance", 0.5),
+        ("repetition", "relevance", 0.6667),
     ],
-)  # fmt: skip
+)
 def test_a_fault_lowers_its_part_of_the_score(kind, part, value, tmp_path):
     counts, output = filtered([sum_record(3), FAULTS[kind](sum_record(50))], tmp_path)
     assert counts == (1, 1)

@@ -15,6 +15,8 @@ import torch
 from training_helpers import CPU, MULTIPLIERS, PHASE2, Bench, make_data, phase_config, weights_of
 
 from embervlm import run_dir
+from embervlm.engines.base import Engine, Snapshot
+from embervlm.engines.build import build_engine
 from embervlm.training.checkpoint import (
     CheckpointStore,
     Progress,
@@ -24,8 +26,8 @@ from embervlm.training.checkpoint import (
     load_training_state,
     newest_sound,
 )
-from embervlm.training.engine import Engine, Snapshot, World, build_engine
 from embervlm.training.module import TrainingModule
+from embervlm.world import World
 
 ALONE = World(0, 1, CPU)
 EXTRA = {"data": {"order": "as it was", "global_batch": 2}, "wandb_run_id": None}

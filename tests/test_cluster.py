@@ -13,10 +13,17 @@ from embervlm import run_dir
 from embervlm.cli import main as embervlm
 from embervlm.cluster import GPU_OPTIONS_VARIABLE, check_recipes, load_recipe, recipe_names
 from embervlm.config import REPOSITORY, ConfigError, load_train_config
-from embervlm.slurm import MAX_REQUEUES_VARIABLE, Allocation, Requeues, job_options, step_options, warn_of_short_limit
-from embervlm.slurm import main as slurm
-from embervlm.training.cli import check_cluster, overrides_of, parser
-from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE
+from embervlm.run.slurm import (
+    MAX_REQUEUES_VARIABLE,
+    Allocation,
+    Requeues,
+    job_options,
+    step_options,
+    warn_of_short_limit,
+)
+from embervlm.run.slurm import main as slurm
+from embervlm.run.train import check_cluster, overrides_of, parser
+from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE
 
 STAGES = str(REPOSITORY / "configs" / "training_stages.yaml")
 KILLED_BY_9 = 137
@@ -33,9 +40,14 @@ def test_a_run_accepts_every_shipped_recipe(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nodes", "gpus", "gpu_type"),
-    [("v100x1", 1, 1, "v100"), ("v100x2", 1, 2, "v100"), ("a100x4", 1, 4, "a100"), ("a100x8", 1, 8, "a100"),
-     ("a100x8x2", 2, 8, "a100")],
-)  # fmt: skip
+    [
+        ("v100x1", 1, 1, "v100"),
+        ("v100x2", 1, 2, "v100"),
+        ("a100x4", 1, 4, "a100"),
+        ("a100x8", 1, 8, "a100"),
+        ("a100x8x2", 2, 8, "a100"),
+    ],
+)
 def test_the_guides_machines_have_a_recipe(name: str, nodes: int, gpus: int, gpu_type: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.nodes, recipe.gpus_per_node, recipe.gpu_type) == (nodes, gpus, gpu_type)
@@ -105,7 +117,7 @@ def test_another_number_of_processes_than_the_recipes_is_refused() -> None:
         ("a100x8x2", 1, "--nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --gres=gpu:8 --constraint=a100 --time=45"),
         ("v100x2", 2, "--nodes=1 --ntasks-per-node=2 --cpus-per-task=8 --gres=gpu:2 --constraint=v100 --time=420"),
     ],
-)  # fmt: skip
+)
 def test_the_scripts_ask_for_the_recipes_nodes(
     monkeypatch: pytest.MonkeyPatch, cluster: str, phase: int, expected: str
 ) -> None:
@@ -135,18 +147,25 @@ ONE_TASK = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=3
         (FOUR_GPUS, None, 2, HERE),
         (FOUR_GPUS | {"SLURM_NTASKS": "1"}, "a100x4", 1, HERE),  # some Slurms set it unasked
         (FOUR_GPUS | {"SLURM_STEP_ID": "0"}, None, 2, [*HERE, "--overlap"]),  # in the shell of srun --pty
-        (FOUR_GPUS | {"SLURM_NTASKS": "2"}, None, 1,
-         ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=16", "--overcommit"]),
+        (
+            FOUR_GPUS | {"SLURM_NTASKS": "2"},
+            None,
+            1,
+            ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=16", "--overcommit"],
+        ),
         (FOUR_GPUS, "a100x8", 1, None),
         (FOUR_GPUS | {"SLURM_JOB_NUM_NODES": "2"}, "a100x4", 1, None),
         (FOUR_GPUS, None, None, ONE_TASK),  # an evaluation takes one process
         ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0"}, "a100x4", 1, None),  # by default
     ],
-)  # fmt: skip
+)
 def test_a_job_that_has_the_gpus_trains_where_it_is(
-    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], cluster: str | None, phase: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    cluster: str | None,
+    phase: int | None,
     options: list[str] | None,
-) -> None:  # fmt: skip
+) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     for name, value in env.items():
@@ -163,9 +182,13 @@ def test_the_site_says_how_gpus_are_asked_for(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_shipped_site_file_asks_as_the_recipes_do_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = subprocess.run(
-        ["bash", "-c", f"source slurm/site.env; echo ${GPU_OPTIONS_VARIABLE}"], cwd=REPOSITORY, capture_output=True,
-        text=True, check=True, env={},
-    ).stdout.strip()  # fmt: skip
+        ["bash", "-c", f"source slurm/site.env; echo ${GPU_OPTIONS_VARIABLE}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
+    ).stdout.strip()
     monkeypatch.delenv(GPU_OPTIONS_VARIABLE, raising=False)
     default = load_recipe("a100x4").sbatch_options(None)
     monkeypatch.setenv(GPU_OPTIONS_VARIABLE, shown)
@@ -201,8 +224,9 @@ def test_without_a_virtual_environment_a_script_says_what_to_do(tmp_path: Path) 
 
 def test_a_script_finds_its_repository_from_any_folder_of_any_job(tmp_path: Path) -> None:
     """As in a shell that salloc, srun or a notebook server opened elsewhere."""
-    found = script(tmp_path, REPOSITORY / "slurm" / "stage4_phase1.sh", "--clustr", cwd=tmp_path,
-                   SLURM_SUBMIT_DIR=str(tmp_path))  # fmt: skip
+    found = script(
+        tmp_path, REPOSITORY / "slurm" / "stage4_phase1.sh", "--clustr", cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path)
+    )
     assert "did you mean --cluster?" in found.stderr
     elsewhere = tmp_path / "slurm_script"  # what Slurm makes of a job's script
     elsewhere.write_text((REPOSITORY / "slurm" / "stage4_phase1.sh").read_text())
@@ -218,10 +242,18 @@ def script(
     """Run a script of slurm/ where Slurm is not set up."""
     (folder / "slurm.conf").touch()
     return subprocess.run(
-        ["bash", path, *argv], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, "EMBERVLM_VENV": str(Path(sys.executable).parent.parent),
-             "SLURM_CONF": f"{folder}/slurm.conf", **env},
-    )  # fmt: skip
+        ["bash", path, *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "EMBERVLM_VENV": str(Path(sys.executable).parent.parent),
+            "SLURM_CONF": f"{folder}/slurm.conf",
+            **env,
+        },
+    )
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)

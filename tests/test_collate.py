@@ -8,19 +8,14 @@ import torch
 
 from embervlm.data import collate
 from embervlm.data.collate import DenseLabels, validator_inputs
-from embervlm.data.dataset import (
-    boxes_to_mask,
-    edit_facts,
-    encode_captions,
-    encode_direct,
-    encode_glossary,
-    encode_reasoning,
-)
+from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import boxes_to_mask
 from embervlm.model.reasoning import StepValidator
-from embervlm.training.engine import World
 from embervlm.training.loop import deal
+from embervlm.words.chain_text import ROBOTS
+from embervlm.world import World
 
 
 @pytest.fixture
@@ -31,9 +26,13 @@ def text_only(records):
 
 def record(**fields):
     fields = {
-        "record_id": "r1", "image": None, "instruction": "Which?", "steps": ("Look.", "Conclusion: it."),
-        "answer": ("Drone",), **fields,
-    }  # fmt: skip
+        "record_id": "r1",
+        "image": None,
+        "instruction": "Which?",
+        "steps": ("Look.", "Conclusion: it."),
+        "answer": ("Drone",),
+        **fields,
+    }
     return ReasoningRecord(**fields)
 
 
@@ -224,8 +223,10 @@ def test_without_boxes_a_chain_is_read_again_behind_a_picture_that_it_does_not_f
     assert torch.equal(scored[tokens:], scored[:tokens] + 3 * length)
     assert torch.equal(batch.targets["labels"][tokens:], batch.targets["labels"][:tokens])
     assert batch.targets["contrast_lengths"].tolist() == [len(sample.target) for sample in chains]
-    said = {row: [record.steps for record in records if record.image == records[chain.record].image]
-            for row, chain in zip(rows[:3], chains)}  # fmt: skip
+    said = {
+        row: [record.steps for record in records if record.image == records[chain.record].image]
+        for row, chain in zip(rows[:3], chains)
+    }
     for chain, own, other in zip(chains, rows, rows[3:]):
         assert own != other and records[chain.record].steps not in said.get(other, [])
 
@@ -273,7 +274,7 @@ def test_the_model_replaces_no_structure_token_and_no_prompt(tiny_model, samples
     batch = make_collator()(samples[:4], step=0, teacher_forcing=0.0)
     gold = batch.inputs["input_ids"]
     visual = tiny_model.see(tiny_model.normalise(batch.inputs["pictures"]))
-    sampled = tiny_model._sample_inputs(
+    sampled = tiny_model.with_own_predictions(
         visual, batch.inputs["image_mask"], gold, batch.inputs["text_mask"], batch.inputs["sampled_index"]
     )
     changed = (sampled != gold).flatten().nonzero().flatten()
@@ -342,8 +343,10 @@ def test_dense_labels_of_a_hand_case():
 
 
 def test_patches_without_ground_truth_are_not_scored():
-    labels = DenseLabels([record(metadata={"boxes": [{"kind": "sky", "label": "noon", "box": [0, 0, 1, 1]}],
-                                           "scene": {"sky": "noon"}})], grid=2)  # fmt: skip
+    labels = DenseLabels(
+        [record(metadata={"boxes": [{"kind": "sky", "label": "noon", "box": [0, 0, 1, 1]}], "scene": {"sky": "noon"}})],
+        grid=2,
+    )
     assert (labels.of({}) == -1).all()
 
 

@@ -214,8 +214,11 @@ def test_phase1_trains_the_reasoning_module_alone():
 
 def test_a_component_without_a_multiplier_trains_at_the_full_rate():
     assert PhaseConfig(learning_rate_multipliers={"projection": 0.5}).multipliers == {
-        "vision_encoder": 1.0, "projection": 0.5, "language_model": 1.0, "reasoning_module": 1.0,
-    }  # fmt: skip
+        "vision_encoder": 1.0,
+        "projection": 0.5,
+        "language_model": 1.0,
+        "reasoning_module": 1.0,
+    }
 
 
 def test_a_multiplier_for_no_component_is_refused():
@@ -276,10 +279,14 @@ def test_an_impossible_value_is_named(make, message):
 @pytest.mark.parametrize(
     "field",
     [
-        "direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "final_lr_ratio", "weight_decay",
+        "direct_records_ratio",
+        "edited_facts_ratio",
+        "caption_records_ratio",
+        "final_lr_ratio",
+        "weight_decay",
         "max_minutes",
     ],
-)  # fmt: skip
+)
 def test_a_negative_share_is_refused(field):
     with pytest.raises(ConfigError, match=field):
         PhaseConfig(**{field: -1.0})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from embervlm.cli import main
 from embervlm.config import ConfigError
-from embervlm.data.convert import CONVERTERS, complexity_of, convert_file, sentences, skipped_path, summary
+from embervlm.curate.convert import CONVERTERS, complexity_of, convert_file, sentences, skipped_path, summary
 from embervlm.data.records import DataError, read_records
 from embervlm.run_dir import WriteError
 
@@ -22,65 +22,110 @@ FLEET = (
     "Humanoid:\ncapabilities: manipulation, tool use,\nlimitations: slow movement,\nenvironments: indoor, stairs"
 )
 TEACHER = {
-    "image": "a.png", "question": "Which robot should pick boxes?", "answer": "Humanoid", "confidence": 0.95,
-    "reasoning": ["<|reasoning_start|>", "Step 1: Analyze the task", "- It is high", "", "Step 2: Drones cannot lift",
-                  "", "Conclusion: Humanoid robot is the best choice", "<|reasoning_end|>"],
-}  # fmt: skip
+    "image": "a.png",
+    "question": "Which robot should pick boxes?",
+    "answer": "Humanoid",
+    "confidence": 0.95,
+    "reasoning": [
+        "<|reasoning_start|>",
+        "Step 1: Analyze the task",
+        "- It is high",
+        "",
+        "Step 2: Drones cannot lift",
+        "",
+        "Conclusion: Humanoid robot is the best choice",
+        "<|reasoning_end|>",
+    ],
+}
 HUMAN = {
-    "image": "a.png", "question": "What combination works best?", "answer": ["Drone", "Humanoid"],
-    "reasoning_steps": ["First, the task.", "Second, the place."], "annotator_id": "expert_123",
-}  # fmt: skip
+    "image": "a.png",
+    "question": "What combination works best?",
+    "answer": ["Drone", "Humanoid"],
+    "reasoning_steps": ["First, the task.", "Second, the place."],
+    "annotator_id": "expert_123",
+}
 UNIFIED = {
-    "image": "a.png", "instruction": "Select the best robot for the shelf.", "answer": "Humanoid",
+    "image": "a.png",
+    "instruction": "Select the best robot for the shelf.",
+    "answer": "Humanoid",
     "reasoning": "<|reasoning_start|>Step 1: The shelf is high. Conclusion: Humanoid.<|reasoning_end|>",
     "metadata": {"source": "teacher_generated", "complexity": "high", "num_steps": 1, "validated": True},
-}  # fmt: skip
+}
 SINGLE = {"instruction": FLEET, "input": "Task: Inspect a high-rise.", "output": "Humanoid, Drone"}
 MULTI = {
-    "instruction": FLEET, "input": "Task: Inspect a high-rise.", "original_single_robot_output": "Drone",
+    "instruction": FLEET,
+    "input": "Task: Inspect a high-rise.",
+    "original_single_robot_output": "Drone",
     "subtasks": [
         {"subtask": "Look closely at the facade", "assigned_robot": "Humanoid", "execution_order": 2},
         {"subtask": "Overview from above", "assigned_robot": "Drone", "execution_order": 1},
     ],
-}  # fmt: skip
+}
 SCIENCE = {
-    "question": "Which of these states is farthest north?", "choices": ["West Virginia", "Louisiana", "Arizona"],
-    "answer": 0, "hint": "", "image": "image.png", "task": "closed choice", "grade": "grade2",
-    "subject": "social science", "topic": "geography", "category": "Geography", "skill": "Read a map", "split": "train",
+    "question": "Which of these states is farthest north?",
+    "choices": ["West Virginia", "Louisiana", "Arizona"],
+    "answer": 0,
+    "hint": "",
+    "image": "image.png",
+    "task": "closed choice",
+    "grade": "grade2",
+    "subject": "social science",
+    "topic": "geography",
+    "category": "Geography",
+    "skill": "Read a map",
+    "split": "train",
     "lecture": "Maps have four cardinal directions.\nNorth is toward the North Pole, e.g. up on most maps. Look for N.",
     "solution": "To find the answer, look at the compass rose. West Virginia is farthest north.",
-}  # fmt: skip
+}
 AOKVQA = {
-    "split": "train", "image_id": 299207, "question_id": "22MexNkBPpdZGX6sxbxVBH",
-    "question": "What is the man by the bags awaiting?", "choices": ["skateboarder", "train", "delivery", "cab"],
-    "correct_choice_idx": 3, "difficult_direct_answer": False, "direct_answers": ["ride", "bus", "taxi"],
-    "rationales": ["A train would not be on the street.", "He has luggage and waits for a cab.",
-                   "A train would not be on the street."],
-}  # fmt: skip
+    "split": "train",
+    "image_id": 299207,
+    "question_id": "22MexNkBPpdZGX6sxbxVBH",
+    "question": "What is the man by the bags awaiting?",
+    "choices": ["skateboarder", "train", "delivery", "cab"],
+    "correct_choice_idx": 3,
+    "difficult_direct_answer": False,
+    "direct_answers": ["ride", "bus", "taxi"],
+    "rationales": [
+        "A train would not be on the street.",
+        "He has luggage and waits for a cab.",
+        "A train would not be on the street.",
+    ],
+}
 CHOICES = "Which property do they share?\nContext: Select the better answer.\nOptions: (A) hard (B) yellow\n<image>"
 LLAVA = {
-    "id": "000000033471", "image": "a.png",
+    "id": "000000033471",
+    "image": "a.png",
     "conversations": [
         {"from": "human", "value": "<image>\nIs it safe to fly here?"},
         {"from": "gpt", "value": "The sky is dark. Wind bends the trees. The answer is no."},
         {"from": "human", "value": CHOICES},
         {"from": "gpt", "value": "LECTURE: A lemon is soft. SOLUTION: Both are yellow.\n###\nANSWER: B."},
     ],
-}  # fmt: skip
+}
 LLAVA_COT = {
-    "id": "sqa/train/20839", "image": "a.png",
+    "id": "sqa/train/20839",
+    "image": "a.png",
     "conversations": [
         {"from": "human", "value": CHOICES.removesuffix("\n<image>")},
-        {"from": "gpt", "value": "<SUMMARY> I will compare the objects. </SUMMARY>\n\n<CAPTION> A lemon and a banana. "
-         "</CAPTION>\n\n<REASONING> The lemon is soft. 1. Both are yellow.\nSo color is shared. </REASONING>\n\n"
-         "<CONCLUSION> B </CONCLUSION>"},
+        {
+            "from": "gpt",
+            "value": "<SUMMARY> I will compare the objects. </SUMMARY>\n\n<CAPTION> A lemon and a banana. "
+            "</CAPTION>\n\n<REASONING> The lemon is soft. 1. Both are yellow.\nSo color is shared. </REASONING>\n\n"
+            "<CONCLUSION> B </CONCLUSION>",
+        },
     ],
-}  # fmt: skip
+}
 SAMPLES = {
-    "teacher": [TEACHER], "human": [HUMAN], "unified": [UNIFIED], "robot_selection": [SINGLE, MULTI],
-    "scienceqa": [SCIENCE, SCIENCE | {"image": None, "hint": "A map hangs here."}], "aokvqa": [AOKVQA],
-    "llava": [LLAVA], "llava_cot": [LLAVA_COT],
-}  # fmt: skip
+    "teacher": [TEACHER],
+    "human": [HUMAN],
+    "unified": [UNIFIED],
+    "robot_selection": [SINGLE, MULTI],
+    "scienceqa": [SCIENCE, SCIENCE | {"image": None, "hint": "A map hangs here."}],
+    "aokvqa": [AOKVQA],
+    "llava": [LLAVA],
+    "llava_cot": [LLAVA_COT],
+}
 
 
 @pytest.fixture
@@ -139,11 +184,15 @@ def test_teacher_spelling_becomes_the_unified_one(folder):
     convert(folder, "teacher", TEACHER)
     (written,) = json.loads((folder / "out.json").read_text())
     assert written == {
-        "id": "in.json:1", "image": "a.png", "instruction": TEACHER["question"], "answer": "Humanoid",
-        "confidence": 0.95, "metadata": {"complexity": "simple", "num_steps": 2},
+        "id": "in.json:1",
+        "image": "a.png",
+        "instruction": TEACHER["question"],
+        "answer": "Humanoid",
+        "confidence": 0.95,
+        "metadata": {"complexity": "simple", "num_steps": 2},
         "reasoning": "<|reasoning_start|>\nStep 1: Analyze the task\n- It is high\nStep 2: Drones cannot lift\n"
-                     "Conclusion: Humanoid robot is the best choice\n<|reasoning_end|>",
-    }  # fmt: skip
+        "Conclusion: Humanoid robot is the best choice\n<|reasoning_end|>",
+    }
 
 
 def test_complexity_that_the_record_gives_is_kept(folder):
@@ -177,8 +226,10 @@ def test_multi_file_takes_the_assignments_in_their_order_and_their_robots_as_the
     (record,) = convert(folder, "robot_selection", MULTI).records
     assert record.answer == ("Drone", "Humanoid") and record.metadata["original_single_robot_output"] == "Drone"
     assert record.steps[1:] == (
-        "Overview from above: Drone.", "Look closely at the facade: Humanoid.", "Conclusion: Drone, Humanoid.",
-    )  # fmt: skip
+        "Overview from above: Drone.",
+        "Look closely at the facade: Humanoid.",
+        "Conclusion: Drone, Humanoid.",
+    )
 
 
 def test_a_task_that_stands_twice_stays_in_one_split(folder):
@@ -195,13 +246,19 @@ def test_scienceqa_choices_become_candidates_and_lecture_and_solution_steps(fold
     assert record.metadata["candidates"] == SCIENCE["choices"] and record.metadata["topic"] == "geography"
     assert record.instruction.endswith("north?\nChoices: (A) West Virginia (B) Louisiana (C) Arizona")
     assert record.steps == (
-        "Maps have four cardinal directions.", "North is toward the North Pole, e.g. up on most maps.", "Look for N.",
-        "To find the answer, look at the compass rose.", "West Virginia is farthest north.",
+        "Maps have four cardinal directions.",
+        "North is toward the North Pole, e.g. up on most maps.",
+        "Look for N.",
+        "To find the answer, look at the compass rose.",
+        "West Virginia is farthest north.",
         "Conclusion: West Virginia.",
-    )  # fmt: skip
+    )
     assert record.metadata["step_types"] == [
-        *["problem_analysis"] * 3, "constraint_checking", "solution_selection", "conclusion",
-    ]  # fmt: skip
+        *["problem_analysis"] * 3,
+        "constraint_checking",
+        "solution_selection",
+        "conclusion",
+    ]
 
 
 def test_scienceqa_hint_stands_in_the_instruction(folder):
@@ -261,9 +318,16 @@ def test_a_letter_is_the_choice_that_the_question_gives_it(folder):
 
 @pytest.mark.parametrize(
     ("reply", "answer"),
-    [("B", "yellow"), ("(A)", "hard"), ("Yellow.", "yellow"), ("The answer is (B).", "yellow"),
-     ("B. yellow", "yellow"), ("They share that they are yellow", "yellow"), ("option A", "hard")],
-)  # fmt: skip
+    [
+        ("B", "yellow"),
+        ("(A)", "hard"),
+        ("Yellow.", "yellow"),
+        ("The answer is (B).", "yellow"),
+        ("B. yellow", "yellow"),
+        ("They share that they are yellow", "yellow"),
+        ("option A", "hard"),
+    ],
+)
 def test_ways_to_name_a_choice(folder, reply, answer):
     turns = [LLAVA["conversations"][2], {"from": "gpt", "value": f"I look. I compare.\n{reply}"}]
     assert convert(folder, "llava", LLAVA | {"conversations": turns}).records[0].answer == (answer,)
@@ -291,10 +355,13 @@ def test_llava_cot_sections_become_typed_steps_and_a_caption(folder):
     (record,) = convert(folder, "llava_cot", LLAVA_COT).records
     assert record.answer == ("yellow",) and record.metadata["caption"] == "A lemon and a banana."
     assert list(zip(record.metadata["step_types"], record.steps)) == [
-        ("problem_analysis", "I will compare the objects."), ("problem_analysis", "A lemon and a banana."),
-        ("constraint_checking", "The lemon is soft."), ("constraint_checking", "1. Both are yellow."),
-        ("solution_selection", "So color is shared."), ("conclusion", "Conclusion: yellow."),
-    ]  # fmt: skip
+        ("problem_analysis", "I will compare the objects."),
+        ("problem_analysis", "A lemon and a banana."),
+        ("constraint_checking", "The lemon is soft."),
+        ("constraint_checking", "1. Both are yellow."),
+        ("solution_selection", "So color is shared."),
+        ("conclusion", "Conclusion: yellow."),
+    ]
 
 
 # ---- sentences
@@ -338,10 +405,16 @@ def test_a_step_heading_inside_a_sentence_starts_no_step(folder):
         ("robot_selection", SINGLE | {"output": "Boat"}, 'output: "Boat" is not one of Drone'),
         ("robot_selection", SINGLE | {"output": "Robot with Legs"}, "instruction: does not describe Robot with Legs"),
         ("robot_selection", MULTI | {"subtasks": []}, "subtasks: is not a list of objects"),
-        ("robot_selection", MULTI | {"subtasks": [{"subtask": "x", "assigned_robot": "Boat", "execution_order": 1}]},
-         "subtasks[1].assigned_robot: is not one of"),
-        ("robot_selection", MULTI | {"subtasks": [{"subtask": "x", "assigned_robot": "Drone"}]},
-         "subtasks[1].execution_order: is null"),
+        (
+            "robot_selection",
+            MULTI | {"subtasks": [{"subtask": "x", "assigned_robot": "Boat", "execution_order": 1}]},
+            "subtasks[1].assigned_robot: is not one of",
+        ),
+        (
+            "robot_selection",
+            MULTI | {"subtasks": [{"subtask": "x", "assigned_robot": "Drone"}]},
+            "subtasks[1].execution_order: is null",
+        ),
         ("scienceqa", SCIENCE | {"answer": 3}, "answer: 3 is no index of 3 choices; count them from 0"),
         ("scienceqa", SCIENCE | {"answer": "West Virginia"}, "answer: is a string, not an index"),
         ("scienceqa", SCIENCE | {"answer": True}, "answer: is true or false, not an index"),
@@ -357,15 +430,21 @@ def test_a_step_heading_inside_a_sentence_starts_no_step(folder):
         ("llava", LLAVA | {"conversations": LLAVA["conversations"][:1]}, "conversations: is not a list of turns"),
         ("llava", LLAVA | {"conversations": LLAVA["conversations"][1:3]}, 'conversations[0]: is not {"from": "human"'),
         ("llava", {key: LLAVA[key] for key in ("id", "conversations")}, "image: is missing, but a turn says <image>"),
-        ("llava", LLAVA | {"conversations": [LLAVA["conversations"][0], {"from": "gpt", "value": "No."}]},
-         "conversations[1]: holds no reasoning, only an answer"),
-        ("llava", LLAVA | {"conversations": [LLAVA["conversations"][2], {"from": "gpt", "value": "It is. It was."}]},
-         "conversations[1]: neither its last nor its first sentence names one of the choices"),
+        (
+            "llava",
+            LLAVA | {"conversations": [LLAVA["conversations"][0], {"from": "gpt", "value": "No."}]},
+            "conversations[1]: holds no reasoning, only an answer",
+        ),
+        (
+            "llava",
+            LLAVA | {"conversations": [LLAVA["conversations"][2], {"from": "gpt", "value": "It is. It was."}]},
+            "conversations[1]: neither its last nor its first sentence names one of the choices",
+        ),
         ("llava_cot", LLAVA, "conversations[1]: is not <SUMMARY>...</SUMMARY>"),
         ("llava_cot", json.loads(json.dumps(LLAVA_COT).replace("> B <", "> A and B <")), "CONCLUSION names none"),
         ("llava_cot", json.loads(json.dumps(LLAVA_COT).replace("> B <", "> <")), "CONCLUSION is empty"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_converted_is_named_by_file_record_and_field(folder, source, value, message):
     found = problems(folder, source, value)
     assert found.startswith(f"{folder / 'in.json'} record 1: ") and "; " in found and message in found
@@ -557,8 +636,8 @@ def test_text_only_records_of_every_kind_of_candidates_train_in_both_phases_unde
 def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
     import torch
 
-    from embervlm.data.records import ROBOTS
     from embervlm.model.generation import Decoding, generate_from_visual, pictures_tensor
+    from embervlm.words.chain_text import ROBOTS
 
     pictures, seen = pictures_tensor(tiny_model, [None, None])
     with torch.no_grad():

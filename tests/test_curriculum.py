@@ -14,16 +14,17 @@ from training_helpers import TINY, make_data, ok, save_stage3, train, write_mode
 
 from embervlm import run_dir
 from embervlm.config import ConfigError, CurriculumConfig, TrainConfig, from_mapping
-from embervlm.data.augment import augment_file
-from embervlm.data.claims import reader_of
+from embervlm.curate.augment import augment_file
 from embervlm.data.curriculum import complexity_of, records_of_epochs
-from embervlm.data.dataset import DIRECT, EpochPlan, Sample
+from embervlm.data.epoch_plan import EpochPlan
+from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, read_records
+from embervlm.data.samples import DIRECT, Sample
 from embervlm.data.splits import split_records
-from embervlm.training.cli import main
-from embervlm.training.engine import World
+from embervlm.run.stages import load_data
+from embervlm.run.train import main
 from embervlm.training.loop import deal
-from embervlm.training.phases import load_data
+from embervlm.world import World
 
 GUIDE = """
 curriculum:
@@ -58,22 +59,31 @@ def test_the_guides_yaml_is_read_with_the_epochs_of_its_comments():
 
 
 def test_a_stage_can_name_its_epochs():
-    found = curriculum(stage1={"max_steps": 2, "epochs": [1, 1]}, stage2={"max_steps": 4, "epochs": [2, 2]},
-                       stage3={"max_steps": 9, "epochs": [3, 4]})  # fmt: skip
+    found = curriculum(
+        stage1={"max_steps": 2, "epochs": [1, 1]},
+        stage2={"max_steps": 4, "epochs": [2, 2]},
+        stage3={"max_steps": 9, "epochs": [3, 4]},
+    )
     assert [found.stage_of(epoch)[0] for epoch in (1, 2, 3, 4)] == ["stage1", "stage2", "stage3", "stage3"]
 
 
-@pytest.mark.parametrize(("epochs", "message"), [([2, 3], "start at epoch 1"), ([1, 5], "start at epoch 6"),
-                                                 ([1, 2], "start at epoch 3")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("epochs", "message"), [([2, 3], "start at epoch 1"), ([1, 5], "start at epoch 6"), ([1, 2], "start at epoch 3")]
+)
 def test_a_gap_or_an_overlap_between_stages_is_refused(epochs, message):
     with pytest.raises(ConfigError, match=message):
         curriculum(stage1={"max_steps": 3, "epochs": epochs})
 
 
-@pytest.mark.parametrize(("stage", "message"), [
-    ({"max_steps": 3, "complexity": "easy"}, "easy"), ({"max_steps": 0}, "max_steps: 0"),
-    ({"max_steps": 3, "epochs": [3, 1]}, r"\[3, 1\]"), ({"max_steps": 3, "epochs": [1]}, r"\[1\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"max_steps": 3, "complexity": "easy"}, "easy"),
+        ({"max_steps": 0}, "max_steps: 0"),
+        ({"max_steps": 3, "epochs": [3, 1]}, r"\[3, 1\]"),
+        ({"max_steps": 3, "epochs": [1]}, r"\[1\]"),
+    ],
+)
 def test_a_wrong_value_of_a_stage_is_named(stage, message):
     with pytest.raises(ConfigError, match=message):
         curriculum(stage1=stage)
@@ -128,8 +138,11 @@ def test_an_epoch_without_a_record_is_an_error_that_says_which(records):
 
 def test_epochs_that_are_not_reached_may_be_empty(records):
     easy = [record for record in records if record.num_steps == 3]
-    none = curriculum(stage1={"max_steps": 3, "epochs": [1, 2]}, stage2={"max_steps": 1, "epochs": [3, 3]},
-                      stage3={"max_steps": 9, "epochs": [4, 4]})  # fmt: skip
+    none = curriculum(
+        stage1={"max_steps": 3, "epochs": [1, 2]},
+        stage2={"max_steps": 1, "epochs": [3, 3]},
+        stage3={"max_steps": 9, "epochs": [4, 4]},
+    )
     assert len(records_of_epochs(easy, none, 2)) == 2
     with pytest.raises(ConfigError, match="stage2"):
         records_of_epochs(easy, none, 3)
@@ -148,8 +161,15 @@ def plan(**options):
 def test_epochs_may_differ_in_length():
     assert [plan().num_steps(epochs) for epochs in (1, 2, 3, 4)] == [2, 5, 10, 15]
     assert [plan().locate(step) for step in (0, 1, 2, 4, 5, 9, 10, 15)] == [
-        (0, 0), (0, 1), (1, 0), (1, 2), (2, 0), (2, 4), (3, 0), (4, 0),
-    ]  # fmt: skip
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 2),
+        (2, 0),
+        (2, 4),
+        (3, 0),
+        (4, 0),
+    ]
 
 
 def test_an_epoch_trains_once_on_each_of_its_records_and_on_no_other():
@@ -185,9 +205,11 @@ def test_without_a_curriculum_every_epoch_trains_on_all():
 # ---- a run
 
 
-CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
-              "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
-              "stage3": {"max_steps": 10, "epochs": [3, 3]}}  # fmt: skip
+CURRICULUM = {
+    "stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
+    "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
+    "stage3": {"max_steps": 10, "epochs": [3, 3]},
+}
 """One epoch of phase 1 and two of phase 2, as `training_helpers` has them."""
 
 
@@ -195,8 +217,13 @@ CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1
 def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_both_phases(tmp_path):
     data = make_data(tmp_path)
     stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
-    config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, curriculum=CURRICULUM,
-                            stage4__reasoning_augmentation={"target_samples": 60})  # fmt: skip
+    config = write_run_yaml(
+        tmp_path,
+        write_model_yaml(tmp_path),
+        data,
+        curriculum=CURRICULUM,
+        stage4__reasoning_augmentation={"target_samples": 60},
+    )
     told = ok(train("torchrun", "--config", config, "--stages", "4", "--resume_from", stage3)).stdout
     (line,) = [line for line in told.splitlines() if line.startswith("curriculum: records by epoch ")]
     counts = [int(number) for number in line.rpartition("epoch ")[2].split(", ")]
@@ -212,8 +239,13 @@ def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_bo
 
 def test_an_empty_epoch_ends_the_run_before_stage_3_is_trained(tmp_path):
     data = make_data(tmp_path)
-    config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch",
-                            curriculum={"stage1": {"max_steps": 2, "complexity": "simple"}})  # fmt: skip
+    config = write_run_yaml(
+        tmp_path,
+        write_model_yaml(tmp_path),
+        data,
+        engine="torch",
+        curriculum={"stage1": {"max_steps": 2, "complexity": "simple"}},
+    )
     with pytest.raises(SystemExit, match=r"error: curriculum\.stage1: .* so epoch 1 is empty"):
         main(["--config", str(config), "--stages", "3", "4"])
     assert not list((tmp_path / "outputs").glob("stage*/**/COMPLETE"))
@@ -223,8 +255,9 @@ def test_more_chains_are_no_more_questions(tmp_path):
     """A file of `embervlm data augment`: chains train on all of it, direct answers on what was given."""
     data = make_data(tmp_path)
     augment_file(data, tmp_path / "augmented.json", target_samples=90)
-    config = from_mapping(TrainConfig, {"reasoning_data": str(tmp_path / "augmented.json"),
-                                        "output_dir": str(tmp_path / "outputs")})  # fmt: skip
+    config = from_mapping(
+        TrainConfig, {"reasoning_data": str(tmp_path / "augmented.json"), "output_dir": str(tmp_path / "outputs")}
+    )
     loaded = load_data(config, 36, World(rank=0, size=1, device=torch.device("cpu")))
     given = split_records(read_records(data))["train"]
     assert [record.record_id for record in loaded.train] == [record.record_id for record in given]

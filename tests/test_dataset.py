@@ -7,26 +7,21 @@ import pytest
 import torch
 
 from embervlm.data.dataset import (
-    CAPTION,
-    DIRECT,
-    EDITED,
-    EpochPlan,
-    Sample,
-    boxes_to_mask,
     edit_facts,
     encode_captions,
     encode_direct,
     encode_glossary,
     encode_reasoning,
     num_fact_steps,
-    step_texts,
 )
+from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.records import DataError, ReasoningRecord
-from embervlm.data.scenes.facts import SceneFacts
-from embervlm.data.teachers.rules import TASKS, teach
+from embervlm.data.samples import CAPTION, DIRECT, EDITED, Sample, boxes_to_mask, step_texts
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
-from embervlm.training.engine import World
+from embervlm.robots.facts import SceneFacts
+from embervlm.robots.rules import TASKS, teach
 from embervlm.training.loop import deal
+from embervlm.world import World
 
 
 def record(record_id="r1", steps=("Look.", "It is wet.", "Conclusion: Drone."), **fields):
@@ -149,11 +144,12 @@ def test_each_thing_of_a_step_is_looked_at_by_itself_and_a_place_not_by_way_of_t
     """On a 3 x 3 grid: the place is the lower two rows, the load a corner of it, the flag a sliver of another token."""
     metadata = {
         "boxes": [
-            {"kind": "place", "box": [0, 0.4, 1, 1]}, {"kind": "load", "box": [0.6, 0.7, 1, 1]},
+            {"kind": "place", "box": [0, 0.4, 1, 1]},
+            {"kind": "load", "box": [0.6, 0.7, 1, 1]},
             {"kind": "flag", "box": [0.1, 0.7, 0.2, 0.8]},
         ],
         "seen": [["place", "load"], ["place"], ["place", "place", "sky"]],
-    }  # fmt: skip
+    }
     sample = encode_one(tokenizer, metadata=metadata)
     found = [(step, mask.nonzero().flatten().tolist()) for step, mask in sample.attend]
     assert found == [
@@ -166,10 +162,13 @@ def test_each_thing_of_a_step_is_looked_at_by_itself_and_a_place_not_by_way_of_t
 
 def test_a_thing_that_others_cover_whole_is_looked_at_all_the_same(tokenizer):
     metadata = {
-        "boxes": [{"kind": "sky", "box": [0, 0, 1, 0.3]}, {"kind": "moon", "box": [0, 0, 0.33, 0.3]},
-                  {"kind": "cloud", "box": [0.34, 0, 1, 0.3]}],
+        "boxes": [
+            {"kind": "sky", "box": [0, 0, 1, 0.3]},
+            {"kind": "moon", "box": [0, 0, 0.33, 0.3]},
+            {"kind": "cloud", "box": [0.34, 0, 1, 0.3]},
+        ],
         "seen": [["sky"]],
-    }  # fmt: skip
+    }
     ((_, mask),) = encode_one(tokenizer, metadata=metadata).attend
     assert mask.nonzero().flatten().tolist() == [0, 1, 2]
 

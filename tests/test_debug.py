@@ -10,10 +10,10 @@ from training_helpers import TINY, make_tokenizer
 from embervlm import run_dir
 from embervlm.cli import main
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import ROBOTS
 from embervlm.evaluation.analysis import analysis_text, common_faults, first_faults, sample_text, samples_verdict
 from embervlm.evaluation.transition import check_transition, compare_losses, transition_text
 from embervlm.model.embervlm import build_model
+from embervlm.words.chain_text import ROBOTS
 
 # ---- the switch from phase 1 to phase 2
 
@@ -53,8 +53,10 @@ def phases(tmp_path, records):
         save(run_dir.stage3_dir(tmp_path), backbone, None)
         first = moved(start, moved1)
         config = {"stage4": {"phase2": {"learning_rate_multipliers": multipliers or {}}}}
-        out = (save(of_phase[1], first, None, "phase 1", **config),
-               save(of_phase[2], moved(first, moved2), 5, "phase 2", **config))  # fmt: skip
+        out = (
+            save(of_phase[1], first, None, "phase 1", **config),
+            save(of_phase[2], moved(first, moved2), 5, "phase 2", **config),
+        )
         for number, values in enumerate(losses, 1):
             log(of_phase[number], values)
         return out
@@ -69,8 +71,14 @@ def test_a_run_as_it_should_be_is_found_right(phases, capsys):
     assert "Verdict: the transition looks right." in said
     assert "phase 1 left the backbone as it was, bit for bit" in said.lower() and "no loss term jumped" in said
     found = check_transition(first, second)
-    assert [part.part for part in found.moved] == ["vision_encoder", "projection", "language_model", "reasoning_head",
-                                                   "step_validator", "answer_head"]  # fmt: skip
+    assert [part.part for part in found.moved] == [
+        "vision_encoder",
+        "projection",
+        "language_model",
+        "reasoning_head",
+        "step_validator",
+        "answer_head",
+    ]
     assert all(part.num_changed and part.relative > 0 for part in found.moved) and len(found.frozen) == 3
 
 
@@ -146,10 +154,16 @@ def test_checkpoints_that_do_not_belong_together_are_refused(phases, tmp_path):
 
 def sample(number=0, steps=("Look.", "Then go.", "Conclusion: Drone."), correct=True, reasons=()):
     return {
-        "instruction": f"Which, {number}?", "image": f"{number}.jpg", "reasoning_steps": list(steps), "answer": "Drone",
-        "gold_answer": ["Humanoid"], "correct": correct, "confidence": 0.5, "validator_scores": None,
+        "instruction": f"Which, {number}?",
+        "image": f"{number}.jpg",
+        "reasoning_steps": list(steps),
+        "answer": "Drone",
+        "gold_answer": ["Humanoid"],
+        "correct": correct,
+        "confidence": 0.5,
+        "validator_scores": None,
         "scores": {"reasons": list(reasons)},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,7 @@ def sample(number=0, steps=("Look.", "Then go.", "Conclusion: Drone."), correct=
         ([sample(n, (f"{n}.", "Conclusion: Drone."), reasons=["step 1 is wrong"]) for n in range(4)], "faulty step"),
         ([sample(n, (f"{n}.", "Conclusion: Drone."), correct=False) for n in range(4)], "most answers are wrong"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_on_a_few_samples(samples, expected):
     assert expected in samples_verdict(samples).splitlines()[0]
 
@@ -180,11 +194,14 @@ def test_faults_are_counted_once_a_chain_and_by_where_they_begin():
 
 def test_the_analysis_says_what_is_missed_and_what_helps():
     samples = [sample(n, reasons=["step 2 contradicts step 1"] if n < 2 else ()) for n in range(4)]
-    result = {**evaluation(), "gains": {
-        "no_reasoning_accuracy": {"gain": 0.176, "interval": [0.1, 0.25]},
-        "swapped_image_accuracy": {"gain": 0.7, "interval": [0.6, 0.8]},
-        "blind_accuracy": {"gain": 0.01, "interval": [-0.02, 0.04]},
-    }}  # fmt: skip
+    result = {
+        **evaluation(),
+        "gains": {
+            "no_reasoning_accuracy": {"gain": 0.176, "interval": [0.1, 0.25]},
+            "swapped_image_accuracy": {"gain": 0.7, "interval": [0.6, 0.8]},
+            "blind_accuracy": {"gain": 0.01, "interval": [-0.02, 0.04]},
+        },
+    }
     said = analysis_text(result, samples)
     assert "1 of 5 targets are missed: logical_flow_score." in said and "consistency_loss_weight" in said
     assert "Reasoning helps: +17.6 points" in said and "The picture is used: with another picture" in said

@@ -43,9 +43,18 @@ def write_tasks(folder, number, robot="Drone"):
 
 def command(teacher, tasks, *flags, output="out.json"):
     return [
-        "data", "generate", "--teacher_model", "deepseek-r1", "--teacher_base_url", teacher.url, "--input_dataset",
-        str(tasks), "--output_file", str(tasks.parent / output), *map(str, flags),
-    ]  # fmt: skip
+        "data",
+        "generate",
+        "--teacher_model",
+        "deepseek-r1",
+        "--teacher_base_url",
+        teacher.url,
+        "--input_dataset",
+        str(tasks),
+        "--output_file",
+        str(tasks.parent / output),
+        *map(str, flags),
+    ]
 
 
 def generate(teacher, tasks, *flags, output="out.json"):
@@ -286,9 +295,12 @@ def test_the_key_is_sent_and_shows_up_nowhere(tasks, fault):
 
     with serving(script) as teacher:
         found = subprocess.run(
-            [sys.executable, "-m", "embervlm.cli", *command(teacher, tasks, "--max_retries", 0)], capture_output=True,
-            text=True, env={**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": str(REPOSITORY)}, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "embervlm.cli", *command(teacher, tasks, "--max_retries", 0)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": str(REPOSITORY)},
+            check=False,
+        )
     assert teacher.requests[0][1]["authorization"] == f"Bearer {KEY}"
     written = "".join(path.read_text() for path in tasks.parent.iterdir())
     assert KEY not in found.stdout + found.stderr + written
@@ -337,8 +349,18 @@ def test_a_flag_that_cannot_be_is_named_before_anything_is_asked(tasks, flags, w
 
 def test_without_questions_the_command_says_where_to_get_them(tmp_path):
     with pytest.raises(SystemExit, match="--teacher_model gpt: needs questions"):
-        main(["data", "generate", "--teacher_model", "gpt", "--teacher_base_url", "http://localhost:1/v1",
-              "--output_file", str(tmp_path / "out.json")])  # fmt: skip
+        main(
+            [
+                "data",
+                "generate",
+                "--teacher_model",
+                "gpt",
+                "--teacher_base_url",
+                "http://localhost:1/v1",
+                "--output_file",
+                str(tmp_path / "out.json"),
+            ]
+        )
 
 
 def test_a_store_of_another_teacher_is_not_continued(tasks):
@@ -401,9 +423,12 @@ def test_twenty_kills_lose_and_double_no_record(tmp_path):
 def test_a_stop_by_signal_waits_for_the_answers_in_flight(tasks):
     with serving(lambda body, number: Act(content=chain("Drone"), delay_s=0.5)) as teacher:
         process = subprocess.Popen(
-            [sys.executable, "-m", "embervlm.cli", *command(teacher, tasks, "--concurrency", 2)], cwd=REPOSITORY,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "embervlm.cli", *command(teacher, tasks, "--concurrency", 2)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         while not teacher.requests:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
@@ -471,12 +496,33 @@ def test_pictures_that_the_merged_file_cannot_name_are_an_error(scene_data, tmp_
 
 
 def test_annotations_of_people_become_unified_records(tmp_path):
-    (tmp_path / "human.json").write_text(json.dumps([{
-        "question": "What robot combination works best?", "answer": ["Drone", "Humanoid"], "annotator_id": "expert_123",
-        "reasoning_steps": ["First, identify the task requirements...", "Second, analyze the environment..."],
-    }]))  # fmt: skip
-    main(["data", "generate", "--source", "human", "--input_dataset", str(tmp_path / "human.json"), "--output_file",
-          str(tmp_path / "out.json")])  # fmt: skip
+    (tmp_path / "human.json").write_text(
+        json.dumps(
+            [
+                {
+                    "question": "What robot combination works best?",
+                    "answer": ["Drone", "Humanoid"],
+                    "annotator_id": "expert_123",
+                    "reasoning_steps": [
+                        "First, identify the task requirements...",
+                        "Second, analyze the environment...",
+                    ],
+                }
+            ]
+        )
+    )
+    main(
+        [
+            "data",
+            "generate",
+            "--source",
+            "human",
+            "--input_dataset",
+            str(tmp_path / "human.json"),
+            "--output_file",
+            str(tmp_path / "out.json"),
+        ]
+    )
     (value,) = json.loads((tmp_path / "out.json").read_text())
     assert value["reasoning"].startswith("<|reasoning_start|>\nStep 1: First, identify")
     assert value["answer"] == ["Drone", "Humanoid"]

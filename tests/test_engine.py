@@ -28,10 +28,13 @@ from training_helpers import (
 )
 
 from embervlm.config import ConfigError, TrainConfig, from_mapping
-from embervlm.training.engine import NonFiniteLossError, TorchEngine, World, build_engine, resolve_precision
-from embervlm.training.engine_deepspeed import deepspeed_settings
+from embervlm.engines.base import NonFiniteLossError
+from embervlm.engines.build import build_engine, resolve_precision
+from embervlm.engines.deepspeed import deepspeed_settings
+from embervlm.engines.plain import TorchEngine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
+from embervlm.world import World
 
 ALONE = World(0, 1, CPU)
 STAGES = (0, 1, 2, 3)
@@ -58,23 +61,68 @@ CASES: list[dict[str, Any]] = [
     {"name": "nan_weight", "zero_stage": 2, "phase": PHASE2, "nan_in": "model.reasoning_module.answer_head.bias"},
     {"name": "nan_record", "zero_stage": 2, "phase": PHASE2, "nan_on_rank": 1},
     {"name": "torch_seed_by_rank", "engine": "torch", "phase": PHASE2, "steps": 0, "seed_by_rank": True},
-    *({"name": f"ends_{name}", "phase": FROZEN, "steps": 2, "activation_checkpointing": True,
-       "last_share_without_pictures": True, **engine} for name, engine in SHARDED.items()),
-    *({"name": f"empty_{name}", "phase": PHASE2, "steps": 1, "global_batch": 1, **engine}
-      for name, engine in SHARDED.items()),
-    *({"name": f"text_{name}", "phase": PHASE2, "steps": 2, "text_only": True, **engine}
-      for name, engine in SHARDED.items()),
-    *({"name": f"boxless_{name}", "phase": PHASE2, "steps": 2, "boxes": False, **engine}
-      for name, engine in SHARDED.items()),
-    *({"name": f"norms_{name}", "phase": PHASE2, "vision": BATCH_NORM_VISION, "precision": "bf16", "steps": 1, **engine}
-      for name, engine in SHARDED.items()),
-    *({"name": f"fp16_{name}", "phase": PHASE2, "steps": STEPS, "precision": "fp16", "overflow_on_rank": 1,
-       "good_steps": 2007 if name.startswith("zero") else 7, **engine} for name, engine in SHARDED.items()),
-    *({"name": f"{gradient}_{precision}_{name}", "phase": PHASE2, "precision": precision, "overflow_on_rank": 1,
-       "gradient": gradient, "draws": False, "steps": 2, **engine}
-      for name, engine in SHARDED.items() for precision, gradient in (("fp32", "inf"), ("bf16", "nan"))
-      if (name, precision) != ("offload", "fp32")),
-]  # fmt: skip
+    *(
+        {
+            "name": f"ends_{name}",
+            "phase": FROZEN,
+            "steps": 2,
+            "activation_checkpointing": True,
+            "last_share_without_pictures": True,
+            **engine,
+        }
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {"name": f"empty_{name}", "phase": PHASE2, "steps": 1, "global_batch": 1, **engine}
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {"name": f"text_{name}", "phase": PHASE2, "steps": 2, "text_only": True, **engine}
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {"name": f"boxless_{name}", "phase": PHASE2, "steps": 2, "boxes": False, **engine}
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {
+            "name": f"norms_{name}",
+            "phase": PHASE2,
+            "vision": BATCH_NORM_VISION,
+            "precision": "bf16",
+            "steps": 1,
+            **engine,
+        }
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {
+            "name": f"fp16_{name}",
+            "phase": PHASE2,
+            "steps": STEPS,
+            "precision": "fp16",
+            "overflow_on_rank": 1,
+            "good_steps": 2007 if name.startswith("zero") else 7,
+            **engine,
+        }
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {
+            "name": f"{gradient}_{precision}_{name}",
+            "phase": PHASE2,
+            "precision": precision,
+            "overflow_on_rank": 1,
+            "gradient": gradient,
+            "draws": False,
+            "steps": 2,
+            **engine,
+        }
+        for name, engine in SHARDED.items()
+        for precision, gradient in (("fp32", "inf"), ("bf16", "nan"))
+        if (name, precision) != ("offload", "fp32")
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +131,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(
-    data: Path, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 400, processes: int = 2,
+    data: Path,
+    cases: list[dict[str, Any]],
+    folder: Path,
+    timeout_s: float = 400,
+    processes: int = 2,
     env: Mapping[str, str] = {},
-) -> dict[str, list[Any]]:  # fmt: skip
+) -> dict[str, list[Any]]:
     """Case name -> what each rank saw."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = REPOSITORY / "tests" / "engine_driver.py"
@@ -94,7 +146,7 @@ def drive(
     return {
         case["name"]: [torch.load(folder / f"{case['name']}-rank{rank}.pt") for rank in range(processes)]
         for case in cases
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +300,7 @@ def test_a_rank_with_direct_answers_only_beside_one_with_chains_does_not_hang(
     name: str, data: Path, tmp_path: Path
 ) -> None:
     """As in the last batch of an epoch: no answer head, validator or sampled inputs on one of the ranks."""
-    case = {
-        "name": "apart", "phase": PHASE2, "steps": 2, "forms_apart": True, "forcing": 0.5, **SHARDED[name],
-    }  # fmt: skip
+    case = {"name": "apart", "phase": PHASE2, "steps": 2, "forms_apart": True, "forcing": 0.5, **SHARDED[name]}
     found = drive(data, [case], tmp_path)["apart"][0]
     alone = run_case({**case, "engine": "torch", "accumulation": 2}, data, ALONE)
     assert_same_weights(found["after"], alone["after"])
@@ -340,11 +390,15 @@ def test_fp16_with_its_overflow_trains_as_fp32_does(
         assert terms == pytest.approx(wanted, rel=1e-3)
     for component in MULTIPLIERS:
         moments, wanted_moments = (
-            torch.cat([
-                values["exp_avg"].flatten() for key, values in state["optimizer"]["moments"].items() if component in key
-            ])
+            torch.cat(
+                [
+                    values["exp_avg"].flatten()
+                    for key, values in state["optimizer"]["moments"].items()
+                    if component in key
+                ]
+            )
             for state in (found, plain)
-        )  # fmt: skip
+        )
         assert (moments - wanted_moments).norm() < 0.05 * wanted_moments.norm()
 
 
@@ -405,9 +459,8 @@ def bf16_curve(data: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "engines"),
-    [(1, ["zero2", "fsdp"]), (2, ["zero2", "zero3", "fsdp", "torch"]), (4, ["zero2", "fsdp"])],
-)  # fmt: skip
+    ("processes", "engines"), [(1, ["zero2", "fsdp"]), (2, ["zero2", "zero3", "fsdp", "torch"]), (4, ["zero2", "fsdp"])]
+)
 def test_the_loss_curve_in_bf16_follows_plain_torch_in_bf16(
     processes: int, engines: list[str], data: Path, bf16_curve: list[float], tmp_path: Path
 ) -> None:
@@ -427,9 +480,7 @@ def test_what_is_drawn_for_a_record_does_not_depend_on_the_number_of_ranks(data:
         for rank in range(size):
             for batch in bench.batches(0, rank, size, 1):
                 ids = batch.inputs["pair_ids"], batch.inputs["pair_mask"], batch.inputs["pair_record"]
-                pairs |= {
-                    (batch.record_ids[record], tuple(row[mask].tolist())) for row, mask, record in zip(*ids)
-                }  # fmt: skip
+                pairs |= {(batch.record_ids[record], tuple(row[mask].tolist())) for row, mask, record in zip(*ids)}
         inputs[size] = pairs
     assert inputs[1] == inputs[2]
 
@@ -530,9 +581,13 @@ COMPLETE = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "train
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("train_batch_size", 99), ("train_micro_batch_size_per_gpu", 3), ("gradient_accumulation_steps", 7),
-     ("gradient_clipping", 0.25)],
-)  # fmt: skip
+    [
+        ("train_batch_size", 99),
+        ("train_micro_batch_size_per_gpu", 3),
+        ("gradient_accumulation_steps", 7),
+        ("gradient_clipping", 0.25),
+    ],
+)
 def test_a_number_in_the_deepspeed_json_that_disagrees_is_an_error(key: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{key} is {value}, the run has"):
         settings_from(tmp_path, {**COMPLETE, key: value})

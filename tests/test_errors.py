@@ -40,10 +40,13 @@ def test_one_place_prints_them():
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({}, "error: mend it"), ({"RANK": "0"}, "error: mend it"), ({"RANK": "1"}, 1),
-        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1), ({"SLURM_PROCID": "1"}, "error: mend it"),
+        ({}, "error: mend it"),
+        ({"RANK": "0"}, "error: mend it"),
+        ({"RANK": "1"}, 1),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1),
+        ({"SLURM_PROCID": "1"}, "error: mend it"),
     ],
-)  # fmt: skip
+)
 def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
     for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -61,12 +64,12 @@ def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
         ["-m", "embervlm.cli", "select-best", "--checkpoints_dir", "none"],
         ["launch/train.py", "--config", "none.yaml"],
         ["launch/submit.py", "--cluster", "none.yaml"],
-        ["-m", "embervlm.slurm", "output_dir", "--config", "none.yaml"],
+        ["-m", "embervlm.run.slurm", "output_dir", "--config", "none.yaml"],
         ["-m", "embervlm.select_best", "--checkpoints_dir", "none"],
         ["scripts/evaluate.py", "--checkpoint", "none", "--output_file", "none.json"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_command_line_ends_a_users_mistake_in_one_line(argv):
     done = subprocess.run([sys.executable, *argv], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -91,13 +94,27 @@ DAMAGED = [b"", b'{"half": [1, ', b"[]", b"5", b"null", b"\xff\xfe\x00", b"{}"]
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        ("config.json", "vision"), ("state.json", "settings"), ("tokenizer.json", "model"),
+        ("config.json", "vision"),
+        ("state.json", "settings"),
+        ("tokenizer.json", "model"),
         ("evals/calibration.json", "temperature"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_json_file_of_a_checkpoint_is_one_line_that_names_it(checkpoint, name, key):
-    argv = ["evaluate", "--checkpoint", str(checkpoint), "--output_file", str(checkpoint / "out.json"), "--num_samples",
-            "1", "--no_comparisons", "--faithfulness_samples", "0", "--max_new_tokens", "8"]  # fmt: skip
+    argv = [
+        "evaluate",
+        "--checkpoint",
+        str(checkpoint),
+        "--output_file",
+        str(checkpoint / "out.json"),
+        "--num_samples",
+        "1",
+        "--no_comparisons",
+        "--faithfulness_samples",
+        "0",
+        "--max_new_tokens",
+        "8",
+    ]
     good = json.loads((checkpoint / name).read_text())
     for content in [*DAMAGED, json.dumps({**good, key: [1]}).encode()]:
         (checkpoint / name).write_bytes(content)

@@ -29,10 +29,10 @@ from embervlm.config import TrainConfig, from_mapping
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.evaluation.evaluate import evaluate_checkpoint
-from embervlm.select_best import rank_checkpoints
-from embervlm.slurm_commands import outside
-from embervlm.training.cli import main
-from embervlm.training.eval_jobs import awaiting_evaluation, evaluation_command
+from embervlm.ranking import rank_checkpoints
+from embervlm.run.eval_jobs import evaluation_command
+from embervlm.run.train import main
+from embervlm.slurm_commands import awaiting_evaluation, outside
 
 STEPS = 4
 DROPPING = {"config": {**TINY["vision"]["config"], "hidden_dropout_prob": 0.2}}
@@ -45,8 +45,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evals")
     data = make_data(folder, 60)
     settings = {**TINY, "vision": DROPPING}
-    write_run_yaml(folder, write_model_yaml(folder, vision=DROPPING), data, max_steps=STEPS, save_steps=2,
-                   eval_samples=3)  # fmt: skip
+    write_run_yaml(
+        folder, write_model_yaml(folder, vision=DROPPING), data, max_steps=STEPS, save_steps=2, eval_samples=3
+    )
     save_stage3(folder / "start" / "stage3", settings, read_records(data))
     return folder
 
@@ -54,9 +55,25 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(bench: Path, output: Path, *flags: str | Path, processes: int = 1) -> tuple[Path, str]:
     """Phase 2's folder of a run, and what the run printed."""
     launcher = "python" if processes == 1 else "torchrun"
-    found = ok(train(launcher, "--config", bench / "run.yaml", "--stages", "4", "--phase", "2", "--engine", "torch",
-                     "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--output_dir", output, *flags,
-                     processes=processes))  # fmt: skip
+    found = ok(
+        train(
+            launcher,
+            "--config",
+            bench / "run.yaml",
+            "--stages",
+            "4",
+            "--phase",
+            "2",
+            "--engine",
+            "torch",
+            "--resume_from",
+            bench / "start" / "stage3" / "checkpoint-final",
+            "--output_dir",
+            output,
+            *flags,
+            processes=processes,
+        )
+    )
     return run_dir.phase_dir(output, 2), found.stdout
 
 
@@ -103,8 +120,9 @@ def test_an_evaluation_that_fails_is_said_and_does_not_end_the_training(bench: P
     raw = json.loads((bench / "reasoning_data.json").read_text())
     kept = {record.record_id for record in split_records(read_records(bench / "reasoning_data.json"))["train"]}
     data.write_text(json.dumps([item for item in raw if item["id"] in kept]))
-    folder, said = trained(bench, tmp_path, "--eval_steps", "2", "--reasoning_data", data, "--set",
-                           f"image_root={bench}", processes=2)  # fmt: skip
+    folder, said = trained(
+        bench, tmp_path, "--eval_steps", "2", "--reasoning_data", data, "--set", f"image_root={bench}", processes=2
+    )
     assert "checkpoint-2: not evaluated (ConfigError" in said and "the val split is empty" in said
     assert run_dir.checkpoint_path(folder, None).exists()
 
@@ -152,8 +170,19 @@ def test_the_job_writes_where_select_best_reads_whatever_the_working_folder(
     assert given["--image_root"] == str(tmp_path / "img") and {"--no_comparisons", "--no_wandb"} <= set(behind)
 
 
-@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT",
-                                  "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLURM_JOB_ID",
+        "SLURM_NTASKS",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+    ],
+)
 def test_the_job_does_not_take_itself_for_a_process_of_the_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "x")
     assert name not in outside()
@@ -170,8 +199,13 @@ def test_the_script_evaluates_what_stands_behind_the_dashes_and_phase_2_without(
     for name, script in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo 'JobId=1 JobState=RUNNING NumNodes=1'")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    inside = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1",
-              "EMBERVLM_VENV": str(BIN.parent), "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}  # fmt: skip
+    inside = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "EMBERVLM_VENV": str(BIN.parent),
+        "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}",
+    }
 
     def started(*flags: str) -> list[str]:
         script = ["bash", "slurm/evaluate.sh", "--cluster", "v100x1", *flags]

@@ -21,11 +21,11 @@ from embervlm.evaluation.calibration import (
     fit_temperature,
     reliability_bins,
 )
-from embervlm.evaluation.commands import evaluate_to_file
 from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate, evaluate_checkpoint, gains
 from embervlm.evaluation.sharing import Journal
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, set_confidence
+from embervlm.run.evaluate import evaluate_to_file
 from embervlm.select_best import main as select_best
 
 SHORT = Decoding(max_new_tokens=24)
@@ -66,8 +66,12 @@ def test_the_file_holds_every_metric_with_its_interval_and_what_made_it(checkpoi
     assert set(result["intervals"]) == set(measured)
     for name, (low, high) in result["intervals"].items():
         assert low - 1e-9 <= measured[name] <= high + 1e-9, name
-    assert set(result["gains"]) == {"stage4_direct_accuracy", "swapped_image_accuracy", "blind_accuracy",
-                                    "no_reasoning_accuracy"}  # fmt: skip
+    assert set(result["gains"]) == {
+        "stage4_direct_accuracy",
+        "swapped_image_accuracy",
+        "blind_accuracy",
+        "no_reasoning_accuracy",
+    }
     for name, row in result["gains"].items():
         assert row["gain"] == pytest.approx(measured["final_answer_accuracy"] - measured[name])
     assert sum(row["num"] for row in result["accuracy_by_question_kind"].values()) == len(samples)
@@ -125,8 +129,9 @@ def test_what_select_best_reads_has_no_comparisons_and_lies_in_the_checkpoint(ch
 
 
 def test_chains_that_cannot_be_read_score_0_and_are_counted(checkpoint):
-    result, samples = evaluate(Evaluation(checkpoint=checkpoint, compare=False, **options(
-        decoding=Decoding(max_new_tokens=1), num_samples=5)))  # fmt: skip
+    result, samples = evaluate(
+        Evaluation(checkpoint=checkpoint, compare=False, **options(decoding=Decoding(max_new_tokens=1), num_samples=5))
+    )
     assert result["metrics"]["unparseable_share"] == 1 and result["num_samples"] == 5
     for name in ("reasoning_consistency", "step_completeness", "final_answer_accuracy"):
         assert result["metrics"][name] == 0
@@ -202,11 +207,27 @@ def test_batches_of_another_decoding_are_not_taken_over(checkpoint, tmp_path, ca
 def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     alone, samples = evaluated(checkpoint, tmp_path / "alone" / "eval.json")
     path = tmp_path / "both" / "eval.json"
-    ok(run(command(
-        "torchrun", REPOSITORY / "scripts" / "evaluate.py", "--checkpoint", checkpoint, "--split", "train",
-        "--output_file", path, "--save_reasoning_samples", "--explain_samples", 3, "--faithfulness_samples", 2,
-        "--max_new_tokens", 24,
-    )))  # fmt: skip
+    ok(
+        run(
+            command(
+                "torchrun",
+                REPOSITORY / "scripts" / "evaluate.py",
+                "--checkpoint",
+                checkpoint,
+                "--split",
+                "train",
+                "--output_file",
+                path,
+                "--save_reasoning_samples",
+                "--explain_samples",
+                3,
+                "--faithfulness_samples",
+                2,
+                "--max_new_tokens",
+                24,
+            )
+        )
+    )
     both = run_dir.read_eval(path)
     assert both["metrics"] == alone["metrics"] and both["intervals"] == alone["intervals"]
     assert both == alone and run_dir.read_json(path.with_name("eval_samples.json")) == samples
@@ -220,7 +241,7 @@ import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
 from embervlm.evaluation import evaluate as module
-from embervlm.evaluation.commands import evaluating_processes
+from embervlm.run.evaluate import evaluating_processes
 answer = module.answer
 
 def fails_on_one(model, pictures, records, decoding):
@@ -244,7 +265,7 @@ import dataclasses, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
 from embervlm.errors import UserError
-from embervlm.evaluation.commands import evaluating_processes
+from embervlm.run.evaluate import evaluating_processes
 from embervlm.evaluation.evaluate import Evaluation, load_eval_data
 
 with evaluating_processes() as world:
@@ -387,8 +408,21 @@ def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_pat
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     (checkpoint.parent / "wandb_run_id").write_text("phase2id")
-    flags = ["evaluate", "--checkpoint", str(checkpoint), "--output_file", str(tmp_path / "e.json"), "--split", "train",
-             "--max_new_tokens", "24", "--num_samples", "6", "--faithfulness_samples", "0"]  # fmt: skip
+    flags = [
+        "evaluate",
+        "--checkpoint",
+        str(checkpoint),
+        "--output_file",
+        str(tmp_path / "e.json"),
+        "--split",
+        "train",
+        "--max_new_tokens",
+        "24",
+        "--num_samples",
+        "6",
+        "--faithfulness_samples",
+        "0",
+    ]
     main(flags)
     assert not (checkpoint.parent / "wandb").exists()  # no project: nothing is sent
     main([*flags, "--wandb_project", "embervlm", "--no_wandb"])

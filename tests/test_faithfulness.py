@@ -10,8 +10,6 @@ import torch
 
 from embervlm.data.dataset import encode_reasoning, num_fact_steps
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.scenes.facts import SceneFacts
-from embervlm.data.teachers.rules import Task, teach
 from embervlm.data.tokenizer import CONCLUSION
 from embervlm.evaluation.faithfulness import (
     Faithfulness,
@@ -25,6 +23,8 @@ from embervlm.evaluation.faithfulness import (
 )
 from embervlm.model.generation import Decoding, pictures_tensor
 from embervlm.report.table import faithfulness_lines
+from embervlm.robots.facts import SceneFacts
+from embervlm.robots.rules import Task, teach
 
 FACTS = {"place": "field", "weather": "clear", "sky": "noon", "load": "light", "flag": "near"}
 HAUL = Task(kind="haul", job="film")
@@ -35,20 +35,31 @@ def scene_record(record_id="r", task=HAUL, image=None, **facts):
     scene = SceneFacts(**{**FACTS, **facts})
     chain = teach(scene, task)
     return ReasoningRecord(
-        record_id=record_id, image=image or f"{record_id}.jpg", instruction=task.instruction, steps=chain.steps,
-        answer=chain.answer, metadata={
-            "scene": scene.as_dict(), "facts": chain.claims, "question_kind": task.kind,
-            "step_types": list(chain.step_types), "seen": [list(names) for names in chain.seen],
+        record_id=record_id,
+        image=image or f"{record_id}.jpg",
+        instruction=task.instruction,
+        steps=chain.steps,
+        answer=chain.answer,
+        metadata={
+            "scene": scene.as_dict(),
+            "facts": chain.claims,
+            "question_kind": task.kind,
+            "step_types": list(chain.step_types),
+            "seen": [list(names) for names in chain.seen],
         },
-    )  # fmt: skip
+    )
 
 
 def free_record(record_id, answer, steps, **metadata):
     """A record of a source that knows no scene."""
     return ReasoningRecord(
-        record_id=record_id, image=f"{record_id}.jpg", instruction="Which?", steps=steps, answer=(answer,),
+        record_id=record_id,
+        image=f"{record_id}.jpg",
+        instruction="Which?",
+        steps=steps,
+        answer=(answer,),
         metadata=metadata,
-    )  # fmt: skip
+    )
 
 
 def see(model, records):
@@ -88,11 +99,14 @@ def test_text_only_records_have_no_picture_to_go_against():
     assert force_facts(mine, [scene_record("other", place="cliff", sky="dusk")], random.Random(0)) is None
 
 
-@pytest.mark.parametrize(("metadata", "expected"), [
-    ({"step_types": ["problem_analysis", "solution_selection", "solution_selection", "conclusion"]}, 1),
-    ({"step_types": ["solution_selection"] * 3 + ["conclusion"]}, 2),
-    ({}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"step_types": ["problem_analysis", "solution_selection", "solution_selection", "conclusion"]}, 1),
+        ({"step_types": ["solution_selection"] * 3 + ["conclusion"]}, 2),
+        ({}, 2),
+    ],
+)
 def test_without_a_scene_the_steps_before_the_selection_are_transplanted_else_the_first_half(metadata, expected):
     steps = ("It is red.", "Red is hot.", "Hot means stop.", "Conclusion: Drone.")
     mine = free_record("mine", "Humanoid", ("It is blue.", "So go.", "Conclusion: Humanoid."))
@@ -109,10 +123,15 @@ def test_forced_answers_are_counted_by_what_they_follow():
     answers = [{"answer_set": w, "head_answer": h} for w, h in zip(written, head)]
     block = summarise([probe] * 5, answers, [], dropped=3)
     assert block["forced_prefix"] == {
-        "num": 5, "ambiguous_dropped": 3,
-        "follows_text": 0.4, "follows_picture": 0.2, "neither": 0.4,
-        "head_follows_text": 0.2, "head_follows_picture": pytest.approx(0.6), "head_neither": 0.2,
-    }  # fmt: skip
+        "num": 5,
+        "ambiguous_dropped": 3,
+        "follows_text": 0.4,
+        "follows_picture": 0.2,
+        "neither": 0.4,
+        "head_follows_text": 0.2,
+        "head_follows_picture": pytest.approx(0.6),
+        "head_neither": 0.2,
+    }
     low, high = block["intervals"]["forced_prefix.follows_text"]
     assert low < 0.4 < high
 
@@ -188,7 +207,7 @@ def test_gains_are_the_log_probabilities_of_the_gold_end_after_each_step(tiny_mo
         with torch.inference_mode():
             logits = tiny_model(
                 input_ids=text, text_mask=text >= 0, image_mask=seen, visual=visual, score_index=index
-            ).token_logits  # fmt: skip
+            ).token_logits
         expected = logits.log_softmax(-1).gather(1, text[0, index + 1][:, None]).sum().item()
         assert values[-1] == pytest.approx(expected, abs=1e-3)
 

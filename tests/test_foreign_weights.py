@@ -40,11 +40,15 @@ def inside(*names):
 @pytest.mark.parametrize(
     "wrap",
     [
-        prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."), prefixed("_orig_mod.module.model."),
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module.model."),
         *[inside(name) for name in ("model", "state_dict", "model_state_dict", "module")],
-        inside("module", "state_dict"), lambda weights: inside("model")(prefixed("module.")(weights)),
+        inside("module", "state_dict"),
+        lambda weights: inside("model")(prefixed("module.")(weights)),
     ],
-)  # fmt: skip
+)
 def test_weights_are_taken_from_under_what_trainers_put_around_them(lively_model, checkpoint, wrap):
     torch.save(wrap(dict(lively_model.state_dict())), checkpoint / "pytorch_model.bin")
     assert_same(EmberVLM.from_pretrained(checkpoint), lively_model)
@@ -142,10 +146,15 @@ def test_any_device_that_torch_knows_is_one(checkpoint):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("anything", 1), ("load_in_8bit", True), ("dtype", "int8"), ("dtype", "half precision"),
-        ("device_map", "balanced"), ("device_map", {"vision_encoder": 0, "language_model": 1}), ("revision", "v2"),
+        ("anything", 1),
+        ("load_in_8bit", True),
+        ("dtype", "int8"),
+        ("dtype", "half precision"),
+        ("device_map", "balanced"),
+        ("device_map", {"vision_encoder": 0, "language_model": 1}),
+        ("revision", "v2"),
     ],
-)  # fmt: skip
+)
 def test_an_option_that_cannot_be_followed_is_refused_by_name(checkpoint, option, value):
     with pytest.raises((ConfigError, CheckpointError), match=option):
         EmberVLM.from_pretrained(checkpoint, **{option: value})

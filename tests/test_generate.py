@@ -8,7 +8,8 @@ import pytest
 from embervlm.cli import main
 from embervlm.config import ConfigError
 from embervlm.data.records import DataError, read_records
-from embervlm.data.scenes.generate import (
+from embervlm.data.splits import split_records
+from embervlm.robots.generate import (
     KIND_SHARES,
     blind_accuracy,
     generate_for_tasks,
@@ -16,9 +17,8 @@ from embervlm.data.scenes.generate import (
     plan_scenes,
     write_dataset,
 )
-from embervlm.data.splits import split_records
-from embervlm.data.teachers.real_tasks import is_task_file, read_tasks
-from embervlm.data.teachers.rules import ROBOT_ORDER, TASKS, teach
+from embervlm.robots.rules import ROBOT_ORDER, TASKS, teach
+from embervlm.robots.tasks import is_task_file, read_tasks
 
 TASKS_OF_OTHERS = [
     ("Carry heavy boxes through the factory", ("Robot with Wheels",)),
@@ -76,9 +76,7 @@ def test_another_seed_plans_other_scenes():
 
 
 def test_a_number_of_samples_that_does_not_divide_is_met_exactly(tmp_path):
-    written = generate_scenes(
-        tmp_path / "d.jsonl", num_samples=4, questions_per_picture=3, workers=1, progress=False
-    )  # fmt: skip
+    written = generate_scenes(tmp_path / "d.jsonl", num_samples=4, questions_per_picture=3, workers=1, progress=False)
     assert len(written) == 4 == len(read_records(tmp_path / "d.jsonl"))
 
 
@@ -244,8 +242,22 @@ def test_read_tasks_reports_subtasks_that_are_no_objects(tmp_path):
 
 def test_the_command_prints_what_was_made_and_the_blind_figure(tmp_path, capsys):
     path = tmp_path / "out" / "data.json"
-    main(["data", "generate", "--teacher-model", "rules", "--output-file", str(path), "--num-samples", "4",
-          "--questions_per_picture", "2", "--workers", "1"])  # fmt: skip
+    main(
+        [
+            "data",
+            "generate",
+            "--teacher-model",
+            "rules",
+            "--output-file",
+            str(path),
+            "--num-samples",
+            "4",
+            "--questions_per_picture",
+            "2",
+            "--workers",
+            "1",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "4 records, 2 pictures" in printed
     assert "answering from the instruction alone" in printed
@@ -282,5 +294,13 @@ def test_the_command_names_the_flag_that_cannot_be(tmp_path, flags, words):
 def test_the_command_names_a_task_file_that_is_no_json(tmp_path):
     (tmp_path / "tasks.json").write_text("[{")
     with pytest.raises(SystemExit, match=r"tasks\.json: .*not valid JSON"):
-        main(["data", "generate", "--output_file", str(tmp_path / "d.json"), "--input_dataset",
-              str(tmp_path / "tasks.json")])  # fmt: skip
+        main(
+            [
+                "data",
+                "generate",
+                "--output_file",
+                str(tmp_path / "d.json"),
+                "--input_dataset",
+                str(tmp_path / "tasks.json"),
+            ]
+        )

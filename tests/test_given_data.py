@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from embervlm.cli import main
-from embervlm.data.checking import CheckOptions, check_file
-from embervlm.data.quality import filter_file
+from embervlm.curate.checking import CheckOptions, check_file
+from embervlm.curate.quality import filter_file
+from embervlm.curate.validate import validate
 from embervlm.data.records import DataError, read_records, write_dataset
 from embervlm.data.store import RecordStore, prepare
-from embervlm.data.validate import validate
 
 
 def picture(shade: int = 0, form: str = "PNG") -> bytes:
@@ -31,10 +31,12 @@ def picture(shade: int = 0, form: str = "PNG") -> bytes:
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
     return {
-        "id": f"r{number}", "instruction": f"Who brings load {number} up the stairs?",
-        "reasoning": [f"Load {number} is heavy.", "Stairs need legs.", "Conclusion: Humanoid."], "answer": "Humanoid",
+        "id": f"r{number}",
+        "instruction": f"Who brings load {number} up the stairs?",
+        "reasoning": [f"Load {number} is heavy.", "Stairs need legs.", "Conclusion: Humanoid."],
+        "answer": "Humanoid",
         "metadata": {"split_group": f"group {number}"},
-    } | changes  # fmt: skip
+    } | changes
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> Path:
@@ -66,10 +68,16 @@ def told(path: Path, folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"file_name": "1.png"}, {"image_path": "1.png"}, {"img": "1.png"}, {"images": ["1.png"]}, {"Image": "1.png"},
-        {"image": {"path": "1.png", "bytes": None}}, {"image": ["1.png"]}, {"image": "1.png", "file_name": "old/1.png"},
+        {"file_name": "1.png"},
+        {"image_path": "1.png"},
+        {"img": "1.png"},
+        {"images": ["1.png"]},
+        {"Image": "1.png"},
+        {"image": {"path": "1.png", "bytes": None}},
+        {"image": ["1.png"]},
+        {"image": "1.png", "file_name": "old/1.png"},
     ],
-)  # fmt: skip
+)
 def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, [record(1, **fields)])
     (found,) = read_records(path)
@@ -117,8 +125,18 @@ def test_a_missing_field_that_is_there_under_another_name_is_pointed_at(tmp_path
 def test_fields_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, [record(n, image=f"{n}.png", rationale="Legs.", difficulty=3) for n in range(4)])
     assert prepare(path, tmp_path / "cache").unused == {"rationale": 4, "difficulty": 4}
-    main(["data", "validate", "--data_file", str(path), "--output_report", str(tmp_path / "report.txt"), "--model",
-          "quickstart"])  # fmt: skip
+    main(
+        [
+            "data",
+            "validate",
+            "--data_file",
+            str(path),
+            "--output_report",
+            str(tmp_path / "report.txt"),
+            "--model",
+            "quickstart",
+        ]
+    )
     assert "not used, and in how many records: difficulty (4), rationale (4)" in capsys.readouterr().out
 
 
@@ -276,5 +294,17 @@ def test_validate_reads_whatever_training_reads_and_finds_what_it_refuses(
     assert f"{folder / 'c.tar'} record eight: has no eight.json; add it" in report
     assert len(caught.value.problems) == report.count("c.tar record ") == 2
     with pytest.raises(SystemExit, match="filter reads one .json, .jsonl or .parquet file"):
-        main(["data", "filter", "--input", str(folder), "--output", str(tmp_path / "o.json"), "--min_quality_score",
-              "0", "--model", "quickstart"])  # fmt: skip
+        main(
+            [
+                "data",
+                "filter",
+                "--input",
+                str(folder),
+                "--output",
+                str(tmp_path / "o.json"),
+                "--min_quality_score",
+                "0",
+                "--model",
+                "quickstart",
+            ]
+        )

@@ -16,22 +16,14 @@ import torch
 from engine_driver import run_case
 from smoke import TARGETS, quickstart
 from test_engine import ALONE, CURVE, CURVE_STEPS, PHASE2, SHARDED, STEPS, curves, drive, losses
-from training_helpers import (
-    Bench,
-    changed_components,
-    make_data,
-    ok,
-    phase_config,
-    save_stage3,
-    train,
-    write_run_yaml,
-)
+from training_helpers import Bench, changed_components, make_data, ok, phase_config, save_stage3, train, write_run_yaml
 
 from embervlm import run_dir
 from embervlm.config import model_preset
 from embervlm.data.records import read_records
-from embervlm.training.engine import World, build_engine
+from embervlm.engines.build import build_engine
 from embervlm.training.module import TrainingModule
+from embervlm.world import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
@@ -115,8 +107,22 @@ def test_a_full_size_preset_trains_in_both_phases(precision: str, data: Path, tm
         tmp_path, "embervlm-39m", data, precision=precision, stage4__batch_size=2, stage4__max_reasoning_length=350
     )
     output = tmp_path / "outputs"
-    ok(train("deepspeed", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", str(steps),
-             processes=1, timeout_s=300, **ON_GPU))  # fmt: skip
+    ok(
+        train(
+            "deepspeed",
+            "--config",
+            config,
+            "--stages",
+            "4",
+            "--resume_from",
+            start,
+            "--max_steps",
+            str(steps),
+            processes=1,
+            timeout_s=300,
+            **ON_GPU,
+        )
+    )
     for phase in (1, 2):
         folder = run_dir.phase_dir(output, phase)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -65,8 +65,11 @@ def test_one_changed_weight_leaves_the_phases_others(tmp_path: Path) -> None:
     assert (stage.phase1.reasoning_loss_weight, stage.phase1.consistency_loss_weight) == (0.5, 0.3)
     assert stage.phase1.multipliers["language_model"] == 0
     assert stage.phase2.multipliers == {
-        "vision_encoder": 0.05, "projection": 0.5, "language_model": 0.5, "reasoning_module": 1.0,
-    }  # fmt: skip
+        "vision_encoder": 0.05,
+        "projection": 0.5,
+        "language_model": 0.5,
+        "reasoning_module": 1.0,
+    }
 
 
 def test_flags_stand_over_a_phases_block_at_the_top(tmp_path: Path) -> None:
@@ -80,8 +83,9 @@ def test_a_phase_at_the_top_and_in_stage4_is_refused(tmp_path: Path) -> None:
         load_train_config(pasted(tmp_path, "phase1", "stage4"))
 
 
-@pytest.mark.parametrize(("alias", "component"), [("projection_layer", "projection"),
-                                                  ("language_model_backbone", "language_model")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("alias", "component"), [("projection_layer", "projection"), ("language_model_backbone", "language_model")]
+)
 def test_the_guides_other_names_of_components_are_taken_for_multipliers(
     alias: str, component: str, tmp_path: Path
 ) -> None:
@@ -111,7 +115,7 @@ def test_one_component_under_two_names_is_refused() -> None:
         ({"stage4": {"seed": 8}}, "it belongs to the top of the file"),
         ({"curriculum": {"stage1": {"complexity": "simple"}}}, "curriculum.stage1: max_steps is missing"),
     ],
-)  # fmt: skip
+)
 def test_a_setting_in_the_wrong_section_is_told_where_it_belongs(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         from_mapping(TrainConfig, values)
@@ -161,9 +165,12 @@ def moved_by_gradient(final: Path) -> set[str]:
     """Components with first moments other than 0: what weight decay alone moves has none."""
     moments = torch.load(final / "training_state.pt", weights_only=True)["optimizer"]["moments"]
     return {
-        part for name, tensors in moments.items() if any(bool(value.any()) for value in tensors.values())
-        for part in COMPONENTS if part in name.split(".")
-    }  # fmt: skip
+        part
+        for name, tensors in moments.items()
+        if any(bool(value.any()) for value in tensors.values())
+        for part in COMPONENTS
+        if part in name.split(".")
+    }
 
 
 @pytest.mark.slow
@@ -172,12 +179,30 @@ def test_the_guides_blocks_as_they_stand_train_what_each_phase_names(
     names: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
     fewer = "stage4.reasoning_augmentation.target_samples=60"  # 50,000 take minutes
-    result = ok(train(
-        "python", "--config", pasted(tmp_path, *names), "--stages", "4", "--engine", "torch", "--model",
-        start / "tiny.yaml", "--reasoning_data", start / "reasoning_data.json", "--resume_from",
-        start / "stage3" / "checkpoint-final", "--output_dir", tmp_path / "out", "--max_steps", "3", "--set",
-        "sample_records=1", *([fewer] if "stage4" in names else []),
-    ))  # fmt: skip
+    result = ok(
+        train(
+            "python",
+            "--config",
+            pasted(tmp_path, *names),
+            "--stages",
+            "4",
+            "--engine",
+            "torch",
+            "--model",
+            start / "tiny.yaml",
+            "--reasoning_data",
+            start / "reasoning_data.json",
+            "--resume_from",
+            start / "stage3" / "checkpoint-final",
+            "--output_dir",
+            tmp_path / "out",
+            "--max_steps",
+            "3",
+            "--set",
+            "sample_records=1",
+            *([fewer] if "stage4" in names else []),
+        )
+    )
     finals = [run_dir.phase_dir(tmp_path / "out", phase) / "checkpoint-final" for phase in (1, 2)]
     assert [moved_by_gradient(final) for final in finals] == [{"reasoning_module"}, set(COMPONENTS)]
     assert (names == ("stage4",)) == ("lost 9 to 35 points" in result.stdout) == ("ignore its chain" in result.stdout)

@@ -24,9 +24,7 @@ def sure(monkeypatch):
     """`sure(probability of a step)`: a step validator with these opinions."""
 
     def set_to(opinion):
-        monkeypatch.setattr(
-            interactive, "step_probabilities", lambda *_, **__: [opinion(step) for step in _[4]]
-        )  # fmt: skip
+        monkeypatch.setattr(interactive, "step_probabilities", lambda *_, **__: [opinion(step) for step in _[4]])
 
     return set_to
 
@@ -49,23 +47,31 @@ def test_a_template_orders_the_chain_and_leaves_nothing_out():
 
 def test_a_template_of_blocks_is_repeated_for_every_step():
     assert lay_out(CHAIN, TEMPLATES["step_by_step"]) == [
-        ("Step 1:", "Look at it."), ("Rationale:", "It is high."), ("Step 2:", "So it must fly."),
-        ("Step 3:", "Drones fly."), ("Conclusion:", "Drone."),
-    ]  # fmt: skip
+        ("Step 1:", "Look at it."),
+        ("Rationale:", "It is high."),
+        ("Step 2:", "So it must fly."),
+        ("Step 3:", "Drones fly."),
+        ("Conclusion:", "Drone."),
+    ]
 
 
 def test_headings_that_the_model_writes_itself_are_kept():
     steps = ["Constraints: It is high.", "Problem Analysis: Who flies?", "Conclusion: Drone."]
     assert lay_out(steps, TEMPLATES["analysis"]) == [
-        ("Constraints:", "It is high."), ("Problem Analysis:", "Who flies?"), ("Conclusion:", "Drone."),
-    ]  # fmt: skip
+        ("Constraints:", "It is high."),
+        ("Problem Analysis:", "Who flies?"),
+        ("Conclusion:", "Drone."),
+    ]
 
 
 def test_a_template_can_be_ones_own_and_an_unknown_one_is_named(lively_model, records):
     found = lively_model.generate_with_template(
-        image=records[0].image, instruction="Fly.", template="mine", templates={"mine": ["Because:", "So:"]},
+        image=records[0].image,
+        instruction="Fly.",
+        template="mine",
+        templates={"mine": ["Because:", "So:"]},
         max_new_tokens=8,
-    )  # fmt: skip
+    )
     assert all(heading in ("Because:", "So:", "Conclusion:") for heading, _ in found.sections)
     with pytest.raises(ConfigError, match="template: 'mien' is not one of analysis, step_by_step, comparative"):
         lively_model.generate_with_template(None, "Fly.", template="mien")
@@ -95,8 +101,9 @@ def test_reasoning_is_a_record_that_can_be_read_back(records, tmp_path):
 
 def test_a_follow_up_keeps_the_steps_that_still_hold(lively_model, records, sure):
     sure(lambda step: 0.1 if step == "Drones fly." else 0.9)
-    found = lively_model.reason(records[0].image, "And if it is fragile?", previous_reasoning=reasoning(),
-                                max_new_tokens=6)  # fmt: skip
+    found = lively_model.reason(
+        records[0].image, "And if it is fragile?", previous_reasoning=reasoning(), max_new_tokens=6
+    )
     assert found["reasoning"].kept_steps == 2 and found["reasoning_steps"][0] == CHAIN[0]
     assert found["reasoning_steps"][1].startswith(CHAIN[1])  # an untrained model may not end it
     assert found["reasoning"].question == "Which? And if it is fragile?"
@@ -126,7 +133,7 @@ def test_earlier_reasoning_may_be_a_result_steps_or_text():
         ([*CHAIN[:3], "Conclusion: Drone, Humanoid."], ["the conclusion names Drone, Humanoid, the answer is Drone"]),
         ([*CHAIN[:3], "Conclusion: Drone, not Humanoid."], []),
     ],
-)  # fmt: skip
+)
 def test_the_form_of_a_chain_is_checked(lively_model, sure, steps, expected):
     sure(lambda step: 0.9)
     assert lively_model.reasoning_faults(reasoning(steps)) == expected
@@ -138,8 +145,9 @@ def test_a_cut_off_chain_that_concludes_otherwise_says_both(lively_model, sure, 
     sure(lambda step: 0.9)
     cut = dataclasses.replace(reasoning([*CHAIN[:2], "Conclusion: Underwater Robot, Robot with Legs."]), cut_off=limit)
     assert lively_model.reasoning_faults(cut) == [
-        f"it is cut off by {name}", "the conclusion names Robot with Legs, Underwater Robot, the answer is Drone",
-    ]  # fmt: skip
+        f"it is cut off by {name}",
+        "the conclusion names Robot with Legs, Underwater Robot, the answer is Drone",
+    ]
     assert not lively_model.verify_reasoning(cut)
 
 

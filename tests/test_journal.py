@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from embervlm.config import ConfigError
+from embervlm.curate.teachers.journal import Journal
 from embervlm.data.records import DataError
-from embervlm.data.teachers.journal import Journal
 
 SETTINGS = {"--teacher_model": "a"}
 
@@ -86,7 +86,7 @@ def test_a_file_of_someone_else_is_not_touched(tmp_path):
 def test_a_second_process_is_kept_out(tmp_path):
     path = tmp_path / "j.jsonl"
     code = (
-        "import sys; from pathlib import Path; from embervlm.data.teachers.journal import Journal;"
+        "import sys; from pathlib import Path; from embervlm.curate.teachers.journal import Journal;"
         "Journal(Path(sys.argv[1]), {'--teacher_model': 'a'})"
     )
     with Journal(path, SETTINGS):
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_what_stood_there(tmp_path):
     path = filled(tmp_path / "j.jsonl")
     before = path.read_bytes()
     code = (
-        "import resource, signal, sys; from pathlib import Path; from embervlm.data.teachers.journal import Journal;"
+        "import resource, signal, sys; from pathlib import Path; from embervlm.curate.teachers.journal import Journal;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"  # then a write past the limit fails instead
         "j = Journal(Path(sys.argv[1]), {'--teacher_model': 'a'});"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 20}, resource.RLIM_INFINITY));"

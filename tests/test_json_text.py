@@ -11,7 +11,11 @@ from embervlm.data import json_text
 from embervlm.data.json_text import JsonText
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
@@ -35,9 +39,12 @@ def whole(data: bytes):
 
 
 @given(
-    values=st.lists(VALUES, max_size=4), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(),
-    piece=st.sampled_from([1, 2, 3, 7, 50]), damage=st.none() | st.tuples(st.floats(0, 1), DAMAGE, st.integers(0, 3)),
-)  # fmt: skip
+    values=st.lists(VALUES, max_size=4),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    piece=st.sampled_from([1, 2, 3, 7, 50]),
+    damage=st.none() | st.tuples(st.floats(0, 1), DAMAGE, st.integers(0, 3)),
+)
 def test_a_list_in_pieces_is_read_as_the_whole(values, indent, ascii_only, piece, damage):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     if damage is not None:

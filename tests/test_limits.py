@@ -15,8 +15,8 @@ from embervlm.data.records import read_records
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import UNKNOWN_TOKENS, Decoding, generate_answers
+from embervlm.ranking import rank_checkpoints
 from embervlm.report.table import cut_off_lines
-from embervlm.select_best import rank_checkpoints
 
 NUM_STEPS = 13
 SHELVES = [f"Shelf {letter}{number}: who empties it?" for letter in "ABCDEFGH" for number in range(5)]
@@ -31,13 +31,32 @@ def run_of_long_chains(tmp_path_factory):
     data = folder / "data.json"
     data.write_text(json.dumps([{"instruction": text, "reasoning": chain, "answer": "Drone"} for text in SHELVES]))
     write_run_yaml(
-        folder, write_model_yaml(folder), data, stage4__phase2__epochs=8, stage4__phase2__learning_rate=1e-2,
-        stage4__phase2__learning_rate_multipliers={}, stage4__phase2__consistency_loss_weight=0.0, eval_steps=500,
+        folder,
+        write_model_yaml(folder),
+        data,
+        stage4__phase2__epochs=8,
+        stage4__phase2__learning_rate=1e-2,
+        stage4__phase2__learning_rate_multipliers={},
+        stage4__phase2__consistency_loss_weight=0.0,
+        eval_steps=500,
         stage4__scheduled_sampling__enabled=False,
-    )  # fmt: skip
+    )
     save_stage3(folder / "start" / "stage3", TINY, read_records(data))
-    found = ok(train("python", "--config", folder / "run.yaml", "--stages", "4", "--phase", "2", "--engine", "torch",
-                     "--resume_from", folder / "start" / "stage3" / "checkpoint-final"))  # fmt: skip
+    found = ok(
+        train(
+            "python",
+            "--config",
+            folder / "run.yaml",
+            "--stages",
+            "4",
+            "--phase",
+            "2",
+            "--engine",
+            "torch",
+            "--resume_from",
+            folder / "start" / "stage3" / "checkpoint-final",
+        )
+    )
     assert "sample chains are cut off before their end" in found.stdout  # of the first epoch, which knows little
     return run_dir.phase_dir(folder / "outputs", 2)
 
@@ -65,8 +84,22 @@ def test_what_an_explicit_limit_cuts_off_is_counted_and_said(run_of_long_chains,
     assert len(ten["reasoning_steps"]) <= 10 and ten["cut_off"] == "steps"
     assert model.generate_with_reasoning(None, SHELVES[0], max_new_tokens=20)["cut_off"] == "tokens"
     output = tmp_path / "eval.json"
-    main(["evaluate", "--checkpoint", str(final), "--split", "val", "--output_file", str(output), "--no_wandb",
-          "--max_reasoning_steps", "10", "--no_comparisons", "--save_reasoning_samples"])  # fmt: skip
+    main(
+        [
+            "evaluate",
+            "--checkpoint",
+            str(final),
+            "--split",
+            "val",
+            "--output_file",
+            str(output),
+            "--no_wandb",
+            "--max_reasoning_steps",
+            "10",
+            "--no_comparisons",
+            "--save_reasoning_samples",
+        ]
+    )
     said = capsys.readouterr().out
     assert "warning: cut off before their end: chains 100.0%. Chains had 10 steps" in said
     result = run_dir.read_eval(output)
@@ -78,9 +111,28 @@ def test_what_an_explicit_limit_cuts_off_is_counted_and_said(run_of_long_chains,
     questions, own = tmp_path / "questions.json", tmp_path / "own.json"
     questions.write_text(json.dumps([{"instruction": text, "answer": "Drone"} for text in SHELVES[:3]]))
     with pytest.raises(SystemExit, match=r"3 rejected, .*: cut off \(3\)"):
-        main(["data", "generate", "--source", "self", "--checkpoint", str(final), "--input_dataset", str(questions),
-          "--output_file", str(own), "--num_samples", "3", "--samples_per_record", "1", "--temperature", "0.01",
-          "--max_reasoning_steps", "10"])  # fmt: skip
+        main(
+            [
+                "data",
+                "generate",
+                "--source",
+                "self",
+                "--checkpoint",
+                str(final),
+                "--input_dataset",
+                str(questions),
+                "--output_file",
+                str(own),
+                "--num_samples",
+                "3",
+                "--samples_per_record",
+                "1",
+                "--temperature",
+                "0.01",
+                "--max_reasoning_steps",
+                "10",
+            ]
+        )
 
 
 def test_limits_that_are_left_open_come_from_the_models_data_and_given_ones_stay(tiny_model):
@@ -124,7 +176,10 @@ def test_without_a_limit_a_text_takes_the_room_that_the_model_has_and_no_more(li
 
 
 def test_the_warning_names_each_pass_that_was_cut_off_and_nothing_where_none_was():
-    result = {"cut_off": {"chains": 0.25, "direct": 0.0, "same_samples": 0.5}, "faithfulness": {"cut_off_share": 0.1},
-              "decoding": {"max_reasoning_steps": 12, "max_new_tokens": 200}}  # fmt: skip
+    result = {
+        "cut_off": {"chains": 0.25, "direct": 0.0, "same_samples": 0.5},
+        "faithfulness": {"cut_off_share": 0.1},
+        "decoding": {"max_reasoning_steps": 12, "max_new_tokens": 200},
+    }
     assert "chains 25.0%, same_samples 50.0%, faithfulness probes 10.0%. Chains had 12 steps" in cut_off_lines(result)
     assert cut_off_lines({"cut_off": {"chains": 0.0}, "faithfulness": None}) == ""

@@ -13,14 +13,15 @@ from embervlm import run_dir
 from embervlm.cli import main
 from embervlm.config import load_train_config
 from embervlm.data.images import PictureCache
-from embervlm.data.records import ROBOTS, DataError, read_records
+from embervlm.data.records import DataError, read_records
 from embervlm.evaluation.evaluate import refuse_long_questions, see
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, summarise
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.generation import Decoding
-from embervlm.training.engine import World
-from embervlm.training.phases import Run
+from embervlm.run.stages import Run
+from embervlm.words.chain_text import ROBOTS
+from embervlm.world import World
 from tests.training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
 
 
@@ -88,9 +89,11 @@ def test_every_text_that_is_too_long_is_refused_before_stage_3_trains(
     problems = caught.value.problems
     fields = [tuple(problem.split(": ")[:2]) for problem in problems]
     assert set(fields) == {
-        ("record r0", "instruction"), ("record r5", "instruction"), ("record r9", "instruction"),
+        ("record r0", "instruction"),
+        ("record r5", "instruction"),
+        ("record r9", "instruction"),
         ("record r14", "reasoning"),
-    }  # fmt: skip
+    }
     first = next(problem for problem in problems if problem.startswith("record r0:"))
     assert "(9 of the picture, " in first and "the language model reads 512; shorten it" in first
     assert "more than the 400 of --max_reasoning_length" in next(p for p in problems if p.startswith("record r14:"))
@@ -125,8 +128,21 @@ def test_validate_refuses_the_texts_that_training_refuses_and_names_the_same_tok
     trained = {tuple(problem.removeprefix("record ").split(": ", 2)) for problem in caught.value.problems}
     report = tmp_path / "report.json"
     with pytest.raises(SystemExit) as ended:
-        main(["data", "validate", "--data_file", str(tmp_path / "data.json"), "--output_report", str(report),
-              "--model", str(model), "--max_reasoning_length", "400", "--allow_outside"])  # fmt: skip
+        main(
+            [
+                "data",
+                "validate",
+                "--data_file",
+                str(tmp_path / "data.json"),
+                "--output_report",
+                str(report),
+                "--model",
+                str(model),
+                "--max_reasoning_length",
+                "400",
+                "--allow_outside",
+            ]
+        )
     assert ended.value.code == 1
     found = [p for p in json.loads(report.read_text())["problems"] if p["kind"] == "too_long"]
     assert {(f"r{p['number'] - 1}", p["field"], f"{p['what']}; {p['fix']}") for p in found} == trained

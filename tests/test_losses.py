@@ -10,16 +10,11 @@ from torch.nn import functional as F
 from training_helpers import CPU, PHASE2, Bench, make_data, phase_config
 
 from embervlm.config import LOSS_TERMS
-from embervlm.model.embervlm import EmberVLMOutput
-from embervlm.training.engine import World, build_engine
-from embervlm.training.losses import (
-    contrastive_loss_sum,
-    dense_loss_sum,
-    grounding_loss_sum,
-    loss_sums,
-    token_losses,
-)
+from embervlm.engines.build import build_engine
+from embervlm.model.network import EmberVLMOutput
+from embervlm.training.losses import contrastive_loss_sum, dense_loss_sum, grounding_loss_sum, loss_sums, token_losses
 from embervlm.training.module import TrainingModule
+from embervlm.world import World
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +196,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_split(boxes: bool, dat
     for accumulation in (1, 3):
         bench = Bench.make(data, phase, global_batch=4, draws=False, boxes=boxes, engine="torch")
         module = TrainingModule(bench.model)
-        engine = build_engine(
-            module, bench.config, phase, World(0, 1, CPU), batch_size=4, accumulation=accumulation
-        )  # fmt: skip
+        engine = build_engine(module, bench.config, phase, World(0, 1, CPU), batch_size=4, accumulation=accumulation)
         gradients = {}
 
         def keep(rates, module=module, into=gradients) -> bool:

@@ -34,9 +34,13 @@ def test_an_install_that_was_interrupted_heals(tmp_path, interrupted):
         shutil.copy(REPOSITORY / name, tmp_path)
     interrupted(tmp_path)
     done = subprocess.run(
-        ["make", "install", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        ["make", "install", f"PYTHON={sys.executable}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PIP_NO_INDEX": "1"},
-    )  # fmt: skip
+    )
     assert "torch" in done.stderr and "No such file" not in done.stderr, done.stderr  # the first thing from outside
     pip = subprocess.run([tmp_path / ".venv/bin/pip", "--version"], capture_output=True, text=True, check=False)
     assert f"from {tmp_path}/.venv" in pip.stdout, pip.stderr

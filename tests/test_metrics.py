@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from embervlm.data.claims import Claim, ClaimReader
-from embervlm.evaluation.metrics import (
+from embervlm.judge.faults import ChainContext
+from embervlm.judge.metrics import (
     TARGETS,
-    ChainContext,
     ChainScorer,
     balanced_accuracy,
     bootstrap_interval,
@@ -22,6 +21,7 @@ from embervlm.evaluation.metrics import (
 )
 from embervlm.report.pages import samples_page
 from embervlm.report.table import metrics_table
+from embervlm.words.claims import Claim, ClaimReader
 
 ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
 ROBOT_DOMAINS = {
@@ -58,9 +58,15 @@ class Gold:
 def gold(instruction, lines, facts, answer, domains, candidates=()) -> Gold:
     types, steps = zip(*lines, strict=True)
     context = ChainContext(
-        instruction=instruction, facts=facts, domains=domains, reference_steps=steps, step_types=types,
-        answer=answer, gold_answer=answer, candidates=candidates,
-    )  # fmt: skip
+        instruction=instruction,
+        facts=facts,
+        domains=domains,
+        reference_steps=steps,
+        step_types=types,
+        answer=answer,
+        gold_answer=answer,
+        candidates=candidates,
+    )
     return Gold(list(steps), context)
 
 
@@ -80,9 +86,19 @@ def robot_gold(job, need, place, load, flag, trip, sky, arrival, light, weather,
         (END, f"Conclusion: {', '.join(suited)}."),
     ]
     facts = dict(
-        job=job, need=need, place=place, load=load, flag=flag, trip=trip, sky=sky, arrival=arrival, light=light,
-        weather=weather, ground=ground, **verdict,
-    )  # fmt: skip
+        job=job,
+        need=need,
+        place=place,
+        load=load,
+        flag=flag,
+        trip=trip,
+        sky=sky,
+        arrival=arrival,
+        light=light,
+        weather=weather,
+        ground=ground,
+        **verdict,
+    )
     instruction = f"Take the load to the flag and {job} there. Which robots are suited?"
     return gold(instruction, lines, facts, frozenset(suited), ROBOT_DOMAINS, ROBOTS)
 
@@ -99,24 +115,64 @@ def science_gold(material, conducts, switch, lamp, answer) -> Gold:
 
 
 STAIRS = robot_gold(
-    "repair", "hands", "stairs", "heavy", "far", "eighteen hours", "dusk", "noon", "day", "rain", "slippery",
+    "repair",
+    "hands",
+    "stairs",
+    "heavy",
+    "far",
+    "eighteen hours",
+    "dusk",
+    "noon",
+    "day",
+    "rain",
+    "slippery",
     ["Robot with Legs"],
-)  # fmt: skip
+)
 ROBOT_CHAINS = [
     STAIRS,
     robot_gold(
-        "carry", "payload", "warehouse", "light", "middle", "six hours", "dawn", "noon", "day", "clear", "firm",
+        "carry",
+        "payload",
+        "warehouse",
+        "light",
+        "middle",
+        "six hours",
+        "dawn",
+        "noon",
+        "day",
+        "clear",
+        "firm",
         ["Drone", "Humanoid", "Robot with Wheels", "Robot with Legs"],
     ),
     robot_gold(
-        "film", "camera", "open water", "medium", "far", "eighteen hours", "night", "dusk", "dark", "wind",
-        "deep water", ["Underwater Robot"],
+        "film",
+        "camera",
+        "open water",
+        "medium",
+        "far",
+        "eighteen hours",
+        "night",
+        "dusk",
+        "dark",
+        "wind",
+        "deep water",
+        ["Underwater Robot"],
     ),
     robot_gold(
-        "film", "camera", "stairs", "light", "near", "six hours", "noon", "dusk", "dark", "clear", "steps",
+        "film",
+        "camera",
+        "stairs",
+        "light",
+        "near",
+        "six hours",
+        "noon",
+        "dusk",
+        "dark",
+        "clear",
+        "steps",
         ["Humanoid", "Robot with Legs"],
     ),
-]  # fmt: skip
+]
 SCIENCE_CHAINS = [
     science_gold("iron", "well", "closed", "on", "Yes"),
     science_gold("wood", "badly", "closed", "off", "No"),
@@ -125,16 +181,28 @@ SCIENCE_CHAINS = [
 GUIDE = gold(
     "Which robot should pick boxes from high shelves?",
     [
-        (P, "Analyze the task requirements\n- The task involves picking boxes from HIGH shelves\n"
-            "- This requires significant reach capability\n- The robot must be able to lift heavy boxes"),
-        (C, "Evaluate robot capabilities\n- Humanoid robots have arms with good reach (2m+)\n"
-            "- Drones cannot carry heavy boxes reliably\n- Wheeled robots have limited vertical reach"),
-        (S, "Consider stability and safety\n- Humanoid robots provide stable lifting platform\n"
-            "- Can maintain balance while reaching high\n- Safety mechanisms prevent accidents"),
+        (
+            P,
+            "Analyze the task requirements\n- The task involves picking boxes from HIGH shelves\n"
+            "- This requires significant reach capability\n- The robot must be able to lift heavy boxes",
+        ),
+        (
+            C,
+            "Evaluate robot capabilities\n- Humanoid robots have arms with good reach (2m+)\n"
+            "- Drones cannot carry heavy boxes reliably\n- Wheeled robots have limited vertical reach",
+        ),
+        (
+            S,
+            "Consider stability and safety\n- Humanoid robots provide stable lifting platform\n"
+            "- Can maintain balance while reaching high\n- Safety mechanisms prevent accidents",
+        ),
         (END, "Conclusion: Humanoid robot is the best choice"),
     ],
-    {}, {"Humanoid"}, {}, ROBOTS,
-)  # fmt: skip
+    {},
+    {"Humanoid"},
+    {},
+    ROBOTS,
+)
 CHAINS = [*ROBOT_CHAINS, *SCIENCE_CHAINS, GUIDE]
 
 
@@ -368,8 +436,10 @@ def test_the_guides_example_is_complete_without_a_gold_chain():
 
 def test_a_key_word_alone_is_no_step_type():
     assert identify_step_types(["Analyze.", "Conclusion:", "Conclusion: Drone"]) == [
-        frozenset(), frozenset(), frozenset({"conclusion"}),
-    ]  # fmt: skip
+        frozenset(),
+        frozenset(),
+        frozenset({"conclusion"}),
+    ]
 
 
 # --- claims -------------------------------------------------------------------------------------------------------
@@ -464,8 +534,9 @@ def test_accuracies_without_picture_or_reasoning_must_stay_a_margin_below():
 
 
 def test_no_target_asks_an_accuracy_to_be_below_zero():
-    compared = compare_with_targets({"final_answer_accuracy": 0.2, "swapped_image_accuracy": 0.0,
-                                     "no_reasoning_accuracy": 0.0})  # fmt: skip
+    compared = compare_with_targets(
+        {"final_answer_accuracy": 0.2, "swapped_image_accuracy": 0.0, "no_reasoning_accuracy": 0.0}
+    )
     assert "swapped_image_accuracy" not in compared and compared["no_reasoning_accuracy"]["target"] == "<=0.100"
 
 
@@ -496,19 +567,33 @@ def test_a_conclusion_in_words_agrees_with_yes_or_no():
     assert found == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(("conclusion", "reason"), [
-    ("Conclusion: Drone and Humanoid.", "it names Drone, Humanoid, the answer is Humanoid"),
-    ("Conclusion: Drone.", "it names Drone, the answer is Humanoid"),
-    ("Conclusion: nobody can.", "it does not name the answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("conclusion", "reason"),
+    [
+        ("Conclusion: Drone and Humanoid.", "it names Drone, Humanoid, the answer is Humanoid"),
+        ("Conclusion: Drone.", "it names Drone, the answer is Humanoid"),
+        ("Conclusion: nobody can.", "it does not name the answer"),
+    ],
+)
 def test_a_conclusion_that_names_another_answer_is_told_as_a_reason_and_shown_on_the_page(tmp_path, conclusion, reason):
     steps = ["The stairs are steep.", "A humanoid climbs stairs.", conclusion]
-    context = ChainContext(instruction="Who climbs the stairs?", answer=frozenset({"Humanoid"}),
-                           candidates=frozenset({"Drone", "Humanoid"}))  # fmt: skip
+    context = ChainContext(
+        instruction="Who climbs the stairs?",
+        answer=frozenset({"Humanoid"}),
+        candidates=frozenset({"Drone", "Humanoid"}),
+    )
     scores = ChainScorer().score(steps, context)
     assert scores["reasons"][-1] == f"step 3 concludes otherwise: {reason}"
-    sample = {"id": "1", "instruction": "Who?", "reasoning_steps": steps, "answer_set": ["Humanoid"], "correct": True,
-              "gold_answer": ["Humanoid"], "scores": scores, "image": None}  # fmt: skip
+    sample = {
+        "id": "1",
+        "instruction": "Who?",
+        "reasoning_steps": steps,
+        "answer_set": ["Humanoid"],
+        "correct": True,
+        "gold_answer": ["Humanoid"],
+        "scores": scores,
+        "image": None,
+    }
     assert reason in samples_page([sample], tmp_path / "samples.html", "Samples").read_text(encoding="utf-8")
     fits = ChainScorer().score([*steps[:2], "Conclusion: Humanoid."], context)
     assert not any("concludes otherwise" in reason for reason in fits["reasons"])

@@ -18,7 +18,8 @@ from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import ImageError
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, read_records
+from embervlm.data.records import read_records
+from embervlm.engines.param_groups import build_param_groups
 from embervlm.model.backbone import LanguageModel, VisionEncoder
 from embervlm.model.cache import roomy_cache
 from embervlm.model.config import STAGE3, EmberVLMConfig
@@ -28,7 +29,7 @@ from embervlm.model.generation import Decoding, candidate_ids, generate_answers,
 from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, load_reasoning_module
 from embervlm.training.losses import loss_sums
-from embervlm.training.param_groups import build_param_groups
+from embervlm.words.chain_text import ROBOTS
 
 BACKBONE = [name for name in COMPONENTS if name != "reasoning_module"]
 
@@ -82,9 +83,13 @@ def test_logits_without_reasoning_are_the_language_models_own(tiny_model, batch)
         expected = tiny_model.language_model.backbone(inputs_embeds=embeds, attention_mask=whole.long()).logits[0, 9:]
         index = mask[0].nonzero().flatten()
         found = tiny_model(
-            input_ids=ids, text_mask=mask, image_mask=torch.tensor([True]), visual=visual, score_index=index,
+            input_ids=ids,
+            text_mask=mask,
+            image_mask=torch.tensor([True]),
+            visual=visual,
+            score_index=index,
             use_reasoning=False,
-        ).token_logits  # fmt: skip
+        ).token_logits
     torch.testing.assert_close(found[:, :base], expected[index, :base])
 
 
@@ -115,9 +120,12 @@ def test_the_output_rows_of_added_tokens_learn_though_no_input_holds_them(tiny_m
     tiny_model.freeze_backbone(True)
     ids = torch.full((1, 3), 5)
     out = tiny_model(
-        input_ids=ids, text_mask=torch.ones_like(ids).bool(), image_mask=torch.tensor([True]),
-        pictures=batch.inputs["pictures"][:1], score_index=torch.tensor([1]),
-    )  # fmt: skip
+        input_ids=ids,
+        text_mask=torch.ones_like(ids).bool(),
+        image_mask=torch.tensor([True]),
+        pictures=batch.inputs["pictures"][:1],
+        score_index=torch.tensor([1]),
+    )
     out.token_logits.logsumexp(-1).sum().backward()
     assert (tiny_model.reasoning_module.reasoning_head.token_embedding.weight.grad.abs().sum(1) > 0).all()
 
@@ -138,8 +146,15 @@ def test_a_thawed_backbone_trains_again(tiny_model, batch):
 
 
 def test_running_statistics_of_a_frozen_backbone_do_not_move(tiny_settings, tokenizer, batch):
-    vision = {"config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
-                         "layer_type": "basic"}}  # fmt: skip
+    vision = {
+        "config": {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        }
+    }
     model = build_model({**tiny_settings, "vision": vision})
     model.attach_tokenizer(tokenizer)
     model.freeze_backbone(True)
@@ -252,9 +267,7 @@ def test_the_validator_refuses_a_text_longer_than_it_can_read(lively_model, toke
 
 @pytest.mark.parametrize("names", [("Drone",), ("Left turn", "Right", "A very long third choice"), ROBOTS])
 def test_the_answer_head_scores_any_list_of_candidates(lively_model, records, names):
-    result = lively_model.generate_with_reasoning(
-        records[0].image, "Which?", candidates=names, max_new_tokens=4
-    )  # fmt: skip
+    result = lively_model.generate_with_reasoning(records[0].image, "Which?", candidates=names, max_new_tokens=4)
     assert list(result["head_probabilities"]) == list(names)
     assert all(0 <= p <= 1 for p in result["head_probabilities"].values())
 
@@ -283,9 +296,12 @@ def test_generation_with_a_cache_equals_reading_the_whole_text_for_every_token(l
             while len(ids) < prompt_length + len(result):
                 text = torch.tensor([ids])
                 logits = lively_model(
-                    input_ids=text, text_mask=torch.ones_like(text).bool(), image_mask=torch.tensor([True]),
-                    visual=visual, score_index=torch.tensor([len(ids) - 1]),
-                ).token_logits  # fmt: skip
+                    input_ids=text,
+                    text_mask=torch.ones_like(text).bool(),
+                    image_mask=torch.tensor([True]),
+                    visual=visual,
+                    score_index=torch.tensor([len(ids) - 1]),
+                ).token_logits
                 ids.append(int(logits.argmax()))
         assert ids[prompt_length:] == result
         generated += result
@@ -379,10 +395,13 @@ def test_a_chain_that_is_begun_goes_on_as_if_the_model_had_written_it(lively_mod
         if share == 1.0:
             at_conclusion = torch.tensor([[*prompt, *begun[place]]])
             logits = lively_model(
-                input_ids=at_conclusion, text_mask=at_conclusion >= 0, image_mask=torch.tensor([True]),
-                visual=visual[place : place + 1], answer_index=torch.tensor([at_conclusion.shape[1] - 1]),
+                input_ids=at_conclusion,
+                text_mask=at_conclusion >= 0,
+                image_mask=torch.tensor([True]),
+                visual=visual[place : place + 1],
+                answer_index=torch.tensor([at_conclusion.shape[1] - 1]),
                 candidate_ids=candidate_ids(tokenizer.encode_many(ROBOTS)),
-            ).answer_logits  # fmt: skip
+            ).answer_logits
             assert list(result["head_probabilities"].values()) == pytest.approx(logits[0].sigmoid().tolist(), abs=1e-4)
 
 
@@ -390,9 +409,12 @@ def next_token(model, ids, visual, most_steps=10):
     """The likeliest next token of a chain of which `ids` is the whole text so far, read anew."""
     text = torch.tensor([ids])
     logits = model(
-        input_ids=text, text_mask=torch.ones_like(text).bool(), image_mask=torch.tensor([True]), visual=visual,
+        input_ids=text,
+        text_mask=torch.ones_like(text).bool(),
+        image_mask=torch.tensor([True]),
+        visual=visual,
         score_index=torch.tensor([len(ids) - 1]),
-    ).token_logits[0]  # fmt: skip
+    ).token_logits[0]
     step, conclusion = (model.tokenizer.ids[name] for name in ("<|step|>", "<|conclusion|>"))
     if conclusion in ids:
         logits[[step, conclusion]] = -torch.inf
@@ -407,7 +429,7 @@ def test_the_same_seed_samples_the_same_text(lively_model, records):
             records[0].image, "Fly.", temperature=1.0, top_p=0.9, seed=seed, max_new_tokens=20, form="text"
         )["text"]
         for seed in (1, 1, 2)
-    ]  # fmt: skip
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -500,8 +522,18 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_settings, tokeni
 
 
 def test_a_question_longer_than_the_language_model_reads_is_refused(tiny_settings, tokenizer):
-    language = {"config": {"model_type": "gpt2", "vocab_size": 600, "n_embd": 32, "n_layer": 1, "n_head": 2,
-                           "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}}  # fmt: skip
+    language = {
+        "config": {
+            "model_type": "gpt2",
+            "vocab_size": 600,
+            "n_embd": 32,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+    }
     model = build_model({**tiny_settings, "language": language})
     model.attach_tokenizer(tokenizer)
     with pytest.raises(ConfigError, match="64"):
@@ -515,10 +547,13 @@ def test_the_answer_head_reads_a_chain_without_conclusion_at_its_end(lively_mode
     ids = torch.tensor([[*tokenizer.encode("Fly."), *tokenizer.chain_ids([], None)]])
     with torch.no_grad():
         logits = lively_model(
-            input_ids=ids, text_mask=torch.ones_like(ids).bool(), image_mask=torch.tensor([False]),
-            visual=torch.zeros(1, 9, 32), answer_index=torch.tensor([ids.shape[1] - 1]),
+            input_ids=ids,
+            text_mask=torch.ones_like(ids).bool(),
+            image_mask=torch.tensor([False]),
+            visual=torch.zeros(1, 9, 32),
+            answer_index=torch.tensor([ids.shape[1] - 1]),
             candidate_ids=candidate_ids(tokenizer.encode_many(ROBOTS)),
-        ).answer_logits  # fmt: skip
+        ).answer_logits
     assert list(result["head_probabilities"].values()) == pytest.approx(logits[0].sigmoid().tolist(), abs=1e-5)
 
 
@@ -732,17 +767,32 @@ def test_a_local_folder_serves_as_pretrained_part(tiny_settings, tiny_model, tmp
 
 
 VISION_FAMILIES = {
-    "vit": ({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-             "image_size": 64, "patch_size": 16}, 16),
-    "pvt_v2": ({"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
-                "image_size": 64}, 4),
+    "vit": (
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 64,
+            "patch_size": 16,
+        },
+        16,
+    ),
+    "pvt_v2": (
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "image_size": 64},
+        4,
+    ),
     "mobilevitv2": ({"image_size": 64, "width_multiplier": 0.25}, 4),
     "convnextv2": ({"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "image_size": 64}, 4),
-    "dinov2": ({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
-                "patch_size": 16}, 16),
-    "dinov2_with_registers": ({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
-                               "patch_size": 16}, 16),
-}  # fmt: skip
+    "dinov2": (
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 16},
+        16,
+    ),
+    "dinov2_with_registers": (
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 16},
+        16,
+    ),
+}
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
@@ -787,12 +837,18 @@ def test_visual_tokens_stand_row_by_row(tiny_settings):
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 64}
 LANGUAGE_FAMILIES = {
     "llama": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24},
-    "llama with biases": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24,
-                          "attention_bias": True, "mlp_bias": True},
+    "llama with biases": {
+        **SMALL,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 24,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "llama of grouped heads": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
     "qwen2": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
     "gpt2": {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)

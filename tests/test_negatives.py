@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from embervlm.data.claims import fact_domains
-from embervlm.data.dataset import encode_reasoning, step_texts
+from embervlm.data.dataset import encode_reasoning
+from embervlm.data.facts import fact_domains
 from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMaker, contradict
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import step_texts
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,13 @@ def test_a_step_of_another_picture_is_no_step_of_this_chain(drawn):
 
 def test_a_step_of_another_picture_mostly_answers_the_same_question(drawn, records, samples):
     same = [
-        any(records[s.record].instruction == records[sample.record].instruction
-            for s in samples if negative.step in steps_of(s))
+        any(
+            records[s.record].instruction == records[sample.record].instruction
+            for s in samples
+            if negative.step in steps_of(s)
+        )
         for sample, _, _, negative in of_kind(drawn, "other_picture")
-    ]  # fmt: skip
+    ]
     assert sum(same) / len(same) > 0.5
 
 

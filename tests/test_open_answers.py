@@ -10,35 +10,76 @@ import torch
 from scripted_teacher import chain
 
 from embervlm.cli import main
-from embervlm.data.chain_text import parse_answer
+from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply
+from embervlm.curate.teachers.collection import Question
 from embervlm.data.dataset import encode_reasoning
-from embervlm.data.open_answers import same_answers
 from embervlm.data.records import ReasoningRecord, read_records, write_jsonl
-from embervlm.data.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply
-from embervlm.data.teachers.collection import Question
 from embervlm.evaluation.evaluate import _values
-from embervlm.evaluation.metrics import is_right
+from embervlm.judge.metrics import is_right
 from embervlm.model.generation import Decoding, generate_from_visual, pictures_tensor
+from embervlm.words.chain_text import parse_answer
+from embervlm.words.open_answers import same_answers
 
 CHAIN = "Step 1: There are two red cubes.\nStep 2: One more is blue.\nConclusion: Three cubes."
 SAME = [
-    ("3.0", "3"), ("three", "3"), ("Three.", "3"), ("1,000", "1000"), ("1000", "1,000"), ("70000 people", "70,000"),
-    ("$18", "18"), ("18 dollars", "$18"), ("$18.00", "18"), ("25 percent", "25%"), ("3 km", "3 kilometers"),
-    ("The answer is 3 apples", "3"), ("minus three", "-3"), ("\u22123", "-3"), ("\u00bd", "0.5"), ("1 1/2", "1.5"),
-    ("three hundred and five", "305"), ("twenty-one", "21"), ("3 million", "3,000,000"), ("Red ball.", "the red ball"),
-    ("blue, red", "red and blue"), ("two red cubes", "2 red cubes"), ("a", "A"), ("It is Paris", "paris"),
-]  # fmt: skip
+    ("3.0", "3"),
+    ("three", "3"),
+    ("Three.", "3"),
+    ("1,000", "1000"),
+    ("1000", "1,000"),
+    ("70000 people", "70,000"),
+    ("$18", "18"),
+    ("18 dollars", "$18"),
+    ("$18.00", "18"),
+    ("25 percent", "25%"),
+    ("3 km", "3 kilometers"),
+    ("The answer is 3 apples", "3"),
+    ("minus three", "-3"),
+    ("\u22123", "-3"),
+    ("\u00bd", "0.5"),
+    ("1 1/2", "1.5"),
+    ("three hundred and five", "305"),
+    ("twenty-one", "21"),
+    ("3 million", "3,000,000"),
+    ("Red ball.", "the red ball"),
+    ("blue, red", "red and blue"),
+    ("two red cubes", "2 red cubes"),
+    ("a", "A"),
+    ("It is Paris", "paris"),
+]
 OTHER = [
-    ("3.5", "3"), ("-3", "3"), ("It is not 3 but 4", "3"), ("1 2 3 4 5 6 7 8 9", "3"), ("", "3"), ("3 or 4", "3"),
-    ("3", "3 km"), ("3 m", "3 km"), ("000,1", "1,000"), ("70, 000", "70,000"), ("33", "3"), ("not 3", "3"),
-    ("3/4", "3"), ("one two", "3"), ("three four", "7"), ("B", "A"), ("no", "yes"), ("red", "red and blue"),
+    ("3.5", "3"),
+    ("-3", "3"),
+    ("It is not 3 but 4", "3"),
+    ("1 2 3 4 5 6 7 8 9", "3"),
+    ("", "3"),
+    ("3 or 4", "3"),
+    ("3", "3 km"),
+    ("3 m", "3 km"),
+    ("000,1", "1,000"),
+    ("70, 000", "70,000"),
+    ("33", "3"),
+    ("not 3", "3"),
+    ("3/4", "3"),
+    ("one two", "3"),
+    ("three four", "7"),
+    ("B", "A"),
+    ("no", "yes"),
+    ("red", "red and blue"),
     ("3, 4", "3"),
-]  # fmt: skip
+]
 
 
 def record(answer, candidates=(), **fields):
-    return ReasoningRecord(record_id="q", image=None, instruction="How many cubes?", answer=(answer,), steps=(),
-                           metadata={"candidates": list(candidates)}, **fields)  # fmt: skip
+    return ReasoningRecord(
+        record_id="q",
+        image=None,
+        instruction="How many cubes?",
+        answer=(answer,),
+        steps=(),
+        metadata={"candidates": list(candidates)},
+        **fields,
+    )
 
 
 @pytest.mark.parametrize(("said", "gold"), SAME)
@@ -99,8 +140,16 @@ def test_the_metrics_of_the_head_leave_open_answers_out():
     scores = dict.fromkeys(
         ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity"), 1.0
     )
-    closed = {"scores": scores, "correct": True, "is_open": False, "head_answer": ["Yes"], "gold_answer": ["No"],
-              "answer_set": ["No"], "reasoning_steps": ["a"], "cut_off": None}  # fmt: skip
+    closed = {
+        "scores": scores,
+        "correct": True,
+        "is_open": False,
+        "head_answer": ["Yes"],
+        "gold_answer": ["No"],
+        "answer_set": ["No"],
+        "reasoning_steps": ["a"],
+        "cut_off": None,
+    }
     free = {**closed, "is_open": True, "gold_answer": ["three"], "answer_set": ["3"]}
     del free["head_answer"]
     values = _values([closed, free], {}, {})
@@ -120,10 +169,16 @@ def test_a_teacher_of_an_open_question_is_not_told_the_answer_and_may_word_it_it
         read_reply(Reply(content=chain("1740")), question, 0, teacher_model="t")
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), [
-    ("70,000", "70000", 1.0), ("1,000", "000,1", 0.0), ("000, 70", "70,000", 0.0), ("5 and 70,000", "70000, 5", 1.0),
-    ("The answer is 12.", 12, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("70,000", "70000", 1.0),
+        ("1,000", "000,1", 0.0),
+        ("000, 70", "70,000", 0.0),
+        ("5 and 70,000", "70000, 5", 1.0),
+        ("The answer is 12.", 12, 1.0),
+    ],
+)
 def test_score_chains_does_not_split_an_answer_at_its_thousands(tmp_path, capsys, answer, gold, right):
     path = tmp_path / "chains.jsonl"
     steps = ["The town has 70,000 people.", f"Conclusion: {answer}."]

@@ -10,12 +10,12 @@ import torch
 from embervlm.data.collate import Collator
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.negatives import PAIR_SEGMENTS, PairMaker
-from embervlm.data.records import ROBOTS, format_reasoning
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import build_model
 from embervlm.model.own_mistakes import own_mistakes
 from embervlm.training.losses import loss_sums
+from embervlm.words.chain_text import ROBOTS, format_reasoning
 
 NUM = 6
 
@@ -45,9 +45,8 @@ def model(tiny_settings, words):
 @pytest.fixture
 def collator(records, words, chains, pictures):
     return Collator(
-        records, words, pictures, candidates=ROBOTS, seed=0, image_size=36,
-        pair_maker=PairMaker(records, chains, words),
-    )  # fmt: skip
+        records, words, pictures, candidates=ROBOTS, seed=0, image_size=36, pair_maker=PairMaker(records, chains, words)
+    )
 
 
 def asked_of_own(collator, chains):
@@ -67,9 +66,16 @@ def drawn(model, batch):
         visual = model.see(model.normalise(inputs["pictures"]))
         logits = model(**inputs).token_logits
         pairs = own_mistakes(
-            model, visual, inputs["image_mask"], inputs["input_ids"], logits, inputs["own_record"],
-            inputs["own_prompt"], inputs["own_places"],
-        )  # fmt: skip
+            model.with_own_predictions,
+            model.base_vocab_size,
+            visual,
+            inputs["image_mask"],
+            inputs["input_ids"],
+            logits,
+            inputs["own_record"],
+            inputs["own_prompt"],
+            inputs["own_places"],
+        )
     return pairs, logits, visual
 
 

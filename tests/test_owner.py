@@ -27,9 +27,9 @@ from training_helpers import (
 from embervlm import run_dir
 from embervlm.data.records import read_records
 from embervlm.data.store import prepare
-from embervlm.training import owner
-from embervlm.training.owner import OWNER, OwnedError, Owner, owning
-from embervlm.training.signals import EXIT_FAULT, EXIT_REQUEUE, process_status
+from embervlm.run import owner
+from embervlm.run.owner import OWNER, OwnedError, Owner, owning
+from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE, process_status
 
 
 @pytest.fixture
@@ -110,11 +110,16 @@ def test_a_requeued_slurm_job_follows_itself_at_once(tmp_path, monkeypatch):
 
 def test_a_run_that_was_taken_for_dead_writes_no_more(tmp_path):
     code = (
-        "import sys, time; from embervlm.training import owner; owner.HEARTBEAT_S = 0.1\n"
+        "import sys, time; from embervlm.run import owner; owner.HEARTBEAT_S = 0.1\n"
         "with owner.owning(sys.argv[1]): print('owns', flush=True); time.sleep(60)"
     )
-    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert first.stdout is not None and first.stdout.readline() == "owns\n"
     other = elsewhere(tmp_path)
     _, said = first.communicate(timeout=30)
@@ -195,8 +200,20 @@ def flags(tmp_path_factory):
     data = make_data(folder)
     stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
     config = write_run_yaml(folder, write_model_yaml(folder), data, stage4__phase2__epochs=900, save_steps=20)
-    return ["--config", str(config), "--stages", "4", "--phase", "2", "--resume_from", str(stage3), "--engine", "torch",
-            "--set", "report=false"]  # fmt: skip
+    return [
+        "--config",
+        str(config),
+        "--stages",
+        "4",
+        "--phase",
+        "2",
+        "--resume_from",
+        str(stage3),
+        "--engine",
+        "torch",
+        "--set",
+        "report=false",
+    ]
 
 
 def started(argv, output_dir, **options):
@@ -279,9 +296,12 @@ def test_a_training_in_the_background_outlives_its_shell_and_nohup_its_terminal(
     argv = command("python", REPOSITORY / "launch" / "train.py", *flags, "--output_dir", str(tmp_path))
     line = " ".join(f"'{word}'" for word in argv)
     shell = subprocess.Popen(
-        ["bash", "-c", f"nohup {line} > {tmp_path / 'log'} 2>&1 & echo $!"], stdout=subprocess.PIPE, text=True,
-        env=environment(), cwd=REPOSITORY,
-    )  # fmt: skip
+        ["bash", "-c", f"nohup {line} > {tmp_path / 'log'} 2>&1 & echo $!"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+    )
     pid = int(shell.communicate(timeout=30)[0])
     log = run_dir.metrics_log_path(run_dir.phase_dir(tmp_path, 2))
     try:

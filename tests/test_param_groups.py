@@ -10,9 +10,9 @@ from torch import nn
 from training_helpers import PHASE1, PHASE2, TINY, phase_config
 
 from embervlm.config import COMPONENTS, REPOSITORY, ConfigError, load_train_config
+from embervlm.engines.param_groups import AUXILIARY, build_param_groups
 from embervlm.model.embervlm import build_model
 from embervlm.training.module import TrainingModule
-from embervlm.training.param_groups import AUXILIARY, build_param_groups
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import yaml
 from embervlm.cli import main as embervlm
 from embervlm.config import ConfigError, TrainConfig, load_train_config, model_preset
 from embervlm.paths import PathError, expanded
+from embervlm.run.train import load_config, main, parser
 from embervlm.select_best import main as select_best
-from embervlm.training.cli import load_config, main, parser
 
 SETTINGS = ("output_dir", "reasoning_data", "image_root", "resume_from", "deepspeed_config", "model", "eval_cluster")
 
@@ -27,10 +27,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("~/x", "home/x"), ("$SCRATCH/x", "scratch/x"), ("${SCRATCH}/a/{000..009}.tar", "scratch/a/{000..009}.tar"),
-        ("$SCRATCH", "scratch"), ("~", "home"),
+        ("~/x", "home/x"),
+        ("$SCRATCH/x", "scratch/x"),
+        ("${SCRATCH}/a/{000..009}.tar", "scratch/a/{000..009}.tar"),
+        ("$SCRATCH", "scratch"),
+        ("~", "home"),
     ],
-)  # fmt: skip
+)
 def test_home_and_variables_are_filled_in(written: str, meant: str, home: Path) -> None:
     assert expanded(written) == str(home / meant)
 
@@ -75,8 +78,10 @@ def test_a_presets_folder_of_weights_is_filled_in(home: Path) -> None:
 def test_paths_of_other_commands_are_filled_in(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embervlm(["data", "generate", "--teacher_model", "rules", "--output_file=$SCRATCH/made.json", "--num_samples", "2"])
     assert (home / "scratch" / "made.json").exists()
-    for call, where in ((lambda: select_best(["--checkpoints_dir=~/none"]), str(home / "home" / "none")),
-                        (lambda: main(["--config=~/none.yaml"]), str(home / "home" / "none.yaml"))):  # fmt: skip
+    for call, where in (
+        (lambda: select_best(["--checkpoints_dir=~/none"]), str(home / "home" / "none")),
+        (lambda: main(["--config=~/none.yaml"]), str(home / "home" / "none.yaml")),
+    ):
         with pytest.raises(SystemExit) as ended:
             call()
         assert where in str(ended.value.code)

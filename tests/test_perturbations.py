@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embervlm.data.teachers.rules import claim_domains
-from embervlm.evaluation.metrics import ChainScorer
+from embervlm.judge.metrics import ChainScorer
+from embervlm.robots.rules import claim_domains
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from perturbations import DAMAGES, INDEPENDENT, SCORES, everyday_chains, mean_scores, measure, scene_chains, told

@@ -11,7 +11,7 @@ import pytest
 from embervlm import cli
 from embervlm.cluster import check_recipes, load_recipe, recipe_names
 from embervlm.config import ConfigError, PhaseConfig, StageConfig, TrainConfig
-from embervlm.plan import GPUS, GUIDE_MINUTES, bytes_sent, make_plan, optimizer_steps, print_plan, state_bytes
+from embervlm.run.plan import GPUS, GUIDE_MINUTES, bytes_sent, make_plan, optimizer_steps, print_plan, state_bytes
 
 PHASE2 = PhaseConfig(reasoning_loss_weight=0.3, consistency_loss_weight=0.2, answer_loss_weight=0.3, epochs=2)
 
@@ -47,7 +47,8 @@ def test_accumulation_reduces_once_under_zero_1_and_every_time_under_zero_2() ->
 
 
 def test_steps_are_those_of_the_epoch_plan() -> None:
-    from embervlm.data.dataset import DIRECT, EpochPlan, Sample
+    from embervlm.data.epoch_plan import EpochPlan
+    from embervlm.data.samples import DIRECT, Sample
 
     train = [Sample(record=i, form=DIRECT, prompt=[0], target=[0]) for i in range(80)]
     plan = EpochPlan(main=train, global_batch=32, seed=0)
@@ -73,7 +74,7 @@ def test_a_layer_keeps_34_s_b_h_bytes_for_its_backward_pass() -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from embervlm.plan import trace
+    from embervlm.run.plan import trace
 
     batch, length, hidden = 4, 32, 64
     block = layer()
@@ -97,7 +98,7 @@ def test_a_transformers_step_takes_6_operations_per_parameter_and_token() -> Non
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from embervlm.plan import trace
+    from embervlm.run.plan import trace
 
     block = layer()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -111,7 +112,7 @@ def test_a_transformers_step_takes_6_operations_per_parameter_and_token() -> Non
 @pytest.mark.parametrize("phase", [PhaseConfig(freeze_backbone=True), PHASE2], ids=["phase1", "phase2"])
 def test_fake_tensors_count_what_real_ones_cost(phase: PhaseConfig, tiny_settings: dict[str, Any]) -> None:
     from embervlm.model.embervlm import build_model
-    from embervlm.plan import count_micro_batch, micro_batch, prepare, step_on
+    from embervlm.run.plan import count_micro_batch, micro_batch, prepare, step_on
 
     stage = StageConfig(batch_size=3)
     lengths: dict[str, Any] = {"question_tokens": 8, "chain_tokens": 24, "cached_pictures": phase.freeze_backbone}
@@ -139,8 +140,9 @@ def test_parameters_are_counted_from_the_built_model(plan: dict[str, Any], tiny_
     parts = build_model(tiny_settings).parameter_counts()
     assert plan["parameters"] == parts
     phase1, phase2 = plan["phases"]
-    assert phase1["learning_parameters"] == sum(parts[name] for name in ("reasoning_head", "step_validator",
-                                                                       "answer_head"))  # fmt: skip
+    assert phase1["learning_parameters"] == sum(
+        parts[name] for name in ("reasoning_head", "step_validator", "answer_head")
+    )
     assert phase2["learning_parameters"] == plan["total_parameters"] == sum(parts.values())
 
 

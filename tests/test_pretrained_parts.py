@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, ViTConfig
 from embervlm.cli import main
 from embervlm.config import ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.evaluation.backends import make_backends
+from embervlm.judge.backends import make_backends
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError
 
@@ -62,9 +62,11 @@ def test_the_closest_name_is_offered(tmp_path, monkeypatch):
     (tmp_path / "outputs" / "quickstart" / "checkpoint-final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name, meant in (
-        ("outputs/quickstrt", "outputs/quickstart"), ("outputs/quickstrt/checkpoint-final", "checkpoint-final"),
-        ("output/quickstart", "outputs/quickstart"), (str(tmp_path / "outputs" / "quikstart"), "quickstart"),
-    ):  # fmt: skip
+        ("outputs/quickstrt", "outputs/quickstart"),
+        ("outputs/quickstrt/checkpoint-final", "checkpoint-final"),
+        ("output/quickstart", "outputs/quickstart"),
+        (str(tmp_path / "outputs" / "quikstart"), "quickstart"),
+    ):
         with pytest.raises(SystemExit, match=rf"did you mean [^ ]*{meant}\?"):
             main(["evaluate", "--checkpoint", name, "--output_file", "x.json"])
     with pytest.raises(SystemExit) as ended:

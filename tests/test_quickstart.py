@@ -9,9 +9,15 @@ from smoke import TARGETS, Smoke, smoke_run
 
 pytestmark = pytest.mark.slow
 METRICS = {
-    "reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy",
-    "no_reasoning_accuracy", "no_reasoning_same_time_accuracy", "swapped_image_accuracy", "head_agreement",
-}  # fmt: skip
+    "reasoning_consistency",
+    "step_completeness",
+    "logical_flow_score",
+    "final_answer_accuracy",
+    "no_reasoning_accuracy",
+    "no_reasoning_same_time_accuracy",
+    "swapped_image_accuracy",
+    "head_agreement",
+}
 
 
 @pytest.fixture(scope="module")

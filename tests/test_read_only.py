@@ -64,7 +64,7 @@ def test_a_read_only_checkpoint_is_evaluated_and_chosen_all_the_same(checkpoint,
         ["quickstart", "--output_dir", "OUT/x"],
     ],
     ids=lambda argv: " ".join(argv[:2]),
-)  # fmt: skip
+)
 def test_a_command_whose_output_is_read_only_ends_in_one_line_that_names_it(
     checkpoint, scene_data, tmp_path, make_read_only, argv
 ):

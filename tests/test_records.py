@@ -10,13 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embervlm.data.records import (
-    DataError,
-    ReasoningRecord,
-    read_records,
-    record_to_json,
-    write_jsonl,
-)
+from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
 
 TEACHER = {
     "image": "warehouse_scene.jpg",
@@ -212,7 +206,7 @@ def test_record_with_its_own_candidates_is_checked_against_those(read):
         ({"image": "/etc/hostname"}, 'image: "/etc/hostname" leaves '),
         ({"image": "https://example.org/a.jpg"}, "is a URL, which is not fetched; download it"),
     ],
-)  # fmt: skip
+)
 def test_problem_is_named_with_file_record_and_field(read, tmp_path, change, message):
     found = problems(read, GOOD | change)
     assert found.startswith(f"{tmp_path / 'train.json'} record 1: ") and message in found and "; " in found
@@ -226,8 +220,11 @@ def test_all_problems_of_a_file_are_raised_together(read):
     with pytest.raises(DataError) as caught:
         read({"answer": "Boat"}, GOOD, 3)
     assert [line.split(" record ")[1][:14] for line in caught.value.problems] == [
-        "1: instruction", "1: reasoning: ", '1: answer "Boa', "3: is a number",
-    ]  # fmt: skip
+        "1: instruction",
+        "1: reasoning: ",
+        '1: answer "Boa',
+        "3: is a number",
+    ]
 
 
 def test_message_prints_fifty_problems_and_counts_the_rest(read):

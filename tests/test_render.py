@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from embervlm.data.scenes.facts import FACT_DOMAINS, SceneFacts, SceneObject, all_facts
-from embervlm.data.scenes.render import DISTANCES_M, WEIGHTS_KG, RenderedScene, overlap, render_scene
+from embervlm.robots.facts import FACT_DOMAINS, SceneFacts, SceneObject, all_facts
+from embervlm.robots.render import DISTANCES_M, WEIGHTS_KG, RenderedScene, overlap, render_scene
 
 SAMPLE = random.Random(0).sample(list(all_facts()), 60)
 BASE = SceneFacts(place="cliff", weather="clear", sky="noon", load="medium", flag="middle")

@@ -16,33 +16,46 @@ import pytest
 from training_helpers import REPOSITORY, free_port
 
 from embervlm.ranks import is_slurm_task
-from embervlm.training.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, tell_gloo
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, tell_gloo
+from embervlm.signals import EXIT_REQUEUE
 
 TASK = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2",
-    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "localhost",
     "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",  # a login node, where nobody listens
-}  # fmt: skip
+}
 """What a task of `srun` finds."""
 JOIN = """
-from embervlm.training.engine import World
+from embervlm.engines.base import World
 world = World.join()
 print(world.rank, world.size, world.gather(world.rank * 10), flush=True)
 """
 
 
 def without_launcher(**env: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("SLURM_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))}  # fmt: skip
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    }
     return kept | {"OMP_NUM_THREADS": "1"} | env
 
 
 def start(*argv: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *argv], cwd=REPOSITORY, env=without_launcher(**env), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *argv],
+        cwd=REPOSITORY,
+        env=without_launcher(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,8 +136,13 @@ def test_a_port_in_use_is_one_line_that_says_how_to_name_another(tmp_path: Path)
 def test_a_wrong_flag_is_one_line_of_process_0_also_where_torchrun_ends() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "launch/train.py", "--max_stps", "3"],
-        cwd=REPOSITORY, env=without_launcher(), capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=without_launcher(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     own, _, of_torchrun = found.stderr.partition("Traceback")
     said = "error: unrecognized arguments: --max_stps 3; did you mean --max_steps?"
     assert own.count(said) == 1 and "usage:" not in own

@@ -29,10 +29,14 @@ from embervlm.report.recorded import ReportError, as_sample, read_run, read_samp
 from embervlm.select_best import select_best_checkpoint
 
 GUIDE_TREE = (
-    "reasoning_quality/step_distribution.png", "reasoning_quality/consistency_scores.png",
-    "reasoning_quality/completeness_heatmap.png", "comparison/with_vs_without_reasoning.png",
-    "comparison/reasoning_impact.png", "samples/best_reasoning_examples.html", "samples/failure_cases.html",
-)  # fmt: skip
+    "reasoning_quality/step_distribution.png",
+    "reasoning_quality/consistency_scores.png",
+    "reasoning_quality/completeness_heatmap.png",
+    "comparison/with_vs_without_reasoning.png",
+    "comparison/reasoning_impact.png",
+    "samples/best_reasoning_examples.html",
+    "samples/failure_cases.html",
+)
 HOSTILE = (
     "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\"'><svg/onload=window.hit=1></script></style><!--"
     "{{ 7*7 }}{% raw %}$\\frac{1}$\u2028\ud800\x00\u202e"
@@ -200,8 +204,14 @@ def test_two_hundred_samples_with_photos_stay_below_five_megabytes(tmp_path: Pat
 
 
 def test_a_page_says_how_many_of_the_samples_it_shows(run: Path, tmp_path: Path) -> None:
-    path = index_page(read_run(run), tmp_path / "i.html", svgs={}, num_samples=5,
-                      captions={n: n for n in figures.FIGURES}, missing={n: n for n in figures.FIGURES})  # fmt: skip
+    path = index_page(
+        read_run(run),
+        tmp_path / "i.html",
+        svgs={},
+        num_samples=5,
+        captions={n: n for n in figures.FIGURES},
+        missing={n: n for n in figures.FIGURES},
+    )
     page = Page(path)
     assert len(page.data["samples"]) == 5 and "The first 5 of 24" in page.text
 
@@ -232,13 +242,21 @@ def hostile_run(folder: Path) -> Path:
         write_json(folder / "stage4" / "reasoning_samples" / f"epoch_{epoch}_samples.json", items)
     entry = {"num": 4, "reasoning": 0.5, "no_reasoning": 0.25}
     edited(
-        folder, "results/stage4_eval.json", checkpoint=HOSTILE, split=HOSTILE, embervlm_version=HOSTILE,
-        backend={HOSTILE: {"name": HOSTILE, "version": HOSTILE}}, metrics={**METRICS, HOSTILE: 0.5},
+        folder,
+        "results/stage4_eval.json",
+        checkpoint=HOSTILE,
+        split=HOSTILE,
+        embervlm_version=HOSTILE,
+        backend={HOSTILE: {"name": HOSTILE, "version": HOSTILE}},
+        metrics={**METRICS, HOSTILE: 0.5},
         targets={"final_answer_accuracy": {"target": HOSTILE, "met": True}, HOSTILE: {"target": HOSTILE, "met": False}},
-        per_candidate={HOSTILE: {"precision": 0.5, "recall": 0.5, "support": 2}}, validator={HOSTILE: 0.5},
-        accuracy_by_question_kind={HOSTILE: entry}, impact_by_complexity={HOSTILE: entry}, phase=HOSTILE,
+        per_candidate={HOSTILE: {"precision": 0.5, "recall": 0.5, "support": 2}},
+        validator={HOSTILE: 0.5},
+        accuracy_by_question_kind={HOSTILE: entry},
+        impact_by_complexity={HOSTILE: entry},
+        phase=HOSTILE,
         faithfulness={HOSTILE: HOSTILE, "truncated": {HOSTILE: 0.5}},
-    )  # fmt: skip
+    )
     for phase in (1, 2):
         log = run_dir.metrics_log_path(run_dir.phase_dir(folder, phase))
         lines = [
@@ -299,8 +317,14 @@ def test_metrics_that_are_not_numbers_are_shown_as_missing(tmp_path: Path) -> No
     folder = write_run(tmp_path / "run", num_samples=3)
     nothing = {name: float("nan") for name in METRICS}
     edited(folder, "results/stage4_eval.json", metrics=nothing, intervals={n: [float("nan"), 1] for n in METRICS})
-    items = [{**sample(0), "confidence": float("nan"), "validator_scores": [float("inf")] * 4,
-              "scores": {"reasoning_consistency": float("nan")}}]  # fmt: skip
+    items = [
+        {
+            **sample(0),
+            "confidence": float("nan"),
+            "validator_scores": [float("inf")] * 4,
+            "scores": {"reasoning_consistency": float("nan")},
+        }
+    ]
     write_json(folder / "results" / "stage4_eval_samples.json", items)
     page = bare_index(folder)
     assert page.text.count("n/a") >= len(METRICS) and "nan" not in page.text.split()
@@ -309,8 +333,12 @@ def test_metrics_that_are_not_numbers_are_shown_as_missing(tmp_path: Path) -> No
 
 
 def test_figures_say_what_they_lack(tmp_path: Path) -> None:
-    write_json(tmp_path / "results" / "stage4_eval.json", evaluation(0, metrics={}, calibration=None, faithfulness=None,
-               accuracy_by_question_kind={}, impact_by_complexity={}))  # fmt: skip
+    write_json(
+        tmp_path / "results" / "stage4_eval.json",
+        evaluation(
+            0, metrics={}, calibration=None, faithfulness=None, accuracy_by_question_kind={}, impact_by_complexity={}
+        ),
+    )
     drawn, missing = figures.draw_all(read_run(tmp_path))
     assert not drawn and missing.keys() == figures.FIGURES.keys()
     assert all(reason.endswith(".") for reason in missing.values())
@@ -352,8 +380,7 @@ def test_without_saved_samples_the_page_says_how_to_get_them(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [("{", "not valid JSON"), ("[]", "has no 'metrics'"), ('{"metrics": 3}', "has no 'metrics'")],
+    ("content", "says"), [("{", "not valid JSON"), ("[]", "has no 'metrics'"), ('{"metrics": 3}', "has no 'metrics'")]
 )
 def test_a_damaged_evaluation_is_named(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "results" / "stage4_eval.json"
@@ -388,11 +415,18 @@ def test_half_a_log_line_is_left_out(tmp_path: Path) -> None:
 
 
 def test_fields_of_the_wrong_type_become_empty() -> None:
-    wrong = as_sample({
-        "id": 7, "reasoning_steps": "one step", "gold_answer": None, "scores": 3,
-        "attention": {"grid": [2, 2], "steps": [[1]]}, "validator_scores": "high",
-        "boxes": [{"kind": "x", "box": [0, 0, 9, 9]}, 3], "confidence": True,
-    })  # fmt: skip
+    wrong = as_sample(
+        {
+            "id": 7,
+            "reasoning_steps": "one step",
+            "gold_answer": None,
+            "scores": 3,
+            "attention": {"grid": [2, 2], "steps": [[1]]},
+            "validator_scores": "high",
+            "boxes": [{"kind": "x", "box": [0, 0, 9, 9]}, 3],
+            "confidence": True,
+        }
+    )
     assert wrong.id == "7" and wrong.steps == ["one step"] and wrong.gold_answer == [] and wrong.scores == {}
     assert wrong.attention is None and wrong.validator_scores == [] and wrong.boxes == [] and wrong.confidence is None
 
@@ -456,7 +490,7 @@ def test_the_commands_error_is_one_line(run: Path) -> None:
 
 def test_a_trained_run_does_not_fail_by_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from embervlm.config import TrainConfig
-    from embervlm.training.cli import write_run_report
+    from embervlm.run.train import write_run_report
 
     write_run_report(TrainConfig(output_dir=str(tmp_path / "gone")))
     assert "no report (ReportError" in capsys.readouterr().out

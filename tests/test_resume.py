@@ -41,9 +41,11 @@ LAUNCH = {
 """Launcher, processes and flags."""
 PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2 x4", "torch"), ("zero2 x4", "fsdp"), ("zero3", "zero3")]
 """What saved, and what resumed."""
-CURRICULUM = {"stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
-              "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
-              "stage3": {"max_steps": 10, "epochs": [3, 3]}}  # fmt: skip
+CURRICULUM = {
+    "stage1": {"max_steps": 3, "complexity": "simple", "epochs": [1, 1]},
+    "stage2": {"max_steps": 5, "complexity": "medium", "epochs": [2, 2]},
+    "stage3": {"max_steps": 10, "epochs": [3, 3]},
+}
 """Phase 2 has epochs 2 and 3, of different lengths; the checkpoint lies in the middle of the second."""
 DROPOUT = {"config": {**TINY["vision"]["config"], "hidden_dropout_prob": 0.1}}
 """Drawn anew by every process: comparable on the same number of them alone."""
@@ -74,8 +76,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     data = make_data(folder)
     save_stage3(folder / "start" / "stage3", TINY, read_records(data))
-    write_run_yaml(folder, write_model_yaml(folder), data, log_records=True, curriculum=CURRICULUM,
-                   stage4__phase2__direct_records_ratio=0.0)  # fmt: skip
+    write_run_yaml(
+        folder,
+        write_model_yaml(folder),
+        data,
+        log_records=True,
+        curriculum=CURRICULUM,
+        stage4__phase2__direct_records_ratio=0.0,
+    )
     (folder / "dropout").mkdir()
     write_model_yaml(folder / "dropout", vision=DROPOUT)
     return folder
@@ -85,10 +93,19 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resumed(request: pytest.FixtureRequest, bench: Path) -> Resumed:
     saved_by, resumed_by = request.param
     flags = (
-        "--config", str(bench / "run.yaml"), "--stages", "4", "--phase", "2",
-        "--resume_from", str(bench / "start" / "stage3" / "checkpoint-final"),
-        "--max_steps", str(STEPS), "--save_steps", str(STOP),
-    )  # fmt: skip
+        "--config",
+        str(bench / "run.yaml"),
+        "--stages",
+        "4",
+        "--phase",
+        "2",
+        "--resume_from",
+        str(bench / "start" / "stage3" / "checkpoint-final"),
+        "--max_steps",
+        str(STEPS),
+        "--save_steps",
+        str(STOP),
+    )
     if saved_by == resumed_by:
         flags += ("--model", str(bench / "dropout" / "tiny.yaml"))
     run = Resumed(saved_by, resumed_by, flags, bench / saved_by, bench / f"{saved_by}-{resumed_by}")
@@ -137,7 +154,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once_with_the_same_losses(resume
     logs = [
         [json.loads(line) for line in run_dir.metrics_log_path(run_dir.phase_dir(output, 2)).read_text().splitlines()]
         for output in (resumed.straight, resumed.again)
-    ]  # fmt: skip
+    ]
     for log in logs:
         assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     for straight, again in zip(*logs, strict=True):
@@ -156,7 +173,7 @@ def test_a_resumed_run_sees_the_samples_of_an_uninterrupted_one_each_once_an_epo
     logs = [
         [json.loads(line) for line in run_dir.metrics_log_path(run_dir.phase_dir(output, 2)).read_text().splitlines()]
         for output in (resumed.straight, resumed.again)
-    ]  # fmt: skip
+    ]
     for straight, again in zip(*logs, strict=True):
         assert sorted(again["records"]) == sorted(straight["records"])
     for epoch in (1, 2):
@@ -215,9 +232,29 @@ def test_a_resume_that_is_not_wanted_or_would_mix_up_the_samples_is_an_error(
 
 def test_a_run_in_fp16_does_an_overflowed_step_again_with_its_own_batch_and_rate(bench: Path, tmp_path: Path) -> None:
     """Plain torch on the CPU: what the loop does with an overflow, not how a GPU or DeepSpeed comes by one."""
-    ok(train("python", "--config", bench / "run.yaml", "--stages", "4", "--phase", "2", "--engine", "torch",
-             "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--max_steps", "4",
-             "--output_dir", tmp_path, "--precision", "fp16", "--set", "curriculum=null"))  # fmt: skip
+    ok(
+        train(
+            "python",
+            "--config",
+            bench / "run.yaml",
+            "--stages",
+            "4",
+            "--phase",
+            "2",
+            "--engine",
+            "torch",
+            "--resume_from",
+            bench / "start" / "stage3" / "checkpoint-final",
+            "--max_steps",
+            "4",
+            "--output_dir",
+            tmp_path,
+            "--precision",
+            "fp16",
+            "--set",
+            "curriculum=null",
+        )
+    )
     phase = run_dir.phase_dir(tmp_path, 2)
     log = [json.loads(line) for line in run_dir.metrics_log_path(phase).read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4]

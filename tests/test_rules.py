@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from embervlm.data.scenes.facts import SceneFacts, all_facts
-from embervlm.data.teachers.rules import (
+from embervlm.robots.facts import SceneFacts, all_facts
+from embervlm.robots.rules import (
     KINDS,
     ROBOT_ORDER,
     SLOW_PLACES,
@@ -217,9 +217,14 @@ def test_a_haul_over_open_water_worked_by_hand():
     """Noon, far flag, medium load: 3 quarters, so dawn; high tide; the wind of noon has turned to rain."""
     chain = teach(scene(place="open water", weather="wind", sky="noon", load="medium", flag="far"), haul("inspect"))
     known = {
-        "pace": "quick", "trip": "eighteen hours", "arrival": "dawn", "daylight": "present", "forecast": "rain",
-        "tide": "high", "ground": "deep water",
-    }  # fmt: skip
+        "pace": "quick",
+        "trip": "eighteen hours",
+        "arrival": "dawn",
+        "daylight": "present",
+        "forecast": "rain",
+        "tide": "high",
+        "ground": "deep water",
+    }
     assert {name: chain.claims[name] for name in known} == known
     assert chain.answer == ("Underwater Robot",)
 

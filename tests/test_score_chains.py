@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from embervlm.cli import main
-from embervlm.evaluation.chain_file import MAX_CHARACTERS, MAX_STEPS
+from embervlm.judge.chain_file import MAX_CHARACTERS, MAX_STEPS
 
 METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 LAMP = {
@@ -122,11 +122,12 @@ def test_a_bad_line_is_named_scores_zero_and_stops_nothing(tmp_path, capsys, lin
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("none.jsonl", None, "No such file"), ("empty.jsonl", "", "the file is empty"),
+        ("none.jsonl", None, "No such file"),
+        ("empty.jsonl", "", "the file is empty"),
         ("blank.jsonl", "\n\n", "the file is empty"),
         ("chains.json", "[]", 'unknown suffix ".json"'),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_read_is_one_line_of_error(tmp_path, capsys, name, content, problem):
     path = tmp_path / name
     if content is not None:
@@ -158,8 +159,12 @@ def test_a_chain_scores_the_same_in_any_company_and_process(tmp_path):
     last = [
         subprocess.run(
             [sys.executable, "-m", "embervlm.cli", "score-chains", str(path), "--json"],
-            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True, timeout=120,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
         ).stdout.splitlines()[-1]
         for path, seed in ((alone, "1"), (together, "2"))
-    ]  # fmt: skip
+    ]
     assert last[0] == last[1]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from embervlm.ranking import rank_checkpoints
 from embervlm.run_dir import checkpoint_path, eval_path, new_tmp_dir, publish_checkpoint, write_json_atomic
-from embervlm.select_best import main, rank_checkpoints, select_best_checkpoint
+from embervlm.select_best import main, select_best_checkpoint
 
 METRIC = "reasoning_consistency"
 
@@ -104,8 +105,9 @@ def test_the_final_stands_for_the_numbered_checkpoint_of_its_step(tmp_path):
     add(tmp_path, 1000, 0.9)
     add(tmp_path, 1000, final=True)
     assert [Path(ranked.checkpoint).name for ranked in rank_checkpoints(tmp_path)] == [
-        "checkpoint-final", "checkpoint-500",
-    ]  # fmt: skip
+        "checkpoint-final",
+        "checkpoint-500",
+    ]
 
 
 def test_the_command_prints_one_line(tmp_path, capsys):
@@ -120,8 +122,12 @@ def test_the_command_prints_a_ranking_as_json(tmp_path, capsys):
     assert main(["--checkpoints_dir", str(tmp_path), "--json"]) == 0
     ranking = json.loads(capsys.readouterr().out)
     assert ranking[0] == {
-        "checkpoint": str(best), "step": 1000, "metrics": evaluation(0.9)["metrics"], "eligible": True, "reason": None,
-    }  # fmt: skip
+        "checkpoint": str(best),
+        "step": 1000,
+        "metrics": evaluation(0.9)["metrics"],
+        "eligible": True,
+        "reason": None,
+    }
     assert main(["--checkpoints_dir", str(tmp_path), "--json", "--lower_is_better"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["step"] == 500
 
@@ -158,8 +164,11 @@ def test_the_command_starts_within_a_second_and_without_torch(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code, "--checkpoints_dir", str(tmp_path)],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     # processor time: on a busy machine the clock says little
@@ -170,8 +179,11 @@ def test_the_module_runs_as_a_command(tmp_path):
     path = add(tmp_path, 500, 0.5)
     done = subprocess.run(
         [sys.executable, "-m", "embervlm.select_best", "--checkpoints_dir", str(tmp_path)],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"Best checkpoint: {path}\n", "")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from embervlm.cli import main
+from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import read_records, write_jsonl
-from embervlm.data.teachers.collection import Question
 from embervlm.evaluation.self_generated import SelfGeneration, _Writer
 from embervlm.model.interactive import step_probabilities
 from embervlm.training.losses import loss_sums
@@ -23,8 +23,21 @@ def checkpoint(tiny_model, tmp_path):
 
 
 def generate(checkpoint, data, output, *flags):
-    main(["data", "generate", "--source", "self", "--checkpoint", str(checkpoint), "--input_dataset", str(data),
-          "--output_file", str(output), *map(str, flags)])  # fmt: skip
+    main(
+        [
+            "data",
+            "generate",
+            "--source",
+            "self",
+            "--checkpoint",
+            str(checkpoint),
+            "--input_dataset",
+            str(data),
+            "--output_file",
+            str(output),
+            *map(str, flags),
+        ]
+    )
 
 
 def rejected(output):
@@ -104,8 +117,18 @@ def test_a_stage_3_model_is_refused(tiny_settings, tokenizer, scene_data, tmp_pa
 
 def test_the_checkpoint_must_be_named(scene_data, tmp_path):
     with pytest.raises(SystemExit, match="name its folder with --checkpoint"):
-        main(["data", "generate", "--source", "self", "--input_dataset", str(scene_data / "reasoning_data.json"),
-              "--output_file", str(tmp_path / "out.json")])  # fmt: skip
+        main(
+            [
+                "data",
+                "generate",
+                "--source",
+                "self",
+                "--input_dataset",
+                str(scene_data / "reasoning_data.json"),
+                "--output_file",
+                str(tmp_path / "out.json"),
+            ]
+        )
 
 
 @pytest.mark.slow

@@ -31,9 +31,15 @@ def model(tmp_path_factory):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -43,8 +49,17 @@ def address(model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--port", str(port), "--host",
-               "127.0.0.1", "--device", "cpu"]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(model),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--device",
+        "cpu",
+    ]
     log = model.parent / "serve.log"
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out)
@@ -65,9 +80,24 @@ def address(model):
 def test_answers_come_in_with_their_tokens_and_are_rejected_with_a_reason(model, address, tmp_path):
     (tmp_path / "tasks.json").write_text(json.dumps([{"input": f"Film roof {n}", "output": "Drone"} for n in range(3)]))
     with pytest.raises(SystemExit, match="no answer was accepted; 3 rejected"):
-        main(["data", "generate", "--teacher_model", str(model), "--teacher_base_url", address, "--input_dataset",
-              str(tmp_path / "tasks.json"), "--output_file", str(tmp_path / "out.json"), "--attempts", "1",
-              "--max_answer_tokens", "24"])  # fmt: skip
+        main(
+            [
+                "data",
+                "generate",
+                "--teacher_model",
+                str(model),
+                "--teacher_base_url",
+                address,
+                "--input_dataset",
+                str(tmp_path / "tasks.json"),
+                "--output_file",
+                str(tmp_path / "out.json"),
+                "--attempts",
+                "1",
+                "--max_answer_tokens",
+                "24",
+            ]
+        )
     rows = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()[1:]]
     assert len(rows) == 3
     for row in rows:

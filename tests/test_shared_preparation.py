@@ -9,8 +9,8 @@ from torch import distributed
 from embervlm.data.records import DataError
 from embervlm.data.store import prepare
 from embervlm.errors import UserError
-from embervlm.training.engine import World
-from embervlm.training.phases import first_on_rank_0
+from embervlm.run.stages import first_on_rank_0
+from embervlm.world import World
 
 GOOD = '{"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}\n'
 

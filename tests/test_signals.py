@@ -26,11 +26,11 @@ from training_helpers import (
 
 from embervlm import run_dir
 from embervlm.data.records import read_records
-from embervlm.training.signals import EXIT_REQUEUE
+from embervlm.signals import EXIT_REQUEUE
 
 LISTENING = """
 import sys
-from embervlm.training import signals
+from embervlm import signals
 signals.listen()
 print("listening", flush=True)
 sys.stdin.readline()
@@ -71,19 +71,44 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_same_command_ends
     data = make_data(tmp_path)
     stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
     config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, stage4__phase2__epochs=90)
-    flags = ["--config", config, "--stages", "4", "--phase", "2", "--resume_from", stage3, "--engine", "torch",
-             "--max_steps", str(STEPS)]  # fmt: skip
+    flags = [
+        "--config",
+        config,
+        "--stages",
+        "4",
+        "--phase",
+        "2",
+        "--resume_from",
+        stage3,
+        "--engine",
+        "torch",
+        "--max_steps",
+        str(STEPS),
+    ]
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "launch" / "train.py"), *map(str, flags), "--output_dir",
-             str(tmp_path / "again")],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                              "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                str(REPOSITORY / "launch" / "train.py"),
+                *map(str, flags),
+                "--output_dir",
+                str(tmp_path / "again"),
+            ],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         log = run_dir.metrics_log_path(run_dir.phase_dir(tmp_path / "again", 2))
         while not log.exists() or not log.read_text():

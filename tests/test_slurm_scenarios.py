@@ -29,8 +29,8 @@ from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import read_yaml
 from embervlm.data.records import read_records
+from embervlm.run.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 from embervlm.slurm_commands import fields
-from embervlm.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,9 +43,12 @@ PATIENCE_S = 900
 AT_ONCE = 3
 """Scenarios that run at the same time."""
 RECIPES = {
-    "one": (1, 4, 2, "a100"), "two": (2, 4, 1, "a100"), "four": (4, 2, 1, "a100"),
-    "lost": (2, 4, 1, "v100"), "preempted": (2, 4, 1, "h100"),
-}  # fmt: skip
+    "one": (1, 4, 2, "a100"),
+    "two": (2, 4, 1, "a100"),
+    "four": (4, 2, 1, "a100"),
+    "lost": (2, 4, 1, "v100"),
+    "preempted": (2, 4, 1, "h100"),
+}
 """Nodes of one GPU, micro-batch, accumulation, type; the global batch is always 8."""
 
 
@@ -57,25 +60,54 @@ class Bench:
         data = make_data(folder)
         model = read_yaml(REPOSITORY / "configs" / "model" / "quickstart.yaml")
         self.stage3 = save_stage3(folder / "start" / "stage3", model, read_records(data))
-        write_run_yaml(folder, "quickstart", data, stage4__phase2__epochs=60, stage4__phase1__epochs=2,
-                       save_steps=SAVE_STEPS, max_steps=STEPS)  # fmt: skip
+        write_run_yaml(
+            folder,
+            "quickstart",
+            data,
+            stage4__phase2__epochs=60,
+            stage4__phase1__epochs=2,
+            save_steps=SAVE_STEPS,
+            max_steps=STEPS,
+        )
         for name, (nodes, batch_size, accumulation, gpu_type) in RECIPES.items():
             recipe = {
-                "nodes": nodes, "gpus_per_node": 1, "gpu_type": gpu_type, "precision": "fp32", "zero_stage": 2,
-                "batch_size": batch_size, "gradient_accumulation_steps": accumulation, "cpus_per_task": 1,
-                "phase1_minutes": MINUTES, "phase2_minutes": MINUTES,
-            }  # fmt: skip
+                "nodes": nodes,
+                "gpus_per_node": 1,
+                "gpu_type": gpu_type,
+                "precision": "fp32",
+                "zero_stage": 2,
+                "batch_size": batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "cpus_per_task": 1,
+                "phase1_minutes": MINUTES,
+                "phase2_minutes": MINUTES,
+            }
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         self.straight = self.submit("straight", "two")
 
     @property
     def env(self) -> dict[str, str]:
-        return {"EMBERVLM_VENV": str(BIN.parent), "SBATCH_OUTPUT": f"{self.folder}/%x-%j.log", "DS_ACCELERATOR": "cpu",
-                "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        return {
+            "EMBERVLM_VENV": str(BIN.parent),
+            "SBATCH_OUTPUT": f"{self.folder}/%x-%j.log",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def flags(self, name: str, recipe: str, *more: str) -> list[str]:
-        return ["--cluster", f"{self.folder}/{recipe}.yaml", "--config", f"{self.folder}/run.yaml", "--output_dir",
-                f"{self.folder}/{name}", "--resume_from", str(self.stage3), *more]  # fmt: skip
+        return [
+            "--cluster",
+            f"{self.folder}/{recipe}.yaml",
+            "--config",
+            f"{self.folder}/run.yaml",
+            "--output_dir",
+            f"{self.folder}/{name}",
+            "--resume_from",
+            str(self.stage3),
+            *more,
+        ]
 
     def submit(self, name: str, recipe: str, **env: str) -> str:
         """Submit phase 2 from Stage 3 into the output folder `name`, as a user does, and return its job."""
@@ -244,9 +276,14 @@ def a_job_of_submitit_is_preempted_requeued_and_returns_its_result(bench: Bench)
     (submitted,) = submit_to_slurm([job], bench.folder / "submitit" / "jobs", parameters, max_timeouts=0)
     bench.hold("submitit", submitted.job_id, STOP)
     urgent = bench.cluster.run(
-        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true",
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=true",
         f"--nodelist={bench.cluster.job(submitted.job_id)['NodeList']}",
-    ).strip()  # fmt: skip
+    ).strip()
     bench.restarts(submitted.job_id, 1)  # the preemption woke it, too
     bench.finish(urgent)
     bench.finish(submitted.job_id)
@@ -257,8 +294,17 @@ def a_job_of_submitit_is_preempted_requeued_and_returns_its_result(bench: Bench)
 
 
 def a_training_goes_on_while_jobs_of_their_own_evaluate_its_checkpoints(bench: Bench) -> None:
-    flags = bench.flags("evaluated", "two", "--eval_cluster", f"{bench.folder}/one.yaml", "--eval_steps", "8", "--set",
-                        "eval_samples=2", "keep_last=1")  # fmt: skip
+    flags = bench.flags(
+        "evaluated",
+        "two",
+        "--eval_cluster",
+        f"{bench.folder}/one.yaml",
+        "--eval_steps",
+        "8",
+        "--set",
+        "eval_samples=2",
+        "keep_last=1",
+    )
     job = bench.cluster.run("bash", "slurm/stage4_phase2.sh", *flags, **bench.env).split()[-1]
     bench.finish(job)
     assert bench.log(job).count("is evaluated by job") == STEPS // 8
@@ -306,10 +352,21 @@ def an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> Non
 
     def submit(array: str) -> str:
         return bench.cluster.run(
-            "sbatch", "--parsable", f"--array={array}", "--cpus-per-task=1", "--constraint=a100",
-            "slurm/generate_data.sh", "--teacher_model", "rules", "--num_samples", "30", "--output_file", output,
-            **bench.env, EMBERVLM_SHARDS="3",
-        ).strip()  # fmt: skip
+            "sbatch",
+            "--parsable",
+            f"--array={array}",
+            "--cpus-per-task=1",
+            "--constraint=a100",
+            "slurm/generate_data.sh",
+            "--teacher_model",
+            "rules",
+            "--num_samples",
+            "30",
+            "--output_file",
+            output,
+            **bench.env,
+            EMBERVLM_SHARDS="3",
+        ).strip()
 
     job = submit("0-2")
     for element, state in enumerate(("COMPLETED", "FAILED", "COMPLETED")):
@@ -348,9 +405,13 @@ def commands_wait_for_a_controller_that_is_away(bench: Bench) -> None:
     for command in ([sys.executable, "-c", state], evaluate):
         away.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", there))  # nobody listens there
         asking = subprocess.Popen(
-            command, cwd=REPOSITORY, env=bench.cluster.env | bench.env | {"SLURM_CONF": str(away)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            command,
+            cwd=REPOSITORY,
+            env=bench.cluster.env | bench.env | {"SLURM_CONF": str(away)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert asking.stderr is not None and asking.stdout is not None
         assert "Slurm's controller does not answer" in asking.stderr.readline()
         away.write_text(there)
@@ -361,9 +422,19 @@ def commands_wait_for_a_controller_that_is_away(bench: Bench) -> None:
 
 
 def what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place(bench: Bench) -> None:
-    given = ("--partition=other", "--time=20", "--mem=700M", "--comment=a b", "--mail-type=END,FAIL",
-             "--mail-user=me@here", "--nice=5", "--exclude=n1", "--job-name=mine", "--no-requeue",
-             f"--output={bench.folder}/a log-%j.txt")  # fmt: skip
+    given = (
+        "--partition=other",
+        "--time=20",
+        "--mem=700M",
+        "--comment=a b",
+        "--mail-type=END,FAIL",
+        "--mail-user=me@here",
+        "--nice=5",
+        "--exclude=n1",
+        "--job-name=mine",
+        "--no-requeue",
+        f"--output={bench.folder}/a log-%j.txt",
+    )
     flags = bench.flags("given", "two")
     small = bench.cluster.run("sbatch", "--parsable", *given, "slurm/stage4_phase2.sh", *flags, **bench.env).strip()
     bench.finish(small)
@@ -371,9 +442,19 @@ def what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place(bench: 
     job = said.split()[-1]
     found = slurm_commands_fields(bench, job)
     bench.cluster.run("scancel", job)
-    wanted = {"Partition": "other", "TimeLimit": "00:20:00", "MinMemoryNode": "700M", "Comment": "a b", "Nice": "5",
-              "MailType": "END,FAIL", "MailUser": "me@here", "ExcNodeList": "n1", "JobName": "mine", "Requeue": "0",
-              "StdOut": f"{bench.folder}/a log-{job}.txt"}  # fmt: skip
+    wanted = {
+        "Partition": "other",
+        "TimeLimit": "00:20:00",
+        "MinMemoryNode": "700M",
+        "Comment": "a b",
+        "Nice": "5",
+        "MailType": "END,FAIL",
+        "MailUser": "me@here",
+        "ExcNodeList": "n1",
+        "JobName": "mine",
+        "Requeue": "0",
+        "StdOut": f"{bench.folder}/a log-{job}.txt",
+    }
     assert {key: found[key] for key in wanted} == wanted
     assert f"job {job}: slurm/stage4_phase2.sh with --nodes=2" in said
     refused = bench.cluster.run("sbatch", "--parsable", "--gres=gpu:2", "slurm/stage4_phase2.sh", *flags, **bench.env)
@@ -393,8 +474,13 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
     for name in ("embervlm", "launch", "slurm", "configs"):
         shutil.copytree(REPOSITORY / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
     run_yaml = read_yaml(bench.folder / "run.yaml")
-    changes = {"output_dir": str(site / "out puts"), "resume_from": str(bench.stage3), "max_steps": 1,
-               "engine": "torch", "report": False}  # fmt: skip
+    changes = {
+        "output_dir": str(site / "out puts"),
+        "resume_from": str(bench.stage3),
+        "max_steps": 1,
+        "engine": "torch",
+        "report": False,
+    }
     (site / "configs" / "training_stages.yaml").write_text(yaml.safe_dump({**run_yaml, **changes}))
     values = {"SBATCH_EXPORT": "NONE", **bench.env, "SBATCH_OUTPUT": f"{site}/%x-%j.log"}
     env_file = site / "slurm" / "site.env"
@@ -410,9 +496,13 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
 
     def submit(*argv: str) -> str:
         found = subprocess.run(
-            argv, cwd=site, env={"PATH": os.environ["PATH"], "SLURM_CONF": bench.cluster.env["SLURM_CONF"]} | values,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            argv,
+            cwd=site,
+            env={"PATH": os.environ["PATH"], "SLURM_CONF": bench.cluster.env["SLURM_CONF"]} | values,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert found.returncode == 0, found.stderr
         return found.stdout.split()[-1]
 
@@ -439,8 +529,10 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
 
 def in_an_allocation_without_srun_a_training_is_alone(bench: Bench) -> None:
     train = f"{sys.executable} launch/train.py --phase 2 --max_steps 1 --engine torch --set report=false"
-    for name, start in (("salloc", ("salloc", "--ntasks=2", "bash", "-c")),
-                        ("batch", ("sbatch", "--wait", "--ntasks=2", "--wrap"))):  # fmt: skip
+    for name, start in (
+        ("salloc", ("salloc", "--ntasks=2", "bash", "-c")),
+        ("batch", ("sbatch", "--wait", "--ntasks=2", "--wrap")),
+    ):
         flags = shlex.join(bench.flags(name, "one")[2:])
         bench.cluster.run(*start, f"cd {shlex.quote(str(REPOSITORY))} && {train} {flags}", **bench.env)
         assert run_dir.checkpoint_path(bench.phase(name), None).exists()

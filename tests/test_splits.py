@@ -148,9 +148,11 @@ def test_groups_with_different_explicit_splits_never_share_a_picture(picture):
     own = [picture(f"{i}.png", b"%d" % i) for i in range(2)]
     shared = picture("shared.png", b"shared")
     records = [
-        record("1", own[0], split_group="g", split="train"), record("2", shared, split_group="g"),
-        record("3", own[1], split_group="h", split="test"), record("4", shared, split_group="h"),
-    ]  # fmt: skip
+        record("1", own[0], split_group="g", split="train"),
+        record("2", shared, split_group="g"),
+        record("3", own[1], split_group="h", split="test"),
+        record("4", shared, split_group="h"),
+    ]
     found = placed(records)
     assert (found["1"], found["3"]) == ("train", "test") and found["2"] == found["4"]
 

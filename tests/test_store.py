@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embervlm.data.dataset import EpochPlan, encode_direct, encode_reasoning
+from embervlm.data.dataset import encode_direct, encode_reasoning
+from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records, record_to_json
 from embervlm.data.splits import split_records
@@ -285,8 +286,10 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
         elif form == "jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
-            rows = [{**row, "answer": list(record.answer), "metadata": json.dumps(row["metadata"])}
-                    for row, record in zip(rows, some, strict=True)]  # fmt: skip
+            rows = [
+                {**row, "answer": list(record.answer), "metadata": json.dumps(row["metadata"])}
+                for row, record in zip(rows, some, strict=True)
+            ]
             parts = [rows] if form == "parquet" else [rows[:10], rows[10:]]
             if form == "parquet folder":
                 (path := tmp_path / "data").mkdir()
@@ -297,9 +300,14 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
     wanted = split_records(some)["train"]
     assert [dataclasses.replace(r, image=None) for r in train] == [dataclasses.replace(r, image=None) for r in wanted]
     plans = [
-        EpochPlan(main=encode_reasoning(of, tokenizer, 3, 512), mixed=((encode_direct(of, tokenizer), 0.5),),
-                  global_batch=4, seed=3) for of in (train, wanted)
-    ]  # fmt: skip
+        EpochPlan(
+            main=encode_reasoning(of, tokenizer, 3, 512),
+            mixed=((encode_direct(of, tokenizer), 0.5),),
+            global_batch=4,
+            seed=3,
+        )
+        for of in (train, wanted)
+    ]
     for step in range(2 * plans[0].steps_per_epoch):
         ours, theirs = ([(s.record, s.prompt, s.target) for s in plan.batch(step)] for plan in plans)
         assert ours == theirs

@@ -30,11 +30,12 @@ from training_helpers import (
     write_run_yaml,
 )
 
-from embervlm import run_dir, submit
+from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import ConfigError
 from embervlm.data.records import read_records
-from embervlm.submit import Requeue, TrainingFailedError, TrainJob, result_of, run_locally, training_jobs
+from embervlm.run import submit
+from embervlm.run.submit import Requeue, TrainingFailedError, TrainJob, result_of, run_locally, training_jobs
 
 START = ["--resume_from", "stage3/checkpoint-final"]
 
@@ -58,8 +59,14 @@ def test_the_dry_run_asks_for_the_recipes_nodes_and_starts_one_process_per_gpu(
 ) -> None:
     script = printed(capsys, "--cluster", "a100x8x2", "--dry_run", "--phase", "2", "--folder", str(tmp_path))
     recipe = load_recipe("a100x8x2")
-    for option in ("nodes=2", "ntasks-per-node=8", f"time={recipe.phase2_minutes}", "gres=gpu:8", "constraint=a100",
-                   f"cpus-per-task={recipe.cpus_per_task}"):  # fmt: skip
+    for option in (
+        "nodes=2",
+        "ntasks-per-node=8",
+        f"time={recipe.phase2_minutes}",
+        "gres=gpu:8",
+        "constraint=a100",
+        f"cpus-per-task={recipe.cpus_per_task}",
+    ):
         assert f"#SBATCH --{option}\n" in script
     (started,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert "submitit.core._submit" in started and f"--cpus-per-task={recipe.cpus_per_task}" in started
@@ -135,7 +142,7 @@ def test_a_rate_is_swept_in_both_phases_where_both_are_trained() -> None:
         (["--cluster", "a100x4", "--sbatch", "nodes=3"], "--sbatch nodes: the recipe"),
         (["--cluster", "a100x8x2", "--local"], "the recipe has 2 nodes, this is one machine"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_named_before_anything_is_submitted(argv: list[str], expected: str) -> None:
     assert expected in message("--dry_run", *argv) if "--local" not in argv else expected in message(*argv)
 
@@ -177,20 +184,48 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     start = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
     config = write_run_yaml(folder, write_model_yaml(folder), data)
     recipe = dataclasses.asdict(load_recipe("v100x2")) | {
-        "precision": "fp32", "batch_size": 4, "gradient_accumulation_steps": 1,
-    }  # fmt: skip
+        "precision": "fp32",
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    }
     path = folder / "two.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    return Bench(path, ["--config", str(config), "--phase", "1", "--phase1_epochs", "2", "--resume_from", str(start),
-                        "--engine", "torch"])  # fmt: skip
+    return Bench(
+        path,
+        [
+            "--config",
+            str(config),
+            "--phase",
+            "1",
+            "--phase1_epochs",
+            "2",
+            "--resume_from",
+            str(start),
+            "--engine",
+            "torch",
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(bench: Bench) -> Path:
     """Output folder of a run through `launch/submit.py --local`."""
     output = bench.recipe.parent / "undisturbed"
-    found = ok(run(command("python", REPOSITORY / "launch" / "submit.py", "--local", "--cluster", bench.recipe,
-                           *bench.flags, "--output_dir", output), timeout_s=900))  # fmt: skip
+    found = ok(
+        run(
+            command(
+                "python",
+                REPOSITORY / "launch" / "submit.py",
+                "--local",
+                "--cluster",
+                bench.recipe,
+                *bench.flags,
+                "--output_dir",
+                output,
+            ),
+            timeout_s=900,
+        )
+    )
     assert f"{output}: done" in found.stdout
     return output
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import CONCLUSION
 from embervlm.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
+from embervlm.words.chain_text import CONCLUSION
 
 TEXTS = ["The place is cliff, so the pace is slow.", "Robot with Wheels is suited.", "Robot with Legs is unsuited."]
 TOKENIZER = ReasoningTokenizer(train_tokenizer(TEXTS * 3, 400))

@@ -38,9 +38,9 @@ from training_helpers import (
 from embervlm import run_dir
 from embervlm.config import model_preset
 from embervlm.data.records import read_records
-from embervlm.training.cli import main
+from embervlm.run.train import main
+from embervlm.signals import STOP_SIGNALS
 from embervlm.training.schedule import learning_rate_factor
-from embervlm.training.signals import STOP_SIGNALS
 
 STEPS = 2
 GIB = 1 << 30
@@ -60,8 +60,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(bench: Path) -> Path:
     """Output folder of Stage 3 and both phases, two steps each, under the deepspeed launcher."""
     output = bench / "trained"
-    ok(train("deepspeed", "--config", bench / "run.yaml", "--stages", "3", "4", "--model", bench / "tiny.yaml",
-             "--output_dir", output, "--max_steps", str(STEPS)))  # fmt: skip
+    ok(
+        train(
+            "deepspeed",
+            "--config",
+            bench / "run.yaml",
+            "--stages",
+            "3",
+            "4",
+            "--model",
+            bench / "tiny.yaml",
+            "--output_dir",
+            output,
+            "--max_steps",
+            str(STEPS),
+        )
+    )
     return output
 
 
@@ -73,8 +87,7 @@ def metrics(output: Path, phase: int) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize(
-    "name",
-    ["pytorch_model.bin", "reasoning_module.bin", "config.json", "tokenizer.json", "COMPLETE", "state.json"],
+    "name", ["pytorch_model.bin", "reasoning_module.bin", "config.json", "tokenizer.json", "COMPLETE", "state.json"]
 )
 def test_each_phase_leaves_the_guides_files(phase: int, name: str, trained: Path) -> None:
     assert (trained / "stage4" / f"phase{phase}" / "checkpoint-final" / name).stat().st_size > 0
@@ -155,12 +168,36 @@ def test_the_guides_commands_train_phase_1_then_phase_2_and_keep_the_wandb_run_o
     output = bench / "guide"
 
     def start(phase: int, source: Path) -> str:
-        return ok(run(command(
-            "torchrun", REPOSITORY / "scripts" / "train_all.py", "--stages", "4", "--phase", str(phase),
-            "--resume_from", source, "--output_dir", output, "--reasoning_data", bench / "reasoning_data.json",
-            "--wandb_project", "embervlm", "--wandb_run_name", f"stage4_phase{phase}",
-            "--config", bench / "run.yaml", "--max_steps", "2", "--save_steps", "1",
-        ), WANDB_MODE="offline", WANDB_SILENT="true")).stdout  # fmt: skip
+        return ok(
+            run(
+                command(
+                    "torchrun",
+                    REPOSITORY / "scripts" / "train_all.py",
+                    "--stages",
+                    "4",
+                    "--phase",
+                    str(phase),
+                    "--resume_from",
+                    source,
+                    "--output_dir",
+                    output,
+                    "--reasoning_data",
+                    bench / "reasoning_data.json",
+                    "--wandb_project",
+                    "embervlm",
+                    "--wandb_run_name",
+                    f"stage4_phase{phase}",
+                    "--config",
+                    bench / "run.yaml",
+                    "--max_steps",
+                    "2",
+                    "--save_steps",
+                    "1",
+                ),
+                WANDB_MODE="offline",
+                WANDB_SILENT="true",
+            )
+        ).stdout
 
     phase1 = run_dir.phase_dir(output, 1)
     start(1, bench / "start" / "stage3" / "checkpoint-final")
@@ -183,8 +220,21 @@ def test_a_non_finite_loss_ends_the_run_with_one_line_and_no_checkpoint(bench: P
     weights = weights_of(start)
     weights["projection.norm.weight"].fill_(float("nan"))
     torch.save(weights, start / "pytorch_model.bin")
-    result = train("deepspeed", "--config", bench / "run.yaml", "--stages", "4", "--phase", "1", "--resume_from", start,
-                   "--output_dir", tmp_path / "out", "--max_steps", "2")  # fmt: skip
+    result = train(
+        "deepspeed",
+        "--config",
+        bench / "run.yaml",
+        "--stages",
+        "4",
+        "--phase",
+        "1",
+        "--resume_from",
+        start,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        "2",
+    )
     assert result.returncode != 0
     errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "step 0: loss term" in errors[0] and "Records of rank" in errors[0]
@@ -217,10 +267,28 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_or_goes_on_as_configu
         pytest.skip("mounting a file system takes root")
     try:
         log = tmp_path / "log"
-        argv = command("torchrun", REPOSITORY / "launch" / "train.py", "--config", bench / "run.yaml", "--stages", "4",
-                       "--phase", "2", "--resume_from", bench / "start" / "stage3" / "checkpoint-final", "--engine",
-                       "torch", "--output_dir", disk / "out", "--save_steps", "2", "--phase2_epochs", "50",
-                       "--set", f"on_save_error={on_error}")  # fmt: skip
+        argv = command(
+            "torchrun",
+            REPOSITORY / "launch" / "train.py",
+            "--config",
+            bench / "run.yaml",
+            "--stages",
+            "4",
+            "--phase",
+            "2",
+            "--resume_from",
+            bench / "start" / "stage3" / "checkpoint-final",
+            "--engine",
+            "torch",
+            "--output_dir",
+            disk / "out",
+            "--save_steps",
+            "2",
+            "--phase2_epochs",
+            "50",
+            "--set",
+            f"on_save_error={on_error}",
+        )
         phase = run_dir.phase_dir(disk / "out", 2)
         with log.open("wb") as out:
             training = subprocess.Popen(argv, stdout=out, stderr=out, env=environment(), start_new_session=True)
@@ -250,15 +318,24 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_or_goes_on_as_configu
             assert (
                 len(errors) == 1 and f"the last good checkpoint is {run_dir.list_checkpoints(phase)[-1].path}" in told
             )
-            assert "embervlm/training" not in told  # a line of a traceback
+            assert "embervlm/run" not in told  # a line of a traceback
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.slow
 def test_a_missing_stage_3_checkpoint_is_one_line_that_says_what_to_run(bench: Path, tmp_path: Path) -> None:
-    result = train("python", "--config", bench / "run.yaml", "--stages", "4", "--output_dir", tmp_path / "nothing",
-                   "--engine", "torch")  # fmt: skip
+    result = train(
+        "python",
+        "--config",
+        bench / "run.yaml",
+        "--stages",
+        "4",
+        "--output_dir",
+        tmp_path / "nothing",
+        "--engine",
+        "torch",
+    )
     assert result.returncode != 0 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert str(tmp_path / "nothing" / "stage3" / "checkpoint-final") in line and "--stages 3" in line
@@ -273,8 +350,11 @@ def test_a_full_size_preset_does_three_real_steps_in_each_phase(preset: str, ben
     start = save_stage3(tmp_path / "start" / "stage3", settings, read_records(data))
     config = write_run_yaml(tmp_path, preset, data, stage4__batch_size=1, stage4__max_reasoning_length=350)
     output = tmp_path / "outputs"
-    ok(train("deepspeed", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", "3",
-             timeout_s=600))  # fmt: skip
+    ok(
+        train(
+            "deepspeed", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", "3", timeout_s=600
+        )
+    )
     for phase in (1, 2):
         found = metrics(output, phase)
         assert [line["step"] for line in found] == [1, 2, 3]
@@ -329,7 +409,7 @@ def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
         (["--lerning_rate", "1"], "--lerning_rate"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_flag_is_named(
     flags: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -347,7 +427,7 @@ def test_a_wrong_flag_is_named(
         (["--deepspeed_config", "none.json"], "error: --deepspeed_config none.json: no such file"),
         (["--engine", "jax", "--zero_stage", "7"], "error: --engine jax: engine: "),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_flag_is_blamed_and_not_the_yaml(
     flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,8 +449,17 @@ def test_a_mistake_in_a_node_recipe_names_the_recipe(capsys: pytest.CaptureFixtu
 
 
 def test_stage_3_asks_for_data_that_is_missing(capsys: pytest.CaptureFixture[str], bench: Path, tmp_path: Path) -> None:
-    found = message(capsys, "--config", bench / "run.yaml", "--stages", "3", "--output_dir", tmp_path,
-                    "--reasoning_data", tmp_path / "none.json")  # fmt: skip
+    found = message(
+        capsys,
+        "--config",
+        bench / "run.yaml",
+        "--stages",
+        "3",
+        "--output_dir",
+        tmp_path,
+        "--reasoning_data",
+        tmp_path / "none.json",
+    )
     assert f"--reasoning_data {tmp_path / 'none.json'}: no such file" in found and "data generate" in found
 
 
@@ -378,8 +467,19 @@ def test_a_checkpoint_of_another_size_than_the_model_is_a_clear_error(
     capsys: pytest.CaptureFixture[str], bench: Path, tmp_path: Path
 ) -> None:
     other = write_model_yaml(tmp_path, projection_hidden_size=40)
-    found = message(capsys, "--config", bench / "run.yaml", "--stages", "4", "--output_dir", tmp_path,
-                    "--model", other, "--resume_from", bench / "start" / "stage3" / "checkpoint-final")  # fmt: skip
+    found = message(
+        capsys,
+        "--config",
+        bench / "run.yaml",
+        "--stages",
+        "4",
+        "--output_dir",
+        tmp_path,
+        "--model",
+        other,
+        "--resume_from",
+        bench / "start" / "stage3" / "checkpoint-final",
+    )
     assert "is of another model" in found and "--model" in found and "projection" in found
 
 

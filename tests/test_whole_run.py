@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from training_helpers import (
-    assert_same_weights,
-    make_data,
-    ok,
-    train,
-    weights_of,
-    write_model_yaml,
-    write_run_yaml,
-)
+from training_helpers import assert_same_weights, make_data, ok, train, weights_of, write_model_yaml, write_run_yaml
 
 from embervlm import cli, run_dir
 
@@ -46,17 +38,41 @@ class Run:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     # phase 2 trains on behind the samples of its first epoch
-    write_run_yaml(folder, write_model_yaml(folder), make_data(folder), save_steps=SAVE, eval_steps=EVAL,
-                   eval_samples=2, report=True, sample_records=2)  # fmt: skip
+    write_run_yaml(
+        folder,
+        write_model_yaml(folder),
+        make_data(folder),
+        save_steps=SAVE,
+        eval_steps=EVAL,
+        eval_samples=2,
+        report=True,
+        sample_records=2,
+    )
     return folder
 
 
 def start(bench: Path, name: str, processes: int) -> Run:
     output, batch = bench / f"{name}-{processes}", str(GLOBAL_BATCH // processes)
     launcher = "python" if processes == 1 else "torchrun"
-    found = ok(train(launcher, "--config", bench / "run.yaml", "--stages", "3", "4", *ENGINES[name], "--output_dir",
-                     output, "--batch_size", batch, "--set", f"stage3_batch_size={batch}",
-                     processes=processes, timeout_s=400))  # fmt: skip
+    found = ok(
+        train(
+            launcher,
+            "--config",
+            bench / "run.yaml",
+            "--stages",
+            "3",
+            "4",
+            *ENGINES[name],
+            "--output_dir",
+            output,
+            "--batch_size",
+            batch,
+            "--set",
+            f"stage3_batch_size={batch}",
+            processes=processes,
+            timeout_s=400,
+        )
+    )
     return Run(output, found.stdout + found.stderr)
 
 
@@ -86,6 +102,16 @@ def test_an_engine_goes_the_whole_way_to_the_weights_of_plain_torch(
         wanted = run_dir.checkpoint_path(alone.output / folder.relative_to(run.output), None)
         assert_same_weights(weights_of(run_dir.checkpoint_path(folder, None)), weights_of(wanted), rtol=1e-3)
     result = run.output / "results" / "eval.json"
-    cli.main(["evaluate", "--checkpoint", str(run_dir.checkpoint_path(run_dir.phase_dir(run.output, 2), None)),
-              "--output_file", str(result), "--num_samples", "4", "--no_wandb"])  # fmt: skip
+    cli.main(
+        [
+            "evaluate",
+            "--checkpoint",
+            str(run_dir.checkpoint_path(run_dir.phase_dir(run.output, 2), None)),
+            "--output_file",
+            str(result),
+            "--num_samples",
+            "4",
+            "--no_wandb",
+        ]
+    )
     assert json.loads(result.read_text())["metrics"].keys() >= {"final_answer_accuracy", "reasoning_consistency"}

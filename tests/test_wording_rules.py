@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from embervlm.evaluation.arithmetic import calculates_again, wrong_arithmetic
-from embervlm.evaluation.metrics import ChainContext, ChainScorer
-from embervlm.evaluation.replaced import replaced_details
-from embervlm.evaluation.wording import Rarity, Reading, clauses_of
+from embervlm.judge.arithmetic import calculates_again, wrong_arithmetic
+from embervlm.judge.faults import ChainContext
+from embervlm.judge.metrics import ChainScorer
+from embervlm.judge.replaced import replaced_details
+from embervlm.words.wording import Rarity, Reading, clauses_of
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,8 @@ def test_the_same_sum_again_says_nothing_new():
         ("Belgrade comes before that.", "Belgrade only comes after that.", [("before", "after")]),
         ("The soil is bone dry.", "The soil is soaking wet.", [("dry", "wet")]),
         (
-            "The wait adds 40 minutes, 17:05 + 0:40 = 17:45.", "The wait adds 20 minutes, 17:05 + 0:20 = 17:25.",
+            "The wait adds 40 minutes, 17:05 + 0:40 = 17:45.",
+            "The wait adds 20 minutes, 17:05 + 0:20 = 17:25.",
             [("40", "20"), ("0:40", "0:20"), ("17:45", "17:25")],
         ),
         ("In short, insects have six legs.", "Insects have six legs.", None),
@@ -76,7 +78,7 @@ def test_the_same_sum_again_says_nothing_new():
         ("A large box is heavy.", "A big box is heavy.", None),  # no opposites
         ("", "Insects have six legs.", None),
     ],
-)  # fmt: skip
+)
 def test_details_that_exclude_each_other(text, known, found):
     assert replaced_details(text, known) == found
 
@@ -95,9 +97,11 @@ def test_names_are_left_alone_where_others_may_be_meant():
 def test_a_planted_detail_is_told_and_what_is_given_is_not():
     gold = ("Insects have six legs.", "Lea counted more than that on her animal.", "Conclusion: a spider.")
     context = ChainContext(
-        instruction="Is it an insect or a spider?", reference_steps=gold, answer=frozenset({"spider"}),
+        instruction="Is it an insect or a spider?",
+        reference_steps=gold,
+        answer=frozenset({"spider"}),
         gold_answer=frozenset({"spider"}),
-    )  # fmt: skip
+    )
     scorer = ChainScorer.fit()
     assert scorer.score(gold, context)["reasons"] == []
     planted = scorer.score(["Insects have eight legs.", *gold[1:]], context)
@@ -126,23 +130,23 @@ def test_names_are_like_no_other_name():
 def test_a_text_that_only_holds_the_words_grants_nothing():
     gold = ("April has 30 days.", "So 30 - 20 = 10 days of the loan fall in April.", "Conclusion: 10 days.")
     context = ChainContext(
-        instruction="How many days of the loan fall in April?", reference_steps=gold, answer=frozenset({"10 days"}),
+        instruction="How many days of the loan fall in April?",
+        reference_steps=gold,
+        answer=frozenset({"10 days"}),
         gold_answer=frozenset({"10 days"}),
-    )  # fmt: skip
+    )
     denied = ChainScorer.fit().score(["It is not true that April has 30 days.", *gold[1:]], context)
     assert denied["reasons"][0] == "step 1 contradicts what is given: 'April has 30 days.'"
 
 
 def test_a_conclusion_before_its_reasons_leads_to_less():
-    steps = [
-        "The pad keeps the glass warm.",
-        "Water only dims glass that is cold.",
-        "Therefore the glass stays clear.",
-    ]
+    steps = ["The pad keeps the glass warm.", "Water only dims glass that is cold.", "Therefore the glass stays clear."]
     context = ChainContext(
-        instruction="Why does the glass stay clear?", reference_steps=tuple(steps), answer=frozenset({"clear glass"}),
+        instruction="Why does the glass stay clear?",
+        reference_steps=tuple(steps),
+        answer=frozenset({"clear glass"}),
         gold_answer=frozenset({"clear glass"}),
-    )  # fmt: skip
+    )
     scorer = ChainScorer.fit()
     in_order, early = (scorer.score(order, context) for order in (steps, [steps[0], steps[2], steps[1]]))
     assert early["parts"]["conclusion_follows"] < in_order["parts"]["conclusion_follows"]
@@ -152,9 +156,11 @@ def test_a_conclusion_before_its_reasons_leads_to_less():
 def test_an_answer_that_is_worked_out_in_the_conclusion_follows_from_its_other_words():
     steps = ["Heating the oven takes 20 minutes.", "The bird goes in at 17:15.", "So switch the oven on at 16:55."]
     context = ChainContext(
-        instruction="When has the oven to be switched on?", reference_steps=tuple(steps), answer=frozenset({"16:55"}),
+        instruction="When has the oven to be switched on?",
+        reference_steps=tuple(steps),
+        answer=frozenset({"16:55"}),
         gold_answer=frozenset({"16:55"}),
-    )  # fmt: skip
+    )
     scorer = ChainScorer.fit()
     assert 0 < scorer.score(steps, context)["parts"]["conclusion_follows"] <= 0.5
     wrong = dataclasses.replace(context, answer=frozenset({"17:10"}))

@@ -20,55 +20,106 @@ import yaml
 
 from embervlm import run_dir
 from embervlm.config import PhaseConfig, TrainConfig, from_mapping
-from embervlm.data.claims import fact_domains
 from embervlm.data.collate import Batch, Collator
-from embervlm.data.dataset import EpochPlan, Sample, encode_direct, encode_reasoning
+from embervlm.data.dataset import encode_direct, encode_reasoning
+from embervlm.data.epoch_plan import EpochPlan
+from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning, read_records
+from embervlm.data.records import ReasoningRecord, read_records
+from embervlm.data.samples import Sample
 from embervlm.data.splits import split_records
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.training.engine import World
 from embervlm.training.loop import deal
+from embervlm.words.chain_text import ROBOTS, format_reasoning
+from embervlm.world import World
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 CPU = torch.device("cpu")
 VOCABULARY = 400
 TINY: dict[str, Any] = {
-    "vision": {"config": {
-        "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 32, "image_size": 36, "patch_size": 12, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }},
-    "language": {"config": {
-        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "max_position_embeddings": 1024, "tie_word_embeddings": True,
-    }},
-    "image_size": 36, "projection_hidden_size": 24, "reasoning_width": 16, "reasoning_ffn": 24, "reasoning_heads": 2,
-    "validator_width": 16, "validator_ffn": 24, "validator_heads": 2,
-}  # fmt: skip
-BATCH_NORM_VISION: dict[str, Any] = {"config": {
-    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
-}}  # fmt: skip
+    "vision": {
+        "config": {
+            "model_type": "vit",
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 36,
+            "patch_size": 12,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+    },
+    "language": {
+        "config": {
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        }
+    },
+    "image_size": 36,
+    "projection_hidden_size": 24,
+    "reasoning_width": 16,
+    "reasoning_ffn": 24,
+    "reasoning_heads": 2,
+    "validator_width": 16,
+    "validator_ffn": 24,
+    "validator_heads": 2,
+}
+BATCH_NORM_VISION: dict[str, Any] = {
+    "config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
+}
 """A vision backbone with running statistics, which are buffers that move in train mode."""
 
 MULTIPLIERS = {"vision_encoder": 0.1, "projection": 0.5, "language_model": 0.5, "reasoning_module": 1.0}
 PHASE1 = {
-    "name": "train_reasoning_heads", "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 2, "freeze_backbone": True,
-    "reasoning_loss_weight": 0.4, "consistency_loss_weight": 0.3, "answer_loss_weight": 0.3,
-}  # fmt: skip
+    "name": "train_reasoning_heads",
+    "epochs": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "freeze_backbone": True,
+    "reasoning_loss_weight": 0.4,
+    "consistency_loss_weight": 0.3,
+    "answer_loss_weight": 0.3,
+}
 PHASE2 = {
-    "name": "joint_finetuning", "epochs": 2, "learning_rate": 5e-4, "warmup_steps": 2,
-    "learning_rate_multipliers": MULTIPLIERS, "reasoning_loss_weight": 0.3, "consistency_loss_weight": 0.2,
-    "answer_loss_weight": 0.3, "multimodal_loss_weight": 0.2, "direct_loss_weight": 0.1, "direct_records_ratio": 0.33,
-}  # fmt: skip
+    "name": "joint_finetuning",
+    "epochs": 2,
+    "learning_rate": 5e-4,
+    "warmup_steps": 2,
+    "learning_rate_multipliers": MULTIPLIERS,
+    "reasoning_loss_weight": 0.3,
+    "consistency_loss_weight": 0.2,
+    "answer_loss_weight": 0.3,
+    "multimodal_loss_weight": 0.2,
+    "direct_loss_weight": 0.1,
+    "direct_records_ratio": 0.33,
+}
 STAGE3 = {
-    "name": "perception", "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 1, "direct_loss_weight": 1.0,
-    "dense_loss_weight": 1.0, "caption_records_ratio": 0.5, "glossary_records_ratio": 0.0,
-}  # fmt: skip
+    "name": "perception",
+    "epochs": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 1,
+    "direct_loss_weight": 1.0,
+    "dense_loss_weight": 1.0,
+    "caption_records_ratio": 0.5,
+    "glossary_records_ratio": 0.0,
+}
 
 
 def phase_config(values: dict[str, Any]) -> PhaseConfig:
@@ -84,11 +135,23 @@ def write_model_yaml(folder: Path, **changes: Any) -> Path:
 def write_run_yaml(folder: Path, model: Path | str, data: Path, **changes: Any) -> Path:
     """A run of the tiny model; `changes` are dotted keys of the YAML, dots written as double underscores."""
     values: dict[str, Any] = {
-        "model": str(model), "output_dir": str(folder / "outputs"), "reasoning_data": str(data), "precision": "fp32",
-        "log_steps": 1, "keep_last": 9, "sample_records": 1, "stage3_batch_size": 4, "stage3": dict(STAGE3),
-        "stage4": {"batch_size": 4, "phase1": dict(PHASE1), "phase2": dict(PHASE2), "max_reasoning_length": 400,
-                   "scheduled_sampling": {"enabled": True}},
-    }  # fmt: skip
+        "model": str(model),
+        "output_dir": str(folder / "outputs"),
+        "reasoning_data": str(data),
+        "precision": "fp32",
+        "log_steps": 1,
+        "keep_last": 9,
+        "sample_records": 1,
+        "stage3_batch_size": 4,
+        "stage3": dict(STAGE3),
+        "stage4": {
+            "batch_size": 4,
+            "phase1": dict(PHASE1),
+            "phase2": dict(PHASE2),
+            "max_reasoning_length": 400,
+            "scheduled_sampling": {"enabled": True},
+        },
+    }
     for key, value in changes.items():
         at = values
         *parents, last = key.split("__")
@@ -102,7 +165,7 @@ def write_run_yaml(folder: Path, model: Path | str, data: Path, **changes: Any) 
 
 def make_data(folder: Path, num_samples: int = 36) -> Path:
     """Rendered scenes with their records."""
-    from embervlm.data.scenes.generate import generate_scenes
+    from embervlm.robots.generate import generate_scenes
 
     path = folder / "reasoning_data.json"
     generate_scenes(path, num_samples=num_samples, questions_per_picture=3, seed=0, workers=1, progress=False)
@@ -138,9 +201,18 @@ class Bench:
 
     @classmethod
     def make(
-        cls, data: Path, phase: PhaseConfig, *, global_batch: int = 8, draws: bool = True, seed: int = 0,
-        vision: dict[str, Any] | None = None, text_only: bool = False, boxes: bool = True, **config: Any,
-    ) -> Bench:  # fmt: skip
+        cls,
+        data: Path,
+        phase: PhaseConfig,
+        *,
+        global_batch: int = 8,
+        draws: bool = True,
+        seed: int = 0,
+        vision: dict[str, Any] | None = None,
+        text_only: bool = False,
+        boxes: bool = True,
+        **config: Any,
+    ) -> Bench:
         """
         Args:
             draws: Also what is drawn at random, such as the validator's negatives.
@@ -162,10 +234,15 @@ class Bench:
         direct = encode_direct(records, tokenizer)
         pictures = PictureCache([record.image for record in records if record.image], model.config.image_size)
         collator = Collator(
-            records, tokenizer, pictures, candidates=ROBOTS, seed=0, image_size=model.config.image_size,
+            records,
+            tokenizer,
+            pictures,
+            candidates=ROBOTS,
+            seed=0,
+            image_size=model.config.image_size,
             pair_maker=PairMaker(records, chains, tokenizer) if draws else None,
             grounding=phase.multimodal_loss_weight > 0,
-        )  # fmt: skip
+        )
         mixed = ((direct, phase.direct_records_ratio),)
         plan = EpochPlan(main=chains, mixed=mixed, global_batch=global_batch, seed=0)
         return cls(model, collator, plan, chains, direct, from_mapping(TrainConfig, {"precision": "fp32", **config}))
@@ -193,8 +270,15 @@ def free_port() -> str:
 
 def command(launcher: str, script: str | Path, *args: str | Path, processes: int = 2) -> list[str]:
     if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                 "--master_port", free_port()]  # fmt: skip
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            free_port(),
+        ]
     elif launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", free_port()]
     else:
@@ -204,8 +288,11 @@ def command(launcher: str, script: str | Path, *args: str | Path, processes: int
 
 def environment() -> dict[str, str]:
     """Of a training that is started here, whatever started the tests."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
-             "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")}  # fmt: skip
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")
+    }
     clean |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     clean["PYTHONPATH"] = str(REPOSITORY)  # whatever the working folder
     clean["PATH"] = f"{BIN}{os.pathsep}{clean['PATH']}"
@@ -217,9 +304,14 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; everything it started is killed when `timeout_s` is over."""
     process = subprocess.Popen(
-        list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment() | env,
+        list(argv),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment() | env,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -235,8 +327,9 @@ def train(
     launcher: str, *args: str | Path, processes: int = 2, timeout_s: float = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """`launch/train.py` with `args`."""
-    return run(command(launcher, REPOSITORY / "launch" / "train.py", *args, processes=processes),
-               timeout_s=timeout_s, **env)  # fmt: skip
+    return run(
+        command(launcher, REPOSITORY / "launch" / "train.py", *args, processes=processes), timeout_s=timeout_s, **env
+    )
 
 
 def ok(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,1 @@
+"""What training reads: record -> store -> dataset -> batch. May touch text and tensors; knows no model."""

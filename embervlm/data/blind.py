@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from embervlm.data.claims import all_words
+from embervlm.words.claims import all_words
 
 MAX_ANSWERS = 200
 """Answers that the guesser by words chooses from: the most common ones."""

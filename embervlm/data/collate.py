@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embervlm.data.dataset import CAPTION, DIRECT, EDITED, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import CAPTION, DIRECT, EDITED, REASONING, Sample, boxes_to_mask, known_boxes
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
@@ -62,9 +62,13 @@ class Batch:
             }
 
         return Batch(
-            inputs=move(self.inputs), targets=move(self.targets), counts=self.counts,
-            picture_index=self.picture_index, record_ids=self.record_ids, muted=self.muted,
-        )  # fmt: skip
+            inputs=move(self.inputs),
+            targets=move(self.targets),
+            counts=self.counts,
+            picture_index=self.picture_index,
+            record_ids=self.record_ids,
+            muted=self.muted,
+        )
 
 
 class Collator:
@@ -95,9 +99,14 @@ class Collator:
         self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
 
     def __call__(
-        self, samples: Sequence[Sample], *, step: int, places: Sequence[int] | None = None,
-        teacher_forcing: float = 1.0, load_pictures: bool = True,
-    ) -> Batch:  # fmt: skip
+        self,
+        samples: Sequence[Sample],
+        *,
+        step: int,
+        places: Sequence[int] | None = None,
+        teacher_forcing: float = 1.0,
+        load_pictures: bool = True,
+    ) -> Batch:
         """`places` are those of `samples` in their global batch; 0, 1, ... where left out."""
         places = range(len(samples)) if places is None else places
         rngs = [random.Random(f"{self.seed}:{step}:{place}") for place in places]
@@ -128,9 +137,12 @@ class Collator:
         if self.dense_labels is not None:
             self._dense(samples, targets, counts)
         return Batch(
-            inputs=inputs, targets=targets, counts=counts, picture_index=torch.tensor(rows),
+            inputs=inputs,
+            targets=targets,
+            counts=counts,
+            picture_index=torch.tensor(rows),
             record_ids=[self.records[s.record].record_id if s.record >= 0 else "glossary" for s in samples],
-        )  # fmt: skip
+        )
 
     def _metadata(self, sample: Sample) -> Mapping[str, Any]:
         return self.records[sample.record].metadata if sample.record >= 0 else {}
@@ -148,9 +160,14 @@ class Collator:
         return out
 
     def _score_tokens(
-        self, samples: Sequence[Sample], texts: list[list[int]], length: int, inputs: dict[str, Any],
-        targets: dict[str, Tensor], counts: dict[str, float],
-    ) -> None:  # fmt: skip
+        self,
+        samples: Sequence[Sample],
+        texts: list[list[int]],
+        length: int,
+        inputs: dict[str, Any],
+        targets: dict[str, Tensor],
+        counts: dict[str, float],
+    ) -> None:
         index: list[int] = []
         labels: list[int] = []
         direct: list[bool] = []
@@ -166,13 +183,18 @@ class Collator:
         counts["reasoning"] = float(len(direct) - sum(direct))
 
     def _ask_answer_head(
-        self, samples: Sequence[Sample], length: int, inputs: dict[str, Any], targets: dict[str, Tensor],
+        self,
+        samples: Sequence[Sample],
+        length: int,
+        inputs: dict[str, Any],
+        targets: dict[str, Tensor],
         counts: dict[str, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         asked = [
-            (row, s) for row, s in enumerate(samples)
+            (row, s)
+            for row, s in enumerate(samples)
             if s.answer_position is not None and self._metadata(s).get("candidates") != []  # an open answer
-        ]  # fmt: skip
+        ]
         counts["answer"] = 0.0
         unasked = not asked
         asked = asked or [(0, samples[0])]  # every process runs every part; see `Batch`
@@ -202,9 +224,13 @@ class Collator:
         counts["answer"] = float(real.sum())
 
     def _ask_validator(
-        self, samples: Sequence[Sample], rngs: Sequence[random.Random], inputs: dict[str, Any],
-        targets: dict[str, Tensor], counts: dict[str, float],
-    ) -> None:  # fmt: skip
+        self,
+        samples: Sequence[Sample],
+        rngs: Sequence[random.Random],
+        inputs: dict[str, Any],
+        targets: dict[str, Tensor],
+        counts: dict[str, float],
+    ) -> None:
         counts["consistency"] = 0.0
         if self.pair_maker is None:
             return
@@ -234,9 +260,11 @@ class Collator:
 
     @staticmethod
     def _ask_of_own(
-        own: Sequence[tuple[int, list[tuple[int, int, int]]]], samples: Sequence[Sample], inputs: dict[str, Any],
+        own: Sequence[tuple[int, list[tuple[int, int, int]]]],
+        samples: Sequence[Sample],
+        inputs: dict[str, Any],
         targets: dict[str, Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The chains whose likeliest mistakes the validator is asked about, behind the pairs."""
         scored_from = [max(1, len(sample.prompt) + sample.num_given) for sample in samples]
         scored = [len(sample) - start for sample, start in zip(samples, scored_from)]
@@ -246,15 +274,15 @@ class Collator:
         most = max(len(places) for _, places in own)
         inputs["own_record"] = torch.tensor([row for row, _ in own])
         inputs["own_prompt"] = torch.tensor([len(samples[row].prompt) for row, _ in own])
-        inputs["own_places"] = torch.tensor([
-            [(first[row] + at, at, start, end) for at, start, end in (places * most)[:most]] for row, places in own
-        ])  # fmt: skip
+        inputs["own_places"] = torch.tensor(
+            [[(first[row] + at, at, start, end) for at, start, end in (places * most)[:most]] for row, places in own]
+        )
         targets["valid"] = torch.cat([targets["valid"], torch.zeros(len(own))])
         targets["valid_weight"] = torch.cat([targets["valid_weight"], torch.full((len(own),), weight)])
 
     def _contrasted(
         self, samples: Sequence[Sample], rows: Sequence[int], step: int, places: Sequence[int]
-    ) -> list[tuple[int, int]]:  # fmt: skip
+    ) -> list[tuple[int, int]]:
         """Where no boxes are known: chains to read a second time, behind the picture of another record.
 
         Which one depends on seed, step and place alone, not on what else is in the micro-batch. It is one that the
@@ -279,9 +307,13 @@ class Collator:
 
     @staticmethod
     def _contrast(
-        chains: Sequence[int], texts: list[list[int]], length: int, inputs: dict[str, Any],
-        targets: dict[str, Tensor], counts: dict[str, float],
-    ) -> None:  # fmt: skip
+        chains: Sequence[int],
+        texts: list[list[int]],
+        length: int,
+        inputs: dict[str, Any],
+        targets: dict[str, Tensor],
+        counts: dict[str, float],
+    ) -> None:
         """Score the last rows as well, which repeat `chains` behind other pictures.
 
         `contrast_own` tells of each token there which scored token it repeats, `contrast_lengths` how many a chain has.
@@ -289,8 +321,9 @@ class Collator:
         scored = inputs["score_index"]
         own = [(scored // length == row).nonzero().squeeze(1) for row in chains]
         begin = len(texts) - len(chains)
-        again = [scored[places] + (begin + number - row) * length
-                 for number, (row, places) in enumerate(zip(chains, own))]  # fmt: skip
+        again = [
+            scored[places] + (begin + number - row) * length for number, (row, places) in enumerate(zip(chains, own))
+        ]
         targets["contrast_own"] = torch.cat([*own, scored[:0]])
         targets["contrast_lengths"] = torch.tensor([len(places) for places in own], dtype=torch.long)
         targets["labels"] = torch.cat([targets["labels"], targets["labels"][targets["contrast_own"]]])
@@ -299,9 +332,13 @@ class Collator:
         counts["multimodal"] = float(len(chains))
 
     def _ground(
-        self, samples: Sequence[Sample], length: int, inputs: dict[str, Any], targets: dict[str, Tensor],
+        self,
+        samples: Sequence[Sample],
+        length: int,
+        inputs: dict[str, Any],
+        targets: dict[str, Tensor],
         counts: dict[str, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Tokens whose attention is supervised, where the data know boxes."""
         index: list[int] = []
         masks: list[Tensor] = []
@@ -317,9 +354,12 @@ class Collator:
 
     @staticmethod
     def _sample_inputs(
-        samples: Sequence[Sample], rngs: Sequence[random.Random], length: int, teacher_forcing: float,
+        samples: Sequence[Sample],
+        rngs: Sequence[random.Random],
+        length: int,
+        teacher_forcing: float,
         inputs: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         if teacher_forcing >= 1:
             return
         chosen = []
@@ -333,9 +373,7 @@ class Collator:
 
     def _dense(self, samples: Sequence[Sample], targets: dict[str, Tensor], counts: dict[str, float]) -> None:
         assert self.dense_labels is not None
-        labels = [
-            self.dense_labels.of(self.records[s.record].metadata if s.record >= 0 else {}) for s in samples
-        ]  # fmt: skip
+        labels = [self.dense_labels.of(self.records[s.record].metadata if s.record >= 0 else {}) for s in samples]
         targets["dense"] = torch.stack(labels)
         counts["dense"] = float((targets["dense"] >= 0).sum())
 

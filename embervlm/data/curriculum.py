@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from embervlm.config import COMPLEXITIES, ConfigError, CurriculumConfig
-from embervlm.data.claims import ClaimReader, reader_of
+from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.store import RecordView, save_array
+from embervlm.words.claims import ClaimReader
 
 STEP_LIMITS = (3, 5)
 """Most numbered steps of a simple and of a medium chain: the guide's curriculum."""

@@ -26,10 +26,14 @@ MAX_PIXELS = 200_000_000
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 _TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 _EXIF_ORIENTATION = 0x0112
 _quiet_lock = threading.Lock()
 
@@ -217,10 +221,7 @@ class PictureCache:
     """
 
     def __init__(
-        self,
-        paths: Iterable[str | os.PathLike[str]],
-        size: int,
-        cache_dir: str | os.PathLike[str] | None = None,
+        self, paths: Iterable[str | os.PathLike[str]], size: int, cache_dir: str | os.PathLike[str] | None = None
     ) -> None:
         self.size = size
         self._given = paths if isinstance(paths, Sequence) else list(paths)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embervlm.data.records import DataError, ReasoningRecord
+from embervlm.data.samples import Samples
 from embervlm.data.store import has_field
-
-if TYPE_CHECKING:
-    from embervlm.data.dataset import Samples
-
 
 _PARTS = {"reasoning": ("chain and answer", "reasoning"), "caption": ("caption", "metadata.caption")}
 """Form of a sample -> what stands behind the question, and its field."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embervlm.data.claims import fact_domains
-from embervlm.data.dataset import Sample, Samples, step_texts
+from embervlm.data.facts import fact_domains
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import Sample, Samples, step_texts
 from embervlm.data.splits import text_hash
 from embervlm.data.store import question_hashes
 from embervlm.data.tokenizer import ReasoningTokenizer
@@ -165,9 +165,7 @@ class PairMaker:
             return StepPair(kind=kind, previous=self._previous(steps, index), step=rng.choice(steps[:index]))
         if kind == "wrong_order":
             types = record.metadata.get("step_types") or ()
-            later = [
-                i for i in range(index + 1, len(steps)) if len(types) != len(steps) or types[i] != types[index]
-            ]  # fmt: skip
+            later = [i for i in range(index + 1, len(steps)) if len(types) != len(steps) or types[i] != types[index]]
             if not later:
                 return None
             return StepPair(kind=kind, previous=self._previous(steps, index), step=steps[rng.choice(later)])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embervlm.data.chain_text import (
+from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
@@ -194,10 +194,12 @@ def _check_metadata(metadata: Mapping[str, Any], num_steps: int, report: Report)
 def _is_box(box: Mapping[str, Any]) -> bool:
     edges = box["box"]
     return (
-        isinstance(box["kind"], str) and isinstance(box.get("label", ""), str)
-        and isinstance(edges, list) and len(edges) == 4
+        isinstance(box["kind"], str)
+        and isinstance(box.get("label", ""), str)
+        and isinstance(edges, list)
+        and len(edges) == 4
         and all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in edges)
-    )  # fmt: skip
+    )
 
 
 def _text_problem(text: str, limit: int) -> str:
@@ -285,7 +287,7 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
 
 def _read_answer(
     value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     answer, candidates = value.get("answer"), rules.candidates
     if (own := metadata.get("candidates")) is not None:
         if not isinstance(own, list) or not all(isinstance(name, str) and name.strip() for name in own):

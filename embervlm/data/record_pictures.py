@@ -15,9 +15,21 @@ from embervlm.data.record_fields import FieldRules, Report, kind, quote
 from embervlm.run_dir import naming_unwritten
 
 PICTURE_NAMES = (
-    "image", "image_path", "image_file", "image_name", "image_filename", "img", "img_path", "picture", "picture_path",
-    "photo", "images", "file_name", "filename", "path",
-)  # fmt: skip
+    "image",
+    "image_path",
+    "image_file",
+    "image_name",
+    "image_filename",
+    "img",
+    "img_path",
+    "picture",
+    "picture_path",
+    "photo",
+    "images",
+    "file_name",
+    "filename",
+    "path",
+)
 """Fields that name a record's picture, whatever their case; the last three only where what they name ends as pictures
 do."""
 _ANY_FILE = PICTURE_NAMES[-3:]
@@ -25,14 +37,12 @@ MAX_REMEMBERED_IMAGES = 100_000
 """Looked-up picture paths that are kept, so that memory does not grow with the file."""
 _SUFFIX = re.compile(
     r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
-)  # fmt: skip
+)
 PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?\d*\|?>|\[(?:image|img)\]", re.IGNORECASE)
 """Where other data sets put the picture into the text."""
 
 
-def read_picture(
-    value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report
-) -> str | None:  # fmt: skip
+def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report) -> str | None:
     """The resolved path of the record's picture; None where it has none, or where something was reported.
 
     A field that was taken for it leaves `metadata`.

@@ -15,7 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from embervlm.data.chain_text import (
+from embervlm.data.json_text import Decoder, JsonText
+from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
+from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
+from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
+from embervlm.errors import UserError
+from embervlm.run_dir import atomic_text
+from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
@@ -24,12 +30,6 @@ from embervlm.data.chain_text import (
     parse_answer,
     parse_reasoning_text,
 )
-from embervlm.data.json_text import Decoder, JsonText
-from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
-from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
-from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
-from embervlm.errors import UserError
-from embervlm.run_dir import atomic_text
 
 __all__ = [
     "REASONING_END",
@@ -143,9 +143,16 @@ def read_records(
     records: list[ReasoningRecord] = []
     num_values = 0
     for reading in read_each(
-        path, problems, image_root=image_root, candidates=candidates, require_reasoning=require_reasoning,
-        require_answer=require_answer, allow_outside=allow_outside, max_steps=max_steps, unpack_dir=unpack_dir,
-    ):  # fmt: skip
+        path,
+        problems,
+        image_root=image_root,
+        candidates=candidates,
+        require_reasoning=require_reasoning,
+        require_answer=require_answer,
+        allow_outside=allow_outside,
+        max_steps=max_steps,
+        unpack_dir=unpack_dir,
+    ):
         num_values += 1
         if reading.record is not None:
             records.append(reading.record)
@@ -195,10 +202,14 @@ def read_each(
     """
     path = Path(path)
     rules = FieldRules(
-        image_root=folder_of_images(path, image_root), candidates=tuple(candidates),
-        require_reasoning=require_reasoning, allow_outside=allow_outside, max_steps=max_steps,
-        require_answer=require_answer, unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
-    )  # fmt: skip
+        image_root=folder_of_images(path, image_root),
+        candidates=tuple(candidates),
+        require_reasoning=require_reasoning,
+        allow_outside=allow_outside,
+        max_steps=max_steps,
+        require_answer=require_answer,
+        unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
+    )
     named = ((number, f"{path.name}:{number}", value) for number, value in file_values(path, file_problems))
     yield from read_values(named, rules)
 

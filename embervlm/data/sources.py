@@ -17,8 +17,9 @@ from typing import Any
 from embervlm.data.json_text import Decoder
 from embervlm.data.record_fields import MAX_STEPS, FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
-from embervlm.data.records import ROBOTS, file_values, folder_of_images
+from embervlm.data.records import file_values, folder_of_images
 from embervlm.run_dir import WriteError, naming_unwritten
+from embervlm.words.chain_text import ROBOTS
 
 _NO_PICTURES = frozenset(
     ("json", "pdf", "ps", "eps", "h5", "hdf", "mpg", "mpeg", "fits", "fit", "bufr", "grib", "wmf", "emf")
@@ -61,16 +62,23 @@ def is_one_file(path: str | os.PathLike[str]) -> bool:
 
 
 def source_rules(
-    path: Path, files: Sequence[Path], unpack_dir: Path, *, image_root: str | os.PathLike[str] | None,
+    path: Path,
+    files: Sequence[Path],
+    unpack_dir: Path,
+    *,
+    image_root: str | os.PathLike[str] | None,
     allow_outside: bool,
-) -> FieldRules:  # fmt: skip
+) -> FieldRules:
     """What the records in the `files` that `path` names are checked against."""
     root = path / "any" if path.is_dir() else path
     return FieldRules(
         image_root=os.path.realpath(unpack_dir) if is_shard(files[0]) else folder_of_images(root, image_root),
-        candidates=tuple(ROBOTS), require_reasoning=True, allow_outside=allow_outside, max_steps=MAX_STEPS,
+        candidates=tuple(ROBOTS),
+        require_reasoning=True,
+        allow_outside=allow_outside,
+        max_steps=MAX_STEPS,
         unpack_dir=str(unpack_dir),
-    )  # fmt: skip
+    )
 
 
 def is_shard(file: Path) -> bool:
@@ -79,7 +87,7 @@ def is_shard(file: Path) -> bool:
 
 def source_values(
     file: Path, unpack_dir: Path, problems: list[str], unused: Counter[str] | None = None
-) -> Iterator[tuple[int | str, Any]]:  # fmt: skip
+) -> Iterator[tuple[int | str, Any]]:
     """Number, or key of a shard, and value of each record of one file; a shard's pictures go to `unpack_dir`.
 
     What cannot be read goes to `problems`. Members of a shard that are neither record nor picture are counted in

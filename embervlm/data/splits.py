@@ -62,9 +62,14 @@ def split_records(
 
 
 def splits_of(
-    records: Sequence[ReasoningRecord], pictures: Mapping[str, str], problems: list[str], *, val_ratio: float = 0.1,
-    test_ratio: float = 0.1, seed: int = 0,
-) -> list[Split]:  # fmt: skip
+    records: Sequence[ReasoningRecord],
+    pictures: Mapping[str, str],
+    problems: list[str],
+    *,
+    val_ratio: float = 0.1,
+    test_ratio: float = 0.1,
+    seed: int = 0,
+) -> list[Split]:
     """The split of each record as `split_records` finds it; what it raises goes to `problems` instead.
 
     Args:

@@ -292,9 +292,11 @@ def _records(
 
 
 def _write(
-    path: Path, folder: Path, records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
+    path: Path,
+    folder: Path,
+    records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
     unused: Counter[str],
-) -> None:  # fmt: skip
+) -> None:
     """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others.
 
     What nothing reads, fields of records and members of shards, is counted in `unused`.

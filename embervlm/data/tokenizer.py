@@ -15,15 +15,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from embervlm.config import ConfigError
-from embervlm.data.claims import fact_domains
-from embervlm.data.records import ROBOTS, ReasoningRecord, format_reasoning
-from embervlm.data.teachers.rules import glossary
+from embervlm.data.facts import fact_domains
+from embervlm.data.records import ReasoningRecord
 from embervlm.errors import UserError
 from embervlm.run_dir import closest_path, names_a_path
+from embervlm.words.chain_text import ROBOTS, format_reasoning
 
 SPECIAL_TOKENS = (
-    "<|reasoning_start|>", "<|reasoning_end|>", "<|step|>", "<|conclusion|>", "<|answer_start|>", "<|answer_end|>",
-)  # fmt: skip
+    "<|reasoning_start|>",
+    "<|reasoning_end|>",
+    "<|step|>",
+    "<|conclusion|>",
+    "<|answer_start|>",
+    "<|answer_end|>",
+)
 """Tokens that Stage 4 adds; their ids follow the base vocabulary in this order."""
 
 CONCLUSION = "Conclusion: "
@@ -63,8 +68,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, atoms: Iterable[str] 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def tokenizer_of(records: Sequence[ReasoningRecord], vocab_size: int) -> ReasoningTokenizer:
-    """One of our own for `records`: what a run trains where its language model brings none."""
+def tokenizer_of(
+    records: Sequence[ReasoningRecord], vocab_size: int, glossary: Sequence[str] = ()
+) -> ReasoningTokenizer:
+    """One of our own for `records` and the texts of `glossary`: a run trains it where its language model has none."""
     some = list(records[:: -(-len(records) // MAX_TOKENIZER_RECORDS)])
     texts = [
         text
@@ -73,7 +80,7 @@ def tokenizer_of(records: Sequence[ReasoningRecord], vocab_size: int) -> Reasoni
     ]
     texts += [" " + record.metadata["caption"] for record in some if record.metadata.get("caption")]
     atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
-    return ReasoningTokenizer(train_tokenizer([*texts, *glossary() * 5], vocab_size, atoms))
+    return ReasoningTokenizer(train_tokenizer([*texts, *(list(glossary) * 5)], vocab_size, atoms))
 
 
 class ReasoningTokenizer:

@@ -1,0 +1,1 @@
+"""A checkpoint and a split become one JSON file."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embervlm.data.chain_text import CONCLUSION
+from embervlm.words.chain_text import CONCLUSION
 
 MOST_FAULTS = 8
 CALIBRATED = 0.05

@@ -51,11 +51,15 @@ def reliability_bins(confidence: Sequence[float], correct: Sequence[bool]) -> li
     out: list[dict[str, float | int | None]] = []
     for number in range(NUM_BINS):
         own = place == number
-        out.append({
-            "low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "num": int(own.sum()),
-            "confidence": float(sure[own].mean()) if own.any() else None,
-            "accuracy": float(right[own].mean()) if own.any() else None,
-        })  # fmt: skip
+        out.append(
+            {
+                "low": number / NUM_BINS,
+                "high": (number + 1) / NUM_BINS,
+                "num": int(own.sum()),
+                "confidence": float(sure[own].mean()) if own.any() else None,
+                "accuracy": float(right[own].mean()) if own.any() else None,
+            }
+        )
     return out
 
 
@@ -70,17 +74,23 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
 
 
 def calibration(
-    fitted_on: Sequence[Mapping[str, Any]], fitted_correct: Sequence[bool], results: Sequence[Mapping[str, Any]],
-    correct: Sequence[bool], *, split: str = "val",
-) -> dict[str, Any] | None:  # fmt: skip
+    fitted_on: Sequence[Mapping[str, Any]],
+    fitted_correct: Sequence[bool],
+    results: Sequence[Mapping[str, Any]],
+    correct: Sequence[bool],
+    *,
+    split: str = "val",
+) -> dict[str, Any] | None:
     """The evaluation's block: temperature of `fitted_on`, and the error of `results` with it and without."""
     temperature = fit_temperature(fitted_on, fitted_correct)
     if temperature is None or not results:
         return None
     sure = confidences(results, temperature)
     return {
-        "split_fitted": split, "num_fitted": len(fitted_on), "temperature": temperature,
+        "split_fitted": split,
+        "num_fitted": len(fitted_on),
+        "temperature": temperature,
         "ece": expected_calibration_error(sure, correct),
         "ece_uncalibrated": expected_calibration_error(confidences(results, 1.0), correct),
         "bins": reliability_bins(sure, correct),
-    }  # fmt: skip
+    }

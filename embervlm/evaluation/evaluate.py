@@ -16,24 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from embervlm import __version__, run_dir
+from embervlm import run_dir
 from embervlm.config import ConfigError
-from embervlm.data.claims import fact_domains
 from embervlm.data.collate import validator_inputs
-from embervlm.data.dataset import encode_reasoning, known_boxes
+from embervlm.data.dataset import encode_reasoning
+from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.records import DataError, ReasoningRecord, read_records
+from embervlm.data.samples import known_boxes
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordStore, prepare
 from embervlm.data.tokenizer import DIRECT_PROMPT
-from embervlm.evaluation.backends import EMBEDDED
 from embervlm.evaluation.calibration import calibration, confidences
 from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
 from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
-from embervlm.evaluation.metrics import (
-    ChainContext,
+from embervlm.evaluation.own_steps import OwnSteps
+from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
+from embervlm.judge.backends import EMBEDDED
+from embervlm.judge.faults import ChainContext
+from embervlm.judge.metrics import (
     ChainScorer,
     balanced_accuracy,
     bootstrap_interval,
@@ -42,13 +45,13 @@ from embervlm.evaluation.metrics import (
     is_right,
     per_candidate_precision_recall,
 )
-from embervlm.evaluation.own_steps import OwnSteps
-from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar
-from embervlm.select_best import CHAIN_METRICS, RANKABLE
-from embervlm.training.engine import World
+from embervlm.ranking import CHAIN_METRICS, RANKABLE
+from embervlm.report.table import cut_off_lines
+from embervlm.version import __version__
+from embervlm.world import World
 
 BATCH_SIZE = 64
 MAX_REFERENCE_RECORDS = 20_000
@@ -57,9 +60,12 @@ CALIBRATION_RECORDS = 200
 """Of the val split, to fit the temperature of `confidence` on."""
 EXPLAIN_BATCH = 16
 COMPARISONS = {
-    "direct": "stage4_direct_accuracy", "swapped": "swapped_image_accuracy", "blind": "blind_accuracy",
-    "same_samples": "no_reasoning_accuracy", "same_time": "no_reasoning_same_time_accuracy",
-}  # fmt: skip
+    "direct": "stage4_direct_accuracy",
+    "swapped": "swapped_image_accuracy",
+    "blind": "blind_accuracy",
+    "same_samples": "no_reasoning_accuracy",
+    "same_time": "no_reasoning_same_time_accuracy",
+}
 """What else is asked, and the name of its accuracy."""
 METRICS = (*RANKABLE, *COMPARISONS.values())
 
@@ -126,8 +132,6 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
     result, _ = evaluate(job)
     if job.world is None or job.world.rank == 0:
         keep_in_checkpoint(job, result, samples=None, whole=True)
-        from embervlm.report.table import cut_off_lines  # here: the report stands to the right
-
         if warning := cut_off_lines(result):
             print(f"{checkpoint}: {warning}", file=sys.stderr)  # select_best's output is one line
     return result
@@ -135,7 +139,7 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
 
 def keep_in_checkpoint(
     job: Evaluation, result: dict[str, Any], samples: list[dict[str, Any]] | None, *, whole: bool
-) -> None:  # fmt: skip
+) -> None:
     """Leave in the checkpoint what others look for there; a warning where it cannot be written.
 
     That is the temperature that `from_pretrained` takes and, of a `whole` evaluation, the file of its split with its
@@ -254,9 +258,12 @@ def _answer_tasks(name: str, asked: _Pass, pictures: PictureCache) -> list[Task]
     def task(number: int, batch: list[int]) -> Task:
         records = [asked.records[index] for index in batch]
         return Task(
-            name=name, number=number, checkpoint=asked.checkpoint, num_records=len(batch),
+            name=name,
+            number=number,
+            checkpoint=asked.checkpoint,
+            num_records=len(batch),
             run=lambda model: answer(model, pictures, records, asked.decoding),
-        )  # fmt: skip
+        )
 
     return [task(number, batch) for number, batch in enumerate(asked.batches)]
 
@@ -297,7 +304,7 @@ def answer(
 @torch.inference_mode()
 def see(
     model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord]
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Visual tokens of the records' pictures, and which have one."""
     model.eval()
     device = model.projection.norm.weight.device
@@ -444,9 +451,11 @@ def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
     for name, asked in passes.items():
         manifest = asked.checkpoint / run_dir.COMPLETE
         files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
-        weights = manifest.read_text("utf-8") if manifest.exists() else [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
-        ]  # fmt: skip
+        weights = (
+            manifest.read_text("utf-8")
+            if manifest.exists()
+            else [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        )
         records = [(r.record_id, r.image, r.instruction, r.steps, r.answer) for r in asked.records]
         about.append([name, str(asked.checkpoint), weights, records, dataclasses.asdict(asked.decoding)])
     return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
@@ -457,25 +466,39 @@ def _digest(job: Evaluation, passes: Mapping[str, _Pass]) -> str:
 
 def _score(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -> dict[str, Any]:
     context = ChainContext(
-        instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=data.domains,
-        reference_steps=record.steps, step_types=record.metadata.get("step_types") or (),
-        answer=frozenset(result["answer_set"]), gold_answer=frozenset(record.answer),
+        instruction=record.instruction,
+        facts=record.metadata.get("facts") or {},
+        domains=data.domains,
+        reference_steps=record.steps,
+        step_types=record.metadata.get("step_types") or (),
+        answer=frozenset(result["answer_set"]),
+        gold_answer=frozenset(record.answer),
         candidates=frozenset(record.candidates),
-    )  # fmt: skip
+    )
     assert data.scorer is not None
     scores = data.scorer.score(result["reasoning_steps"], context)
     scores["reasons"] = [*cut_off_reasons(result), *scores["reasons"]]
     boxes = known_boxes(record.metadata)
     return {
-        "id": record.record_id, "image": record.image, "instruction": record.instruction,
-        "complexity": record.metadata.get("complexity"), "question_kind": record.metadata.get("question_kind"),
-        "gold_steps": list(record.steps), "gold_answer": list(record.answer), **result,
-        "is_open": not record.candidates, "correct": is_right(result["answer_set"], record),
+        "id": record.record_id,
+        "image": record.image,
+        "instruction": record.instruction,
+        "complexity": record.metadata.get("complexity"),
+        "question_kind": record.metadata.get("question_kind"),
+        "gold_steps": list(record.steps),
+        "gold_answer": list(record.answer),
+        **result,
+        "is_open": not record.candidates,
+        "correct": is_right(result["answer_set"], record),
         "step_types": list(record.metadata.get("step_types") or ()) or None,
         "completeness_by_type": scores.pop("completeness_by_type"),
-        "scores": scores, "boxes": [dict(box) for box in boxes] or None, "without_reasoning": None,
-        "validator_scores": None, "attention": None, "looked_at": None,
-    }  # fmt: skip
+        "scores": scores,
+        "boxes": [dict(box) for box in boxes] or None,
+        "without_reasoning": None,
+        "validator_scores": None,
+        "attention": None,
+        "looked_at": None,
+    }
 
 
 def cut_off_reasons(result: Mapping[str, Any]) -> list[str]:
@@ -485,9 +508,11 @@ def cut_off_reasons(result: Mapping[str, Any]) -> list[str]:
 
 
 def _complete(
-    samples: list[dict[str, Any]], data: EvalData, results: Mapping[str, Sequence[Mapping[str, Any]]],
+    samples: list[dict[str, Any]],
+    data: EvalData,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
     details: Sequence[Mapping[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     """Beside each sample what the baseline answered, and for the first ones what the chain looked at."""
     for sample, record, direct in zip(samples, data.records, results.get("same_samples", ())):
         right = is_right(direct["answer_set"], record)
@@ -498,10 +523,14 @@ def _complete(
 
 
 def _result(
-    job: Evaluation, model: EmberVLM, data: EvalData, samples: list[dict[str, Any]],
-    results: Mapping[str, Sequence[Mapping[str, Any]]], passes: Mapping[str, _Pass],
+    job: Evaluation,
+    model: EmberVLM,
+    data: EvalData,
+    samples: list[dict[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    passes: Mapping[str, _Pass],
     answers: Mapping[tuple[str, int], Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     values = _values(samples, results, passes)
     metrics = {name: _mean(found) for name, found in values.items()}
     about = run_dir.read_state(job.checkpoint)
@@ -537,9 +566,10 @@ def _result(
 
 
 def _values(
-    samples: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, Any]]],
+    samples: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
     passes: Mapping[str, _Pass],
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """Each metric's value for every record; [] where it was not measured."""
     values: dict[str, list[float]] = {name: [_finite(s["scores"][name]) for s in samples] for name in CHAIN_METRICS}
     values["final_answer_accuracy"] = [float(s["correct"]) for s in samples]
@@ -572,9 +602,8 @@ def gains(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
 
 
 def _calibrate(
-    job: Evaluation, data: EvalData, samples: list[dict[str, Any]],
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[str, Any] | None:  # fmt: skip
+    job: Evaluation, data: EvalData, samples: list[dict[str, Any]], results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any] | None:
     """Fit on val, and set the samples' `confidence`."""
     if job.split == "val":
         fitted_on, asked = results["chains"], data.records
@@ -678,8 +707,11 @@ def _explain_tasks(job: Evaluation, data: EvalData, chains: Sequence[Mapping[str
     starts = range(0, last, EXPLAIN_BATCH)
     return [
         Task(
-            name="explained", number=number, checkpoint=job.checkpoint, num_records=0,
+            name="explained",
+            number=number,
+            checkpoint=job.checkpoint,
+            num_records=0,
             run=explain(range(start, min(start + EXPLAIN_BATCH, last))),
         )
         for number, start in enumerate(starts)
-    ]  # fmt: skip
+    ]

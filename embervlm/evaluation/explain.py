@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from embervlm.data.chain_text import CONCLUSION
 from embervlm.data.collate import validator_inputs
-from embervlm.data.dataset import boxes_to_mask
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
+from embervlm.data.samples import boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import step_probabilities
+from embervlm.words.chain_text import CONCLUSION
 
 
 @torch.inference_mode()
@@ -117,9 +117,15 @@ def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: int) -> d
 
 
 def _validator_scores(
-    model: EmberVLM, visual: Tensor, seen: Tensor, prompt: list[int], steps: list[list[int]],
-    spans: Sequence[tuple[int, int]], hidden: Tensor, ids: Tensor,
-) -> list[float]:  # fmt: skip
+    model: EmberVLM,
+    visual: Tensor,
+    seen: Tensor,
+    prompt: list[int],
+    steps: list[list[int]],
+    spans: Sequence[tuple[int, int]],
+    hidden: Tensor,
+    ids: Tensor,
+) -> list[float]:
     """The step validator's probability of each step.
 
     It reads states of question, steps before and step. These are the beginning of the chain's own states, unless
@@ -148,17 +154,22 @@ def _validator_scores(
             unexpected[row, start:end] = surprise[start - first : end - first]
             mask[row, :end] = True
         found = model.reasoning_module.step_validator(
-            visual.expand(batch, -1, -1), seen.expand(batch), hidden[:last].expand(batch, -1, -1), unexpected,
-            segments, mask,
-        )  # fmt: skip
+            visual.expand(batch, -1, -1),
+            seen.expand(batch),
+            hidden[:last].expand(batch, -1, -1),
+            unexpected,
+            segments,
+            mask,
+        )
         for index, logit in zip(whole, found.sigmoid().tolist()):
             scores[index] = logit
     if cut := [index for index in range(len(steps)) if scores[index] is None]:
         inputs = validator_inputs([texts[index] for index in cut], limit)
         found = model.judge_steps(
-            visual.expand(len(cut), -1, -1), seen.expand(len(cut)),
+            visual.expand(len(cut), -1, -1),
+            seen.expand(len(cut)),
             **{name: value.to(visual.device) for name, value in inputs.items()},
-        )  # fmt: skip
+        )
         for index, logit in zip(cut, found.sigmoid().tolist()):
             scores[index] = logit
     return [round(score, 4) for score in scores if score is not None]

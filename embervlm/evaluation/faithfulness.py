@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embervlm.data.dataset import num_fact_steps, question_key, scene_key, step_texts
+from embervlm.data.dataset import num_fact_steps, question_key, scene_key
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.scenes.facts import FACT_DOMAINS, SceneFacts
-from embervlm.data.teachers import rules
+from embervlm.data.samples import step_texts
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
-from embervlm.evaluation.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.evaluation.sharing import Key, Task
+from embervlm.judge.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
+from embervlm.robots import rules
+from embervlm.robots.facts import FACT_DOMAINS, SceneFacts
 
 NUM_SAMPLES = 200
 """Records that are asked about, by default."""
@@ -186,9 +187,7 @@ def plant_mistake(record: ReasoningRecord, rng: random.Random) -> Probe | None:
             if wrong.answer and set(wrong.answer) != set(right.answer):
                 first = next(i for i, step in enumerate(wrong.steps) if step != right.steps[i])
                 if wrong.step_types[first] != "conclusion":
-                    return Probe(
-                        kind="planted", record=record, steps=wrong.steps[: first + 1], follows=wrong.answer
-                    )  # fmt: skip
+                    return Probe(kind="planted", record=record, steps=wrong.steps[: first + 1], follows=wrong.answer)
     return None
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from embervlm.data.claims import ChainContext, judge_steps
 from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.explain import explain_chains
-from embervlm.evaluation.metrics import balanced_accuracy, is_right
 from embervlm.evaluation.sharing import Key, Task
+from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.metrics import balanced_accuracy, is_right
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 
@@ -35,9 +35,12 @@ class OwnSteps:
     """What one evaluation asks, as tasks that any process can do, and what came of it."""
 
     def __init__(
-        self, records: Sequence[ReasoningRecord], chains: Sequence[Mapping[str, Any]],
-        domains: Mapping[str, frozenset[str]], num_samples: int = NUM_SAMPLES,
-    ) -> None:  # fmt: skip
+        self,
+        records: Sequence[ReasoningRecord],
+        chains: Sequence[Mapping[str, Any]],
+        domains: Mapping[str, frozenset[str]],
+        num_samples: int = NUM_SAMPLES,
+    ) -> None:
         """`chains`: what the model answered to each of `records`."""
         known = [place for place, record in enumerate(records) if record.metadata.get("facts")]
         self._places = known[:: -(-len(known) // num_samples) or 1][:num_samples]
@@ -71,21 +74,24 @@ class OwnSteps:
         parts = [self._places[start : start + BATCH_SIZE] for start in range(0, len(self._places), BATCH_SIZE)]
         return [
             Task(
-                name="own steps", number=number, checkpoint=checkpoint, num_records=len(part),
-                run=asking(number, part),
+                name="own steps", number=number, checkpoint=checkpoint, num_records=len(part), run=asking(number, part)
             )
             for number, part in enumerate(parts)
-        ]  # fmt: skip
+        ]
 
     def _judged(
         self, record: ReasoningRecord, chain: Mapping[str, Any], scores: Sequence[float]
     ) -> tuple[list[bool], list[float], bool]:
         """For each step whether it is right and its score, and whether the answer is right."""
         context = ChainContext(
-            instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self._domains,
-            reference_steps=record.steps, answer=frozenset(chain["answer_set"]), gold_answer=frozenset(record.answer),
+            instruction=record.instruction,
+            facts=record.metadata.get("facts") or {},
+            domains=self._domains,
+            reference_steps=record.steps,
+            answer=frozenset(chain["answer_set"]),
+            gold_answer=frozenset(record.answer),
             candidates=frozenset(record.candidates),
-        )  # fmt: skip
+        )
         right = [fault.contradicted is None for fault in judge_steps(chain["reasoning_steps"], context)]
         return right, list(scores), is_right(chain["answer_set"], record)
 
@@ -116,12 +122,15 @@ def summarise(chains: Sequence[tuple[Sequence[bool], Sequence[float], bool]]) ->
         passed[bool(answered and all(right))].append(float(all(score > VALID for score in found)))
     both = len(set(labels)) == 2
     return {
-        "valid": labels.count(True), "wrong": labels.count(False),
+        "valid": labels.count(True),
+        "wrong": labels.count(False),
         "balanced_accuracy": balanced_accuracy(labels, [score > VALID for score in scores]) if both else None,
         "auroc": auroc(labels, scores) if both else None,
-        "right_chains": len(passed[True]), "right_chains_passed": _mean(passed[True]),
-        "wrong_chains": len(passed[False]), "wrong_chains_passed": _mean(passed[False]),
-    }  # fmt: skip
+        "right_chains": len(passed[True]),
+        "right_chains_passed": _mean(passed[True]),
+        "wrong_chains": len(passed[False]),
+        "wrong_chains_passed": _mean(passed[False]),
+    }
 
 
 def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:

@@ -14,14 +14,9 @@ from typing import Any
 import torch
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import CONCLUSION, format_reasoning
-from embervlm.data.claims import ChainContext, conclusion_fault, judge_steps
-from embervlm.data.commands import check_output
-from embervlm.data.images import PictureCache
-from embervlm.data.negatives import fact_domains
-from embervlm.data.shard import Shard
-from embervlm.data.teachers.answers import Rejected, checked
-from embervlm.data.teachers.collection import (
+from embervlm.curate.commands import check_output
+from embervlm.curate.teachers.answers import Rejected, checked
+from embervlm.curate.teachers.collection import (
     Answer,
     Collection,
     Question,
@@ -29,13 +24,19 @@ from embervlm.data.teachers.collection import (
     need_input,
     read_questions,
 )
+from embervlm.data.facts import fact_domains
+from embervlm.data.images import PictureCache
+from embervlm.data.shard import Shard
 from embervlm.evaluation.evaluate import BATCH_SIZE, cut_off_reasons, load_model, see
-from embervlm.evaluation.metrics import is_right
+from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.metrics import is_right
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
 from embervlm.model.interactive import step_probabilities
 from embervlm.progress import progress_bar
+from embervlm.words.chain_text import CONCLUSION, format_reasoning
+from embervlm.words.claims import conclusion_fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,14 @@ class SelfGeneration:
 
 
 def generate_by_itself(
-    settings: SelfGeneration, *, input_dataset: Path | None, output_file: Path, num_samples: int,
-    image_root: Path | None = None, shard: str | None = None,
-) -> None:  # fmt: skip
+    settings: SelfGeneration,
+    *,
+    input_dataset: Path | None,
+    output_file: Path,
+    num_samples: int,
+    image_root: Path | None = None,
+    shard: str | None = None,
+) -> None:
     """Write the model's own chains for the questions in `input_dataset`; the same call again continues."""
     part = Shard.parse(shard)
     check_output(output_file, num_samples)
@@ -74,8 +80,11 @@ def generate_by_itself(
     if model.config.stage == STAGE3:
         raise ConfigError(f"--checkpoint {settings.checkpoint}: a Stage 3 model has no step validator; use Stage 4")
     begun = {
-        "--source": "self", "--checkpoint": str(settings.checkpoint), "--seed": settings.seed, "--shard": str(part),
-    }  # fmt: skip
+        "--source": "self",
+        "--checkpoint": str(settings.checkpoint),
+        "--seed": settings.seed,
+        "--shard": str(part),
+    }
     wanted = part.share_of(num_samples)
     with Collection(output_file, questions, image_root=image_root or path.parent, settings=begun) as collection:
         _Writer(model, settings, questions).fill(collection, wanted)
@@ -111,9 +120,13 @@ class _Writer:
 
     @torch.inference_mode()
     def _judged(
-        self, questions: Sequence[Question], keys: Sequence[str], collection: Collection, is_open: Sequence[bool],
+        self,
+        questions: Sequence[Question],
+        keys: Sequence[str],
+        collection: Collection,
+        is_open: Sequence[bool],
         seed: int,
-    ) -> list[Answer]:  # fmt: skip
+    ) -> list[Answer]:
         rows = [question for question in questions for _ in range(self.settings.samples_per_record)]
         decoding = Decoding(
             temperature=self.settings.temperature, seed=seed, max_reasoning_steps=self.settings.max_reasoning_steps
@@ -138,14 +151,24 @@ class _Writer:
             if not reason and not collection.is_new_chain(key, steps):
                 reason = "repeated: the question has this chain already"
             sample = int(key.rpartition(":")[2])
-            record = None if reason else finished_record(
-                question, sample, source="self_generated", steps=steps, answer=question.record.answer,
-                confidence=result["confidence"],
-            )  # fmt: skip
+            record = (
+                None
+                if reason
+                else finished_record(
+                    question,
+                    sample,
+                    source="self_generated",
+                    steps=steps,
+                    answer=question.record.answer,
+                    confidence=result["confidence"],
+                )
+            )
             details = {
-                "id": question.record.record_id, "text": result["text"], "steps": list(steps),
+                "id": question.record.record_id,
+                "text": result["text"],
+                "steps": list(steps),
                 "gold_answer": list(question.record.answer),
-            }  # fmt: skip
+            }
             out.append(Answer(key=key, record=record, reason=reason, details=details))
         return out
 
@@ -167,10 +190,14 @@ class _Writer:
         except Rejected as error:
             return str(error)
         context = ChainContext(
-            instruction=record.instruction, facts=record.metadata.get("facts") or {}, domains=self.domains,
-            reference_steps=record.steps, answer=frozenset(record.answer), gold_answer=frozenset(record.answer),
+            instruction=record.instruction,
+            facts=record.metadata.get("facts") or {},
+            domains=self.domains,
+            reference_steps=record.steps,
+            answer=frozenset(record.answer),
+            gold_answer=frozenset(record.answer),
             candidates=frozenset(record.candidates),
-        )  # fmt: skip
+        )
         for number, fault in enumerate(judge_steps(steps, context), 1):
             if found := fault.contradicted or fault.redundant or fault.unsupported:
                 return f"rules: step {number} {found}"

@@ -16,7 +16,7 @@ from typing import Any
 from embervlm.errors import UserError
 from embervlm.model.embervlm import EmberVLM
 from embervlm.run_dir import naming_unwritten
-from embervlm.training.engine import World
+from embervlm.world import World
 
 Key = tuple[str, int]
 _log = logging.getLogger(__name__)

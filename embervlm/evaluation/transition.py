@@ -214,10 +214,15 @@ def compare_losses(
             continue
         level = float(np.mean(before))
         after = [value for _, value in curve[: min(LINES, max(1, len(curve) // 4))]]
-        out.append(LossTerm(
-            name=name, before=level, after=float(np.mean(after)), noise=float(np.std(before)),
-            back_at=next((step for step, value in curve if value <= level), None),
-        ))  # fmt: skip
+        out.append(
+            LossTerm(
+                name=name,
+                before=level,
+                after=float(np.mean(after)),
+                noise=float(np.std(before)),
+                back_at=next((step for step, value in curve if value <= level), None),
+            )
+        )
     return out
 
 

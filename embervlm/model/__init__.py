@@ -1,0 +1,1 @@
+"""The network, then decoding, generation, verification, and `EmberVLM`, which users call."""

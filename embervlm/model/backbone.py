@@ -232,9 +232,12 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
         """Hidden states `[batch, length, hidden]`. `mask`: `[batch, cached + length]` int64, 0 at padding."""
         outputs = self.backbone.base_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
             use_cache=cache is not None,
-        )  # fmt: skip
+        )
         return outputs.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -96,9 +96,11 @@ def _llama(model: Any, room: int) -> Step:
         layers.append(
             (
                 [_rms_norm(norm.weight, norm.variance_epsilon) for norm in norms],
-                [_linear(each) for each in linear], attention.scaling, mlp.act_fn,
+                [_linear(each) for each in linear],
+                attention.scaling,
+                mlp.act_fn,
             )
-        )  # fmt: skip
+        )
     last = _rms_norm(model.norm.weight, model.norm.variance_epsilon)
     grouped = model.config.num_key_value_heads != model.config.num_attention_heads
     places = torch.arange(room, device=model.norm.weight.device)[None]

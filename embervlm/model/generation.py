@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import parse_answer
 from embervlm.data.images import load_image
 from embervlm.data.record_fields import MAX_STEPS
 from embervlm.data.tokenizer import DIRECT_PROMPT
 from embervlm.model.cache import keep_rows, roomy_cache
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.decode import head_step, language_step
-
-if TYPE_CHECKING:
-    from embervlm.model.embervlm import EmberVLM
+from embervlm.model.network import EmberVLMNetwork
+from embervlm.words.chain_text import parse_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ def _with_margin(longest: int | None, least: int, unknown: int) -> int:
     return unknown if longest is None else longest + max(least, longest // 4)
 
 
-def pictures_tensor(model: EmberVLM, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def pictures_tensor(model: EmberVLMNetwork, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """`[batch, size, size, 3]` uint8 and `[batch]` bool, black and False where there is no picture."""
     size = model.config.image_size
     pictures = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
@@ -83,7 +81,7 @@ def pictures_tensor(model: EmberVLM, images: Sequence[Any]) -> tuple[Tensor, Ten
 
 @torch.inference_mode()
 def generate_answers(
-    model: EmberVLM, images: Sequence[Any], instructions: Sequence[str], decoding: Decoding
+    model: EmberVLMNetwork, images: Sequence[Any], instructions: Sequence[str], decoding: Decoding
 ) -> list[dict[str, Any]]:
     """One result per pair of picture and instruction; see `EmberVLM.generate_with_reasoning`."""
     if len(images) != len(instructions):
@@ -102,7 +100,7 @@ def generate_answers(
         model.train(was_training)
 
 
-def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decoding) -> None:
+def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: Decoding) -> None:
     """ConfigError where picture, instruction and `max_new_tokens` are longer than the model's position table.
 
     Without `max_new_tokens` as much is written as there is room for; see `_Writer`.
@@ -121,9 +119,14 @@ def check_length(model: EmberVLM, instructions: Sequence[str], decoding: Decodin
 
 @torch.inference_mode()
 def generate_from_visual(
-    model: EmberVLM, visual: Tensor, image_mask: Tensor, instructions: Sequence[str], decoding: Decoding,
-    own_candidates: Sequence[Sequence[str] | None] = (), begun: Sequence[Sequence[int]] = (),
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: EmberVLMNetwork,
+    visual: Tensor,
+    image_mask: Tensor,
+    instructions: Sequence[str],
+    decoding: Decoding,
+    own_candidates: Sequence[Sequence[str] | None] = (),
+    begun: Sequence[Sequence[int]] = (),
+) -> list[dict[str, Any]]:
     """The same from visual tokens `[batch, num_visual_tokens, hidden]`, in the precision of the weights, whatever
     `torch.autocast` says.
 
@@ -174,7 +177,7 @@ def generate_from_visual(
             if answer:
                 result["confidence"] = set_confidence(
                     result["head_probabilities"], answer, model.confidence_temperature
-                )  # fmt: skip
+                )
         results.append(result)
     return results
 
@@ -219,7 +222,7 @@ class _Writer:
     """
 
     def __init__(
-        self, model: EmberVLM, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
+        self, model: EmberVLMNetwork, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
     ) -> None:
         assert model.tokenizer is not None
         self.model, self.visual, self.image_mask = model, visual, image_mask
@@ -318,9 +321,14 @@ class _Writer:
             mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() & self.text_mask[:, None, None]
             mask = mask | torch.eye(length, dtype=torch.bool, device=device)  # a padded row must see something
             hidden, _ = self.model.refine(
-                hidden, self.input_ids, self.visual, self.image_mask, looked=self.looked, text_mask=mask,
+                hidden,
+                self.input_ids,
+                self.visual,
+                self.image_mask,
+                looked=self.looked,
+                text_mask=mask,
                 cache=self.head_cache,
-            )  # fmt: skip
+            )
         return hidden[:, -1]
 
     def _write(self, hidden: Tensor) -> tuple[Tensor, list[_Row], bool]:

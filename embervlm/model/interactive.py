@@ -7,13 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import (
+from embervlm.data.collate import validator_inputs
+from embervlm.model.config import STAGE3
+from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
+from embervlm.model.network import EmberVLMNetwork
+from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
@@ -21,13 +25,7 @@ from embervlm.data.chain_text import (
     format_reasoning,
     parse_reasoning_text,
 )
-from embervlm.data.claims import conclusion_fault
-from embervlm.data.collate import validator_inputs
-from embervlm.model.config import STAGE3
-from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
-
-if TYPE_CHECKING:
-    from embervlm.model.embervlm import EmberVLM
+from embervlm.words.claims import conclusion_fault
 
 F = TypeVar("F", bound=Callable[..., Any])
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -73,14 +71,17 @@ class Reasoning:
         robots = {*self.candidates, *self.answer_set} <= set(ROBOTS)
         own = {} if robots else {"candidates": list(self.candidates)}  # of an open answer none
         return {
-            "image": image, "instruction": self.question,
+            "image": image,
+            "instruction": self.question,
             "reasoning": f"{REASONING_START}{format_reasoning(self.steps)}{REASONING_END}",
-            "answer": self.answer_set, "confidence": self.confidence,
+            "answer": self.answer_set,
+            "confidence": self.confidence,
             "metadata": {
-                "source": "self_generated", "num_steps": sum(not step.startswith(CONCLUSION) for step in self.steps),
+                "source": "self_generated",
+                "num_steps": sum(not step.startswith(CONCLUSION) for step in self.steps),
                 **own,
             },
-        }  # fmt: skip
+        }
 
 
 # -- templates --------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def _without_dropout(function: F) -> F:
     """`function` of a model, in eval mode and without gradients; the model's mode is put back."""
 
     @functools.wraps(function)
-    def wrapped(model: EmberVLM, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(model: EmberVLMNetwork, *args: Any, **kwargs: Any) -> Any:
         was_training = model.training
         model.eval()
         try:
@@ -151,9 +152,13 @@ def _without_dropout(function: F) -> F:
 
 @_without_dropout
 def reason(
-    model: EmberVLM, image: Any, question: str, previous: Any = None, constraint: str | None = None,
+    model: EmberVLMNetwork,
+    image: Any,
+    question: str,
+    previous: Any = None,
+    constraint: str | None = None,
     decoding: Decoding | None = None,
-) -> Reasoning:  # fmt: skip
+) -> Reasoning:
     """One chain; see `EmberVLM.generate_reasoning` and `EmberVLM.reason`."""
     decoding = decoding or Decoding()
     if not question.strip():
@@ -175,19 +180,26 @@ def reason(
     if constraint is None or not faults(model, found, visual, seen):
         return found
     drawn = Decoding(
-        max_reasoning_steps=decoding.max_reasoning_steps, max_new_tokens=decoding.max_new_tokens,
-        temperature=decoding.temperature or TEMPERATURE, top_p=decoding.top_p, seed=decoding.seed + 1,
-    )  # fmt: skip
+        max_reasoning_steps=decoding.max_reasoning_steps,
+        max_new_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature or TEMPERATURE,
+        top_p=decoding.top_p,
+        seed=decoding.seed + 1,
+    )
     others = generate_from_visual(
-        model, visual.expand(ATTEMPTS, -1, -1), seen.expand(ATTEMPTS), [question] * ATTEMPTS, drawn,
+        model,
+        visual.expand(ATTEMPTS, -1, -1),
+        seen.expand(ATTEMPTS),
+        [question] * ATTEMPTS,
+        drawn,
         begun=begun * ATTEMPTS,
-    )  # fmt: skip
+    )
     return _most_consistent(
         model, [found, *(_as_reasoning(question, image, other, len(kept)) for other in others)], visual, seen
     )
 
 
-def _look(model: EmberVLM, image: Any) -> tuple[Tensor, Tensor]:
+def _look(model: EmberVLMNetwork, image: Any) -> tuple[Tensor, Tensor]:
     pictures, seen = pictures_tensor(model, [image])
     device = model.projection.norm.weight.device
     return model.see(model.normalise(pictures.to(device))), seen.to(device)
@@ -195,10 +207,16 @@ def _look(model: EmberVLM, image: Any) -> tuple[Tensor, Tensor]:
 
 def _as_reasoning(question: str, image: Any, result: Mapping[str, Any], kept: int) -> Reasoning:
     return Reasoning(
-        question=question, image=image, steps=result["reasoning_steps"], answer=result["answer"],
-        answer_set=result["answer_set"], confidence=result["confidence"], kept_steps=kept,
-        candidates=tuple(result.get("head_probabilities") or ()), cut_off=result["cut_off"],
-    )  # fmt: skip
+        question=question,
+        image=image,
+        steps=result["reasoning_steps"],
+        answer=result["answer"],
+        answer_set=result["answer_set"],
+        confidence=result["confidence"],
+        kept_steps=kept,
+        candidates=tuple(result.get("head_probabilities") or ()),
+        cut_off=result["cut_off"],
+    )
 
 
 def as_reasoning(given: Any) -> Reasoning:
@@ -211,10 +229,15 @@ def as_reasoning(given: Any) -> Reasoning:
         steps, answers = given.get("reasoning_steps"), list(given.get("answer_set") or ())
         if isinstance(steps, Sequence) and not isinstance(steps, str):
             return Reasoning(
-                question=str(given.get("instruction", "")), image=given.get("image"), steps=list(steps),
-                answer=str(given.get("answer", "")), answer_set=answers, confidence=float(given.get("confidence", 0)),
-                candidates=tuple(given.get("head_probabilities") or ()), cut_off=given.get("cut_off"),
-            )  # fmt: skip
+                question=str(given.get("instruction", "")),
+                image=given.get("image"),
+                steps=list(steps),
+                answer=str(given.get("answer", "")),
+                answer_set=answers,
+                confidence=float(given.get("confidence", 0)),
+                candidates=tuple(given.get("head_probabilities") or ()),
+                cut_off=given.get("cut_off"),
+            )
     if isinstance(given, str):
         given = parse_reasoning_text(given)
     if isinstance(given, Sequence) and all(isinstance(step, str) for step in given):
@@ -222,7 +245,9 @@ def as_reasoning(given: Any) -> Reasoning:
     raise ConfigError(f"reasoning: {type(given).__name__} is not a result of generate_reasoning, nor steps, nor text")
 
 
-def _still_holds(model: EmberVLM, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]) -> list[str]:
+def _still_holds(
+    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
+) -> list[str]:
     """The first steps of an earlier chain that the step validator also lets pass after `question`."""
     body = [step for step in steps if not step.startswith(CONCLUSION)]
     kept = []
@@ -236,7 +261,7 @@ def _still_holds(model: EmberVLM, visual: Tensor, seen: Tensor, question: str, s
 # -- verification -----------------------------------------------------------------------------------------------------
 
 
-def faults(model: EmberVLM, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
+def faults(model: EmberVLMNetwork, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
     """What speaks against a chain, by its form and by the model's own step validator; [] where nothing does."""
     steps = reasoning.steps
     out = list(form_faults(reasoning, reasoning.candidates or model.config.candidates))
@@ -264,7 +289,7 @@ def form_faults(reasoning: Reasoning, candidates: Collection[str] = ()) -> Itera
             yield from (f"the conclusion does not name {name}" for name in missing)
 
 
-def _most_consistent(model: EmberVLM, drawn: Sequence[Reasoning], visual: Tensor, seen: Tensor) -> Reasoning:
+def _most_consistent(model: EmberVLMNetwork, drawn: Sequence[Reasoning], visual: Tensor, seen: Tensor) -> Reasoning:
     """The chain with the fewest faults; of equal ones, one with the answer that most give (Wang et al. 2023)."""
     found = [(len(faults(model, one, visual, seen)), one) for one in drawn]
     fewest = min(count for count, _ in found)
@@ -274,7 +299,7 @@ def _most_consistent(model: EmberVLM, drawn: Sequence[Reasoning], visual: Tensor
 
 
 @_without_dropout
-def verify(model: EmberVLM, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
+def verify(model: EmberVLMNetwork, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
     """What speaks against `reasoning`; see `EmberVLM.verify_reasoning`."""
     given = as_reasoning(reasoning)
     asked = question if question is not None else given.question
@@ -284,7 +309,7 @@ def verify(model: EmberVLM, reasoning: Any, image: Any = None, question: str | N
     return faults(model, replace(given, question=asked), visual, seen)
 
 
-def _ids(model: EmberVLM, step: str) -> list[int]:
+def _ids(model: EmberVLMNetwork, step: str) -> list[int]:
     assert model.tokenizer is not None
     mark = model.tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"]
     return [mark, *model.tokenizer.encode(" " + step.removeprefix(CONCLUSION))]
@@ -292,7 +317,7 @@ def _ids(model: EmberVLM, step: str) -> list[int]:
 
 @torch.inference_mode()
 def step_probabilities(
-    model: EmberVLM, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
+    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
 ) -> list[float]:
     """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one picture."""
     if not steps or model.tokenizer is None:
@@ -301,9 +326,7 @@ def step_probabilities(
     ids = [_ids(model, step) for step in steps]
     start = model.tokenizer.ids["<|reasoning_start|>"]
     previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
-    inputs = validator_inputs(
-        [(prompt, before, step) for before, step in zip(previous, ids)], model.max_pair_tokens
-    )  # fmt: skip
+    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)], model.max_pair_tokens)
     logits = model.judge_steps(
         visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
     )

@@ -7,16 +7,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.data.chain_text import format_reasoning, parse_reasoning_text
-from embervlm.data.claims import ChainContext, judge_steps
+from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import Reasoning, as_reasoning, form_faults
 from embervlm.run_dir import write_text_atomic
-
-if TYPE_CHECKING:
-    from embervlm.model.embervlm import EmberVLM
+from embervlm.words.chain_text import format_reasoning, parse_reasoning_text
 
 OWN_CHAINS = "data/stage4/self_generated.jsonl"
 """Where `save_to_dataset` writes unless told otherwise; `--reasoning_data` takes it."""

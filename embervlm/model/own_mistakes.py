@@ -7,7 +7,7 @@ known one, and the validator is asked about that step as the model would have go
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,18 +15,24 @@ from torch.nn import functional as F
 
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS
 
-if TYPE_CHECKING:
-    from embervlm.model.embervlm import EmberVLM
-
 
 @torch.no_grad()
 def own_mistakes(
-    model: EmberVLM, visual: Tensor, image_mask: Tensor, input_ids: Tensor, token_logits: Tensor, record: Tensor,
-    prompt: Tensor, places: Tensor,
-) -> dict[str, Tensor]:  # fmt: skip
+    predict: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    vocab_size: int,
+    visual: Tensor,
+    image_mask: Tensor,
+    input_ids: Tensor,
+    token_logits: Tensor,
+    record: Tensor,
+    prompt: Tensor,
+    places: Tensor,
+) -> dict[str, Tensor]:
     """`pair_ids`, `pair_segments`, `pair_mask`, `pair_record`: of each chain the likeliest mistake.
 
     Args:
+        predict: `EmberVLMNetwork.with_own_predictions`.
+        vocab_size: Tokens that are text; those of Stage 4 behind them are no mistake.
         token_logits: `[scored, vocab]`.
         record: `[chains]`, row of each chain in `input_ids`; `prompt`: `[chains]`, tokens of its question.
         places: `[chains, values, 4]`: of each known value its row in `token_logits`, the column of its first token, and
@@ -37,7 +43,7 @@ def own_mistakes(
     scores = token_logits.index_select(0, row.flatten()).float()
     of_gold = scores.log_softmax(-1).gather(1, gold.view(-1, 1)).view(gold.shape)
     likeliest_wrong = of_gold.argmin(1)
-    others = scores.scatter(1, gold.view(-1, 1), -torch.inf)[:, : model._base_vocab_size].view(*gold.shape, -1)
+    others = scores.scatter(1, gold.view(-1, 1), -torch.inf)[:, :vocab_size].view(*gold.shape, -1)
     chain = torch.arange(len(record), device=record.device)
     wrong = others[chain, likeliest_wrong].argmax(-1)
     column, start, end = (values[chain, likeliest_wrong][:, None] for values in (column, start, end))
@@ -48,7 +54,7 @@ def own_mistakes(
     ids = ids.scatter(1, column, wrong[:, None])
     follow = ((columns > column) & mask).flatten().nonzero().squeeze(1)
     seen, sees = visual.index_select(0, record), image_mask.index_select(0, record)
-    ids = model._sample_inputs(seen, sees, ids, mask, follow)  # as it would have gone on
+    ids = predict(seen, sees, ids, mask, follow)  # as it would have gone on
     segments = torch.full_like(ids, PAIR_SEGMENTS.index("previous"))
     segments = segments.masked_fill(columns < prompt[:, None], PAIR_SEGMENTS.index("question"))
     segments = segments.masked_fill((columns >= start) & mask, PAIR_SEGMENTS.index("step"))

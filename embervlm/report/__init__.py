@@ -1,0 +1,1 @@
+"""Figures and pages from the JSON that runs and evaluations leave. No torch, no model."""

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.report.figures import (
-    ATTENTION_SAMPLES,
-    FIGURES,
-    draw_all,
-    inline_svg,
-    save_figures,
-    write_attention,
-)
+from embervlm.report.figures import ATTENTION_SAMPLES, FIGURES, draw_all, inline_svg, save_figures, write_attention
 from embervlm.report.pages import NUM_SAMPLES, best_examples, failure_cases, index_page, samples_page
 from embervlm.report.pictures import picture_roots
 from embervlm.report.recorded import read_run
@@ -36,9 +29,7 @@ class Report:
     """The evaluation that is shown."""
 
 
-def write_report(
-    folder: str | Path, *, results: str | Path | None = None, num_samples: int = NUM_SAMPLES
-) -> Report:  # fmt: skip
+def write_report(folder: str | Path, *, results: str | Path | None = None, num_samples: int = NUM_SAMPLES) -> Report:
     """Write `stage4/visualizations/` of the run in `folder` anew: the guide's tree, and `index.html`.
 
     Args:
@@ -57,23 +48,36 @@ def write_report(
     figures |= write_attention(chosen, out, roots)
     back = "../index.html"
     samples_page(
-        best, out / "samples" / "best_reasoning_examples.html", f"Best reasoning examples: {record.name}",
-        lead="right answers with the best chains, of every kind of question", back=back, roots=roots,
+        best,
+        out / "samples" / "best_reasoning_examples.html",
+        f"Best reasoning examples: {record.name}",
+        lead="right answers with the best chains, of every kind of question",
+        back=back,
+        roots=roots,
         result=record.result,
         nothing="No sample with a right answer and a chain was recorded.",
-    )  # fmt: skip
+    )
     samples_page(
-        failed, out / "samples" / "failure_cases.html", f"Failure cases: {record.name}",
-        lead="wrong answers, the surest first, then right ones whose chains lost points", back=back, roots=roots,
+        failed,
+        out / "samples" / "failure_cases.html",
+        f"Failure cases: {record.name}",
+        lead="wrong answers, the surest first, then right ones whose chains lost points",
+        back=back,
+        roots=roots,
         result=record.result,
         nothing="No failure was recorded: every answer is right and no chain lost points."
-        if record.samples else "No samples were recorded.",
-    )  # fmt: skip
+        if record.samples
+        else "No samples were recorded.",
+    )
     index = index_page(
-        record, out / "index.html", svgs={name: inline_svg(figure, name) for name, figure in drawn.items()},
-        captions={name: caption for name, (caption, _) in FIGURES.items()}, missing=missing,
-        num_samples=num_samples, roots=roots,
-    )  # fmt: skip
+        record,
+        out / "index.html",
+        svgs={name: inline_svg(figure, name) for name, figure in drawn.items()},
+        captions={name: caption for name, (caption, _) in FIGURES.items()},
+        missing=missing,
+        num_samples=num_samples,
+        roots=roots,
+    )
     return Report(
         index=index, figures=figures, config=record.config, notices=record.notices, result_path=record.result_path
     )

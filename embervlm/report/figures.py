@@ -38,25 +38,62 @@ from embervlm.report.recorded import (
 )
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW = (
-    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442",
-)  # fmt: skip
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#f0e442",
+)
 INK, DIM, EDGE = "#1d2331", "#8a92a3", "#14181f"
 """Text, axes and the edges of bars; a page replaces `INK` by its own text colour."""
 SERIES = [
-    (BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"),
-    (ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"), (SKY, (0, (8, 2)), "P"), (DIM, (0, (1, 1)), "X"),
-]  # fmt: skip
+    (BLUE, "-", "o"),
+    (VERMILLION, "--", "s"),
+    (GREEN, "-.", "^"),
+    (PURPLE, ":", "D"),
+    (ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    (SKY, (0, (8, 2)), "P"),
+    (DIM, (0, (1, 1)), "X"),
+]
 """Colour, line style and marker of the first, second, ... line."""
 STYLE: Any = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.titlesize": 11.0,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.labelsize": 10.0,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": DIM, "axes.labelcolor": INK,
-    "axes.axisbelow": True, "axes.grid": True, "grid.color": DIM, "grid.alpha": 0.3, "grid.linewidth": 0.6,
-    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9.0, "ytick.labelsize": 9.0,
-    "legend.frameon": False, "legend.fontsize": 9.0, "lines.linewidth": 1.8, "lines.markersize": 5.0,
-    "hatch.linewidth": 0.8, "figure.dpi": 110.0, "savefig.dpi": 110.0, "figure.constrained_layout.use": True,
-    "svg.fonttype": "none", "text.parse_math": False, "text.usetex": False, "axes.unicode_minus": False,
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10.0,
+    "axes.labelsize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": DIM,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": DIM,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 9.0,
+    "ytick.labelsize": 9.0,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.0,
+    "hatch.linewidth": 0.8,
+    "figure.dpi": 110.0,
+    "savefig.dpi": 110.0,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.unicode_minus": False,
+}
 MAX_POINTS = 300
 """Of a longer curve neighbouring log lines are averaged."""
 MAX_GROUPS = 12
@@ -114,8 +151,9 @@ def _by_phase(record: RunRecord, key: str, unit: str, *, log: bool) -> Figure:
             if kept:
                 steps, values = _thinned(kept)
                 every = max(1, len(steps) // 8)
-                axes.plot(steps, values, color=color, linestyle=dashes, marker=marker, markevery=every,
-                          label=label(name))  # fmt: skip
+                axes.plot(
+                    steps, values, color=color, linestyle=dashes, marker=marker, markevery=every, label=label(name)
+                )
         axes.set_title(f"Phase {phase}")
         axes.set_xlabel("optimizer steps")
         if log and axes.lines:
@@ -176,21 +214,45 @@ def _checkpoints(record: RunRecord) -> tuple[list[CheckpointResult], list[str]]:
 
 
 def _over_checkpoints(
-    axes: Axes, results: Sequence[CheckpointResult], metric: str, color: str, dashes: Any, marker: str, *, name: str,
+    axes: Axes,
+    results: Sequence[CheckpointResult],
+    metric: str,
+    color: str,
+    dashes: Any,
+    marker: str,
+    *,
+    name: str,
     ring: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     points = [(x, y, item) for x, item in enumerate(results) if (y := item.metrics.get(metric)) is not None]
     if not points:
         return
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color, linestyle=dashes, marker=marker,
-              label=name, clip_on=False, zorder=3)  # fmt: skip
+    axes.plot(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        color=color,
+        linestyle=dashes,
+        marker=marker,
+        label=name,
+        clip_on=False,
+        zorder=3,
+    )
     for x, y, item in points:
         if metric in item.intervals:
             low, high = item.intervals[metric]
             axes.plot([x, x], [low, high], color=color, linewidth=1.2, zorder=2)
         if item.selected and ring:
-            axes.plot(x, y, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=INK,
-                      markeredgewidth=1.6, clip_on=False, zorder=4)  # fmt: skip
+            axes.plot(
+                x,
+                y,
+                marker="o",
+                markersize=13,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+                markeredgewidth=1.6,
+                clip_on=False,
+                zorder=4,
+            )
 
 
 def _target(record: RunRecord, name: str) -> float | None:
@@ -202,8 +264,15 @@ def _target(record: RunRecord, name: str) -> float | None:
 def _target_line(axes: Axes, target: float | None) -> None:
     if target is not None:
         axes.axhline(target, color=INK, linestyle=(0, (6, 3)), linewidth=1.1)
-        axes.annotate(f"target {target:.2f}", (0, target), xycoords=("axes fraction", "data"), xytext=(4, 3),
-                      textcoords="offset points", va="bottom", fontsize=8.5)  # fmt: skip
+        axes.annotate(
+            f"target {target:.2f}",
+            (0, target),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8.5,
+        )
 
 
 def _checkpoint_axis(axes: Axes, results: Sequence[CheckpointResult], ticks: Sequence[str]) -> None:
@@ -218,13 +287,18 @@ def _checkpoint_axis(axes: Axes, results: Sequence[CheckpointResult], ticks: Seq
 
 
 def _selected_legend(figure: Figure, results: Sequence[CheckpointResult]) -> None:
-    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines
-               if not str(line.get_label()).startswith("_")}  # fmt: skip
+    handles = {
+        str(line.get_label()): line
+        for axes in figure.axes
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
     if len(figure.axes) > 1:
         handles = {"metric on val, 95% interval": next(iter(handles.values()))} if handles else {}
     if any(item.selected for item in results):
-        ring = matplotlib.lines.Line2D([], [], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK,
-                                       linestyle="none")  # fmt: skip
+        ring = matplotlib.lines.Line2D(
+            [], [], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none"
+        )
         handles["selected checkpoint"] = ring
     if handles:
         figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=3)
@@ -251,15 +325,31 @@ def step_distribution(record: RunRecord) -> Figure:
             [sum(n for steps, n in counts[correct].items() if low <= steps < low + width) for low in edges]
         )
         there = heights > 0
-        axes.bar(middles[there], heights[there], 0.8 * width, bottom=bottom[there], color=color, hatch=hatch,
-                 edgecolor=EDGE, linewidth=0.6, label="answer right" if correct else "answer wrong")  # fmt: skip
+        axes.bar(
+            middles[there],
+            heights[there],
+            0.8 * width,
+            bottom=bottom[there],
+            color=color,
+            hatch=hatch,
+            edgecolor=EDGE,
+            linewidth=0.6,
+            label="answer right" if correct else "answer wrong",
+        )
         bottom += heights
     if gold:
         counted = [
             (low + (width - 1) / 2, n) for low in edges if (n := sum(low <= steps < low + width for steps in gold))
         ]
-        axes.plot([x for x, _ in counted], [n for _, n in counted], color=INK, marker="D", linestyle="none",
-                  markerfacecolor="none", label="gold chains")  # fmt: skip
+        axes.plot(
+            [x for x, _ in counted],
+            [n for _, n in counted],
+            color=INK,
+            marker="D",
+            linestyle="none",
+            markerfacecolor="none",
+            label="gold chains",
+        )
     axes.margins(y=0.08)
     axes.set_title("Steps per chain")
     axes.set_xlabel("steps in the chain, conclusion included (number)")
@@ -286,17 +376,29 @@ def completeness_heatmap(record: RunRecord) -> Figure:
     types = list(dict.fromkeys(name for sample in samples for name in sample.completeness_by_type))[:MAX_GROUPS]
     columns = {"all": samples, **groups(samples, "complexity"), **groups(samples, "question_kind")}
     columns = dict(list(columns.items())[: 1 + MAX_GROUPS])
-    shares = np.array([
-        [_mean(s.completeness_by_type[name] for s in of if name in s.completeness_by_type) for of in columns.values()]
-        for name in types
-    ])  # fmt: skip
+    shares = np.array(
+        [
+            [
+                _mean(s.completeness_by_type[name] for s in of if name in s.completeness_by_type)
+                for of in columns.values()
+            ]
+            for name in types
+        ]
+    )
     figure = Figure(figsize=(max(5.0, 2.6 + 0.82 * len(columns)), max(2.4, 1.5 + 0.5 * len(types))))
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(shares), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         shown = "-" if np.isnan(share) else f"{share:.0%}"
-        axes.text(column, row, shown, ha="center", va="center", fontsize=9,
-                  color=DIM if np.isnan(share) else "#fefefe" if share < 0.55 else "#111111")  # fmt: skip
+        axes.text(
+            column,
+            row,
+            shown,
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=DIM if np.isnan(share) else "#fefefe" if share < 0.55 else "#111111",
+        )
     names = [f"{label(name, 16)}\n(n={len(of)})" for name, of in columns.items()]
     axes.set_xticks(range(len(columns)), names, rotation=0 if len(columns) <= 7 else 30)
     axes.set_yticks(range(len(types)), [label(name) for name in types])
@@ -315,9 +417,10 @@ def reliability(record: RunRecord) -> Figure:
     kept = [
         (confidence, accuracy, count)
         for entry in bins
-        if (count := number(entry.get("num"))) and (confidence := number(entry.get("confidence"))) is not None
+        if (count := number(entry.get("num")))
+        and (confidence := number(entry.get("confidence"))) is not None
         and (accuracy := number(entry.get("accuracy"))) is not None
-    ]  # fmt: skip
+    ]
     if not kept:
         raise NoData("The evaluation records no calibration.")
     figure = Figure(figsize=(5.4, 4.8))
@@ -330,8 +433,11 @@ def reliability(record: RunRecord) -> Figure:
         low, high = wilson(accuracy, count)
         upper.plot([confidence, confidence], [low, high], color=BLUE, linewidth=1.2)
     lower.bar([c for c, _, _ in kept], [n for _, _, n in kept], 0.03, color=BLUE, edgecolor=EDGE, linewidth=0.6)
-    known = [f"{name} {value:.3f}" for name, key in (("ECE", "ece"), ("before scaling", "ece_uncalibrated"),
-             ("temperature", "temperature")) if (value := number(calibration.get(key))) is not None]  # fmt: skip
+    known = [
+        f"{name} {value:.3f}"
+        for name, key in (("ECE", "ece"), ("before scaling", "ece_uncalibrated"), ("temperature", "temperature"))
+        if (value := number(calibration.get(key))) is not None
+    ]
     upper.set_title("Reliability of the confidence" + (f"\n{', '.join(known)}" if known else ""))
     upper.set_ylabel("right answers (share)")
     upper.set_xlim(0, 1.02)
@@ -358,8 +464,9 @@ CONDITIONS = {
 
 def with_vs_without_reasoning(record: RunRecord) -> Figure:
     """Answer accuracy with and without reasoning: all questions, by kind and by complexity."""
-    overall = [(name, shown, value) for name, shown in CONDITIONS.items()
-               if (value := record.metrics.get(name)) is not None]  # fmt: skip
+    overall = [
+        (name, shown, value) for name, shown in CONDITIONS.items() if (value := record.metrics.get(name)) is not None
+    ]
     if len(overall) < 2:
         raise NoData("The evaluation compares with nothing; evaluate without turning the baselines off.")
     grouped = _compared(record)
@@ -395,8 +502,10 @@ def with_vs_without_reasoning(record: RunRecord) -> Figure:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-    patches: list[Any] = [Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor=EDGE, linewidth=0.6)
-               for c, h in (looks["final_answer_accuracy"], looks["no_reasoning_accuracy"])]  # fmt: skip
+    patches: list[Any] = [
+        Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor=EDGE, linewidth=0.6)
+        for c, h in (looks["final_answer_accuracy"], looks["no_reasoning_accuracy"])
+    ]
     names = ["with reasoning", "no-reasoning baseline"]
     if grouped or record.intervals:
         patches.append(matplotlib.lines.Line2D([], [], color=INK, linewidth=1.4))
@@ -409,21 +518,30 @@ def reasoning_impact(record: RunRecord) -> Figure:
     """What reasoning adds to the accuracy, in points, by kind of question and by complexity."""
     grouped = _compared(record)
     if not grouped:
-        raise NoData("The evaluation compares no kinds of questions with the no-reasoning baseline; train it "
-                     "(--stages baseline) and evaluate again.")  # fmt: skip
+        raise NoData(
+            "The evaluation compares no kinds of questions with the no-reasoning baseline; train it "
+            "(--stages baseline) and evaluate again."
+        )
     rows = max(len(table) for table in grouped.values())
     figure = Figure(figsize=(9.0, 1.9 + 0.46 * rows))
     for axes, (title, table) in zip(figure.subplots(1, len(grouped), squeeze=False)[0], grouped.items()):
         ordered = sorted(table.items(), key=lambda item: item[1]["no_reasoning"] - item[1]["reasoning"])
         for row, (_, entry) in enumerate(ordered):
             gain = 100 * (entry["reasoning"] - entry["no_reasoning"])
-            spread = 196 * math.sqrt(sum(entry[key] * (1 - entry[key]) for key in ("reasoning", "no_reasoning"))
-                                     / max(entry["num"], 1))  # fmt: skip
+            spread = 196 * math.sqrt(
+                sum(entry[key] * (1 - entry[key]) for key in ("reasoning", "no_reasoning")) / max(entry["num"], 1)
+            )
             color, hatch = (BLUE, "") if gain >= 0 else (ORANGE, "////")
             axes.barh(row, gain, 0.6, color=color, hatch=hatch, edgecolor=EDGE, linewidth=0.6)
             axes.plot([gain - spread, gain + spread], [row, row], color=INK, linewidth=1.4)
-            axes.annotate(f"{gain:+.1f}", (max(gain + spread, 0), row), xytext=(5, 0), textcoords="offset points",
-                          va="center", fontsize=9)  # fmt: skip
+            axes.annotate(
+                f"{gain:+.1f}",
+                (max(gain + spread, 0), row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(ordered)), [f"{label(name, 18)} (n={entry['num']:.0f})" for name, entry in ordered])
         axes.set_xlabel("points gained by reasoning (95% interval)")
@@ -463,9 +581,10 @@ def faithfulness(record: RunRecord) -> Figure:
     """Does the answer come from the chain? Cut chains, what each step tells, and chains about another scene."""
     block = mapping((record.result or {}).get("faithfulness"))
     cut = sorted(
-        (share, value) for key, entry in mapping(block.get("truncated")).items()
+        (share, value)
+        for key, entry in mapping(block.get("truncated")).items()
         if (share := _float(key)) is not None and (value := number(entry)) is not None
-    )  # fmt: skip
+    )
     gains = [
         value
         for entry in mapping(block.get("information_gain")).get("per_step") or ()
@@ -485,8 +604,13 @@ def faithfulness(record: RunRecord) -> Figure:
             axes.plot(
                 [100 * x for x, _ in points], [100 * (y or 0) for _, y in points], color=BLUE, marker="o", clip_on=False
             )
-            axes.set(title="Chain cut short", xlabel="of the chain kept (%)", ylabel="right answers (%)",
-                     xlim=(0, 104), ylim=(0, 104))  # fmt: skip
+            axes.set(
+                title="Chain cut short",
+                xlabel="of the chain kept (%)",
+                ylabel="right answers (%)",
+                xlim=(0, 104),
+                ylim=(0, 104),
+            )
         elif name == "gain":
             axes.bar(range(1, len(gains) + 1), gains, 0.7, color=GREEN, hatch="||", edgecolor=EDGE, linewidth=0.6)
             axes.set(title="What the chain tells", xlabel="steps given (number)", ylabel="gain on gold answer (nats)")
@@ -499,8 +623,12 @@ def faithfulness(record: RunRecord) -> Figure:
                 axes.bar(place, 100 * value, 0.7, color=color, hatch=hatch, edgecolor=EDGE, linewidth=0.6)
                 axes.text(place, 100 * value + 2, f"{100 * value:.0f}", ha="center", fontsize=9)
             axes.set_xticks(range(len(follows)), [shown for shown, _ in follows])
-            axes.set(title="Another scene's facts", ylabel="answers (%)", ylim=(0, 112),
-                     xlabel="answer follows" + (f" (n={total:.0f})" if total else ""))  # fmt: skip
+            axes.set(
+                title="Another scene's facts",
+                ylabel="answers (%)",
+                ylim=(0, 112),
+                xlabel="answer follows" + (f" (n={total:.0f})" if total else ""),
+            )
     return figure
 
 
@@ -558,14 +686,40 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
     axes.set_title("Mean attention of all steps")
     for kind, (areas, _) in boxes.items():
         for number_, (left, top, right, bottom) in enumerate(areas):
-            axes.add_patch(Rectangle((left, 1 - bottom), right - left, bottom - top, fill=False, edgecolor="#fefefe",
-                                     linewidth=2.4, transform=axes.transAxes))  # fmt: skip
-            axes.add_patch(Rectangle((left, 1 - bottom), right - left, bottom - top, fill=False, edgecolor="#111111",
-                                     linewidth=1.0, linestyle="--", transform=axes.transAxes))  # fmt: skip
+            axes.add_patch(
+                Rectangle(
+                    (left, 1 - bottom),
+                    right - left,
+                    bottom - top,
+                    fill=False,
+                    edgecolor="#fefefe",
+                    linewidth=2.4,
+                    transform=axes.transAxes,
+                )
+            )
+            axes.add_patch(
+                Rectangle(
+                    (left, 1 - bottom),
+                    right - left,
+                    bottom - top,
+                    fill=False,
+                    edgecolor="#111111",
+                    linewidth=1.0,
+                    linestyle="--",
+                    transform=axes.transAxes,
+                )
+            )
             if number_ == 0:
-                axes.text(left + 0.015, 1 - top - 0.015, label(kind, 18), transform=axes.transAxes, va="top",
-                          fontsize=8, color="#111111",
-                          bbox={"facecolor": "#fefefe", "edgecolor": "none", "pad": 1.2, "alpha": 0.85})  # fmt: skip
+                axes.text(
+                    left + 0.015,
+                    1 - top - 0.015,
+                    label(kind, 18),
+                    transform=axes.transAxes,
+                    va="top",
+                    fontsize=8,
+                    color="#111111",
+                    bbox={"facecolor": "#fefefe", "edgecolor": "none", "pad": 1.2, "alpha": 0.85},
+                )
     if boxes:
         shares = np.array(
             [[_inside(step, attention.grid, areas) for areas, _ in boxes.values()] for step in attention.steps]
@@ -577,8 +731,15 @@ def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
         axes = figure.add_axes((4.7 / width, 0.75 * scale, 3.3 / width, (height - 0.75) * scale))
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for (row, column), share in np.ndenumerate(shares):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                      color="#fefefe" if share < 0.55 else "#111111")  # fmt: skip
+            axes.text(
+                column,
+                row,
+                f"{share:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#fefefe" if share < 0.55 else "#111111",
+            )
         axes.set_xticks(
             range(len(boxes)), [f"{label(kind, 14)}\n({area:.0%})" for kind, area in zip(boxes, covered)], fontsize=8
         )
@@ -630,8 +791,16 @@ def _show_picture(axes: Axes, picture: Image.Image | None, shares: Sequence[floa
     kept = 1 - VEIL * (1 - clear)
     axes.imshow(np.uint8(np.asarray(shown) * kept + VEIL_GREY * (1 - kept)), extent=(0, 1, 0, 1))
     if picture is None:
-        axes.text(0.5, 0.5, "picture not found", ha="center", va="center", fontsize=8, color="#111111",
-                  bbox={"facecolor": "#fefefe", "edgecolor": "none"})  # fmt: skip
+        axes.text(
+            0.5,
+            0.5,
+            "picture not found",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="#111111",
+            bbox={"facecolor": "#fefefe", "edgecolor": "none"},
+        )
 
 
 # ---- all of them
@@ -640,18 +809,23 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "training/losses": ("Loss terms of both phases over their optimizer steps.", losses),
     "training/learning_rates": ("Learning rate of each component over both phases.", learning_rates),
     "reasoning_quality/metrics_over_checkpoints": (
-        "The four metrics of each evaluated checkpoint, with their targets.", metrics_over_checkpoints),
+        "The four metrics of each evaluated checkpoint, with their targets.",
+        metrics_over_checkpoints,
+    ),
     "reasoning_quality/consistency_scores": (
         "Reasoning consistency of each evaluated checkpoint; adjacent similarity, the guide's formula, beside it.",
-        consistency_scores),
+        consistency_scores,
+    ),
     "reasoning_quality/step_distribution": ("How many steps the chains have.", step_distribution),
     "reasoning_quality/completeness_heatmap": (
-        "Share of the expected steps that are there, by type of step and group of questions.", completeness_heatmap),
+        "Share of the expected steps that are there, by type of step and group of questions.",
+        completeness_heatmap,
+    ),
     "reasoning_quality/reliability": ("How often answers are right, by how sure the model says it is.", reliability),
     "comparison/with_vs_without_reasoning": ("Right answers with and without reasoning.", with_vs_without_reasoning),
     "comparison/reasoning_impact": ("Points of accuracy that reasoning adds.", reasoning_impact),
     "comparison/faithfulness": ("Whether the answers come from the chains.", faithfulness),
-}  # fmt: skip
+}
 """Path under `visualizations/`, without suffix -> what it shows, and the function that draws it."""
 
 
@@ -729,9 +903,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     with style(), matplotlib.rc_context({"svg.hashsalt": name}):
         _lay_out(figure)
         figure.savefig(
-            out, format="svg", transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )  # fmt: skip
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'<g id="[A-Za-z0-9_.]+"', "<g", svg)  # the same ids in every figure, and nothing refers to them

@@ -17,17 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from embervlm.report.pictures import overlay_png, picture_uris
-from embervlm.report.recorded import (
-    CHAIN_METRICS,
-    RunRecord,
-    Sample,
-    as_sample,
-    flat,
-    mapping,
-    number,
-    numbers,
-    text,
-)
+from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, mapping, number, numbers, text
 from embervlm.run_dir import write_text_atomic
 
 NUM_SAMPLES = 200
@@ -40,18 +30,23 @@ MAX_TEXT = 3_000
 """Characters of one text that a page shows."""
 MAX_STEPS = 64
 SECTIONS = (
-    ("metrics", "Metrics"), ("training", "Training"), ("checkpoints", "Checkpoints"), ("quality", "Quality"),
-    ("impact", "With and without"), ("faithful", "Faithfulness"), ("samples", "Samples"), ("compare", "Side by side"),
+    ("metrics", "Metrics"),
+    ("training", "Training"),
+    ("checkpoints", "Checkpoints"),
+    ("quality", "Quality"),
+    ("impact", "With and without"),
+    ("faithful", "Faithfulness"),
+    ("samples", "Samples"),
+    ("compare", "Side by side"),
     ("config", "Configuration"),
-)  # fmt: skip
+)
 _HERE = Path(__file__).parent
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["share"] = lambda value: "n/a" if value is None else f"{value:.3f}"
     environment.filters["width"] = lambda value: f"{100 * min(max(value, 0), 1):.1f}"
@@ -68,10 +63,16 @@ def _render(template: str, **values: Any) -> str:
 
 
 def samples_page(
-    samples: Sequence[Sample | Mapping[str, Any]], path: str | Path, title: str, *, lead: str = "",
-    nothing: str = "There is no sample to show.", back: str | None = None, roots: Sequence[Path] = (),
+    samples: Sequence[Sample | Mapping[str, Any]],
+    path: str | Path,
+    title: str,
+    *,
+    lead: str = "",
+    nothing: str = "There is no sample to show.",
+    back: str | None = None,
+    roots: Sequence[Path] = (),
     result: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a page with one card per sample: picture, chain, attention and validator score of each step, answers.
 
     Args:
@@ -84,11 +85,18 @@ def samples_page(
     shown = [_shortened(as_sample(s) if isinstance(s, Mapping) else s) for s in samples]
     uris = picture_uris([s.image for s in shown if s.image], roots, max_bytes=MAX_PICTURE_BYTES)
     page = _render(
-        "samples.jinja", title=title, samples=shown, lead=lead, nothing=nothing, back=back, script_source="'none'",
+        "samples.jinja",
+        title=title,
+        samples=shown,
+        lead=lead,
+        nothing=nothing,
+        back=back,
+        script_source="'none'",
         pictures={place: uris[s.image] for place, s in enumerate(shown) if s.image in uris},
-        veils=[_veils(s) for s in shown], looked_at=[_looked_at(s) for s in shown],
+        veils=[_veils(s) for s in shown],
+        looked_at=[_looked_at(s) for s in shown],
         validator_note=validator_note(mapping(result)),
-    )  # fmt: skip
+    )
     write_text_atomic(path, page)
     return Path(path)
 
@@ -151,9 +159,10 @@ def validator_note(result: Mapping[Any, Any]) -> str:
 def _shortened(sample: Sample) -> Sample:
     """The sample with every text at a length that a page can show."""
     changed: dict[str, Any] = {
-        "id": _short(sample.id, 200), "instruction": _short(sample.instruction),
+        "id": _short(sample.id, 200),
+        "instruction": _short(sample.instruction),
         "scores": dict(list(sample.scores.items())[:40]),
-    }  # fmt: skip
+    }
     for field in ("gold_answer", "answer_set", "head_answer"):
         changed[field] = [_short(name, 200) for name in getattr(sample, field)[:50]]
     for field in ("steps", "gold_steps", "reasons"):
@@ -172,9 +181,15 @@ def _short(value: str | None, most: int = MAX_TEXT) -> str:
 
 
 def index_page(
-    record: RunRecord, path: str | Path, *, svgs: Mapping[str, str], captions: Mapping[str, str],
-    missing: Mapping[str, str], num_samples: int = NUM_SAMPLES, roots: Sequence[Path] = (),
-) -> Path:  # fmt: skip
+    record: RunRecord,
+    path: str | Path,
+    *,
+    svgs: Mapping[str, str],
+    captions: Mapping[str, str],
+    missing: Mapping[str, str],
+    num_samples: int = NUM_SAMPLES,
+    roots: Sequence[Path] = (),
+) -> Path:
     """Write the page that ties the run together.
 
     Args:
@@ -188,22 +203,37 @@ def index_page(
     sets = _comparable(record, num_samples)
     result = mapping(record.result)
     page = _render(
-        "index.jinja", title=f"{record.name}: EmberVLM report", run=record, script=Markup(script),
-        script_source=f"'sha256-{digest}'", about=_about(record), verdict=_verdict(record), tiles=_tiles(record),
-        rows=_rows(record), chain_metrics=CHAIN_METRICS, svgs={name: Markup(svg) for name, svg in svgs.items()},
-        captions=captions, missing=missing, candidates=_candidates(result),
-        validator=numbers(result.get("validator")), validator_note=validator_note(result),
+        "index.jinja",
+        title=f"{record.name}: EmberVLM report",
+        run=record,
+        script=Markup(script),
+        script_source=f"'sha256-{digest}'",
+        about=_about(record),
+        verdict=_verdict(record),
+        tiles=_tiles(record),
+        rows=_rows(record),
+        chain_metrics=CHAIN_METRICS,
+        svgs={name: Markup(svg) for name, svg in svgs.items()},
+        captions=captions,
+        missing=missing,
+        candidates=_candidates(result),
+        validator=numbers(result.get("validator")),
+        validator_note=validator_note(result),
         own_steps={name: numbers(mapping(result.get("own_steps")).get(name)) for name in ("greedy", "drawn")},
         attention={str(kind): numbers(row) for kind, row in mapping(result.get("attention")).items()},
-        faithfulness=_faithfulness(result), num_shown=len(shown),
-        num_sets=len(sets), summary=_summary(record),
+        faithfulness=_faithfulness(result),
+        num_shown=len(shown),
+        num_sets=len(sets),
+        summary=_summary(record),
         settings=[(name, _short(value, 500)) for name, value in flat(record.config)],
-        sections=SECTIONS, data={
-            "pictures": list(uris.values()), "sets": sets,
+        sections=SECTIONS,
+        data={
+            "pictures": list(uris.values()),
+            "sets": sets,
             "validatorNote": validator_note(result),
             "samples": [_as_data(s, {p: place for place, p in enumerate(uris)}) for s in shown],
         },
-    )  # fmt: skip
+    )
     write_text_atomic(path, page)
     return Path(path)
 
@@ -211,20 +241,32 @@ def index_page(
 def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What the script reads; without `places` as much as the side-by-side needs."""
     out: dict[str, Any] = {
-        "id": sample.id, "instruction": sample.instruction, "steps": sample.steps, "gold": sample.gold_answer,
-        "answers": sample.answer_set, "correct": sample.correct, "confidence": sample.confidence,
-    }  # fmt: skip
+        "id": sample.id,
+        "instruction": sample.instruction,
+        "steps": sample.steps,
+        "gold": sample.gold_answer,
+        "answers": sample.answer_set,
+        "correct": sample.correct,
+        "confidence": sample.confidence,
+    }
     if places is None:
         return out
     baseline = sample.without_reasoning
     return out | {
-        "picture": places.get(sample.image or ""), "image": sample.image, "complexity": sample.complexity,
-        "kind": sample.question_kind, "robots": sample.robots, "goldSteps": sample.gold_steps,
-        "head": sample.head_answer, "scores": list(sample.scores.items()), "reasons": sample.reasons,
+        "picture": places.get(sample.image or ""),
+        "image": sample.image,
+        "complexity": sample.complexity,
+        "kind": sample.question_kind,
+        "robots": sample.robots,
+        "goldSteps": sample.gold_steps,
+        "head": sample.head_answer,
+        "scores": list(sample.scores.items()),
+        "reasons": sample.reasons,
         "baseline": baseline and {"answers": baseline["answer_set"], "correct": baseline["correct"]},
-        "validator": sample.validator_scores[:MAX_STEPS], "attention": _veils(sample),
+        "validator": sample.validator_scores[:MAX_STEPS],
+        "attention": _veils(sample),
         "lookedAt": _looked_at(sample),
-    }  # fmt: skip
+    }
 
 
 def _comparable(record: RunRecord, num_samples: int) -> list[dict[str, Any]]:
@@ -281,21 +323,31 @@ def _tiles(record: RunRecord) -> list[dict[str, Any]]:
     out = []
     for name in CHAIN_METRICS:
         target = record.targets.get(name, {"target": "", "met": None})
-        out.append({
-            "name": name.replace("_", " "), "value": record.metrics.get(name), "met": target["met"],
-            "target": target["target"] or "not set", "goal": _goal(target["target"]),
-            "interval": record.intervals.get(name),
-        })  # fmt: skip
+        out.append(
+            {
+                "name": name.replace("_", " "),
+                "value": record.metrics.get(name),
+                "met": target["met"],
+                "target": target["target"] or "not set",
+                "goal": _goal(target["target"]),
+                "interval": record.intervals.get(name),
+            }
+        )
     return out
 
 
 def _rows(record: RunRecord) -> list[dict[str, Any]]:
     targets, metrics = record.targets, record.metrics
     return [
-        {"name": name.replace("_", " "), "value": metrics.get(name), "interval": record.intervals.get(name),
-         "target": targets.get(name, {}).get("target"), "met": targets.get(name, {}).get("met")}
+        {
+            "name": name.replace("_", " "),
+            "value": metrics.get(name),
+            "interval": record.intervals.get(name),
+            "target": targets.get(name, {}).get("target"),
+            "met": targets.get(name, {}).get("met"),
+        }
         for name in [*targets, *(name for name in metrics if name not in targets)]
-    ]  # fmt: skip
+    ]
 
 
 def _candidates(result: Mapping[Any, Any]) -> dict[str, dict[str, float | None]]:
@@ -316,11 +368,17 @@ def _faithfulness(result: Mapping[Any, Any]) -> list[tuple[str, str]]:
 def _summary(record: RunRecord) -> list[tuple[str, str]]:
     settings = dict(flat(record.config))
     wanted = (
-        ("Model", "model"), ("Engine", "engine"), ("Precision", "precision"), ("Seed", "seed"),
-        ("Records per device", "stage4.batch_size"), ("Phase 1 epochs", "stage4.phase1.epochs"),
-        ("Phase 1 rate", "stage4.phase1.learning_rate"), ("Phase 2 epochs", "stage4.phase2.epochs"),
-        ("Phase 2 rate", "stage4.phase2.learning_rate"), ("Data", "reasoning_data"),
-    )  # fmt: skip
+        ("Model", "model"),
+        ("Engine", "engine"),
+        ("Precision", "precision"),
+        ("Seed", "seed"),
+        ("Records per device", "stage4.batch_size"),
+        ("Phase 1 epochs", "stage4.phase1.epochs"),
+        ("Phase 1 rate", "stage4.phase1.learning_rate"),
+        ("Phase 2 epochs", "stage4.phase2.epochs"),
+        ("Phase 2 rate", "stage4.phase2.learning_rate"),
+        ("Data", "reasoning_data"),
+    )
     out = [(name, _short(settings[key], 300)) for name, key in wanted if key in settings]
     for phase, lines in record.curves.items():
         if lines and (seconds := number(lines[-1].get("elapsed_s"))) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from embervlm import run_dir
 from embervlm.errors import UserError
-from embervlm.select_best import rank_checkpoints
+from embervlm.ranking import rank_checkpoints
 
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
 """The four metrics with a target in the guide."""
@@ -232,21 +232,30 @@ def as_sample(raw: Mapping[str, Any]) -> Sample:
     correct = raw.get("correct")
     validator = raw.get("validator_scores")
     return Sample(
-        id=text(raw.get("id")), image=text(raw["image"]) if raw.get("image") else None,
-        instruction=text(raw.get("instruction")), complexity=text(raw.get("complexity")) or None,
-        question_kind=text(raw.get("question_kind")) or None, gold_steps=texts(raw.get("gold_steps")),
-        gold_answer=gold, steps=texts(raw.get("reasoning_steps")), answer=text(raw.get("answer")),
-        answer_set=answered, correct=correct if isinstance(correct, bool) else _folded(gold) == _folded(answered),
-        confidence=number(raw.get("confidence")), head_answer=texts(raw.get("head_answer")),
-        scores=numbers(scores), reasons=texts(scores.get("reasons")),
+        id=text(raw.get("id")),
+        image=text(raw["image"]) if raw.get("image") else None,
+        instruction=text(raw.get("instruction")),
+        complexity=text(raw.get("complexity")) or None,
+        question_kind=text(raw.get("question_kind")) or None,
+        gold_steps=texts(raw.get("gold_steps")),
+        gold_answer=gold,
+        steps=texts(raw.get("reasoning_steps")),
+        answer=text(raw.get("answer")),
+        answer_set=answered,
+        correct=correct if isinstance(correct, bool) else _folded(gold) == _folded(answered),
+        confidence=number(raw.get("confidence")),
+        head_answer=texts(raw.get("head_answer")),
+        scores=numbers(scores),
+        reasons=texts(scores.get("reasons")),
         without_reasoning=baseline if isinstance(baseline, dict) else None,
         completeness_by_type={
             name: value for name, value in numbers(raw.get("completeness_by_type")).items() if value is not None
         },
         validator_scores=[number(value) for value in validator] if isinstance(validator, list) else [],
-        attention=_attention(raw.get("attention")), looked_at=_looked_at(raw.get("looked_at")),
+        attention=_attention(raw.get("attention")),
+        looked_at=_looked_at(raw.get("looked_at")),
         boxes=_boxes(raw.get("boxes")),
-    )  # fmt: skip
+    )
 
 
 # ---- values of unknown origin
@@ -368,13 +377,16 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
             record.notices.append(f"Left out: {error}")
             continue
         found[checkpoint.step] = CheckpointResult(
-            phase=phase, name=checkpoint.path.name, step=checkpoint.step, metrics=numbers(evaluation["metrics"]),
+            phase=phase,
+            name=checkpoint.path.name,
+            step=checkpoint.step,
+            metrics=numbers(evaluation["metrics"]),
             intervals=intervals(evaluation.get("intervals")),
             num_samples=int(number(evaluation.get("num_samples")) or 0) or None,
-        )  # fmt: skip
+        )
     if phase == 2 and found:
         try:
-            ranking = rank_checkpoints(run_dir.phase_dir(folder, 2), evaluate=lambda path, split: {"metrics": {}})
+            ranking = rank_checkpoints(run_dir.phase_dir(folder, 2))
         except UserError as error:
             record.notices.append(f"No checkpoint is marked as the selected one: {error}")
             ranking = []

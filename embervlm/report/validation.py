@@ -119,9 +119,12 @@ def _spread(histogram: Mapping[str, Any]) -> str:
 def report_page(report: Mapping[str, Any]) -> str:
     """One HTML file: styles, bars and thumbnails are in it. All that comes from the data is escaped."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters["thumbnail"] = thumbnail
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     bars = {name: count_bars(counts) for name, counts in report["counts"].items()}

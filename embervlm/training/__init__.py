@@ -1,0 +1,1 @@
+"""Losses, schedule, loop and checkpoints of one phase."""

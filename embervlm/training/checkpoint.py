@@ -27,12 +27,14 @@ from typing import Any
 import torch
 
 from embervlm import run_dir
+from embervlm.engines.base import Engine, EngineState, Snapshot
 from embervlm.errors import UserError
 from embervlm.model.storage import CheckpointError, read_tensors
+from embervlm.ranking import rank_checkpoints
 from embervlm.run_dir import TRAINING_STATE
-from embervlm.training.engine import Engine, EngineState, Snapshot, World
-from embervlm.training.eval_jobs import awaiting_evaluation
+from embervlm.slurm_commands import awaiting_evaluation
 from embervlm.training.module import TrainingModule
+from embervlm.world import World
 
 MODEL_PREFIX = "model."
 SLOW_S = 60.0
@@ -66,9 +68,16 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, world: World, *, keep_last: int, keep_best: int = 0, keep_weights: int = 0,
-        on_error: str = "stop", in_background: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last: int,
+        keep_best: int = 0,
+        keep_weights: int = 0,
+        on_error: str = "stop",
+        in_background: bool = True,
+    ) -> None:
         """
         Args:
             on_error: `stop` raises SaveError at the step after; `continue` warns.
@@ -138,14 +147,20 @@ class CheckpointStore:
             except StillRunning:
                 _log.warning(
                     "%s: a checkpoint is still being written there, training has waited %.0f s for it; check the disk",
-                    self.folder, time.monotonic() - began,
-                )  # fmt: skip
+                    self.folder,
+                    time.monotonic() - began,
+                )
         return None
 
     def save(
-        self, engine: Engine, progress: Progress, settings: dict[str, Any], extra: dict[str, Any], *,
+        self,
+        engine: Engine,
+        progress: Progress,
+        settings: dict[str, Any],
+        extra: dict[str, Any],
+        *,
         final: bool = False,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """Copy the state and return; the path that is written now. The final checkpoint is on disk on return.
 
         Args:
@@ -157,8 +172,9 @@ class CheckpointStore:
         if (waited := time.monotonic() - began) > 1 and self._world.rank == 0:
             _log.warning(
                 "%s: training waited %.1f s for the checkpoint before; raise save_steps or use a faster disk",
-                self.folder, waited,
-            )  # fmt: skip
+                self.folder,
+                waited,
+            )
         assert isinstance(engine.module, TrainingModule)
         target = run_dir.checkpoint_path(self.folder, None if final else progress.step)
         content = {**extra, "progress": asdict(progress)}
@@ -228,11 +244,9 @@ def _one_line(error: BaseException) -> str:
 
 def best_checkpoints(folder: Path, count: int) -> list[Path]:
     """The `count` best checkpoints by the val evaluations that stand in `folder`; [] where none was evaluated."""
-    from embervlm.select_best import rank_checkpoints
-
     if not count or not any(run_dir.eval_path(f.path, "val").exists() for f in run_dir.list_checkpoints(folder)):
         return []
-    ranked = rank_checkpoints(folder, evaluate=lambda path, split: {"metrics": {}})
+    ranked = rank_checkpoints(folder)
     return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:count]
 
 
@@ -261,8 +275,10 @@ def newest_sound(folder: Path) -> Path | None:
     if weights_alone:
         _log.warning(
             "%s holds weights alone, without the optimizer: no phase goes on from it, and this one starts anew. "
-            "--resume_from %s in another --output_dir starts from its weights", weights_alone[0], weights_alone[0],
-        )  # fmt: skip
+            "--resume_from %s in another --output_dir starts from its weights",
+            weights_alone[0],
+            weights_alone[0],
+        )
     return None
 
 

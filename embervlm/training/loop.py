@@ -21,12 +21,15 @@ from embervlm.config import (
     as_dict,
 )
 from embervlm.data.collate import Batch, Collator
-from embervlm.data.dataset import EpochPlan, Sample
+from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
+from embervlm.data.samples import Sample
+from embervlm.engines.base import Engine
+from embervlm.engines.build import build_engine
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.storage import load_checkpoint_into
+from embervlm.signals import Preempted, stop_noted
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
-from embervlm.training.engine import Engine, World, build_engine
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import (
     learning_rate_factor,
@@ -35,9 +38,9 @@ from embervlm.training.schedule import (
     timed_learning_rate_factor,
 )
 from embervlm.training.settings import changes, saved_with
-from embervlm.training.signals import Preempted, stop_wanted
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
+from embervlm.world import World
 
 
 @dataclass(kw_only=True)
@@ -53,9 +56,7 @@ class PhaseJob:
     pictures: PictureCache
     batch_size: int
     accumulation: int = 1
-    scheduled_sampling: ScheduledSamplingConfig = field(
-        default_factory=lambda: ScheduledSamplingConfig(enabled=False)
-    )  # fmt: skip
+    scheduled_sampling: ScheduledSamplingConfig = field(default_factory=lambda: ScheduledSamplingConfig(enabled=False))
     dense_sizes: list[int] | None = None
     gradient_checkpointing: bool = False
     after_epoch: Callable[[EmberVLM, int], None] | None = None
@@ -92,9 +93,14 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
     """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
     engine, progress, cache, wandb_run_id = _prepare(job, config, world)
     store = CheckpointStore(
-        job.folder, world, keep_last=config.keep_last, keep_best=config.keep_best,
-        keep_weights=config.keep_weights, on_error=config.on_save_error, in_background=config.background_saves,
-    )  # fmt: skip
+        job.folder,
+        world,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        keep_weights=config.keep_weights,
+        on_error=config.on_save_error,
+        in_background=config.background_saves,
+    )
     total = min(job.total_steps, config.max_steps or job.total_steps)
     if job.phase.max_minutes is not None:
         total = config.max_steps or 10**9
@@ -105,10 +111,16 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
         )
     settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config), "trained_with": job.trained_with}
     tracker = Tracker(
-        job.folder, active=world.rank == 0, name=job.name, first_step=progress.step,
-        total_steps=None if job.phase.max_minutes else total, project=config.wandb_project,
-        run_name=config.wandb_run_name, settings=settings["config"], wandb_run_id=wandb_run_id,
-    )  # fmt: skip
+        job.folder,
+        active=world.rank == 0,
+        name=job.name,
+        first_step=progress.step,
+        total_steps=None if job.phase.max_minutes else total,
+        project=config.wandb_project,
+        run_name=config.wandb_run_name,
+        settings=settings["config"],
+        wandb_run_id=wandb_run_id,
+    )
     extra = {"data": _data_state(job.plan), "wandb_run_id": tracker.wandb_run_id}
     model = job.model
     model.train()
@@ -134,10 +146,14 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             logs = progress.step % config.log_steps == 0 or progress.step == total
             speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
             values = {
-                "epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing,
-                "samples_per_s": speed, "elapsed_s": progress.elapsed_s,
+                "epoch": epoch + 1,
+                "loss": terms,
+                "learning_rate": engine.rates,
+                "teacher_forcing": forcing,
+                "samples_per_s": speed,
+                "elapsed_s": progress.elapsed_s,
                 "save_stall_s": store.stalled_s + engine.copy_wait_s,
-            }  # fmt: skip
+            }
             if engine.loss_scale is not None:
                 values |= {"loss_scale": engine.loss_scale["scale"], "overflows": progress.overflows}
             if logs and config.log_records:
@@ -145,7 +161,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             tracker.advance(progress.step, values if logs else None)
             ends_epoch = job.after_epoch is not None and job.plan.locate(progress.step)[1] == 0
             evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
-            stopping = stop_wanted(world)
+            stopping = world.any(stop_noted())  # all get the same answer, so all save or none does
             due = progress.step % config.save_steps == 0 or ends_epoch or evaluates or stopping
             if progress.step < total and due:
                 saved = store.save(engine, progress, settings, extra)
@@ -210,9 +226,7 @@ def _prepare(
     cache = None
     if all(job.phase.multipliers[name] == 0 for name in ("vision_encoder", "projection")):
         cache = VisualCache.build(job.model, job.pictures, world)
-    engine = build_engine(
-        module, config, job.phase, world, batch_size=job.batch_size, accumulation=job.accumulation
-    )  # fmt: skip
+    engine = build_engine(module, config, job.phase, world, batch_size=job.batch_size, accumulation=job.accumulation)
     if state is None:
         return engine, Progress(), cache, None
     engine.load_optimizer_state(state["optimizer"])
@@ -282,7 +296,7 @@ def _micro_batches(
         empty = not mine
         batch = job.collator(
             mine or samples[:1], step=step, places=places or [0], teacher_forcing=forcing, load_pictures=cache is None
-        )  # fmt: skip
+        )
         if empty:  # every process must take part in the step; this share counts nothing
             batch.mute()
         if cache is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from embervlm.model.embervlm import EmberVLMOutput
+from embervlm.model.network import EmberVLMOutput
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

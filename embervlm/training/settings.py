@@ -26,13 +26,14 @@ def trained_with(
     values = {key: value for key, value in dataclasses.asdict(phase).items() if key not in _NAMES_ONLY}
     model = json.dumps(model_preset(config.model), sort_keys=True)
     values |= {
-        "seed": config.seed, "max_steps": config.max_steps,
+        "seed": config.seed,
+        "max_steps": config.max_steps,
         "model": {"is": config.model, "id": hashlib.blake2b(model.encode(), digest_size=8).hexdigest()},
         "reasoning_data": {"is": config.reasoning_data, "id": _num_bytes(config.reasoning_data)},
         "starting weights": {"is": str(start), "id": _weights_id(start)},
         "records per update": {"is": global_batch, "id": [global_batch, processes]},
         **more,
-    }  # fmt: skip
+    }
     return dict(json.loads(json.dumps(values)))  # as they are read back
 
 

@@ -55,8 +55,9 @@ def wandb_mode() -> Literal["online", "offline", "disabled"]:
     if asked := os.environ.get("WANDB_MODE"):
         _log.warning(
             "W&B: WANDB_MODE=%s, but it finds no key here, so the run is kept offline; `wandb login` gives one, and "
-            "`wandb sync` sends the run later", asked,
-        )  # fmt: skip
+            "`wandb sync` sends the run later",
+            asked,
+        )
     return "offline"
 
 
@@ -79,9 +80,15 @@ def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapp
 
     def opened(mode: Literal["online", "offline"]) -> Any:
         return wandb.init(
-            project=project, name=name, id=run_id, resume="allow", dir=str(folder), mode=mode, config=dict(settings),
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,
+            config=dict(settings),
             settings=wandb.Settings(x_service_wait=SERVICE_WAIT_S),
-        )  # fmt: skip
+        )
 
     if wandb_mode() == "offline":
         return opened("offline")
@@ -127,9 +134,15 @@ def log_evaluation(
 
 
 def _add_to_run(
-    folder: Path, run_id: str, figures: Mapping[str, Path], values: Mapping[str, Any], *, prefix: str, project: str,
+    folder: Path,
+    run_id: str,
+    figures: Mapping[str, Path],
+    values: Mapping[str, Any],
+    *,
+    prefix: str,
+    project: str,
     name: str,
-) -> None:  # fmt: skip
+) -> None:
     """Behind the last step that was logged, since W&B drops what lies before it."""
     import wandb
 
@@ -153,10 +166,18 @@ class Tracker:
     """
 
     def __init__(
-        self, folder: Path, *, active: bool, name: str, first_step: int, total_steps: int | None,
-        project: str | None = None, run_name: str | None = None, settings: Mapping[str, Any] | None = None,
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        name: str,
+        first_step: int,
+        total_steps: int | None,
+        project: str | None = None,
+        run_name: str | None = None,
+        settings: Mapping[str, Any] | None = None,
         wandb_run_id: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`wandb_run_id` is that of the checkpoint the phase goes on from."""
         self._active, self._folder = active, folder
         self._run: Any = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from embervlm.data.collate import Batch
 from embervlm.data.images import PictureCache
 from embervlm.model.embervlm import EmberVLM
-from embervlm.training.engine import World
+from embervlm.world import World
 
 MAX_BYTES = 4 << 30
 """Above this the pictures are seen anew at every step."""

@@ -1,0 +1,1 @@
+"""Records before training: convert, check, filter, augment, ask teachers. Starts without torch."""

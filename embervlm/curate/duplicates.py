@@ -1,0 +1,94 @@
+"""Records that say the same twice: exact duplicates, near duplicates, and the same question answered in two ways."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.splits import normalised_text
+from embervlm.words.claims import all_words
+
+NEAR_JACCARD = 0.9
+"""Share of word triples that two texts have in common, from which they are near duplicates."""
+SHINGLE_WORDS = 3
+_CANDIDATE_JACCARD = 0.8
+"""What MinHash looks for: below `NEAR_JACCARD`, as it only estimates."""
+_NUM_PERMUTATIONS = 64
+
+Repeat = Literal["duplicate", "near_duplicate", "conflict"]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Record `index` repeats the earlier record `first`."""
+
+    kind: Repeat
+    index: int
+    first: int
+
+
+def words_of(instruction: str, steps: Sequence[str]) -> list[str]:
+    return [word for text in (instruction, *steps) for word in all_words(text)]
+
+
+def shingles_of(words: Sequence[str]) -> frozenset[str]:
+    """Every `SHINGLE_WORDS` neighbouring words."""
+    return frozenset(
+        " ".join(words[start : start + SHINGLE_WORDS]) for start in range(max(1, len(words) - SHINGLE_WORDS + 1))
+    )
+
+
+def find_duplicates(records: Sequence[ReasoningRecord], pictures: Mapping[str, str]) -> list[Duplicate]:
+    """What repeats an earlier record about the same picture (by content; no picture counts as one), by index.
+
+    duplicate: the same instruction, steps and answer, case and punctuation aside. near_duplicate: the same answer, and
+    word triples of instruction and steps that overlap by `NEAR_JACCARD` (Jaccard). conflict: the same instruction
+    with another answer.
+    Args:
+        pictures: path -> digest over the picture's content.
+    """
+    found: list[Duplicate] = []
+    exact: dict[Hashable, int] = {}
+    asked: dict[Hashable, int] = {}
+    distinct: dict[Hashable, list[int]] = defaultdict(list)  # (picture, answer) -> records with different texts
+    for index, record in enumerate(records):
+        picture = pictures.get(record.image) if record.image is not None else None
+        question, answer = normalised_text(record.instruction), frozenset(record.answer)
+        own = (picture, answer, question, *map(normalised_text, record.steps))
+        if (first := exact.setdefault(own, index)) != index:
+            found.append(Duplicate("duplicate", index, first))
+            continue
+        first = asked.setdefault((picture, question), index)
+        if frozenset(records[first].answer) != answer:
+            found.append(Duplicate("conflict", index, first))
+        distinct[picture, answer].append(index)
+    for group in distinct.values():
+        if len(group) > 1:
+            found += _near_duplicates(records, group)
+    return sorted(found, key=lambda duplicate: duplicate.index)
+
+
+def _near_duplicates(records: Sequence[ReasoningRecord], group: Sequence[int]) -> list[Duplicate]:
+    from datasketch import MinHash, MinHashLSH  # imports scipy
+
+    @lru_cache(maxsize=4096)  # not all at once: a set of strings takes 10 KB
+    def shingles(index: int) -> frozenset[str]:
+        return shingles_of(words_of(records[index].instruction, records[index].steps))
+
+    known = MinHashLSH(threshold=_CANDIDATE_JACCARD, num_perm=_NUM_PERMUTATIONS)
+    encoded = ([text.encode("utf-8", "surrogatepass") for text in shingles(index)] for index in group)
+    found = []
+    for index, signature in zip(group, MinHash.generator(encoded, num_perm=_NUM_PERMUTATIONS)):
+        mine = shingles(index)
+        for first in sorted(known.query(signature)):
+            other = shingles(first)
+            if len(mine & other) >= NEAR_JACCARD * len(mine | other):
+                found.append(Duplicate("near_duplicate", index, first))
+                break
+        else:  # only what is new is compared with: a thousand variants of one text cost a thousand comparisons
+            known.insert(index, signature)
+    return found

@@ -1,0 +1,1 @@
+"""Who writes chains for questions: endpoints, and what keeps their answers."""

@@ -1,0 +1,186 @@
+"""A record in one of its forms, as ids, and where its steps look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.store import save_array
+from embervlm.data.tokenizer import CONCLUSION
+from embervlm.progress import progress_bar
+
+REASONING, DIRECT, CAPTION, EDITED = "reasoning", "direct", "caption", "edited"
+
+
+REMEMBERED_SAMPLES = 8192
+"""Encoded samples that are kept, about 6 KB each; encoding one of 1 KB of text anew takes about 0.5 ms."""
+
+
+ENCODED_TOGETHER = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One record in one form, as ids. All positions count from the start of the text."""
+
+    record: int
+    """Index into the records; -1 for a text that belongs to none."""
+    form: str
+    """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows."""
+    prompt: list[int]
+    target: list[int]
+    """What is scored: chain and answer, answer alone, or caption."""
+    num_given: int = 0
+    """Tokens at the target's start that are not scored."""
+    picture_of: int | None = None
+    """Index of the record whose picture stands before the text; None is `record`'s own."""
+    answer_position: int | None = None
+    """Where the answer head reads: the token that opens the conclusion."""
+    step_spans: tuple[tuple[int, int], ...] = ()
+    """First and one-past-last position of each step's text, the conclusion last."""
+    attend: tuple[tuple[int, Tensor], ...] = ()
+    """(step, bool mask over the visual tokens): what a step's words look at, one entry for each thing."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+def step_texts(record: ReasoningRecord) -> tuple[list[str], str | None]:
+    """Steps without the conclusion, and the conclusion's text without its heading."""
+    steps = list(record.steps)
+    if steps and steps[-1].startswith(CONCLUSION):
+        return steps[:-1], steps[-1].removeprefix(CONCLUSION)
+    return steps, None
+
+
+def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
+    """Visual tokens that any of `boxes` (left, top, right, bottom in [0, 1]) covers, `[grid * grid]` bool, by rows."""
+    mask = torch.zeros(grid, grid, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        rows = slice(int(top * grid), max(int(top * grid) + 1, int(np.ceil(bottom * grid))))
+        columns = slice(int(left * grid), max(int(left * grid) + 1, int(np.ceil(right * grid))))
+        mask[rows, columns] = True
+    return mask.flatten()
+
+
+class Samples(Sequence[Sample]):
+    """Records in one form, encoded when they are asked for."""
+
+    def __init__(
+        self, form: str, rows: np.ndarray, encode: Callable[[Sequence[int]], list[Sample]], sizes_file: Path | None
+    ) -> None:
+        """
+        Args:
+            rows: the record of each sample.
+            encode: rows -> samples.
+            sizes_file: where `sizes` are kept; None keeps them in memory.
+        """
+        self.form, self.rows = form, rows
+        self._encode, self._sizes_file = encode, sizes_file
+        self._one = lru_cache(maxsize=REMEMBERED_SAMPLES)(lambda index: encode([int(rows[index])])[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._one(index % len(self))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of prompt and target of every sample, `[samples, 2]` int32; one pass over all, where not kept."""
+        return self._counts[:, :2]
+
+    @property
+    def num_steps(self) -> np.ndarray:
+        """Steps of every sample's chain, the conclusion included, `[samples]` int32; counted and kept with `sizes`."""
+        return self._counts[:, 2]
+
+    @property
+    def _counts(self) -> np.ndarray:
+        if self._sizes_file is None:
+            return self._counted
+        if not self._sizes_file.exists():
+            save_array(self._sizes_file, self._count())
+        sizes: np.ndarray = np.load(self._sizes_file, mmap_mode="r")  # anew: pages that were read count as our memory
+        return sizes
+
+    @cached_property
+    def _counted(self) -> np.ndarray:
+        return self._count()
+
+    def _count(self) -> np.ndarray:
+        sizes = np.zeros((len(self), 3), np.int32)
+        all_remembered = len(self) <= REMEMBERED_SAMPLES
+        with progress_bar(total=len(self), desc="count tokens", unit="record", delay=2) as bar:
+            for start in range(0, len(self), ENCODED_TOGETHER):
+                part = slice(start, start + ENCODED_TOGETHER)
+                found = self[part] if all_remembered else self._encode(self.rows[part].tolist())
+                sizes[part] = [(len(s.prompt), len(s.target), len(s.step_spans)) for s in found]
+                bar.update(len(found))
+        return sizes
+
+    def of_record(self, row: int) -> Sample:
+        """The sample of record `row`; `rows` ascends."""
+        return self[int(np.searchsorted(self.rows, row))]
+
+    def without(self, left_out: np.ndarray) -> Samples:
+        """Those that are not marked in `left_out`."""
+        fewer = Samples(self.form, self.rows[~left_out], self._encode, None)
+        fewer._counted = self._counts[~left_out]
+        return fewer
+
+
+def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The ground-truth boxes of a record: `{"kind", "box"}`, mostly with `label`; other spellings are not ours."""
+    boxes = metadata.get("boxes")
+    if not isinstance(boxes, (list, tuple)):
+        return []
+    return [box for box in boxes if isinstance(box, Mapping) and {"kind", "box"} <= set(box)]
+
+
+def _mostly_covered(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
+    """Visual tokens of which one of `boxes` covers more than half, `[grid * grid]` bool."""
+    edges = torch.arange(grid + 1) / grid
+
+    def covered(first: float, last: float) -> Tensor:
+        return (edges[1:].clamp_max(last) - edges[:-1].clamp_min(first)).clamp_min(0) * grid
+
+    shares = [covered(top, bottom)[:, None] * covered(left, right) for left, top, right, bottom in boxes]
+    return (torch.stack(shares) > 0.5).any(0).flatten()
+
+
+def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
+    """From `boxes` and `seen` of the metadata, where a record has them: an entry for each step and thing that it reads.
+
+    A visual token that a smaller thing mostly covers belongs to that one: nobody sees a place by looking at the load.
+    """
+    by_kind: dict[str, list[Sequence[float]]] = {}
+    for box in known_boxes(metadata):
+        by_kind.setdefault(box["kind"], []).append(box["box"])
+    seen = (metadata.get("seen") or ())[:num_steps]
+    masks = {kind: boxes_to_mask(boxes, grid) for kind, boxes in by_kind.items()}
+    covered = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
+    own = {}
+    for kind, mask in masks.items():
+        left = mask.clone()
+        for other in masks:
+            if masks[other].sum() < mask.sum():
+                left &= ~covered[other]
+        own[kind] = left if left.any() else mask
+    return tuple((step, own[kind]) for step, kinds in enumerate(seen) for kind in dict.fromkeys(kinds) if kind in own)

@@ -1,0 +1,107 @@
+"""Plain torch, without DeepSpeed or FSDP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embervlm.config import PhaseConfig
+from embervlm.data.collate import Batch
+from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Engine, Fragment
+
+
+def set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
+    """Write the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Fresh AdamW state for `parameters`, before the first update."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
+        }
+
+
+class TorchEngine(Engine):
+    """Plain torch; gradients are summed over processes by hand. Computes under autocast, keeps float32 weights."""
+
+    is_replicated = True
+
+    def _wrap(self, phase: PhaseConfig) -> Any:
+        self._clip = phase.gradient_clipping
+        self._scaler = torch.amp.GradScaler(
+            self.world.device.type, growth_interval=1000, enabled=self.precision == "fp16"
+        )
+        self._shard()
+        optimizer = self._adamw(phase)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        make_state(optimizer, self._parameters)
+        return optimizer
+
+    def _shard(self) -> None:
+        """Nothing here; what shards parameters does so before the optimizer sees them."""
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def _find_fragments(self) -> list[Fragment]:
+        out = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                for kind, value in ((WEIGHT, parameter), *((k, self._optimizer.state[parameter][k]) for k in MOMENTS)):
+                    out.append(Fragment(name=name, kind=kind, start=0, values=value.detach().view(-1)))
+        return out
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self.module(batch)
+
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        self._scaler.scale(loss).backward()
+
+    def _sum_gradients(self) -> None:
+        if self.world.size > 1:
+            for parameter in self._parameters:
+                dist.all_reduce(parameter.grad)
+
+    def _update(self, rates: Mapping[str, float]) -> bool:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # as with the other engines, it decays and counts the step all the same
+                parameter.grad = torch.zeros_like(parameter)
+        self._sum_gradients()
+        self._scaler.unscale_(self._optimizer)
+        norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        set_rates(self._optimizer, rates)
+        if self._scaler.is_enabled():
+            scale = self._scaler.get_scale()
+            self._scaler.step(self._optimizer)  # skipped where a gradient is not finite
+            self._scaler.update()
+            updated = self._scaler.get_scale() >= scale
+        else:
+            updated = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if updated:
+                self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return updated
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        if not self._scaler.is_enabled():
+            return None
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
+
+    def _set_loss_scale(self, state: Mapping[str, float]) -> None:
+        # beyond the interval the scale would never grow again; DeepSpeed's count may stand just there
+        good_steps = min(int(state["good_steps"]), self._scaler.get_growth_interval() - 1)
+        found = {"scale": state["scale"], "_growth_tracker": good_steps}
+        self._scaler.load_state_dict({**self._scaler.state_dict(), **found})

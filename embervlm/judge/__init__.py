@@ -1,0 +1,1 @@
+"""Scores of chains from their text and what is known about the question. No torch, no model."""

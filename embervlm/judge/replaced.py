@@ -1,0 +1,112 @@
+"""One detail of a statement replaced by another that excludes it: "six" by "eight", "Monday" by "Friday", "after" by
+"before"."""
+
+from __future__ import annotations
+
+import re
+from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
+
+from embervlm.words.claims import strip_numbering
+from embervlm.words.wording import NUMBER_WORDS, VACUOUS, stem
+
+_TOKEN = re.compile(r"\d+(?:[.,:]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_OPPOSITES = """
+    before/after earlier/later early/late more/less most/least many/few above/below over/under up/down on/off
+    in/out inside/outside left/right front/back top/bottom north/south east/west northern/southern eastern/western
+    fewer/more first/last always/never all/none hot/cold warm/cool warmer/cooler warmer/colder hotter/colder
+    wet/dry high/low higher/lower long/short longer/shorter large/small larger/smaller big/small bigger/smaller
+    wide/narrow thick/thin deep/shallow heavy/light heavier/lighter fast/slow faster/slower strong/weak
+    stronger/weaker full/empty open/closed open/shut old/new old/young hard/soft hard/easy near/far rough/smooth
+    steep/flat loud/quiet bright/dark clean/dirty cheap/expensive cheaper/dearer rich/poor good/bad better/worse
+    best/worst safe/dangerous true/false right/wrong same/different rise/fall rises/falls rising/falling
+    increase/decrease gain/lose win/lose wins/loses buy/sell begin/end start/stop add/remove push/pull pushes/pulls
+    float/sink floats/sinks freeze/melt freezes/melts day/night morning/evening yes/no with/without
+"""
+_CLASSES = (
+    "spring summer autumn winter",
+    "north east south west",
+    "morning noon afternoon evening night",
+    "red orange yellow green blue purple brown black white grey",
+    "solid liquid gas",
+    "breakfast lunch dinner",
+)
+"""Of each, no two hold of one thing at one time."""
+_EXCLUDES = {frozenset(pair.split("/")) for pair in _OPPOSITES.split()} | {
+    frozenset(pair) for words in _CLASSES for pair in combinations(words.split(), 2)
+}
+_ADVERBS = frozenset("only also just still then even too so now exactly about therefore thus hence and but".split())
+_MOST_TOKENS = 80
+"""A longer text is not one statement, and comparing two of them takes the product of their lengths."""
+_MOST_REPLACED = 0.4
+_MOST_WORDS = 2
+"""That one detail is told in: "soaking wet"."""
+
+
+def replaced_details(text: str, known: str, *, names: bool = True) -> list[tuple[str, str]] | None:
+    """Details of `text` and what `known` says in their place, where nothing else differs; None where more does.
+
+    Details are numbers, opposites and, with `names`, names inside a sentence. What stands before any other word of
+    substance is what the statement is about, not a detail of it: "Carp need 3" does not deny "Trout need 7".
+    """
+    ours, theirs = _tokens(text), _tokens(known)
+    if max(len(ours), len(theirs)) > _MOST_TOKENS:
+        return None
+    found: list[tuple[str, str]] = []
+    same, about = 0, False
+    matcher = SequenceMatcher(None, [each.compared for each in ours], [each.compared for each in theirs], False)
+    for kind, a, a_end, b, b_end in matcher.get_opcodes():
+        mine, other = ours[a:a_end], theirs[b:b_end]
+        if kind == "equal":
+            for one, two in zip(mine, other):
+                if one.text == two.text:
+                    same += 1
+                    about = about or one.text not in VACUOUS
+                elif about:
+                    found.append((one.text, two.text))
+                else:
+                    return None
+        elif {each.text for each in (*mine, *other)} <= _ADVERBS:
+            continue
+        elif kind != "replace" or not about or max(len(mine), len(other)) > _MOST_WORDS:
+            return None
+        elif pair := next(((x, y) for x in mine for y in other if _exclude(x, y, names)), None):
+            found.append((pair[0].text, pair[1].text))
+        else:
+            return None
+    return found if len(found) <= _MOST_REPLACED * (same + len(found)) else None
+
+
+class _Token(NamedTuple):
+    text: str
+    is_name: bool
+    """Has a capital letter though no sentence begins with it."""
+
+    @property
+    def is_number(self) -> bool:
+        return self.text[0].isdigit() or self.text in NUMBER_WORDS
+
+    @property
+    def compared(self) -> str:
+        """One number stands for all others, so that numbers are compared in their order."""
+        return "0" if self.text[0].isdigit() else self.text
+
+
+def _exclude(one: _Token, other: _Token, names: bool) -> bool:
+    if (one.is_number and other.is_number) or (names and one.is_name and other.is_name):
+        return True
+    pairs = {frozenset((one.text, other.text)), frozenset((stem(one.text), stem(other.text)))}
+    return not _EXCLUDES.isdisjoint(pairs)
+
+
+@lru_cache(maxsize=1 << 14)
+def _tokens(text: str) -> tuple[_Token, ...]:
+    text = strip_numbering(text)
+    out = []
+    for match in _TOKEN.finditer(text):
+        before = text[: match.start()].rstrip()
+        begins = not before or before[-1] in ".!?:"
+        out.append(_Token(match[0].casefold().replace("\u2019", "'"), match[0][0].isupper() and not begins))
+    return tuple(out)

@@ -1,0 +1,1 @@
+"""The embedded domain: scenes, the rules that teach their chains, and the real tasks. Nobody else knows robots."""

@@ -1,0 +1,1 @@
+"""Whatever puts parts together: the stages of a run, its launchers, Slurm, the quickstart."""

@@ -1,0 +1,187 @@
+"""One run at a time in an output folder: `owner.json` says which, and is there as long as that run lives.
+
+Its modification time is the run's sign of life. A run that ended without deleting it is recognised: on the same machine
+its process is gone, elsewhere the sign of life stands still, and a requeued Slurm job knows its own number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from embervlm.errors import UserError
+from embervlm.run_dir import naming_unwritten
+from embervlm.signals import EXIT_FAULT, process_status, stop_noted
+
+OWNER = "owner.json"
+HEARTBEAT_S = 10.0
+"""Seconds between signs of life."""
+STALE_S = 60.0
+"""An owner elsewhere that gives none for so long is dead."""
+
+
+class OwnedError(UserError):
+    """Another run that lives writes into the output folder. The message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The first process of a run, which speaks for all of them."""
+
+    token: str
+    host: str
+    pid: int
+    started: str
+    """When the run started, by the clock of its machine."""
+    process: str
+    """Tells the process from one that gets the same pid later; empty where the system does not say."""
+    machine: str
+    """Tells the machine, and the container, from others of the same name."""
+    job: str
+    """Slurm's number of the job; empty outside."""
+    restarts: str
+    """How often Slurm had requeued it."""
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        env = os.environ
+        status = process_status(os.getpid())
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            process=status.started if status else "",
+            machine=_machine(),
+            job=env.get("SLURM_JOB_ID", ""),
+            restarts=env.get("SLURM_RESTART_COUNT", "0"),
+        )
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.started}"
+
+    def is_dead(self, other: Owner) -> bool | None:
+        """Whether this owner has ended, as far as `other`, which would follow it, can tell; None: it cannot."""
+        if self.machine == other.machine and self.host == other.host:
+            status = process_status(self.pid)
+            return status is None or (bool(status.started) and status.started != self.process)
+        if self.job and self.job == other.job and self.restarts != other.restarts:
+            return True  # Slurm requeues no job that still runs
+        return None
+
+
+@contextmanager
+def owning(output_dir: str | Path) -> Iterator[None]:
+    """Own `output_dir` inside. Only the first process of a run may ask, and speaks for all.
+
+    Raises:
+        OwnedError: a run that lives owns it.
+        WriteError: the folder cannot be written.
+    """
+    path = Path(output_dir) / OWNER
+    mine = Owner.of_this_process()
+    while not _create(path, mine):
+        _remove_dead(path, mine)
+    ended = threading.Event()
+    threading.Thread(target=_keep, args=(path, mine, ended), name="owner", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if (found := _read(path)) is not None and found.token == mine.token:
+            path.unlink(missing_ok=True)
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    """False where there is an owner already."""
+    with naming_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(asdict(owner), file)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _read(path: Path) -> Owner | None:
+    """None where there is none, or its file is empty or damaged."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remove_dead(path: Path, mine: Owner) -> None:
+    """Delete the file of an owner that has ended. OwnedError where it lives."""
+    owner = _read(path)
+    dead = owner.is_dead(mine) if owner is not None else None
+    if dead is None:
+        dead = _stands_still(path)
+    if not dead:
+        raise OwnedError(
+            f"{path.parent}: another run writes there ({owner or f'see {path}'}); wait until it has ended, stop it, or "
+            "choose another --output_dir"
+        )
+    aside = path.with_name(f"{OWNER}-{mine.token}")
+    with naming_unwritten(path), suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if _read(aside) != owner:  # somebody else followed the dead one in between
+            os.rename(aside, path)
+        aside.unlink(missing_ok=True)
+
+
+def _stands_still(path: Path) -> bool:
+    """Watch the sign of life, whatever the clocks of the machines say; False as soon as one comes."""
+    first, began = _sign_of_life(path), time.monotonic()
+    if first is not None:
+        print(f"{path}: waiting up to {STALE_S:.0f} s for a sign of life of the run it names", file=sys.stderr)
+    while first is not None and time.monotonic() - began < STALE_S:
+        time.sleep(min(1.0, HEARTBEAT_S))
+        if (now := _sign_of_life(path)) != first:
+            return now is None
+        if stop_noted():
+            return False
+    return True
+
+
+def _sign_of_life(path: Path) -> int | None:
+    with suppress(OSError), path.open("rb"):
+        pass  # opened, so that a network file system asks its server
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
+    """In a thread: give signs of life until the run has ended."""
+    while not ended.wait(HEARTBEAT_S):
+        found = _read(path)
+        if ended.is_set():
+            return
+        if found is not None and found.token != mine.token:  # this run was taken for dead, suspended perhaps
+            print(f"{path.parent}: now belongs to {found}; this run ends", file=sys.stderr, flush=True)
+            os._exit(EXIT_FAULT)
+        with suppress(OSError):  # a disk that is gone for a while; saving says so
+            os.utime(path)
+
+
+def _machine() -> str:
+    """Of this boot and this container."""
+    parts = []
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)

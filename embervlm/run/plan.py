@@ -1,0 +1,572 @@
+"""What a run will need, before anything is booked: memory per GPU, optimizer steps, communication, time.
+
+Floating-point operations and activation memory are counted, not guessed: PyTorch runs one micro-batch of the real
+model, losses and backward pass on fake tensors, which have shapes and no contents. For a plain transformer the counts
+agree with what the literature derives by hand, and the tests hold them to it: 6 N D operations for N parameters and D
+tokens (Kaplan et al. 2020, section 2.1; Hoffmann et al. 2022, appendix F), and 34 s b h bytes per layer kept for the
+backward pass where attention is fused (Korthikanti et al. 2022, equation 2 without its attention term).
+Parameters, gradients, optimizer state and communication follow Rajbhandari et al. 2020 (ZeRO).
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from embervlm.cluster import ClusterRecipe, load_recipe
+from embervlm.config import (
+    REPOSITORY,
+    AugmentationConfig,
+    ConfigError,
+    PhaseConfig,
+    StageConfig,
+    TrainConfig,
+    load_train_config,
+)
+from embervlm.progress import progress_bar
+
+if TYPE_CHECKING:
+    from embervlm.data.collate import Batch
+    from embervlm.model.embervlm import EmberVLM
+    from embervlm.training.module import TrainingModule
+
+ZERO_STAGES = (0, 1, 2, 3)
+GB = 1e9
+NETWORK_BYTES_PER_S = 25e9
+"""Between nodes, per node and direction: one port of 200 Gbit/s."""
+UTILISATION = 0.15
+"""Share of the GPU's rated speed that is assumed. Large models reach 0.4 to 0.5; ours has matrices 384 wide."""
+OPERATOR_S = 7e-6
+"""Time that the host is assumed to need for one operator of eager PyTorch; a small micro-batch waits for it."""
+TRAIN_RATIO = 0.8
+"""Share of the records that `embervlm.data.splits` gives to training."""
+ANSWER_TOKENS = 16
+QUESTION_TOKENS = 128
+"""Of a question, where the run does not say."""
+"""Scored tokens of a record that is answered directly."""
+GUIDE_MINUTES = {"v100x1": (180, 360), "v100x2": (90, 210), "a100x4": (45, 90), "a100x8": (25, 45)}
+"""Recipe -> (phase 1, phase 2): the guide's table of expected training times."""
+GUIDE_MEMORY_GB = (14.0, 20.0)
+"""The guide's table of memory: phase 1 and phase 2 at batch size 32."""
+GUIDE_BATCH, GUIDE_HALF_PRECISION = 32, 0.6
+"""It says that FP16 takes about 40% less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A kind of GPU, from its data sheet; the smaller memory where it is sold with two."""
+
+    memory_gb: float
+    flops: dict[str, float]
+    """Precision -> rated operations per second, dense."""
+    link_bytes_per_s: float
+    """To the other GPUs of the node, per direction."""
+
+
+GPUS = {
+    "v100": Gpu(memory_gb=16, flops={"fp32": 15.7e12, "fp16": 125e12}, link_bytes_per_s=150e9),
+    "a100": Gpu(memory_gb=40, flops={"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12}, link_bytes_per_s=300e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch, forward and backward, on one GPU."""
+
+    flops: float
+    operators: int
+    """Calls of PyTorch operators."""
+    activation_bytes: int
+    """Most that is alive at once beside parameters; the logits and their gradient are the larger part of it."""
+
+
+# -- formulas --------------------------------------------------------------------------------------------------------
+
+
+def state_bytes(
+    total: int, learning: int, *, zero_stage: int, num_gpus: int, precision: str
+) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer state on each GPU.
+
+    Rajbhandari et al. 2020, section 3.1: an element of a parameter and of a gradient has 2 bytes in half precision,
+    and mixed-precision Adam keeps 12 more (a float32 copy and two moments). Section 5: ZeRO 1, 2 and 3 divide the
+    optimizer state, then the gradients, then the parameters. Frozen parameters have neither gradient nor state.
+
+    Args:
+        total, learning: Parameters of the model, and those that learn.
+    """
+    element = 4 if precision == "fp32" else 2
+    shares = [num_gpus if zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    return element * total / shares[0], element * learning / shares[1], 12 * learning / shares[2]
+
+
+def bytes_sent(
+    total: int, learning: int, *, zero_stage: int, num_gpus: int, precision: str, accumulation: int = 1
+) -> float:
+    """Bytes that each GPU sends in one optimizer step.
+
+    Rajbhandari et al. 2020, section 7: reducing the gradients and gathering what was updated sends each parameter
+    once; ZeRO 3 gathers all parameters for the forward and again for the backward pass instead. A ring of N GPUs leaves
+    out one of N shares. ZeRO 2 and 3 reduce in every micro-batch, since no GPU keeps whole gradients.
+    """
+    element = 4 if precision == "fp32" else 2
+    reduced = learning * (accumulation if zero_stage >= 2 else 1)
+    gathered = 2 * total * accumulation if zero_stage == 3 else learning
+    return element * (reduced + gathered) * (num_gpus - 1) / num_gpus
+
+
+def optimizer_steps(records: int, phase: PhaseConfig, global_batch: int) -> int:
+    """Optimizer steps of a phase over data of `records`, as `EpochPlan` counts them."""
+    return -(-round(records * TRAIN_RATIO) // global_batch) * phase.epochs
+
+
+# -- counting --------------------------------------------------------------------------------------------------------
+
+
+def empty_model(settings: dict[str, Any]) -> EmberVLM:
+    """The model of a preset with shapes and no weights (PyTorch's meta device)."""
+    import torch
+
+    from embervlm.model.embervlm import build_model
+
+    with torch.device("meta"):
+        return build_model(settings, load_pretrained=False)
+
+
+def trace(run: Callable[[], Any]) -> MicroBatch:
+    """What `run` costs, on fake tensors or real ones."""
+    import torch
+    from torch.nn import functional as F
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    class OnGpu(TorchFunctionMode):
+        """Attention as a GPU's fused kernels compute it: no weights are kept, nor a mask of their dropout."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if func is F.scaled_dot_product_attention:
+                kwargs["dropout_p"] = 0.0
+            if func is torch.Tensor.nonzero:  # fake tensors have no contents; the validator reads a step in four tokens
+                return args[0].new_zeros(args[0].numel() // 4, 1, dtype=torch.int64)
+            return func(*args, **kwargs)
+
+    class Live(TorchDispatchMode):
+        """Bytes of the storages that are alive, and the most that ever were."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bytes = self.peak = self.operators = 0
+            self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.operators += 1
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                    self._seen.add(storage)
+                    self.bytes += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+            self.peak = max(self.peak, self.bytes)
+            return out
+
+        def _free(self, num_bytes: int) -> None:
+            self.bytes -= num_bytes
+
+    aten: Any = torch.ops.aten
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    live, counter = Live(), FlopCounterMode(display=False, custom_mapping=fused)
+    with OnGpu(), counter, live:
+        run()
+    return MicroBatch(flops=counter.get_total_flops(), operators=live.operators, activation_bytes=live.peak)
+
+
+def micro_batch(
+    model: EmberVLM,
+    stage: StageConfig,
+    phase: PhaseConfig,
+    *,
+    question_tokens: int,
+    chain_tokens: int,
+    cached_pictures: bool,
+) -> Batch:
+    """Zeros in the shapes of a micro-batch: `stage.batch_size` chains of this length, and what is mixed in.
+
+    Args:
+        cached_pictures: Give visual tokens that were computed beforehand, as for a frozen encoder.
+    """
+    import torch
+
+    from embervlm.data.collate import OWN_MISTAKES_RATIO, Batch
+    from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS
+    from embervlm.words.chain_text import ROBOTS
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64)
+
+    def flags(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    chains = stage.batch_size
+    answered = chains + round(chains * phase.edited_facts_ratio)
+    direct = round(chains * phase.direct_records_ratio)
+    rows = answered + direct
+    length, chain_positions = question_tokens + chain_tokens, chains * chain_tokens
+    scored = answered * chain_tokens + direct * ANSWER_TOKENS
+    asked = chains * phase.validator_records_ratio
+    own = max(1, round(asked * OWN_MISTAKES_RATIO))
+    pairs = max(1, round(2 * asked) - own)
+    pair_length = min(
+        MAX_PAIR_TOKENS, question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + max(1, chain_tokens // 4)
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": ids(rows, length),
+        "text_mask": flags(rows, length),
+        "image_mask": flags(rows),
+        "score_index": ids(scored),
+        "answer_index": ids(answered),
+        "candidate_ids": ids(len(ROBOTS), 4),
+        "pair_ids": ids(pairs, pair_length),
+        "pair_segments": ids(pairs, pair_length),
+        "pair_mask": flags(pairs, pair_length),
+        "pair_record": ids(pairs),
+        "own_record": ids(own),
+        "own_prompt": ids(own) + question_tokens,
+        "own_places": ids(own, 1, 4) + torch.tensor([0, 1, 1, min(length, MAX_PAIR_TOKENS)]),
+    }
+    targets = {
+        "labels": ids(scored),
+        "direct": flags(scored),
+        "answers": torch.zeros(answered, len(ROBOTS)),
+        "answers_real": torch.ones(answered, len(ROBOTS)),
+        "valid": torch.zeros(pairs + own),
+        "valid_weight": torch.ones(pairs + own),
+    }
+    if cached_pictures:
+        dtype = model.projection.norm.weight.dtype
+        inputs["visual"] = torch.zeros(rows, model.num_visual_tokens, model.language_model.hidden_size, dtype=dtype)
+    else:
+        side = model.config.image_size
+        inputs["pictures"] = torch.zeros(rows, side, side, 3, dtype=torch.uint8)
+    if phase.multimodal_loss_weight > 0:
+        inputs["ground_index"] = ids(chain_positions)
+        targets["ground"] = flags(chain_positions, model.num_visual_tokens)
+    if stage.scheduled_sampling.enabled:
+        sampled = 1 - stage.scheduled_sampling.final_teacher_forcing
+        inputs["sampled_index"] = 1 + ids(round(chain_positions * sampled))
+    return Batch(inputs=inputs, targets=targets, counts={}, picture_index=ids(rows))
+
+
+def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> TrainingModule:
+    """`model` frozen and wrapped for `phase`, as training does it; its vocabulary is used in full."""
+    from embervlm.engines.param_groups import build_param_groups
+    from embervlm.training.module import TrainingModule
+
+    model.tokenizer = _full_vocabulary(model)
+    module = TrainingModule(model)
+    build_param_groups(module, phase)
+    module.train()
+    model.freeze_backbone(phase.freeze_backbone)
+    if stage.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return module
+
+
+def step_on(module: TrainingModule, batch: Batch) -> MicroBatch:
+    """What a forward and backward pass of `module` over `batch` costs."""
+    return trace(lambda: sum(module(batch).values()).backward())
+
+
+def count_micro_batch(
+    settings: dict[str, Any], stage: StageConfig, phase: PhaseConfig, *, precision: str, **lengths: Any
+) -> MicroBatch:
+    """`step_on` for a model of these settings on fake tensors; `lengths` as in `micro_batch`."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    model = empty_model(settings).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        return step_on(prepare(model, stage, phase), micro_batch(model, stage, phase, **lengths))
+
+
+def _full_vocabulary(model: EmberVLM) -> Any:
+    """A tokenizer that uses every row of the language model's embedding; the model asks it for nothing else."""
+
+    class Vocabulary:
+        base_vocab_size = model.language_model.vocab_size
+
+    return Vocabulary()
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    cluster: str,
+    *,
+    config: TrainConfig,
+    records: int,
+    question_tokens: int,
+    chain_tokens: int,
+    utilisation: float = UTILISATION,
+) -> dict[str, Any]:
+    """The plan of both phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
+    from embervlm.config import BACKBONE, model_preset
+    from embervlm.training.visual_cache import MAX_BYTES
+
+    recipe, stage = load_recipe(cluster), config.stage4
+    gpu = _gpu_of(recipe, cluster)
+    if not 0 < utilisation <= 1:
+        raise ConfigError(f"--utilisation: {utilisation} is not in (0, 1]")
+    settings = model_preset(config.model)
+    model = empty_model(settings)
+    parts = model.parameter_counts()
+    picture_bytes = 4 * records * model.num_visual_tokens * model.language_model.hidden_size
+    phases = []
+    for number, phase in progress_bar([(1, stage.phase1), (2, stage.phase2)], desc="counting", unit="phase"):
+        learning = sum(
+            count
+            for name, count in parts.items()
+            if phase.multipliers[name if name in BACKBONE else "reasoning_module"] > 0
+        )
+        frozen_sight = phase.multipliers["vision_encoder"] == phase.multipliers["projection"] == 0
+        counted = count_micro_batch(
+            settings,
+            stage,
+            phase,
+            precision=recipe.precision,
+            question_tokens=question_tokens,
+            chain_tokens=chain_tokens,
+            cached_pictures=frozen_sight and picture_bytes <= MAX_BYTES,
+        )
+        phases.append(
+            {"phase": number}
+            | _plan_phase(
+                phase,
+                counted,
+                recipe,
+                gpu,
+                total=sum(parts.values()),
+                learning=learning,
+                records=records,
+                tokens=question_tokens + chain_tokens + model.num_visual_tokens,
+                utilisation=utilisation,
+            )
+        )
+    return {
+        "cluster": cluster,
+        "model": config.model,
+        "parameters": parts,
+        "total_parameters": sum(parts.values()),
+        "num_gpus": recipe.num_gpus,
+        "gpu": recipe.gpu_type,
+        "gpu_memory_gb": gpu.memory_gb,
+        "precision": recipe.precision,
+        "zero_stage": recipe.zero_stage,
+        "batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "global_batch": recipe.global_batch,
+        "records": records,
+        "question_tokens": question_tokens,
+        "chain_tokens": chain_tokens,
+        "visual_tokens": model.num_visual_tokens,
+        "phases": phases,
+        "assumptions": _assumptions(recipe, gpu, utilisation),
+        "guide": _compare(cluster, recipe, phases, utilisation),
+    }
+
+
+def _gpu_of(recipe: ClusterRecipe, cluster: str) -> Gpu:
+    if recipe.gpu_type not in GPUS:
+        raise ConfigError(f"{cluster}: gpu_type {recipe.gpu_type!r} is not one the plan knows: {', '.join(GPUS)}")
+    gpu = GPUS[recipe.gpu_type]
+    if recipe.precision not in gpu.flops:
+        raise ConfigError(
+            f"{cluster}: a {recipe.gpu_type} does not compute in {recipe.precision}; write {' or '.join(gpu.flops)}"
+        )
+    return gpu
+
+
+def _plan_phase(
+    phase: PhaseConfig,
+    counted: MicroBatch,
+    recipe: ClusterRecipe,
+    gpu: Gpu,
+    *,
+    total: int,
+    learning: int,
+    records: int,
+    tokens: int,
+    utilisation: float,
+) -> dict[str, Any]:
+    memory = {}
+    for zero_stage in ZERO_STAGES:
+        names = ("parameters", "gradients", "optimizer")
+        values = dict(
+            zip(
+                names,
+                state_bytes(
+                    total, learning, zero_stage=zero_stage, num_gpus=recipe.num_gpus, precision=recipe.precision
+                ),
+            )
+        )
+        values["activations"] = float(counted.activation_bytes)
+        memory[str(zero_stage)] = values | {"total": sum(values.values())}
+    sent = bytes_sent(
+        total,
+        learning,
+        zero_stage=recipe.zero_stage,
+        num_gpus=recipe.num_gpus,
+        precision=recipe.precision,
+        accumulation=recipe.gradient_accumulation_steps,
+    )
+    compute_s = recipe.gradient_accumulation_steps * counted.flops / (gpu.flops[recipe.precision] * utilisation)
+    host_s = recipe.gradient_accumulation_steps * counted.operators * OPERATOR_S
+    communication_s = sent / (gpu.link_bytes_per_s if recipe.nodes == 1 else NETWORK_BYTES_PER_S)
+    steps = optimizer_steps(records, phase, recipe.global_batch)
+    step_s = max(compute_s, host_s) + communication_s
+    return {
+        "learning_parameters": learning,
+        "memory_bytes": memory,
+        "steps": steps,
+        "flops_per_step": counted.flops * recipe.gradient_accumulation_steps * recipe.num_gpus,
+        "flops_6nd": 6 * total * recipe.global_batch * tokens,
+        "bytes_sent_per_step": sent,
+        "compute_s": compute_s,
+        "host_s": host_s,
+        "communication_s": communication_s,
+        "step_s": step_s,
+        "minutes": steps * step_s / 60,
+    }
+
+
+def _assumptions(recipe: ClusterRecipe, gpu: Gpu, utilisation: float) -> list[str]:
+    link = "the network, {:g} GB/s per node" if recipe.nodes > 1 else "NVLink, {:g} GB/s per GPU and direction"
+    rate = NETWORK_BYTES_PER_S if recipe.nodes > 1 else gpu.link_bytes_per_s
+    return [
+        "every record is as long as given above and the vocabulary is used in full, so memory and time are upper "
+        "bounds at the other assumptions; for shorter chains give --chain_tokens",
+        f"{utilisation:.0%} of {gpu.flops[recipe.precision] / 1e12:g} TFLOP/s ({recipe.precision}) are reached "
+        "(--utilisation)",
+        f"the host needs {OPERATOR_S * 1e6:g} us for each PyTorch operator; a step takes the longer of both",
+        f"gradients go over {link.format(rate / GB)}, and nothing is computed meanwhile",
+        "not in the memory: CUDA context, NCCL, DeepSpeed's buckets and fragmentation, about 2 GB",
+        "not in the time: start, reading data, saves, samples after each epoch, evaluation",
+    ]
+
+
+def _compare(cluster: str, recipe: ClusterRecipe, phases: list[dict[str, Any]], utilisation: float) -> list[str]:
+    """The guide's tables beside the plan, in words."""
+    out = []
+    for phase, guide_gb in zip(phases, GUIDE_MEMORY_GB):
+        name, half = f"phase {phase['phase']}", recipe.precision != "fp32"
+        wanted = guide_gb * (GUIDE_HALF_PRECISION if half else 1)
+        memory = phase["memory_bytes"][str(recipe.zero_stage)]
+        state = memory["total"] - memory["activations"]
+        found = (state + memory["activations"] * GUIDE_BATCH / recipe.batch_size) / GB
+        out.append(
+            f"{name}, memory at batch size {GUIDE_BATCH}: the guide says ~{guide_gb:g} GB"
+            + (f", ~{wanted:.1f} GB with its 40% less in half precision" if half else "")
+            + f"; the plan says {found:.1f} GB, {_in_words(found / wanted)}"
+        )
+    if cluster not in GUIDE_MINUTES:
+        return [*out, f"time: the guide's table has no {cluster}"]
+    for phase, minutes in zip(phases, GUIDE_MINUTES[cluster]):
+        ratio = phase["minutes"] / minutes
+        line = (
+            f"phase {phase['phase']}, time: the guide says ~{minutes} minutes; the plan says "
+            f"{phase['minutes']:.0f}, {_in_words(ratio)}"
+        )
+        if phase["compute_s"] > phase["host_s"]:
+            line += f". The guide's time would mean {utilisation * ratio:.1%} utilisation for what is counted here"
+        out.append(line)
+    return out
+
+
+def _in_words(ratio: float) -> str:
+    if 0.8 <= ratio <= 1.25:
+        return "which agrees"
+    return f"{ratio:.1f} times as much" if ratio > 1 else f"{1 / ratio:.1f} times less"
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    print(
+        f"{plan['cluster']}: {plan['num_gpus']} x {plan['gpu']}, {plan['precision']}, ZeRO-{plan['zero_stage']}; "
+        f"{plan['batch_size']} records x {plan['gradient_accumulation_steps']} micro-batches x {plan['num_gpus']} GPUs "
+        f"= global batch {plan['global_batch']}"
+    )
+    print(
+        f"{plan['model']}: {plan['total_parameters']:,} parameters; {plan['records']:,} records, each "
+        f"{plan['visual_tokens']} visual + {plan['question_tokens']} question + {plan['chain_tokens']} chain tokens"
+    )
+    for phase in plan["phases"]:
+        print(f"\nphase {phase['phase']}: {phase['learning_parameters']:,} parameters learn")
+        columns = ("parameters", "gradients", "optimizer", "activations", "total")
+        print("  GB per GPU " + "".join(f"{name:>13}" for name in columns))
+        for zero_stage, memory in phase["memory_bytes"].items():
+            mark = "  <- this recipe" if int(zero_stage) == plan["zero_stage"] else ""
+            print(f"  ZeRO-{zero_stage:<5}" + "".join(f"{memory[name] / GB:>13.2f}" for name in columns) + mark)
+        needed = phase["memory_bytes"][str(plan["zero_stage"])]["total"] / GB
+        fits = "fits" if needed + 2 <= plan["gpu_memory_gb"] else "does NOT fit: lower batch_size in the recipe"
+        print(f"  {needed:.1f} GB and about 2 GB beside it, of {plan['gpu_memory_gb']:g} GB: {fits}")
+        print(
+            f"  {phase['steps']:,} steps; per step {phase['flops_per_step'] / 1e12:.1f} TFLOP in all "
+            f"(6 N D: {phase['flops_6nd'] / 1e12:.1f}), {phase['bytes_sent_per_step'] / 1e6:.1f} MB sent by each GPU"
+        )
+        print(
+            f"  step {phase['step_s']:.3f} s (compute {phase['compute_s']:.3f}, host {phase['host_s']:.3f}, "
+            f"communication {phase['communication_s']:.4f}); in all {_duration(phase['minutes'])}"
+        )
+    print(f"\nboth phases: {_duration(sum(phase['minutes'] for phase in plan['phases']))}")
+    for title, lines in (("assumed", plan["assumptions"]), ("beside the guide's tables", plan["guide"])):
+        print(f"\n{title}:")
+        for line in lines:
+            print(f"- {line}")
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+
+
+def run_plan(
+    *,
+    cluster: str,
+    model: str | None,
+    config: str | None,
+    records: int | None,
+    question_tokens: int | None,
+    chain_tokens: int | None,
+    utilisation: float | None,
+    as_json: bool,
+) -> None:
+    """`embervlm plan`. What is None comes from the run's YAML: its model, `target_samples`, the longest chain.
+
+    A YAML that augments nothing does not say how many records there are; then the guide's 50,000 are planned for.
+    """
+    overrides = load_recipe(cluster).train_settings | ({"model": model} if model else {})
+    path = config or str(REPOSITORY / "configs" / "training_stages.yaml")
+    settings = load_train_config(path, overrides)
+    if records is None:
+        records = (settings.stage4.reasoning_augmentation or AugmentationConfig()).target_samples
+    found = {
+        "records": records,
+        "question_tokens": QUESTION_TOKENS if question_tokens is None else question_tokens,
+        "chain_tokens": settings.stage4.max_reasoning_length if chain_tokens is None else chain_tokens,
+    }
+    for name, value in found.items():
+        if value < 1:
+            raise ConfigError(f"--{name}: {value} is less than 1")
+    plan = make_plan(cluster, config=settings, utilisation=utilisation or UTILISATION, **found)
+    print(json.dumps(plan, indent=2)) if as_json else print_plan(plan)

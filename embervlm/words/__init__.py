@@ -1,0 +1,1 @@
+"""Text of chains alone: steps, claims, wording, numbers. No torch, no records."""

@@ -1,0 +1,209 @@
+"""What the steps of a chain say: content words, claims about named facts, and the faults of each step.
+
+Nothing here knows robots. Names and values come from the data set (`ChainContext.domains`); the only word lists are
+English function words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from embervlm.words.chain_text import number_edges
+
+STOP_WORDS = frozenset(
+    """a an the is are was were be been being am of to in on at for with by from as and or so that this these those it
+    its then than thus therefore hence there here has have had do does did will would can could should may might i we
+    you they he she which who what into also just very""".split()
+)
+"""Function words. Words that turn a statement around (not, no, never, cannot, without) are content."""
+
+
+_WORD = re.compile(r"(?:(?<=\s)-)?\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_NUMBERING = re.compile(
+    r"^\s*(?:[-*]\s+|step\s*\d+\s*[:.)-]?\s*|\d+\s*[:.)]\s+|(?:first|second|third|next|then|finally|lastly)(?:ly)?\s*[:,]\s*)+",
+    re.IGNORECASE,
+)
+_CONCLUSION = re.compile(
+    r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*(?:[:,]|\bis\b))",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_LINK = re.compile(r"[\s:=]*(?:(?:is|are|was|were|be|being|not|a|an|the)\s+)*", re.IGNORECASE)
+NEGATION = re.compile(r"\b(?:not|never|no|without)\b|n['\u2019]t\b", re.IGNORECASE)
+_EXCLUDED = re.compile(
+    r"\b(?:not|no|never|without|except|excluding|than|instead of)\s+(?:(?:the|a|an)\s+)?$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A step says that `name` is `value`, or with `negated` that it is not."""
+
+    name: str
+    value: str
+    negated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} is {'not ' if self.negated else ''}{self.value}"
+
+
+class ClaimReader:
+    """Reads claims out of a step: a name and, before the next name or the sentence's end, one of its values.
+
+    Longest value first, whole words, any case; also "<value> <name>" side by side. A value word that is a name too
+    ("The load is light") counts as the value when only a linking word stands between.
+
+    The values of names in `open_names` are not all known. What stands right after "NAME is" may be the value of another
+    of them, or a number with the same unit: "The delay is 7 seconds", where 6 seconds are known.
+    """
+
+    @classmethod
+    def of(cls, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> ClaimReader:
+        """The shared reader of `domains`, which remembers the steps it has read."""
+        return _reader(frozenset((name, frozenset(values)) for name, values in domains.items()), open_names)
+
+    def __init__(self, domains: Mapping[str, Collection[str]], open_names: frozenset[str] = frozenset()) -> None:
+        self.key = frozenset((name, frozenset(values)) for name, values in domains.items())
+        self._open_names = open_names
+        open_values = {value for name in open_names for value in domains[name]}
+        self._open_values = _alternatives(open_values, _units(open_values))
+        self._canonical = {name.casefold(): name for name in domains}
+        self._names = _alternatives(domains)
+        self._values = {name: _alternatives(values) for name, values in domains.items()}
+        self._value_of = {name: {value.casefold(): value for value in values} for name, values in domains.items()}
+        self._read_once = lru_cache(maxsize=1 << 14)(self._read)
+
+    def read(self, step: str) -> tuple[Claim, ...]:
+        """Claims of one step, in the order of the text."""
+        return self._read_once(step)
+
+    def _read(self, step: str) -> tuple[Claim, ...]:
+        if self._names is None:
+            return ()
+        return tuple(claim for sentence in SENTENCE_END.split(step) for claim in self._read_sentence(sentence))
+
+    def _read_sentence(self, sentence: str) -> Iterable[Claim]:
+        assert self._names is not None
+        mentions = list(self._names.finditer(sentence))
+        taken = 0
+        for index, mention in enumerate(mentions):
+            if mention.start() < taken:  # part of a value that is claimed already
+                continue
+            name = self._canonical[mention[0].casefold()]
+            values = self._values[name]
+            if values is None:
+                continue
+            before = sentence[taken : mention.start()]
+            for match in values.finditer(before):
+                if match.end() < len(before) and before[match.end() :].isspace():
+                    yield Claim(name, self._value_of[name][match[0].casefold()])
+            limit = next((m.start() for m in mentions[index + 1 :] if m.start() >= mention.end()), len(sentence))
+            if (other := self._open_claim(name, sentence, mention.end())) is not None:
+                taken, claim = other
+                yield claim
+                continue
+            found = values.search(sentence, mention.end())
+            if not found:
+                continue
+            gap = sentence[mention.end() : found.start()]
+            if found.start() < limit or _LINK.fullmatch(gap):
+                taken = found.end()
+                yield Claim(name, self._value_of[name][found[0].casefold()], bool(NEGATION.search(gap)))
+
+    def _open_claim(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
+        """Where a value that need not be in the domain ends right after "NAME is", and the claim."""
+        if name not in self._open_names or self._open_values is None:
+            return None
+        link = _LINK.match(sentence, start)
+        found = self._open_values.match(sentence, link.end()) if link and link[0].strip() else None
+        if not link or not found:
+            return None
+        stated, own = " ".join(found[0].casefold().split()), self._value_of[name]
+        number = _number_of(stated)
+        if number and number[1] not in _units(own):  # "The lake is 3 kilometres away" says nothing of its oxygen
+            return None
+        value = own.get(stated) or next((v for v in own.values() if number and _number_of(v) == number), stated)
+        return found.end(), Claim(name, value, bool(NEGATION.search(link[0])))
+
+
+def is_conclusion(step: str) -> bool:
+    return _CONCLUSION.match(strip_numbering(step)) is not None
+
+
+def strip_numbering(step: str) -> str:
+    """`step` without "Step 3:", "3.", "-" or "First," in front."""
+    return _NUMBERING.sub("", step, count=1)
+
+
+@lru_cache(maxsize=1 << 16)
+def all_words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(strip_numbering(text).casefold()))
+
+
+@lru_cache(maxsize=1 << 16)
+def content_words(text: str) -> tuple[str, ...]:
+    """Lower-case words in order, without numbering, the word "Conclusion", function words and a plural s."""
+    stripped = strip_numbering(text)
+    stripped = _CONCLUSION.sub("", stripped, count=1)
+    return tuple(_singular(word) for word in _WORD.findall(stripped.casefold()) if word not in STOP_WORDS)
+
+
+def named_candidates(conclusion: str, candidates: Collection[str]) -> frozenset[str]:
+    """Candidates that a conclusion names as whole words, longest first; not those after "not", "except", "than"."""
+    return _named(conclusion, frozenset(candidates))
+
+
+def conclusion_fault(conclusion: str, answer: Collection[str], candidates: Collection[str]) -> str | None:
+    """What is wrong where a conclusion names other candidates than the answer does; None where it names none."""
+    named = named_candidates(conclusion, {*candidates, *answer})
+    if not answer or not named or {name.casefold() for name in named} == {name.casefold() for name in answer}:
+        return None
+    return f"names {', '.join(sorted(named))}, the answer is {', '.join(sorted(answer))}"
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+def _alternatives(phrases: Collection[str], units: Iterable[str] = ()) -> re.Pattern[str] | None:
+    """Matches any of `phrases` as whole words, in any case, the longest first; then any number with one of `units`."""
+    parts = [
+        re.escape(phrase).join(number_edges(phrase))
+        for phrase in sorted(phrases, key=lambda p: (-len(p), p))
+        if phrase.strip()
+    ]
+    parts += [rf"-?\d[\d,]*(?:\.\d+)?\s*{re.escape(unit)}" for unit in sorted(units, key=lambda u: (-len(u), u))]
+    return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE) if parts else None
+
+
+@lru_cache(maxsize=256)
+def _reader(domains: frozenset[tuple[str, frozenset[str]]], open_names: frozenset[str]) -> ClaimReader:
+    return ClaimReader(dict(domains), open_names)
+
+
+def _units(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(number[1] for value in values if (number := _number_of(value)))
+
+
+def _number_of(value: str) -> tuple[float, str] | None:
+    match = _NUMBER.fullmatch(value.strip())
+    return (float(match[1].replace(",", "")), match[2].strip().casefold()) if match else None
+
+
+_pattern = lru_cache(maxsize=256)(_alternatives)
+
+
+def _named(text: str, candidates: frozenset[str]) -> frozenset[str]:
+    if (pattern := _pattern(candidates)) is None:
+        return frozenset()
+    canonical = {name.casefold(): name for name in candidates}
+    return frozenset(
+        canonical[match[0].casefold()]
+        for match in pattern.finditer(text)
+        # A one-letter choice is matched as written: "a robot" does not name choice A.
+        if (len(match[0]) > 1 or match[0] in candidates) and not _EXCLUDED.search(text[: match.start()])
+    )

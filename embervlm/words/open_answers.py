@@ -1,0 +1,126 @@
+"""Whether two answers in free words are the same one.
+
+As is usual for questions about pictures (VQA, Antol et al. 2015): case, articles, punctuation and number words do not
+matter, numbers are compared by value, a list as a set. A unit counts where the right answer has one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from fractions import Fraction
+from functools import lru_cache
+
+from embervlm.words.numbers import DIGITS, NUMBER_WORDS, number, plain
+
+LIST_SEPARATOR = re.compile(r"\s*(?:;|(?<!\d),|,(?!\d{3}(?!\d))|\band\b|&|\n)\s*", re.IGNORECASE)
+"""Between the parts of a list; a comma before three digits belongs to a number."""
+_LEAD = re.compile(
+    r"(?:(?:so|therefore|thus|hence)\W+)?(?:(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)|it(?:\s+is|'s)\b"
+    r"|there\s+(?:is|are)\b)[\s:]*",
+    re.IGNORECASE,
+)
+_CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen"}
+_UNITS = {
+    "%": "percent",
+    "per cent": "percent",
+    "km": "kilometre",
+    "kilometer": "kilometre",
+    "m": "metre",
+    "meter": "metre",
+    "cm": "centimetre",
+    "centimeter": "centimetre",
+    "mm": "millimetre",
+    "millimeter": "millimetre",
+    "kg": "kilogram",
+    "g": "gram",
+    "h": "hour",
+    "hr": "hour",
+    "min": "minute",
+    "s": "second",
+    "sec": "second",
+    "usd": "dollar",
+    "buck": "dollar",
+    "eur": "euro",
+    "l": "litre",
+    "liter": "litre",
+    "ft": "foot",
+    "feet": "foot",
+    "lb": "pound",
+}
+_QUANTITY = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?P<currency>[$\u20ac\u00a3\u00a5]?)\s*(?P<value>[-+]?(?:(?:\d+\s+)?(?:{DIGITS})\s*/\s*(?:{DIGITS})|{DIGITS}))"
+    r"\s*(?P<unit>%|[^\W\d_][^\d,;:!?]*)?"
+)
+_NO_UNIT = frozenset(
+    "not no nor or and but is are was were to than more less fewer of if minus plus times from between".split()
+)
+_ARTICLES = frozenset(("a", "an", "the"))
+_MOST_UNIT_WORDS = 3
+_WORD = re.compile(rf"-?(?:{DIGITS})|\w+(?:['\u2019]\w+)*|[^\w\s]")
+
+
+def same_answers(predicted: Collection[str], gold: Collection[str]) -> bool:
+    """Whether both say the same things, in any order; without any answer they do not."""
+    if len(predicted) == len(gold) == 1:
+        (one,), (other,) = predicted, gold
+        if _bare(other) and _same(_bare(one), _bare(other)):  # "three hundred and five" is no list
+            return True
+    found, wanted = _parts(predicted), _parts(gold)
+    return bool(wanted) and len(found) == len(wanted) and all(any(_same(a, b) for a in found) for b in wanted)
+
+
+def _parts(answers: Collection[str]) -> list[str]:
+    return list(dict.fromkeys(part for text in answers for part in LIST_SEPARATOR.split(_bare(text)) if part))
+
+
+def _bare(text: str) -> str:
+    return _LEAD.sub("", text.strip(), count=1).strip(" .!\"'")
+
+
+def _same(predicted: str, gold: str) -> bool:
+    wanted = _quantity(gold)
+    if wanted is None:
+        return _words(predicted) == _words(gold)
+    found = _quantity(predicted)
+    return found is not None and found[0] == wanted[0] and wanted[1] in ("", found[1])
+
+
+@lru_cache(maxsize=1 << 14)
+def _quantity(text: str) -> tuple[Fraction, str] | None:
+    """Value and unit of a text that is one number, perhaps with its unit; else None."""
+    text = plain(text).strip(" .!\"'")
+    if (match := _QUANTITY.fullmatch(text)) is not None:
+        value, unit = number(match["value"]), (match["unit"] or "").strip(" .")
+        scale = unit.split()[0].casefold() if unit else ""
+        if value is not None and scale in NUMBER_WORDS:  # "3 million"
+            value, unit = number(f"{match['value']} {scale}"), unit[len(scale) :].strip()
+        if value is None or (match["currency"] and unit and unit != _CURRENCIES[match["currency"]]):
+            return None
+        return _with_unit(-value if match["sign"] == "-" else value, _CURRENCIES.get(match["currency"], unit))
+    words = text.split()
+    for end in range(len(words), 0, -1):  # "three hundred boxes"
+        if (value := number(" ".join(words[:end]))) is not None:
+            return _with_unit(value, " ".join(words[end:]))
+    return None
+
+
+def _with_unit(value: Fraction, unit: str) -> tuple[Fraction, str] | None:
+    words = unit.casefold().split()
+    if len(words) > _MOST_UNIT_WORDS or _NO_UNIT & set(words):
+        return None
+    name = " ".join(words)
+    name = _UNITS.get(name, name)
+    if len(name) > 3 and name.endswith("s") and not name.endswith("ss"):
+        name = name[:-1]
+    return value, _UNITS.get(name, name)
+
+
+@lru_cache(maxsize=1 << 14)
+def _words(text: str) -> tuple[str, ...]:
+    """Words without case, articles and punctuation, number words as digits; of an article alone, itself."""
+    tokens = _WORD.findall(plain(text).casefold().replace("\u2019", "'"))
+    words = [token for token in tokens if re.search(r"\w", token)]
+    out = [word for word in words if word not in _ARTICLES] or words
+    values = [number(word) for word in out]
+    return tuple(word if value is None else str(value) for word, value in zip(out, values)) or tuple(tokens)
