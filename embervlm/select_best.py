@@ -7,6 +7,7 @@ Runs on a login node: torch is only imported when a checkpoint has no evaluation
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -44,7 +45,7 @@ def select_best_checkpoint(
     return Path(_winner(ranking, metric).checkpoint)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m embervlm.select_best", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--checkpoints_dir", type="path", default=PHASE_2, help=f"folder of a phase; default: {PHASE_2}"
@@ -53,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="val", help="evaluation to compare; keep test for the final report")
     parser.add_argument("--lower_is_better", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the whole ranking instead of the best path")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     with told_in_one_line():
         evaluate = _WithModel(args.checkpoints_dir, args.split)
         ranking = rank_checkpoints(
