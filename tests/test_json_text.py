@@ -26,7 +26,7 @@ def read(data: bytes):
     text = JsonText(io.BytesIO(data))
     try:
         assert text.peek() == "["
-        return list(text.list_items())
+        return list(text.values())
     except json.JSONDecodeError as error:
         return error.msg, text.line, text.column
 
@@ -62,7 +62,7 @@ def test_a_list_in_pieces_is_read_as_the_whole(values, indent, ascii_only, piece
 def test_text_that_is_no_utf8_is_found_at_its_byte(content, monkeypatch):
     monkeypatch.setattr(json_text, "PIECE_BYTES", 2)
     with pytest.raises(UnicodeDecodeError) as caught:
-        list(map(str, JsonText(io.BytesIO(content)).list_items()))
+        list(map(str, JsonText(io.BytesIO(content)).values()))
     with pytest.raises(UnicodeDecodeError) as of_whole:
         content.decode()
     assert caught.value.start == of_whole.value.start

@@ -28,15 +28,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.lengths import Limits, too_long
 from embervlm.data.record_fields import unused_fields
 from embervlm.data.record_pictures import PICTURE_NAMES
-from embervlm.data.records import (
-    DataError,
-    Reading,
-    ReasoningRecord,
-    no_records,
-    read_each,
-    read_values,
-    record_to_json,
-)
+from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
 from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.judge.faults import ChainContext, judge_steps, opposite_steps
@@ -259,28 +251,19 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
 
 def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> Iterator[Reading]:
     """Of one file, or of all that training would read under this name; these are then numbered through."""
-    if is_one_file(data.path):
-        yield from read_each(
-            data.path,
-            problems,
-            image_root=options.image_root,
-            allow_outside=options.allow_outside,
-            unpack_dir=options.unpack_dir,
-        )
-        return
-    files = source_files(data.path)
-    if not files or options.unpack_dir is None:
+    files, one_file = source_files(data.path), is_one_file(data.path)
+    if not files or (options.unpack_dir is None and not one_file):
         raise DataError(f"{data.path}: no data file there; name one, a folder of shards, or a pattern of files")
-    unpack_dir = Path(options.unpack_dir)
     rules = source_rules(
-        data.path, files, unpack_dir, image_root=options.image_root, allow_outside=options.allow_outside
+        data.path, files, options.unpack_dir, image_root=options.image_root, allow_outside=options.allow_outside
     )
 
     def values() -> Iterator[tuple[int, str, Any]]:
         for file in files:
-            for key, value in source_values(file, unpack_dir, problems, data.unused):
-                number = len(data.where) + 1
-                data.where[number] = f"{file} record {key}"
+            for key, value in source_values(file, Path(options.unpack_dir or ""), problems, data.unused):
+                number = int(key) if one_file else len(data.where) + 1
+                if not one_file:
+                    data.where[number] = f"{file} record {key}"
                 yield number, f"{file.name}:{key}", value
 
     yield from read_values(values(), rules)

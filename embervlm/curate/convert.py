@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, Report, kind, quote
+from embervlm.data.record_fields import FieldRules, Report, kind, quote
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
 from embervlm.data.splits import SPLITS, picture_digests
@@ -83,14 +83,7 @@ def convert_file(
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
         raise ConfigError(f"--image_root {image_root}: no such folder; name the one that picture paths are relative to")
-    rules = FieldRules(
-        image_root=root,
-        candidates=ROBOTS,
-        require_reasoning=True,
-        allow_outside=allow_outside,
-        max_steps=MAX_STEPS,
-        unpack_dir=str(pictures_beside(output_file)),
-    )
+    rules = FieldRules(image_root=root, allow_outside=allow_outside, unpack_dir=str(pictures_beside(output_file)))
     line_problems: list[str] = []
     skipped: list[dict[str, Any]] = []
     records: list[ReasoningRecord] = []

@@ -95,16 +95,19 @@ class JsonText:
         """`Decoder.lost` of the last item."""
         return self._decoder.lost()
 
-    def list_items(self) -> Iterator[Any]:
-        """The values of the list that starts here, up to the end of the file.
+    def values(self) -> Iterator[Any]:
+        """The values of the list that starts here, or the one value that is no list, up to the end of the file.
 
         Raises:
             json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValueError: as `json.loads`.
         """
-        self._at += len("[")
-        closed = self.peek() == "]"
+        if is_list := self.peek() == "[":
+            self._at += len("[")
+        closed = self.peek() == "]" if is_list else not self.peek()
         while not closed:
             yield self._value()
+            if not is_list:
+                break
             if (separator := self.peek()) not in (",", "]"):
                 raise self._error("Expecting ',' delimiter", self._at)
             closed = separator == "]"
@@ -112,7 +115,7 @@ class JsonText:
                 self._at += len(",")
                 if self.peek() == "]":
                     raise self._error("Expecting value", self._at)
-        self._at += len("]")
+        self._at += len("]") if is_list else 0
         if self.peek():
             raise self._error("Extra data", self._at)
 

@@ -16,6 +16,7 @@ from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
+    ROBOTS,
     number_lines,
     parse_chain,
     strict_answer,
@@ -37,12 +38,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 class FieldRules:
     """What all records of one file are checked against, and what was already looked up for it."""
 
-    image_root: str
-    candidates: tuple[str, ...]
-    require_reasoning: bool
-    allow_outside: bool
-    max_steps: int
+    image_root: str = ""
+    candidates: tuple[str, ...] = ROBOTS
+    require_reasoning: bool = True
     require_answer: bool = True
+    allow_outside: bool = False
+    max_steps: int = MAX_STEPS
     unpack_dir: str | None = None
     """Where pictures that stand in the records themselves are written; None refuses them."""
     folders: dict[str, str] = field(default_factory=dict)

@@ -42,7 +42,6 @@ __all__ = [
     "format_reasoning",
     "parse_answer",
     "parse_reasoning_text",
-    "read_each",
     "read_record",
     "read_records",
     "record_to_json",
@@ -139,20 +138,20 @@ def read_records(
             records of one id are one.
     """
     path = Path(path)
-    problems: list[str] = []
-    records: list[ReasoningRecord] = []
-    num_values = 0
-    for reading in read_each(
-        path,
-        problems,
-        image_root=image_root,
-        candidates=candidates,
+    rules = FieldRules(
+        image_root=folder_of_images(path, image_root),
+        candidates=tuple(candidates),
         require_reasoning=require_reasoning,
         require_answer=require_answer,
         allow_outside=allow_outside,
         max_steps=max_steps,
-        unpack_dir=unpack_dir,
-    ):
+        unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
+    )
+    problems: list[str] = []
+    records: list[ReasoningRecord] = []
+    num_values = 0
+    named = ((number, f"{path.name}:{number}", value) for number, value in file_values(path, problems))
+    for reading in read_values(named, rules):
         num_values += 1
         if reading.record is not None:
             records.append(reading.record)
@@ -180,38 +179,6 @@ class Reading:
     """None where something is wrong with the value."""
     problems: tuple[str, ...]
     """Each as `<field>: <what>; <what to do>`."""
-
-
-def read_each(
-    path: str | os.PathLike[str],
-    file_problems: list[str],
-    *,
-    image_root: str | os.PathLike[str] | None = None,
-    candidates: Sequence[str] = ROBOTS,
-    require_reasoning: bool = True,
-    require_answer: bool = True,
-    allow_outside: bool = False,
-    max_steps: int = MAX_STEPS,
-    unpack_dir: str | os.PathLike[str] | None = None,
-) -> Iterator[Reading]:
-    """Each value of the file, good or bad; the arguments are those of `read_records`.
-
-    What is no value at all (a broken line) goes to `file_problems` and is passed over.
-    Raises:
-        DataError: the file, or `image_root`, cannot be read at all.
-    """
-    path = Path(path)
-    rules = FieldRules(
-        image_root=folder_of_images(path, image_root),
-        candidates=tuple(candidates),
-        require_reasoning=require_reasoning,
-        allow_outside=allow_outside,
-        max_steps=max_steps,
-        require_answer=require_answer,
-        unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
-    )
-    named = ((number, f"{path.name}:{number}", value) for number, value in file_values(path, file_problems))
-    yield from read_values(named, rules)
 
 
 def read_values(values: Iterable[tuple[int, str, Any]], rules: FieldRules) -> Iterator[Reading]:
@@ -289,76 +256,59 @@ def _empty(path: Path) -> DataError:
 
 
 def _jsonl_values(path: Path, file: BinaryIO, problems: list[str], _: bool) -> Iterator[tuple[int, Any]]:
-    empty = True
+    empty, decoder = True, Decoder()
     for number, line in enumerate(file, start=1):
-        if line.strip():
-            empty = False
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            value = decoder.decode(line.rstrip(b"\n").decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             advice = "correct the line or drop it"
             if not line.endswith(b"\n"):
                 advice = "the file ends inside this line: write it again, or drop the line"
-            before = len(problems)
-            value = _decode(line.rstrip(b"\n"), str(path), number, advice, problems)
-            if len(problems) == before:
-                yield number, value
+            problems.append(f"{path} {_not_json(error, number, getattr(error, 'colno', 0), advice)}")
+            continue
+        if not _told(path, number, decoder.lost(), problems):
+            yield number, value
     if empty:
         raise _empty(path)
 
 
 def _json_values(path: Path, file: BinaryIO, problems: list[str], keyed: bool) -> Iterator[tuple[int, Any]]:
-    advice = "correct it there; one record per line needs the suffix .jsonl"
     text = JsonText(file)
+    whole: Any = None
     try:
         first = text.peek()
-        if first == "[":
-            for number, value in enumerate(text.list_items(), start=1):
-                if not _told(path, number, text.lost(), problems):
-                    yield number, value
-            return
-    except UnicodeDecodeError as error:
-        problems.append(f"{path} line {text.line}: {_not_utf8(error)}")
-        return
-    except json.JSONDecodeError as error:
-        problems.append(f"{path} line {text.line} column {text.column}: invalid JSON ({error.msg}); {advice}")
-        return
-    except RecursionError:
-        problems.append(f"{path} line {text.line}: {TOO_DEEP}")
-        return
-    except ValueError as error:  # an integer of thousands of digits
-        problems.append(f"{path} line {text.line}: invalid JSON ({error}); {advice}")
+        for number, value in enumerate(text.values(), start=1):
+            if _told(path, number, text.lost(), problems):
+                continue
+            if first == "[":
+                yield number, value
+            else:
+                whole = value
+    except (ValueError, RecursionError) as error:
+        advice = "correct it there; one record per line needs the suffix .jsonl"
+        problems.append(f"{path} {_not_json(error, text.line, text.column, advice)}")
         return
     if not first:
         raise _empty(path)
-    file.seek(0)
-    value = _decode(file.read().removeprefix(BYTE_ORDER_MARK), str(path), 1, advice, problems)
-    if problems:
+    if first == "[" or problems:
         return
-    if keyed and isinstance(value, dict):
-        yield from enumerate(({"id": k, **v} if isinstance(v, dict) else v for k, v in value.items()), start=1)
-        return
-    raise DataError(f"{path}: holds {kind(value)}, not a list of records; put the records between [ and ]")
+    if not keyed or not isinstance(whole, dict):
+        raise DataError(f"{path}: holds {kind(whole)}, not a list of records; put the records between [ and ]")
+    yield from enumerate(({"id": k, **v} if isinstance(v, dict) else v for k, v in whole.items()), start=1)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-
-
-def _decode(data: bytes, path: str, first_line: int, advice: str, problems: list[str]) -> Any:
-    decoder = Decoder()
-    try:
-        value = decoder.decode(data.decode("utf-8"))
-        problems += [f"{path} record {first_line}: {problem}" for problem in decoder.lost()]
-        return value
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        problems.append(f"{path} line {line}: {_not_utf8(error)}")
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        problems.append(f"{path} line {line} column {error.colno}: invalid JSON ({error.msg}); {advice}")
-    except RecursionError:
-        problems.append(f"{path} line {first_line}: {TOO_DEEP}")
-    except ValueError as error:  # an integer of thousands of digits
-        problems.append(f"{path} line {first_line}: invalid JSON ({error}); {advice}")
-    return None
+def _not_json(error: ValueError | RecursionError, line: int, column: int, advice: str) -> str:
+    """Where reading a text as JSON failed, why, and what to do."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"line {line}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {line} column {column}: invalid JSON ({error.msg}); {advice}"
+    if isinstance(error, RecursionError):
+        return f"line {line}: {TOO_DEEP}"
+    return f"line {line}: invalid JSON ({error}); {advice}"  # an integer of thousands of digits
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.data.json_text import Decoder
-from embervlm.data.record_fields import MAX_STEPS, FieldRules
+from embervlm.data.record_fields import FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
 from embervlm.data.records import file_values, folder_of_images
 from embervlm.run_dir import WriteError, naming_unwritten
-from embervlm.words.chain_text import ROBOTS
 
 _NO_PICTURES = frozenset(
     ("json", "pdf", "ps", "eps", "h5", "hdf", "mpg", "mpeg", "fits", "fit", "bufr", "grib", "wmf", "emf")
@@ -64,7 +63,7 @@ def is_one_file(path: str | os.PathLike[str]) -> bool:
 def source_rules(
     path: Path,
     files: Sequence[Path],
-    unpack_dir: Path,
+    unpack_dir: str | os.PathLike[str] | None,
     *,
     image_root: str | os.PathLike[str] | None,
     allow_outside: bool,
@@ -72,12 +71,9 @@ def source_rules(
     """What the records in the `files` that `path` names are checked against."""
     root = path / "any" if path.is_dir() else path
     return FieldRules(
-        image_root=os.path.realpath(unpack_dir) if is_shard(files[0]) else folder_of_images(root, image_root),
-        candidates=tuple(ROBOTS),
-        require_reasoning=True,
+        image_root=os.path.realpath(unpack_dir or "") if is_shard(files[0]) else folder_of_images(root, image_root),
         allow_outside=allow_outside,
-        max_steps=MAX_STEPS,
-        unpack_dir=str(unpack_dir),
+        unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
     )
 
 

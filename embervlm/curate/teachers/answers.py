@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from embervlm.curate.teachers.collection import Question, finished_record
-from embervlm.data.record_fields import MAX_STEPS, FieldRules, read_fields
+from embervlm.data.record_fields import FieldRules, read_fields
 from embervlm.data.records import ReasoningRecord
-from embervlm.words.chain_text import CONCLUSION, ROBOTS, STEP_TYPES, parse_answer
+from embervlm.words.chain_text import CONCLUSION, STEP_TYPES, parse_answer
 from embervlm.words.open_answers import same_answers
 
 _THOUGHT = re.compile(r"^(?:.*?<think>)?(.*?)</think>", re.DOTALL)  # some servers eat the opening tag
@@ -229,13 +229,10 @@ def checked(value: dict[str, Any], question: Question) -> ReasoningRecord:
     }
     metadata = {key: item for key, item in question.record.metadata.items() if key == "candidates"}
     problems: list[str] = []
-    rules = FieldRules(
-        image_root="", candidates=ROBOTS, require_reasoning=True, allow_outside=False, max_steps=MAX_STEPS
-    )
     fields = read_fields(
         {**own, "instruction": question.record.instruction, "metadata": metadata},
         question.record.record_id,
-        rules,
+        FieldRules(),
         problems.append,
     )
     if problems:
