@@ -225,14 +225,14 @@ def test_a_text_of_the_glossary_belongs_to_no_record(tokenizer):
 def test_every_sample_comes_once_in_an_epoch(count, global_batch):
     plan = EpochPlan(main=numbered(count), global_batch=global_batch, seed=0)
     for epoch in range(2):
-        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        steps = range(epoch * plan.num_steps(1), (epoch + 1) * plan.num_steps(1))
         seen = sum((numbers(plan.batch(step)) for step in steps), Counter())
         assert seen == Counter(range(count))
 
 
 def test_no_batch_is_larger_than_asked_for():
     plan = EpochPlan(main=numbered(25), global_batch=6, seed=0)
-    assert sorted(len(plan.batch(step)) for step in range(plan.steps_per_epoch)) == [1, 6, 6, 6, 6]
+    assert sorted(len(plan.batch(step)) for step in range(plan.num_steps(1))) == [1, 6, 6, 6, 6]
 
 
 def test_the_next_epoch_has_another_order():
@@ -251,14 +251,14 @@ def test_the_same_seed_plans_the_same_batches_wherever_one_starts():
 def test_batches_hold_samples_of_like_length():
     main = [Sample(record=i, form=DIRECT, prompt=[1], target=[2] * (1 + i % 50)) for i in range(400)]
     plan = EpochPlan(main=main, global_batch=8, seed=0)
-    spreads = [max(map(len, batch)) - min(map(len, batch)) for batch in map(plan.batch, range(plan.steps_per_epoch))]
+    spreads = [max(map(len, batch)) - min(map(len, batch)) for batch in map(plan.batch, range(plan.num_steps(1)))]
     assert sum(spreads) / len(spreads) < 10  # about 40 in random order
 
 
 def test_mixed_in_samples_come_at_their_ratio_in_every_batch():
     mixed = [Sample(record=100 + i, form=CAPTION, prompt=[1], target=[2]) for i in range(5)]
     plan = EpochPlan(main=numbered(24), mixed=((mixed, 0.5),), global_batch=6, seed=0)
-    for step in range(plan.steps_per_epoch):
+    for step in range(plan.num_steps(1)):
         forms = Counter(sample.form for sample in plan.batch(step))
         assert forms == {DIRECT: 6, CAPTION: 3}
 
@@ -266,7 +266,7 @@ def test_mixed_in_samples_come_at_their_ratio_in_every_batch():
 def test_mixed_in_samples_all_come_before_one_comes_again():
     mixed = [Sample(record=100 + i, form=CAPTION, prompt=[1], target=[2]) for i in range(5)]
     plan = EpochPlan(main=numbered(24), mixed=((mixed, 0.5),), global_batch=6, seed=0)
-    seen = Counter(s.record for step in range(plan.steps_per_epoch) for s in plan.batch(step) if s.form == CAPTION)
+    seen = Counter(s.record for step in range(plan.num_steps(1)) for s in plan.batch(step) if s.form == CAPTION)
     assert len(seen) == 5 and max(seen.values()) - min(seen.values()) <= 1
 
 

@@ -52,7 +52,7 @@ def test_steps_are_those_of_the_epoch_plan() -> None:
 
     train = [Sample(record=i, form=DIRECT, prompt=[0], target=[0]) for i in range(80)]
     plan = EpochPlan(main=train, global_batch=32, seed=0)
-    assert optimizer_steps(100, PHASE2, 32) == plan.steps_per_epoch * PHASE2.epochs == 6
+    assert optimizer_steps(100, PHASE2, 32) == plan.num_steps(1) * PHASE2.epochs == 6
 
 
 # -- counts ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records, record_to_json
 from embervlm.data.splits import split_records
-from embervlm.data.store import MARKED, SPLITS, PicturePaths, has_field, picture_hashes, prepare, question_hashes
+from embervlm.data.store import MARKED, SPLITS, has_field, picture_hashes, picture_paths, prepare, question_hashes
 
 GOOD = {"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}
 
@@ -56,12 +56,12 @@ def test_columns_of_a_view_are_what_its_records_say(scene_data, tmp_path):
     assert (picture_hashes(view) == picture_hashes(some)).all()
     assert (question_hashes(view) == question_hashes(some)).all()
     assert all((has_field(view, name) == has_field(some, name)).all() for name in MARKED)
-    assert list(PicturePaths(view)) == list(dict.fromkeys(record.image for record in some))
+    assert list(picture_paths(view)) == list(dict.fromkeys(record.image for record in some))
 
 
 def test_pictures_of_a_view_are_found_by_their_path(scene_data, tmp_path):
     view = prepare(scene_data / "reasoning_data.json", tmp_path).split("train")
-    cache = PictureCache(PicturePaths(view), 16)
+    cache = PictureCache(picture_paths(view), 16)
     whole = PictureCache([record.image for record in view], 16)
     assert all((cache[record.image] == whole[record.image]).all() for record in view)
 
@@ -308,7 +308,7 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
         )
         for of in (train, wanted)
     ]
-    for step in range(2 * plans[0].steps_per_epoch):
+    for step in range(2 * plans[0].num_steps(1)):
         ours, theirs = ([(s.record, s.prompt, s.target) for s in plan.batch(step)] for plan in plans)
         assert ours == theirs
     assert plans[0].digest() == plans[1].digest()

@@ -8,15 +8,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 
+from embervlm.data.lazy import Lazy
 from embervlm.data.samples import Sample, Samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalBatch(Sequence[Sample]):
+class GlobalBatch(Lazy[Sample]):
     """The samples of one optimizer step; each is encoded only where it is asked for, on the rank that trains on it."""
 
     sources: tuple[Sequence[Sample], ...] = field(repr=False, compare=False)
@@ -26,14 +26,8 @@ class GlobalBatch(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.picks)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self.sources[source][i] for source, i in self.picks[index]]
-        source, i = self.picks[index]
+    def item(self, place: int) -> Sample:
+        source, i = self.picks[place]
         return self.sources[source][i]
 
 
@@ -71,11 +65,6 @@ class EpochPlan:
 
     def with_global_batch(self, global_batch: int) -> EpochPlan:
         return replace(self, global_batch=global_batch, _epochs={})
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of an epoch that trains on all."""
-        return -(-len(self.main) // self.global_batch)
 
     def _steps_in(self, epoch: int) -> int:
         return -(-len(self._places(epoch)) // self.global_batch)

@@ -7,7 +7,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from embervlm.data.records import DataError
-from embervlm.data.splits import text_hash
 from embervlm.run_dir import naming_unwritten
 
 MAX_PIXELS = 200_000_000
@@ -224,18 +223,13 @@ class PictureCache:
         self, paths: Iterable[str | os.PathLike[str]], size: int, cache_dir: str | os.PathLike[str] | None = None
     ) -> None:
         self.size = size
-        self._given = paths if isinstance(paths, Sequence) else list(paths)
-        hashes = np.array([text_hash(os.fspath(path)) for path in self._given], np.uint64)
-        first = np.unique(hashes, return_index=True)[1]
-        self._first = np.sort(first)  # the distinct ones among those given, in their order
-        self._rows = np.argsort(hashes[self._first])
-        self._hashes = hashes[self._first][self._rows]  # sorted, for finding a path without keeping it
-        self.shape = (len(self._first), size, size, 3)
+        self._rows = {path: row for row, path in enumerate(dict.fromkeys(os.fspath(path) for path in paths))}
+        self.shape = (len(self), size, size, 3)
         if cache_dir is None or not len(self):
             self.array = np.empty(self.shape, dtype=np.uint8)
             self._decode_into(self.array)
             return
-        file = Path(cache_dir) / f"pictures-{size}-{files_digest(self._paths())}.npy"
+        file = Path(cache_dir) / f"pictures-{size}-{files_digest(self._rows)}.npy"
         array = self._open(file)
         if array is None:
             self._build(file)
@@ -245,10 +239,7 @@ class PictureCache:
         self.array = array
 
     def __len__(self) -> int:
-        return len(self._first)
-
-    def _paths(self) -> Iterator[str]:
-        return (os.fspath(self._given[int(place)]) for place in self._first)
+        return len(self._rows)
 
     def __getitem__(self, path: str | os.PathLike[str]) -> np.ndarray:
         """The picture, uint8 `[size, size, 3]`; a view, not a copy."""
@@ -257,11 +248,10 @@ class PictureCache:
 
     def index(self, path: str | os.PathLike[str]) -> int:
         """Row of the picture in `array`."""
-        wanted = np.uint64(text_hash(os.fspath(path)))
-        place = int(np.searchsorted(self._hashes, wanted))
-        if place == len(self) or self._hashes[place] != wanted:
+        row = self._rows.get(os.fspath(path))
+        if row is None:
             raise KeyError(f"{os.fspath(path)}: not among the {len(self)} cached pictures")
-        return int(self._rows[place])
+        return row
 
     def _open(self, file: Path) -> np.ndarray | None:
         try:
@@ -295,8 +285,7 @@ class PictureCache:
                 return error.problems
             return ()
 
-        numbered = [(path, row) for row, path in enumerate(self._paths())]
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            problems = [problem for found in pool.map(decode, numbered) for problem in found]
+            problems = [problem for found in pool.map(decode, self._rows.items()) for problem in found]
         if problems:
             raise ImageError.of(problems)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embervlm.data.lazy import Lazy
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.store import save_array
 from embervlm.data.tokenizer import CONCLUSION
@@ -71,7 +72,7 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
     return mask.flatten()
 
 
-class Samples(Sequence[Sample]):
+class Samples(Lazy[Sample]):
     """Records in one form, encoded when they are asked for."""
 
     def __init__(
@@ -90,16 +91,8 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self._one(index % len(self))
+    def item(self, place: int) -> Sample:
+        return self._one(place)
 
     @property
     def sizes(self) -> np.ndarray:

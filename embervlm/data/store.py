@@ -19,6 +19,7 @@ from uuid import uuid4
 import numpy as np
 
 from embervlm.data.images import files_digest
+from embervlm.data.lazy import Lazy
 from embervlm.data.record_fields import FieldRules, quote, unused_fields
 from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
 from embervlm.data.sources import source_files, source_rules, source_values
@@ -99,7 +100,7 @@ def answer_kind(record: ReasoningRecord) -> str:
     return "robots" if own is None else "own" if own else "open"
 
 
-class RecordView(Sequence[ReasoningRecord]):
+class RecordView(Lazy[ReasoningRecord]):
     """Some records of a store, parsed when they are asked for."""
 
     def __init__(self, store: RecordStore, rows: np.ndarray) -> None:
@@ -114,10 +115,13 @@ class RecordView(Sequence[ReasoningRecord]):
     def __getitem__(self, index: slice) -> RecordView: ...
     def __getitem__(self, index: int | slice) -> ReasoningRecord | RecordView:
         if isinstance(index, slice):
-            return RecordView(self.store, self.rows[index])
-        return self.store.record(int(self.rows[index]))
+            return self.take(index)
+        return self.item(index)
 
-    def take(self, places: np.ndarray) -> RecordView:
+    def item(self, place: int) -> ReasoningRecord:
+        return self.store.record(int(self.rows[place]))
+
+    def take(self, places: np.ndarray | slice) -> RecordView:
         return RecordView(self.store, self.rows[places])
 
     def column(self, name: str) -> np.ndarray:
@@ -175,28 +179,15 @@ def with_fields(records: Sequence[ReasoningRecord], *names: str) -> Iterator[Rea
         yield records[int(place)]
 
 
-class PicturePaths(Sequence[str]):
+def picture_paths(records: Sequence[ReasoningRecord]) -> Iterator[str]:
     """The distinct pictures of records, in the order in which they come first."""
-
-    def __init__(self, records: Sequence[ReasoningRecord]) -> None:
-        hashes = picture_hashes(records)
-        pictured = np.flatnonzero(hashes)
-        first = np.unique(hashes[pictured], return_index=True)[1]
-        self._records, self._places = records, pictured[np.sort(first)]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        image = self._records[int(self._places[index])].image
+    hashes = picture_hashes(records)
+    pictured = np.flatnonzero(hashes)
+    first = np.unique(hashes[pictured], return_index=True)[1]
+    for place in pictured[np.sort(first)]:
+        image = records[int(place)].image
         assert image is not None
-        return image
+        yield image
 
 
 # ---- preparing
@@ -275,7 +266,7 @@ def _open(folder: Path) -> RecordStore | None:
         return None  # absent or damaged: built again
     if lengths != {len(store)}:
         return None
-    return store if about["pictures"] == files_digest(PicturePaths(store.all())) else None
+    return store if about["pictures"] == files_digest(picture_paths(store.all())) else None
 
 
 def _records(
@@ -339,7 +330,7 @@ def _write(
         if problems:
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
-        pictures = files_digest(PicturePaths(store))
+        pictures = files_digest(picture_paths(store))
         about = {"format": STORE_FORMAT, "pictures": pictures, "unused": unused, "answer_kinds": answer_kinds}
         write_json_atomic(folder / "store.json", about)
 

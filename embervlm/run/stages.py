@@ -29,7 +29,7 @@ from embervlm.data.record_fields import told_unused
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Sample, Samples
 from embervlm.data.sources import source_files
-from embervlm.data.store import PicturePaths, RecordView, has_field, prepare
+from embervlm.data.store import RecordView, has_field, picture_paths, prepare
 from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
 from embervlm.errors import UserError
 from embervlm.model.config import STAGE3, STAGE4
@@ -84,7 +84,7 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
-    pictures = first_on_rank_0(world, lambda: PictureCache(PicturePaths(shown), image_size, cache))
+    pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache))
     # what a file holds of augmentations goes to the end, so that the given records have the same places in both
     augmented = has_field(train, "augmentation")
     train = train.take(np.argsort(augmented, kind="stable"))
