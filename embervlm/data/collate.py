@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ class Batch:
     record_ids: list[str] = field(default_factory=list)
     muted: bool = False
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text: positions of the whole batch count on from row to row."""
+        return int(self.inputs["input_ids"].shape[1])
+
     def mute(self) -> None:
         """Let the batch run, and its sums and counts be zero."""
         self.counts = dict.fromkeys(self.counts, 0.0)
@@ -61,14 +66,7 @@ class Batch:
                 for key, value in values.items()
             }
 
-        return Batch(
-            inputs=move(self.inputs),
-            targets=move(self.targets),
-            counts=self.counts,
-            picture_index=self.picture_index,
-            record_ids=self.record_ids,
-            muted=self.muted,
-        )
+        return replace(self, inputs=move(self.inputs), targets=move(self.targets))
 
 
 class Collator:
@@ -96,7 +94,7 @@ class Collator:
         self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
         self.grounding, self.use_reasoning = grounding, use_reasoning
         self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
-        self._candidates = self._pad(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
+        self._candidates = padded(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
 
     def __call__(
         self,
@@ -116,33 +114,32 @@ class Collator:
         texts = [[*sample.prompt, *sample.target] for sample in (*samples, *(samples[row] for row, _ in contrasted))]
         length = max(map(len, texts))
         inputs: dict[str, Any] = {
-            "input_ids": self._pad(texts, 0),
+            "input_ids": padded(texts, 0),
             "text_mask": torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None],
             "image_mask": torch.tensor([row >= 0 for row in rows]),
             "use_reasoning": self.use_reasoning,
         }
         if load_pictures:
             inputs["pictures"] = self._pictures(rows)
-        targets: dict[str, Tensor] = {}
-        counts: dict[str, float] = {}
-        self._score_tokens(samples, texts, length, inputs, targets, counts)
-        if self.use_reasoning:
-            self._ask_answer_head(samples, length, inputs, targets, counts)
-            self._ask_validator(samples, rngs, inputs, targets, counts)
-            if self.grounding and self._has_boxes:
-                self._ground(samples, length, inputs, targets, counts)
-            self._sample_inputs(samples, rngs, length, teacher_forcing, inputs)
-            if self.grounding and not self._has_boxes:
-                self._contrast([row for row, _ in contrasted], texts, length, inputs, targets, counts)
-        if self.dense_labels is not None:
-            self._dense(samples, targets, counts)
-        return Batch(
+        batch = Batch(
             inputs=inputs,
-            targets=targets,
-            counts=counts,
+            targets={},
+            counts={},
             picture_index=torch.tensor(rows),
             record_ids=[self.records[s.record].record_id if s.record >= 0 else "glossary" for s in samples],
         )
+        self._score_tokens(batch, samples, texts)
+        if self.use_reasoning:
+            self._ask_answer_head(batch, samples)
+            self._ask_validator(batch, samples, rngs)
+            if self.grounding and self._has_boxes:
+                self._ground(batch, samples)
+            self._sample_inputs(batch, samples, rngs, teacher_forcing)
+            if self.grounding and not self._has_boxes:
+                self._contrast(batch, [row for row, _ in contrasted], texts)
+        if self.dense_labels is not None:
+            self._dense(batch, samples)
+        return batch
 
     def _metadata(self, sample: Sample) -> Mapping[str, Any]:
         return self.records[sample.record].metadata if sample.record >= 0 else {}
@@ -159,43 +156,28 @@ class Collator:
                 out[place] = torch.from_numpy(np.array(self.pictures.array[row]))
         return out
 
-    def _score_tokens(
-        self,
-        samples: Sequence[Sample],
-        texts: list[list[int]],
-        length: int,
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
-        counts: dict[str, float],
-    ) -> None:
+    def _score_tokens(self, batch: Batch, samples: Sequence[Sample], texts: list[list[int]]) -> None:
         index: list[int] = []
         labels: list[int] = []
         direct: list[bool] = []
         for row, (sample, text) in enumerate(zip(samples, texts)):
             start = max(1, len(sample.prompt) + sample.num_given)
-            index.extend(range(row * length + start - 1, row * length + len(text) - 1))
+            index.extend(range(row * batch.length + start - 1, row * batch.length + len(text) - 1))
             labels.extend(text[start:])
             direct.extend([TERM_OF_FORM[sample.form] == "direct"] * (len(text) - start))
-        inputs["score_index"] = torch.tensor(index)
-        targets["labels"] = torch.tensor(labels)
-        targets["direct"] = torch.tensor(direct)
-        counts["direct"] = float(sum(direct))
-        counts["reasoning"] = float(len(direct) - sum(direct))
+        batch.inputs["score_index"] = torch.tensor(index)
+        batch.targets["labels"] = torch.tensor(labels)
+        batch.targets["direct"] = torch.tensor(direct)
+        batch.counts["direct"] = float(sum(direct))
+        batch.counts["reasoning"] = float(len(direct) - sum(direct))
 
-    def _ask_answer_head(
-        self,
-        samples: Sequence[Sample],
-        length: int,
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
-        counts: dict[str, float],
-    ) -> None:
+    def _ask_answer_head(self, batch: Batch, samples: Sequence[Sample]) -> None:
         asked = [
             (row, s)
             for row, s in enumerate(samples)
             if s.answer_position is not None and self._metadata(s).get("candidates") != []  # an open answer
         ]
-        counts["answer"] = 0.0
+        batch.counts["answer"] = 0.0
         unasked = not asked
         asked = asked or [(0, samples[0])]  # every process runs every part; see `Batch`
         own = [tuple((not unasked and self._metadata(s).get("candidates")) or self.candidates) for _, s in asked]
@@ -209,7 +191,7 @@ class Collator:
         elif list(own[0]) == self.candidates and self._candidates is not None:
             candidate_ids, most = self._candidates, len(self.candidates)
         else:
-            candidate_ids, most = self._pad(self.tokenizer.encode_many(own[0]), -1), len(own[0])
+            candidate_ids, most = padded(self.tokenizer.encode_many(own[0]), -1), len(own[0])
         right = torch.zeros(len(asked), most)
         real = torch.zeros(len(asked), most)
         for place, ((_, sample), names) in enumerate(zip(asked, own)):
@@ -218,20 +200,13 @@ class Collator:
             answer = self.records[sample.record].answer
             right[place, : len(names)] = torch.tensor([float(name in answer) for name in names])
             real[place, : len(names)] = 1
-        inputs["answer_index"] = torch.tensor([row * length + (s.answer_position or 0) for row, s in asked])
-        inputs["candidate_ids"] = candidate_ids
-        targets["answers"], targets["answers_real"] = right, real
-        counts["answer"] = float(real.sum())
+        batch.inputs["answer_index"] = torch.tensor([row * batch.length + (s.answer_position or 0) for row, s in asked])
+        batch.inputs["candidate_ids"] = candidate_ids
+        batch.targets["answers"], batch.targets["answers_real"] = right, real
+        batch.counts["answer"] = float(real.sum())
 
-    def _ask_validator(
-        self,
-        samples: Sequence[Sample],
-        rngs: Sequence[random.Random],
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
-        counts: dict[str, float],
-    ) -> None:
-        counts["consistency"] = 0.0
+    def _ask_validator(self, batch: Batch, samples: Sequence[Sample], rngs: Sequence[random.Random]) -> None:
+        batch.counts["consistency"] = 0.0
         if self.pair_maker is None:
             return
         pairs: list[tuple[int, StepPair]] = []
@@ -246,24 +221,21 @@ class Collator:
                 own.append((row, places))
                 drawn = drawn[:1]
             pairs += [(row, pair) for pair in drawn]
-        counts["consistency"] = float(len(pairs) + len(own))
-        targets["valid_weight"] = torch.ones(len(pairs))
+        batch.counts["consistency"] = float(len(pairs) + len(own))
+        batch.targets["valid_weight"] = torch.ones(len(pairs))
         if not pairs:
             pairs = [(0, StepPair(kind="valid", previous=[], step=samples[0].prompt))]
-            targets["valid_weight"] = torch.zeros(1)
+            batch.targets["valid_weight"] = torch.zeros(1)
         texts = [(samples[row].prompt, pair.previous, pair.step) for row, pair in pairs]
-        inputs |= validator_inputs(texts, self.max_pair_tokens)
-        inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
-        targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
+        batch.inputs |= validator_inputs(texts, self.max_pair_tokens)
+        batch.inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
+        batch.targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
         if self.pair_maker.knows_facts:
-            self._ask_of_own(own, samples, inputs, targets)
+            self._ask_of_own(batch, own, samples)
 
     @staticmethod
     def _ask_of_own(
-        own: Sequence[tuple[int, list[tuple[int, int, int]]]],
-        samples: Sequence[Sample],
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
+        batch: Batch, own: Sequence[tuple[int, list[tuple[int, int, int]]]], samples: Sequence[Sample]
     ) -> None:
         """The chains whose likeliest mistakes the validator is asked about, behind the pairs."""
         scored_from = [max(1, len(sample.prompt) + sample.num_given) for sample in samples]
@@ -272,13 +244,13 @@ class Collator:
         weight = float(bool(own))
         own = own or [(0, [(scored_from[0], scored_from[0], scored_from[0] + 1)])]  # every process runs every part
         most = max(len(places) for _, places in own)
-        inputs["own_record"] = torch.tensor([row for row, _ in own])
-        inputs["own_prompt"] = torch.tensor([len(samples[row].prompt) for row, _ in own])
-        inputs["own_places"] = torch.tensor(
+        batch.inputs["own_record"] = torch.tensor([row for row, _ in own])
+        batch.inputs["own_prompt"] = torch.tensor([len(samples[row].prompt) for row, _ in own])
+        batch.inputs["own_places"] = torch.tensor(
             [[(first[row] + at, at, start, end) for at, start, end in (places * most)[:most]] for row, places in own]
         )
-        targets["valid"] = torch.cat([targets["valid"], torch.zeros(len(own))])
-        targets["valid_weight"] = torch.cat([targets["valid_weight"], torch.full((len(own),), weight)])
+        batch.targets["valid"] = torch.cat([batch.targets["valid"], torch.zeros(len(own))])
+        batch.targets["valid_weight"] = torch.cat([batch.targets["valid_weight"], torch.full((len(own),), weight)])
 
     def _contrasted(
         self, samples: Sequence[Sample], rows: Sequence[int], step: int, places: Sequence[int]
@@ -306,59 +278,44 @@ class Collator:
         return out
 
     @staticmethod
-    def _contrast(
-        chains: Sequence[int],
-        texts: list[list[int]],
-        length: int,
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
-        counts: dict[str, float],
-    ) -> None:
+    def _contrast(batch: Batch, chains: Sequence[int], texts: list[list[int]]) -> None:
         """Score the last rows as well, which repeat `chains` behind other pictures.
 
         `contrast_own` tells of each token there which scored token it repeats, `contrast_lengths` how many a chain has.
         """
-        scored = inputs["score_index"]
-        own = [(scored // length == row).nonzero().squeeze(1) for row in chains]
+        scored = batch.inputs["score_index"]
+        own = [(scored // batch.length == row).nonzero().squeeze(1) for row in chains]
         begin = len(texts) - len(chains)
         again = [
-            scored[places] + (begin + number - row) * length for number, (row, places) in enumerate(zip(chains, own))
+            scored[places] + (begin + number - row) * batch.length
+            for number, (row, places) in enumerate(zip(chains, own))
         ]
-        targets["contrast_own"] = torch.cat([*own, scored[:0]])
-        targets["contrast_lengths"] = torch.tensor([len(places) for places in own], dtype=torch.long)
-        targets["labels"] = torch.cat([targets["labels"], targets["labels"][targets["contrast_own"]]])
-        inputs["score_index"] = torch.cat([scored, *again])
-        inputs["repeated"] = torch.tensor(chains, dtype=torch.long)
-        counts["multimodal"] = float(len(chains))
+        batch.targets["contrast_own"] = torch.cat([*own, scored[:0]])
+        batch.targets["contrast_lengths"] = torch.tensor([len(places) for places in own], dtype=torch.long)
+        batch.targets["labels"] = torch.cat(
+            [batch.targets["labels"], batch.targets["labels"][batch.targets["contrast_own"]]]
+        )
+        batch.inputs["score_index"] = torch.cat([scored, *again])
+        batch.inputs["repeated"] = torch.tensor(chains, dtype=torch.long)
+        batch.counts["multimodal"] = float(len(chains))
 
-    def _ground(
-        self,
-        samples: Sequence[Sample],
-        length: int,
-        inputs: dict[str, Any],
-        targets: dict[str, Tensor],
-        counts: dict[str, float],
-    ) -> None:
+    def _ground(self, batch: Batch, samples: Sequence[Sample]) -> None:
         """Tokens whose attention is supervised, where the data know boxes."""
         index: list[int] = []
         masks: list[Tensor] = []
         for row, sample in enumerate(samples):
             for step, mask in sample.attend:
                 start, end = sample.step_spans[step]
-                index.extend(range(row * length + start, row * length + end))
+                index.extend(range(row * batch.length + start, row * batch.length + end))
                 masks.append(mask.expand(end - start, -1))
-        counts["multimodal"] = float(len(index))
-        inputs["ground_index"] = torch.tensor(index or [0])
+        batch.counts["multimodal"] = float(len(index))
+        batch.inputs["ground_index"] = torch.tensor(index or [0])
         # an empty mask counts nothing
-        targets["ground"] = torch.cat(masks) if masks else torch.zeros(1, 1, dtype=torch.bool)
+        batch.targets["ground"] = torch.cat(masks) if masks else torch.zeros(1, 1, dtype=torch.bool)
 
     @staticmethod
     def _sample_inputs(
-        samples: Sequence[Sample],
-        rngs: Sequence[random.Random],
-        length: int,
-        teacher_forcing: float,
-        inputs: dict[str, Any],
+        batch: Batch, samples: Sequence[Sample], rngs: Sequence[random.Random], teacher_forcing: float
     ) -> None:
         if teacher_forcing >= 1:
             return
@@ -367,20 +324,21 @@ class Collator:
             if sample.step_spans:
                 positions = np.concatenate([np.arange(start, end) for start, end in sample.step_spans])
                 draws = np.random.default_rng(rng.getrandbits(64)).random(len(positions))
-                chosen.append(row * length + positions[draws >= teacher_forcing])
+                chosen.append(row * batch.length + positions[draws >= teacher_forcing])
         index = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-        inputs["sampled_index"] = torch.from_numpy(index)
+        batch.inputs["sampled_index"] = torch.from_numpy(index)
 
-    def _dense(self, samples: Sequence[Sample], targets: dict[str, Tensor], counts: dict[str, float]) -> None:
+    def _dense(self, batch: Batch, samples: Sequence[Sample]) -> None:
         assert self.dense_labels is not None
         labels = [self.dense_labels.of(self.records[s.record].metadata if s.record >= 0 else {}) for s in samples]
-        targets["dense"] = torch.stack(labels)
-        counts["dense"] = float((targets["dense"] >= 0).sum())
+        batch.targets["dense"] = torch.stack(labels)
+        batch.counts["dense"] = float((batch.targets["dense"] >= 0).sum())
 
-    @staticmethod
-    def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        length = max(map(len, rows))
-        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """`[rows, longest]` int64: each row, and `fill` behind it."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
 def validator_inputs(
@@ -391,20 +349,13 @@ def validator_inputs(
     What is longer than `limit` is cut as `fit_pair` does it.
     """
     rows, segments = [], []
-    names = PAIR_SEGMENTS
     for question, previous, step in (fit_pair(*text, limit) for text in texts):
         rows.append([*question, *previous, *step])
-        segments.append(
-            [names.index("question")] * len(question)
-            + [names.index("previous")] * len(previous)
-            + [names.index("step")] * len(step)
-        )
-    length = max(map(len, rows))
-    return {
-        "pair_ids": torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]),
-        "pair_segments": torch.tensor([[*row, *[0] * (length - len(row))] for row in segments]),
-        "pair_mask": torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None],
-    }
+        parts = (("question", question), ("previous", previous), ("step", step))
+        segments.append([PAIR_SEGMENTS.index(name) for name, ids in parts for _ in ids])
+    ids = padded(rows, 0)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return {"pair_ids": ids, "pair_segments": padded(segments, 0), "pair_mask": mask}
 
 
 class DenseLabels:
