@@ -12,7 +12,9 @@ from PIL import Image
 
 from embervlm.cli import main
 from embervlm.config import ConfigError
-from embervlm.curate.convert import CONVERTERS, complexity_of, convert_file, sentences, skipped_path, summary
+from embervlm.curate.convert import CONVERTERS, convert_file, skipped_path, summary
+from embervlm.curate.formats.shared import sentences
+from embervlm.data.curriculum import complexity_by_steps
 from embervlm.data.records import DataError, read_records
 from embervlm.run_dir import WriteError
 
@@ -203,7 +205,7 @@ def test_complexity_that_the_record_gives_is_kept(folder):
     ("steps", "name"), [(1, "simple"), (3, "simple"), (4, "medium"), (5, "medium"), (6, "complex")]
 )
 def test_complexity_follows_the_guides_curriculum(steps, name):
-    assert complexity_of(steps) == name
+    assert complexity_by_steps(steps) == name
 
 
 # ---- robot selection

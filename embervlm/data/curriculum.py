@@ -47,9 +47,13 @@ def complexity_of(record: ReasoningRecord, reader: ClaimReader) -> str:
         return _SPELLINGS[_spelling(given)]
     steps = record.steps[: record.num_steps]
     num_claims = len({claim for step in steps for claim in reader.read(step)})
-    by_steps = sum(len(steps) > limit for limit in STEP_LIMITS)
-    by_claims = sum(num_claims > limit for limit in CLAIM_LIMITS)
-    return COMPLEXITIES[max(by_steps, by_claims)]
+    by_claims = COMPLEXITIES[sum(num_claims > limit for limit in CLAIM_LIMITS)]
+    return max(complexity_by_steps(len(steps)), by_claims, key=COMPLEXITIES.index)
+
+
+def complexity_by_steps(num_steps: int) -> str:
+    """The Stage 4 guide's curriculum: simple to 3 steps, medium to 5, complex beyond."""
+    return COMPLEXITIES[sum(num_steps > limit for limit in STEP_LIMITS)]
 
 
 def records_of_epochs(

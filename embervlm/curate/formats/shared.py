@@ -1,0 +1,149 @@
+"""What the formats share: reading the fields of a value, and writing its explanation as a chain."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import ascii_uppercase
+from typing import Any
+
+from embervlm.data.record_fields import kind, quote
+from embervlm.data.splits import SPLITS
+from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning
+
+ANALYSIS, CHECKING, SELECTION, CONCLUDING = (
+    "problem_analysis",
+    "constraint_checking",
+    "solution_selection",
+    "conclusion",
+)
+"""The Stage 4 guide's step types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A value that is converted. What is wrong with it goes to `problems`, in the words of its own format."""
+
+    value: dict[str, Any]
+    number: int
+    """Of the record in its file, from 1."""
+    image_root: str
+    """Resolved folder that picture paths are relative to."""
+    problems: list[str] = field(default_factory=list)
+
+    def report(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def text(self, name: str, *, required: bool = True) -> str:
+        """The text of a field, without the blanks around it; "" where it is missing, reported if `required`."""
+        text = self.value.get(name)
+        if text is None and not required:
+            return ""
+        if not isinstance(text, str):
+            self.report(f"{name}: is {'missing' if text is None else kind(text)}; write it as text")
+            return ""
+        if required and not text.strip():
+            self.report(f"{name}: is empty; write it")
+        return text.strip()
+
+    def choices(self) -> list[str]:
+        """The names of `choices`, with their letters in front where some differ in case only; [] if reported."""
+        given = self.value.get("choices")
+        if not isinstance(given, list) or not 2 <= len(given) <= len(ascii_uppercase):
+            self.report("choices: is not a list of 2 to 26 texts; name every choice")
+            return []
+        if not all(isinstance(choice, str) and choice.strip() for choice in given):
+            self.report("choices: holds an empty text or no text; name every choice")
+            return []
+        names = [" ".join(choice.split()) for choice in given]
+        if len(set(names)) < len(names):
+            self.report("choices: names a choice twice; keep each once")
+            return []
+        if len({name.casefold() for name in names}) < len(names):
+            return [f"({letter}) {name}" for letter, name in zip(ascii_uppercase, names)]
+        return names
+
+    def right_choice(self, name: str, names: Sequence[str]) -> str:
+        """The choice that the index in field `name` points at; "" if reported."""
+        index = self.value.get(name)
+        if index is None:
+            self.report(f"{name}: is missing; add the index of the right choice (test sets may be published without)")
+        elif isinstance(index, bool) or not isinstance(index, int):
+            self.report(f"{name}: is {kind(index)}, not an index; give the place of the right choice, from 0")
+        elif names and not 0 <= index < len(names):
+            self.report(f"{name}: {str(index)[:20]} is no index of {len(names)} choices; count them from 0")
+        elif names:
+            return names[index]
+        return ""
+
+    def split(self) -> Any:
+        """`split` as it stands; one that is unknown is reported."""
+        split = self.value.get("split")
+        if split not in (None, *SPLITS):
+            self.report(f"split: {quote(str(split))} is not one of {', '.join(SPLITS)}; correct it, or leave it out")
+        return split
+
+    def metadata(self, used: str, **own: Any) -> dict[str, Any]:
+        """`own`, and every field that is not `used`: as `original_<name>` where `own` has one of that name."""
+        taken = {*own, "step_types", "complexity"}
+        rest = {key: item for key, item in self.value.items() if key not in used.split() and item not in ("", None)}
+        return {f"original_{key}" if key in taken else key: item for key, item in rest.items()} | own
+
+    def first_there(self, *paths: str) -> str:
+        """The first of `paths` that is there below `image_root`, else the first: the reader then reports it."""
+        return next((path for path in paths if os.path.exists(os.path.join(self.image_root, path))), paths[0])
+
+
+def sentences(text: str) -> list[str]:
+    """`text` cut into sentences, without list marks and step headings; lines without any letter are left out."""
+    out = []
+    for line in text.splitlines():
+        line = _LIST_MARK.sub("", line.strip()).strip()
+        start = 0
+        for end in _SENTENCE_END.finditer(line):
+            if not _NO_END.search(line[max(start, end.start() - 10) : end.start() + 1]):
+                out.append(line[start : end.end()])
+                start = end.end()
+        out.append(line[start:])
+    return [" ".join(sentence.split()) for sentence in out if re.search(r"\w", sentence)]
+
+
+_SENTENCE_END = re.compile("[.!?][\"')\\]]*(?=\\s+[\"'(\\[]*[A-Z0-9])|[\\u3002\\uff01\\uff1f\\u0964]")
+_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|etc|e\.g|i\.e|[A-Z])|^\s*\d+)\.$")
+_LIST_MARK = re.compile(
+    r"^(?:[-*\u2022]\s+|#{1,6}\s+|\d+[.)]\s+|\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*)+",
+    re.IGNORECASE,
+)
+_HEADING_INSIDE = re.compile(r"(?<=\s)(?:Step\s+\d+\s*(?::|\.\.\.)|Conclusion\s*:)")
+
+
+def chain_of(parts: Sequence[tuple[str, str]], answer: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`reasoning` and `metadata` of (step type, text) parts: a step for each sentence, none twice, then the answer.
+
+    The last sentence of what checks the choices is what selects one.
+    """
+    steps: dict[str, str] = {}
+    for step_type, text in parts:
+        for sentence in sentences(text):
+            # in lower case, since "Step 2:" inside a sentence would start a step
+            steps.setdefault(_HEADING_INSIDE.sub(lambda heading: heading[0].lower(), sentence), step_type)
+    types = list(steps.values())
+    if types.count(CHECKING) > 1 and types[-1] == CHECKING:
+        types[-1] = SELECTION
+    end = "." if answer[-1:].isalnum() else ""
+    text = format_reasoning([*steps, f"{CONCLUSION}{answer}{end}"])
+    return {
+        "reasoning": f"{REASONING_START}\n{text}\n{REASONING_END}",
+        "metadata": {**metadata, "step_types": [*types, CONCLUDING]},
+    }
+
+
+def question_with_choices(question: str, names: Sequence[str], context: str = "") -> str:
+    """The instruction of a question with choices, which cannot be answered without seeing them."""
+    lettered = " ".join(
+        name if name.startswith(f"({letter}) ") else f"({letter}) {name}"
+        for letter, name in zip(ascii_uppercase, names)
+    )
+    return "\n".join([question, *([f"Context: {context}"] if context else []), f"Choices: {lettered}"])
