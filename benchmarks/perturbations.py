@@ -28,8 +28,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from embervlm.curate.paraphrase import RuleParaphraser  # noqa: E402
 from embervlm.data.negatives import contradict  # noqa: E402
-from embervlm.judge.faults import ChainContext  # noqa: E402
 from embervlm.judge.metrics import ChainScorer  # noqa: E402
+from embervlm.judge.reading import ChainContext  # noqa: E402
 from embervlm.robots.facts import all_facts  # noqa: E402
 from embervlm.robots.rules import TASKS, claim_domains, teach  # noqa: E402
 from embervlm.robots.tasks import read_tasks  # noqa: E402

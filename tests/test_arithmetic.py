@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from embervlm.judge.arithmetic import calculates_again, wrong_arithmetic
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import ChainScorer
+from embervlm.judge.reading import ChainContext
 
 CHAINS = [
     json.loads(line)

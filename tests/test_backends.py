@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 
 from embervlm.config import ConfigError
 from embervlm.judge.backends import make_backends
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import ChainScorer
+from embervlm.judge.reading import ChainContext
 
 WORDS = "the lamp is not dark bright iron wood conducts badly well . conclusion :".split()
 STEPS = ["The lamp is dark.", "Iron conducts well.", "Conclusion: the lamp is bright."]

@@ -15,7 +15,7 @@ from embervlm.curate.validate import validate
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.records import DataError, read_records
 from embervlm.data.splits import split_of, split_records
-from embervlm.judge.faults import opposite_steps
+from embervlm.judge.contradiction import opposite_steps
 from embervlm.report.validation import report_page, report_text, write_reports
 from embervlm.words.chain_text import step_numbers
 from embervlm.words.claims import named_candidates

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import (
     TARGETS,
     ChainScorer,
@@ -19,6 +18,7 @@ from embervlm.judge.metrics import (
     identify_step_types,
     per_candidate_precision_recall,
 )
+from embervlm.judge.reading import ChainContext
 from embervlm.report.pages import samples_page
 from embervlm.report.table import metrics_table
 from embervlm.words.claims import Claim, ClaimReader

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from embervlm.judge.arithmetic import calculates_again, wrong_arithmetic
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import ChainScorer
+from embervlm.judge.reading import ChainContext
 from embervlm.judge.replaced import replaced_details
 from embervlm.words.wording import Rarity, Reading, clauses_of
 

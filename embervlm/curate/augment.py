@@ -27,7 +27,8 @@ from embervlm.data.facts import known_facts, reader_of
 from embervlm.data.record_pictures import pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
 from embervlm.data.splits import split_records
-from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.faults import judge_steps
+from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
 from embervlm.robots.generate import write_dataset
 from embervlm.words.chain_graph import POINTS_BACK, ChainGraph, join_units

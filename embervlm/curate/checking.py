@@ -31,7 +31,9 @@ from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
 from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
-from embervlm.judge.faults import ChainContext, judge_steps, opposite_steps
+from embervlm.judge.contradiction import opposite_steps
+from embervlm.judge.faults import judge_steps
+from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import CONCLUSION, number_lines, step_numbers
 from embervlm.words.claims import is_conclusion, named_candidates

@@ -35,7 +35,6 @@ from embervlm.evaluation.faithfulness import NUM_SAMPLES, Faithfulness
 from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.evaluation.sharing import Journal, Task, raise_together, share_out
 from embervlm.judge.backends import EMBEDDED
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import (
     ChainScorer,
     balanced_accuracy,
@@ -45,6 +44,7 @@ from embervlm.judge.metrics import (
     is_right,
     per_candidate_precision_recall,
 )
+from embervlm.judge.reading import ChainContext
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 from embervlm.progress import progress_bar

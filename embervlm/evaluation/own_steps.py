@@ -17,8 +17,9 @@ from scipy.stats import rankdata
 from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.sharing import Key, Task
-from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import balanced_accuracy, is_right
+from embervlm.judge.reading import ChainContext
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 

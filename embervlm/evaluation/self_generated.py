@@ -28,8 +28,9 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.shard import Shard
 from embervlm.evaluation.evaluate import BATCH_SIZE, cut_off_reasons, load_model, see
-from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import is_right
+from embervlm.judge.reading import ChainContext
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from embervlm.config import ConfigError
 from embervlm.errors import UNREADABLE
 from embervlm.run_dir import closest_path, names_a_path, read_object
-from embervlm.words.wording import Rarity, Reading
+from embervlm.words.wording import Rarity, Reading, ramp
 
 EMBEDDED = "embedded"
 EMBEDDED_VERSION = "2"
@@ -113,7 +113,7 @@ class EmbeddedBackend:
         """Entailed: the share of its words that the premise says. Contradicted: it has a clause that the premise says
         with the opposite negation, or is the premise with one negation more or less."""
         reading = self.reading(texts)
-        entailed = _ramp(reading.text_cover[0], *SAID)
+        entailed = ramp(reading.text_cover[0], *SAID)
         opposed = np.zeros((len(texts), len(texts)), np.float32)
         filled = [number for number, span in enumerate(reading.spans) if len(span)]
         if filled:
@@ -130,7 +130,7 @@ class EmbeddedBackend:
     def _opposing_texts(self, reading: Reading) -> Array:
         """`[text, text]`: how sure both say the same, one of them with an odd number of negations more."""
         share = reading.text_words_shared
-        same = _ramp(np.minimum(share, share.T), *SAME_TEXT)
+        same = ramp(np.minimum(share, share.T), *SAME_TEXT)
         odd = np.array([sum(reading.clauses[n].negated for n in span) % 2 == 1 for span in reading.spans], dtype=bool)
         long_enough = np.array([len(places) > 1 for places in reading.text_places], dtype=bool)
         comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough
@@ -139,7 +139,7 @@ class EmbeddedBackend:
     def _opposing_clauses(self, reading: Reading) -> Array:
         """`[clause, clause]`: how sure both speak of the same thing, one of them with a negation."""
         share, (_, least) = reading.clause_words_shared, reading.clause_cover
-        said = _ramp(share, *SAME_STATEMENT)
+        said = ramp(share, *SAME_STATEMENT)
         # One inside the other: "the pace is not slow" against "the pace is slow on the long way up".
         inside = said * (least > 0.5) * (share.T > 0.4)
         same = np.maximum(np.minimum(said, said.T), 0.9 * np.maximum(inside, inside.T))
@@ -149,10 +149,6 @@ class EmbeddedBackend:
         )
         comparable = (negated[:, None] != negated) & long_enough[:, None] & long_enough
         return np.where(comparable, same, 0).astype(np.float32)  # type: ignore[no-any-return]
-
-
-def _ramp(values: Array, low: float, high: float) -> Array:
-    return np.clip((values - low) / (high - low), 0, 1)
 
 
 # ---- models of others

@@ -19,8 +19,8 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.record_fields import kind
 from embervlm.data.records import DataError, file_values, read_records
 from embervlm.judge.backends import EMBEDDED
-from embervlm.judge.faults import ChainContext
 from embervlm.judge.metrics import ChainScorer
+from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
 from embervlm.run_dir import atomic_text
 from embervlm.words.chain_text import parse_answer, parse_reasoning_text

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.judge.faults import ChainContext, judge_steps
+from embervlm.judge.faults import judge_steps
+from embervlm.judge.reading import ChainContext
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import Reasoning, as_reasoning, form_faults
 from embervlm.run_dir import write_text_atomic

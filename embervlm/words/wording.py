@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from math import log
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,15 @@ SUPPOSES = re.compile(
 )
 _RESULT = re.compile(r"^(?:so|therefore|thus|hence|consequently|it follows|this means|which means|as a result)\b", re.I)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|dis|non)(?=\w{4})")
+
+
+def ramp(value: Any, low: float, high: float) -> Any:
+    """0 up to `low`, 1 from `high` on, a straight line between; of a number or an array."""
+    return np.clip((value - low) / (high - low), 0, 1)
+
+
+def sentences(text: str) -> list[str]:
+    return [part for part in _SENTENCE_BREAK.split(text.strip()) if part]
 
 
 @dataclass(frozen=True)
