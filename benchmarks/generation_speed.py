@@ -48,8 +48,8 @@ def ours(model: EmberVLM, batch: int, prompt: int, new: int) -> None:
     prompts = torch.randint(1, 250, (batch, prompt)).tolist()
     writer = _Writer(model, visual, torch.ones(batch, dtype=torch.bool), prompts, Decoding(max_new_tokens=new))
     writer.end_ids = ()  # nothing ends a text
-    generated, _ = writer.run()
-    assert all(len(ids) == new for ids in generated)
+    writer.run()
+    assert all(len(row.ids) == new for row in writer.everyone)
 
 
 @torch.inference_mode()

@@ -638,12 +638,11 @@ def test_text_only_records_of_every_kind_of_candidates_train_in_both_phases_unde
 def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
     import torch
 
-    from embervlm.model.generation import Decoding, generate_from_visual, pictures_tensor
+    from embervlm.model.generation import Decoding, generate_from_visual, look
     from embervlm.words.chain_text import ROBOTS
 
-    pictures, seen = pictures_tensor(tiny_model, [None, None])
     with torch.no_grad():
-        visual = tiny_model.see(tiny_model.normalise(pictures))
+        visual, seen = look(tiny_model, [None, None])
     questions, short = ["Which is it?", "Which robot?"], Decoding(max_new_tokens=4)
     own, robots = generate_from_visual(tiny_model, visual, seen, questions, short, [("hard", "yellow"), None])
     alone = generate_from_visual(

@@ -443,7 +443,7 @@ def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_pat
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tiny_settings, tokenizer, records):
     from embervlm.model.embervlm import build_model
-    from embervlm.model.generation import _Writer, pictures_tensor
+    from embervlm.model.generation import _Writer, look
 
     language = tiny_settings["language"]
     if family == "gpt2":
@@ -457,12 +457,12 @@ def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tin
         weight.data.mul_(3)
     texts = [records[index].instruction * (1 + index) for index in range(4)]
     prompts = [tokenizer.encode(text) for text in texts]
-    pictures, seen = pictures_tensor(model, [records[0].image, None, records[1].image, records[2].image])
     with torch.inference_mode():
-        visual = model.see(model.normalise(pictures))
+        visual, seen = look(model, [records[0].image, None, records[1].image, records[2].image])
         writer = _Writer(model, visual, seen, prompts, Decoding(max_new_tokens=40, form="text"))
         writer.end_ids = ()  # nothing ends a text
-        ours, _ = writer.run()
+        writer.run()
+        ours = [row.ids for row in writer.everyone]
         embeds = torch.cat([visual, model.embed(writer.input_ids)], dim=1)
         mask = torch.cat([seen[:, None].expand(-1, visual.shape[1]), writer.text_mask], dim=1).long()
         backbone = model.language_model.backbone

@@ -21,7 +21,7 @@ from embervlm.evaluation.faithfulness import (
     probes_of,
     summarise,
 )
-from embervlm.model.generation import Decoding, pictures_tensor
+from embervlm.model.generation import Decoding, look
 from embervlm.report.table import faithfulness_lines
 from embervlm.robots.facts import SceneFacts
 from embervlm.robots.rules import Task, teach
@@ -63,9 +63,8 @@ def free_record(record_id, answer, steps, **metadata):
 
 
 def see(model, records):
-    pictures, mask = pictures_tensor(model, [record.image for record in records])
     with torch.inference_mode():
-        return model.see(model.normalise(pictures)), mask
+        return look(model, [record.image for record in records])
 
 
 # ---- the forced prefix

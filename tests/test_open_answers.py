@@ -16,7 +16,7 @@ from embervlm.data.dataset import encode_reasoning
 from embervlm.data.records import ReasoningRecord, read_records, write_jsonl
 from embervlm.evaluation.evaluate import _values
 from embervlm.judge.metrics import is_right
-from embervlm.model.generation import Decoding, generate_from_visual, pictures_tensor
+from embervlm.model.generation import Decoding, generate_from_visual, look
 from embervlm.words.chain_text import parse_answer
 from embervlm.words.open_answers import same_answers
 
@@ -128,8 +128,7 @@ def test_the_answer_head_is_asked_about_closed_records_only(tokenizer, make_coll
 
 def test_an_open_answer_is_what_the_model_wrote_and_has_no_head_probabilities(lively_model):
     with torch.no_grad():
-        pictures, seen = pictures_tensor(lively_model, [None] * 3)
-        visual = lively_model.see(lively_model.normalise(pictures))
+        visual, seen = look(lively_model, [None] * 3)
     asked, short = ["How many?", "Is it?", "Which robot?"], Decoding(max_new_tokens=6, form="direct")
     open_one, closed, robots = generate_from_visual(lively_model, visual, seen, asked, short, [(), ("Yes", "No"), None])
     assert open_one["answer_set"] == [open_one["text"]] and "head_probabilities" not in open_one

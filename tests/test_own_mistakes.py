@@ -13,6 +13,7 @@ from embervlm.data.negatives import PAIR_SEGMENTS, PairMaker
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import build_model
+from embervlm.model.inputs import Inputs
 from embervlm.model.own_mistakes import own_mistakes
 from embervlm.training.losses import loss_sums
 from embervlm.words.chain_text import ROBOTS, format_reasoning
@@ -65,17 +66,7 @@ def drawn(model, batch):
     with torch.no_grad():
         visual = model.see(model.normalise(inputs["pictures"]))
         logits = model(**inputs).token_logits
-        pairs = own_mistakes(
-            model.with_own_predictions,
-            model.base_vocab_size,
-            visual,
-            inputs["image_mask"],
-            inputs["input_ids"],
-            logits,
-            inputs["own_record"],
-            inputs["own_prompt"],
-            inputs["own_places"],
-        )
+        pairs = own_mistakes(model.with_own_predictions, model.base_vocab_size, visual, Inputs(**inputs), logits)
     return pairs, logits, visual
 
 

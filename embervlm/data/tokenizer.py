@@ -152,6 +152,12 @@ class ReasoningTokenizer:
             out += [self.ids["<|conclusion|>"], *conclusion]
         return [*out, self.ids["<|reasoning_end|>"]]
 
+    def step_ids(self, steps: Sequence[str]) -> list[list[int]]:
+        """Each step's ids, with the token that marks it as a step or as the conclusion."""
+        marks = [self.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in steps]
+        texts = self.encode_many([" " + step.removeprefix(CONCLUSION) for step in steps])
+        return [[mark, *text] for mark, text in zip(marks, texts)]
+
     def parse_generated(self, ids: Sequence[int]) -> tuple[list[str], str | None]:
         """Steps (the conclusion last, as 'Conclusion: ...') and answer text of generated ids; never fails."""
         steps: list[str] = []

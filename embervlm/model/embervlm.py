@@ -175,8 +175,8 @@ class EmberVLM(EmberVLMNetwork):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(folder))
         save_weights(state_dict if state_dict is not None else self.state_dict(), folder, self.config.stage != STAGE3)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save(folder)
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")

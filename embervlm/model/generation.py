@@ -69,16 +69,6 @@ def _with_margin(longest: int | None, least: int, unknown: int) -> int:
     return unknown if longest is None else longest + max(least, longest // 4)
 
 
-def pictures_tensor(model: EmberVLMNetwork, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """`[batch, size, size, 3]` uint8 and `[batch]` bool, black and False where there is no picture."""
-    size = model.config.image_size
-    pictures = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
-    for index, image in enumerate(images):
-        if image is not None:
-            pictures[index] = torch.from_numpy(load_image(image, size=size).copy())
-    return pictures, torch.tensor([image is not None for image in images])
-
-
 @torch.inference_mode()
 def generate_answers(
     model: EmberVLMNetwork, images: Sequence[Any], instructions: Sequence[str], decoding: Decoding
@@ -89,15 +79,8 @@ def generate_answers(
     check_length(model, instructions, decoding)
     if empty := [index for index, text in enumerate(instructions) if not text.strip()]:
         raise ConfigError(f"instruction {empty[0]} is empty; say what the robots should do")
-    device = model.projection.norm.weight.device
-    pictures, image_mask = pictures_tensor(model, images)
-    was_training = model.training
-    model.eval()
-    try:
-        visual = model.see(model.normalise(pictures.to(device)))
-        return generate_from_visual(model, visual, image_mask.to(device), instructions, decoding)
-    finally:
-        model.train(was_training)
+    with model.in_eval_mode():
+        return generate_from_visual(model, *look(model, images), instructions, decoding)
 
 
 def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: Decoding) -> None:
@@ -106,7 +89,7 @@ def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: 
     Without `max_new_tokens` as much is written as there is room for; see `_Writer`.
     """
     limit = model.language_model.max_positions
-    if limit is None or model.tokenizer is None or decoding.max_new_tokens is None:
+    if limit is None or decoding.max_new_tokens is None:
         return
     for index, text in enumerate(instructions):
         length = model.num_visual_tokens + len(model.tokenizer.encode(text)) + decoding.max_new_tokens + 8
@@ -115,6 +98,16 @@ def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: 
                 f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
                 f"tokens, the language model reads {limit}; shorten it or lower max_new_tokens"
             )
+
+
+def look(model: EmberVLMNetwork, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Visual tokens of `images`, where None is no picture, and `[batch]` bool: which have one."""
+    size = model.config.image_size
+    pictures = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        if image is not None:
+            pictures[index] = torch.from_numpy(load_image(image, size=size).copy())
+    return model.see_pictures(pictures), torch.tensor([image is not None for image in images], device=model.device)
 
 
 @torch.inference_mode()
@@ -137,12 +130,10 @@ def generate_from_visual(
             steps begin with it.
     """
     tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
     default = decoding.candidates or tuple(model.config.candidates)
     choices = [default if own is None else tuple(own) for own in own_candidates] or [default] * len(instructions)
+    begun = begun or [()] * len(instructions)
     if decoding.reasoning:
-        begun = begun or [()] * len(instructions)
         start = tokenizer.ids["<|reasoning_start|>"]
         prompts = [[*tokenizer.encode(text), start, *ids] for text, ids in zip(instructions, begun)]
     else:
@@ -150,36 +141,48 @@ def generate_from_visual(
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
     with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
         writer = _Writer(model, visual.to(model.projection.norm.weight.dtype), image_mask, prompts, decoding)
-        generated, log_probs = writer.run()
+        writer.run()
         head = writer.head_probabilities(choices)
-    results = []
-    for row, ids in enumerate(generated):
-        if decoding.reasoning:
-            steps, text = tokenizer.parse_generated([*begun[row], *ids])
-        else:
-            end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
-            steps, text = [], tokenizer.decode(ids[:end]).strip()
-        candidates = choices[row]
-        answer = parse_answer(text or "", candidates) if candidates else tuple(filter(None, [text]))
-        result: dict[str, Any] = {
-            "reasoning_steps": steps,
-            "answer": ", ".join(answer) if answer else (text or ""),
-            "answer_set": list(answer),
-            "text": text or "",
-            "confidence": math.exp(log_probs[row]) if text else 0.0,
-            "num_tokens": len(ids),
-            "cut_off": writer.everyone[row].cut_off,
-        }
-        if head is not None and candidates:
-            result["head_probabilities"] = dict(zip(candidates, head[row]))
-            chosen = [name for name, p in zip(candidates, head[row]) if p > 0.5]
-            result["head_answer"] = chosen or [candidates[max(range(len(candidates)), key=lambda i: head[row][i])]]
-            if answer:
-                result["confidence"] = set_confidence(
-                    result["head_probabilities"], answer, model.confidence_temperature
-                )
-        results.append(result)
-    return results
+    return [
+        _result(model, row, ids, candidates, probabilities, decoding)
+        for row, ids, candidates, probabilities in zip(writer.everyone, begun, choices, head)
+    ]
+
+
+def _result(
+    model: EmberVLMNetwork,
+    row: _Row,
+    begun: Sequence[int],
+    candidates: Sequence[str],
+    head: Sequence[float] | None,
+    decoding: Decoding,
+) -> dict[str, Any]:
+    """What a written text says, and how sure the model is of it. `head`: the answer head's probabilities."""
+    tokenizer = model.tokenizer
+    steps: list[str] = []
+    if decoding.reasoning:
+        steps, text = tokenizer.parse_generated([*begun, *row.ids])
+    else:
+        end = row.ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in row.ids else len(row.ids)
+        text = tokenizer.decode(row.ids[:end]).strip()
+    answer = parse_answer(text or "", candidates) if candidates else tuple(filter(None, [text]))
+    result: dict[str, Any] = {
+        "reasoning_steps": steps,
+        "answer": ", ".join(answer) if answer else (text or ""),
+        "answer_set": list(answer),
+        "text": text or "",
+        "confidence": math.exp(row.answer_log_prob) if text else 0.0,
+        "num_tokens": len(row.ids),
+        "cut_off": row.cut_off,
+    }
+    if head is not None and candidates:
+        result["head_probabilities"] = found = dict(zip(candidates, head))
+        result["head_answer"] = [name for name, p in found.items() if p > 0.5] or [
+            max(found, key=lambda name: found[name])
+        ]
+        if answer:
+            result["confidence"] = set_confidence(found, answer, model.confidence_temperature)
+    return result
 
 
 def set_confidence(probabilities: Mapping[str, float], answer: Collection[str], temperature: float = 1.0) -> float:
@@ -224,7 +227,6 @@ class _Writer:
     def __init__(
         self, model: EmberVLMNetwork, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
     ) -> None:
-        assert model.tokenizer is not None
         self.model, self.visual, self.image_mask = model, visual, image_mask
         self.decoding = decoding.for_model(model.config)
         self.most_steps, most_tokens = self.decoding.max_reasoning_steps or 1, self.decoding.max_new_tokens or 1
@@ -258,8 +260,8 @@ class _Writer:
         self.looked = head.look(visual, image_mask, bool(image_mask.all())).packed() if use_head else None
         self.conclusion_state: Tensor | None = None
 
-    def run(self) -> tuple[list[list[int]], list[float]]:
-        """Generated ids without padding, and the log-probability of each row's answer part."""
+    def run(self) -> None:
+        """Write every row to its end."""
         hidden = self._read_prompts()
         self.conclusion_state = hidden.clone()
         num_visual, room = self.visual.shape[1], self.room
@@ -294,13 +296,11 @@ class _Writer:
             positions = positions + 1
             if self.limit is not None:  # of rows that are done and not yet left out
                 positions = positions.clamp_max(self.limit - 1)
-        return [row.ids for row in self.everyone], [row.answer_log_prob for row in self.everyone]
 
-    def head_probabilities(self, choices: Sequence[Sequence[str]]) -> list[list[float]] | None:
+    def head_probabilities(self, choices: Sequence[Sequence[str]]) -> Sequence[list[float] | None]:
         """The answer head's probability of each candidate of each row, from the chain before its conclusion."""
         if not any(choices) or self.looked is None or self.conclusion_state is None:
-            return None
-        assert self.model.tokenizer is not None
+            return [None] * len(choices)
         most = max(map(len, choices))
         encoded = [
             ids

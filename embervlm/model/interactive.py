@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.data.collate import validator_inputs
 from embervlm.model.config import STAGE3
-from embervlm.model.generation import Decoding, check_length, generate_from_visual, pictures_tensor
+from embervlm.model.generation import Decoding, check_length, generate_from_visual, look
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.words.chain_text import (
     CONCLUSION,
@@ -27,7 +26,6 @@ from embervlm.words.chain_text import (
 )
 from embervlm.words.claims import conclusion_fault
 
-F = TypeVar("F", bound=Callable[..., Any])
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "analysis": ("Problem Analysis:", "Constraints:", "Available Options:", "Selection Criteria:"),
     "step_by_step": ("Step {i}:", "Rationale:", "Next Action:"),
@@ -134,23 +132,7 @@ def template_headings(template: str | Sequence[str], templates: Mapping[str, Seq
 # -- reasoning ------------------------------------------------------------------------------------------------------
 
 
-def _without_dropout(function: F) -> F:
-    """`function` of a model, in eval mode and without gradients; the model's mode is put back."""
-
-    @functools.wraps(function)
-    def wrapped(model: EmberVLMNetwork, *args: Any, **kwargs: Any) -> Any:
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                return function(model, *args, **kwargs)
-        finally:
-            model.train(was_training)
-
-    return cast(F, wrapped)
-
-
-@_without_dropout
+@torch.inference_mode()
 def reason(
     model: EmberVLMNetwork,
     image: Any,
@@ -165,58 +147,36 @@ def reason(
         raise ConfigError("the question is empty; say what the robots should do")
     if constraint not in (None, CONSISTENT):
         raise ConfigError(f"constraint: {constraint!r} is not known; there is {CONSISTENT!r}")
-    if model.config.stage == STAGE3 or model.tokenizer is None:
-        raise ConfigError("this model has no reasoning module: it is of Stage 3, or has no tokenizer")
-    visual, seen = _look(model, image)
-    kept: list[str] = []
-    if previous is not None:
-        earlier = as_reasoning(previous)
-        question = f"{earlier.question.strip()} {question.strip()}".strip()
-        kept = _still_holds(model, visual, seen, question, earlier.steps)
-    check_length(model, [question], decoding)
-    begun = [[token for step in kept for token in _ids(model, step)]]
-    (likeliest,) = generate_from_visual(model, visual, seen, [question], decoding, begun=begun)
-    found = _as_reasoning(question, image, likeliest, len(kept))
-    if constraint is None or not faults(model, found, visual, seen):
-        return found
-    drawn = Decoding(
-        max_reasoning_steps=decoding.max_reasoning_steps,
-        max_new_tokens=decoding.max_new_tokens,
-        temperature=decoding.temperature or TEMPERATURE,
-        top_p=decoding.top_p,
-        seed=decoding.seed + 1,
-    )
-    others = generate_from_visual(
-        model,
-        visual.expand(ATTEMPTS, -1, -1),
-        seen.expand(ATTEMPTS),
-        [question] * ATTEMPTS,
-        drawn,
-        begun=begun * ATTEMPTS,
-    )
-    return _most_consistent(
-        model, [found, *(_as_reasoning(question, image, other, len(kept)) for other in others)], visual, seen
-    )
+    if model.config.stage == STAGE3:
+        raise ConfigError("this model has no reasoning module: it is of Stage 3")
+    with model.in_eval_mode():
+        visual, seen = look(model, [image])
+        kept: list[str] = []
+        if previous is not None:
+            earlier = as_reasoning(previous)
+            question = f"{earlier.question.strip()} {question.strip()}".strip()
+            kept = _still_holds(model, visual, seen, question, earlier.steps)
+        check_length(model, [question], decoding)
 
+        def draw(count: int, how: Decoding) -> list[Reasoning]:
+            results = generate_from_visual(
+                model,
+                visual.expand(count, -1, -1),
+                seen.expand(count),
+                [question] * count,
+                how,
+                begun=[[token for ids in model.tokenizer.step_ids(kept) for token in ids]] * count,
+            )
+            about = {"instruction": question, "image": image}
+            return [replace(as_reasoning({**result, **about}), kept_steps=len(kept)) for result in results]
 
-def _look(model: EmberVLMNetwork, image: Any) -> tuple[Tensor, Tensor]:
-    pictures, seen = pictures_tensor(model, [image])
-    device = model.projection.norm.weight.device
-    return model.see(model.normalise(pictures.to(device))), seen.to(device)
-
-
-def _as_reasoning(question: str, image: Any, result: Mapping[str, Any], kept: int) -> Reasoning:
-    return Reasoning(
-        question=question,
-        image=image,
-        steps=result["reasoning_steps"],
-        answer=result["answer"],
-        answer_set=result["answer_set"],
-        confidence=result["confidence"],
-        kept_steps=kept,
-        candidates=tuple(result.get("head_probabilities") or ()),
-        cut_off=result["cut_off"],
-    )
+        (likeliest,) = draw(1, decoding)
+        if constraint is None or not faults(model, likeliest, visual, seen):
+            return likeliest
+        warmer = replace(
+            decoding, candidates=(), temperature=decoding.temperature or TEMPERATURE, seed=decoding.seed + 1
+        )
+        return _most_consistent(model, [likeliest, *draw(ATTEMPTS, warmer)], visual, seen)
 
 
 def as_reasoning(given: Any) -> Reasoning:
@@ -298,21 +258,16 @@ def _most_consistent(model: EmberVLMNetwork, drawn: Sequence[Reasoning], visual:
     return max(best, key=lambda one: (votes[frozenset(one.answer_set)], one.confidence))
 
 
-@_without_dropout
+@torch.inference_mode()
 def verify(model: EmberVLMNetwork, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
     """What speaks against `reasoning`; see `EmberVLM.verify_reasoning`."""
     given = as_reasoning(reasoning)
     asked = question if question is not None else given.question
     if not asked.strip():
         raise ConfigError("this reasoning does not say what it answers; give image= and question= as well")
-    visual, seen = _look(model, image if image is not None else given.image)
-    return faults(model, replace(given, question=asked), visual, seen)
-
-
-def _ids(model: EmberVLMNetwork, step: str) -> list[int]:
-    assert model.tokenizer is not None
-    mark = model.tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"]
-    return [mark, *model.tokenizer.encode(" " + step.removeprefix(CONCLUSION))]
+    with model.in_eval_mode():
+        visual, seen = look(model, [image if image is not None else given.image])
+        return faults(model, replace(given, question=asked), visual, seen)
 
 
 @torch.inference_mode()
@@ -320,10 +275,9 @@ def step_probabilities(
     model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
 ) -> list[float]:
     """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one picture."""
-    if not steps or model.tokenizer is None:
+    if not steps:
         return []
-    prompt = model.tokenizer.encode(question)
-    ids = [_ids(model, step) for step in steps]
+    prompt, ids = model.tokenizer.encode(question), model.tokenizer.step_ids(steps)
     start = model.tokenizer.ids["<|reasoning_start|>"]
     previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
     inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)], model.max_pair_tokens)

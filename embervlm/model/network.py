@@ -6,8 +6,9 @@ May touch tensors and its own parameters; knows neither text, decoding nor files
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,9 @@ from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder, with_built_config
 from embervlm.model.config import EmberVLMConfig
+from embervlm.model.inputs import Inputs
 from embervlm.model.own_mistakes import own_mistakes, together
 from embervlm.model.reasoning import ReasoningModule, StepValidator
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -62,7 +61,7 @@ class EmberVLMNetwork(PreTrainedModel):
         hidden = self.language_model.hidden_size
         self.projection = Projection(self.vision_encoder.vision_dim, config.projection_hidden_size, hidden)
         self.reasoning_module = ReasoningModule(config, hidden, self.vision_encoder.num_visual_tokens)
-        self.tokenizer: ReasoningTokenizer | None = None
+        self._tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
         self.confidence_temperature = 1.0
 
@@ -100,7 +99,17 @@ class EmberVLMNetwork(PreTrainedModel):
                 f"the tokenizer has {tokenizer.base_vocab_size} tokens, the language model embeds only "
                 f"{self.language_model.vocab_size}; use the tokenizer that belongs to this language model"
             )
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> ReasoningTokenizer:
+        if self._tokenizer is None:
+            raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
+        return self._tokenizer
+
+    @property
+    def base_vocab_size(self) -> int:
+        return self.tokenizer.base_vocab_size
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Run the backbone without gradients and in eval mode, so that its buffers do not move either.
@@ -123,6 +132,16 @@ class EmberVLMNetwork(PreTrainedModel):
             if getattr(part, "supports_gradient_checkpointing", False):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
 
+    @contextlib.contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Without dropout; the mode is put back."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def _backbone_context(self) -> contextlib.AbstractContextManager[Any]:
         return torch.no_grad() if self.backbone_frozen else contextlib.nullcontext()
 
@@ -132,6 +151,10 @@ class EmberVLMNetwork(PreTrainedModel):
         """Projected visual tokens `[batch, num_visual_tokens, hidden]` of normalised pictures."""
         with self._backbone_context():
             return self.projection(self.vision_encoder(pixel_values))
+
+    def see_pictures(self, pictures: Tensor) -> Tensor:
+        """The same of uint8 pictures `[batch, height, width, 3]` on any device."""
+        return self.see(self.normalise(pictures.to(self.device)))
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """uint8 `[batch, height, width, 3]` -> `[batch, 3, height, width]` in the parameters' dtype."""
@@ -151,12 +174,6 @@ class EmberVLMNetwork(PreTrainedModel):
         added = input_ids >= base
         own = self.reasoning_module.reasoning_head.token_embedding((input_ids - base).clamp_min(0))
         return added, own
-
-    @property
-    def base_vocab_size(self) -> int:
-        if self.tokenizer is None:
-            raise ConfigError("the model has no tokenizer; attach_tokenizer() first")
-        return self.tokenizer.base_vocab_size
 
     def read(
         self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, cache: Any = None
@@ -205,133 +222,90 @@ class EmberVLMNetwork(PreTrainedModel):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        text_mask: Tensor,
-        image_mask: Tensor,
-        pictures: Tensor | None = None,
-        visual: Tensor | None = None,
-        score_index: Tensor | None = None,
-        answer_index: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-        pair_ids: Tensor | None = None,
-        pair_segments: Tensor | None = None,
-        pair_mask: Tensor | None = None,
-        pair_record: Tensor | None = None,
-        own_record: Tensor | None = None,
-        own_prompt: Tensor | None = None,
-        own_places: Tensor | None = None,
-        ground_index: Tensor | None = None,
-        sampled_index: Tensor | None = None,
-        repeated: Tensor | None = None,
-        use_reasoning: bool = True,
-    ) -> EmberVLMOutput:
-        """One pass over a batch of whole sequences. `*_index` count over the flattened `[batch * length]` positions.
-
-        Args:
-            input_ids, text_mask: `[batch, length]`, padded to the right.
-            image_mask: `[batch]` bool, False for a record without a picture.
-            pictures: `[batch, image_size, image_size, 3]` uint8; or give `visual`, computed before.
-            score_index: `[scored]`, positions whose next token is scored.
-            answer_index: `[records]`, where the answer head reads; `candidate_ids`: `[(records,) candidates, length]`.
-            pair_ids, pair_segments, pair_mask: `[pairs, length]`, what the validator reads; `pair_record` `[pairs]`.
-            own_record, own_prompt, own_places: chains of which the validator also reads the model's own mistakes,
-                behind the pairs; see `own_mistakes`.
-            ground_index: `[grounded]`, tokens whose attention is supervised.
-            sampled_index: `[sampled]`, inputs that are replaced by the model's own predictions (scheduled sampling;
-                Bengio et al. 2015, in two parallel passes after Mihaylova and Martins 2019).
-            repeated: `[repeated]`, rows whose text the last rows repeat behind other pictures.
-            use_reasoning: False leaves the reasoning head out (Stage 3 and the no-reasoning baseline).
-        """
+    def forward(self, **inputs: Any) -> EmberVLMOutput:
+        """One pass over a micro-batch; `inputs` are the fields of `Inputs`."""
+        batch = Inputs(**inputs)
+        visual = batch.visual
         if visual is None:
-            if pictures is None:
+            if batch.pictures is None:
                 raise ValueError("give pictures or visual")
-            visual = self.see(self.normalise(pictures))
-        gold_ids = input_ids
-        if sampled_index is not None:
-            input_ids = self.with_own_predictions(visual, image_mask, input_ids, text_mask, sampled_index)
-            if repeated is not None and len(repeated):
-                input_ids = torch.cat([input_ids[: -len(repeated)], input_ids[repeated]])
-        hidden = self.read(visual, image_mask, input_ids, text_mask)
+            visual = self.see_pictures(batch.pictures)
+        input_ids = self._sampled_ids(batch, visual)
+        hidden = self.read(visual, batch.image_mask, input_ids, batch.text_mask)
         attention = None
-        if use_reasoning:
-            hidden, attention = self.refine(
-                hidden, input_ids, visual, image_mask, want_attention=ground_index is not None
-            )
+        if batch.use_reasoning:
+            wanted = batch.ground_index is not None
+            hidden, attention = self.refine(hidden, input_ids, visual, batch.image_mask, want_attention=wanted)
         flat = hidden.flatten(0, 1)
         out = EmberVLMOutput(patch_features=visual)
-        if score_index is not None:
-            out.token_logits = self.token_logits(flat.index_select(0, score_index))
-        if answer_index is not None and candidate_ids is not None:
-            record = answer_index // input_ids.shape[1]
+        if batch.score_index is not None:
+            out.token_logits = self.token_logits(flat.index_select(0, batch.score_index))
+        if batch.answer_index is not None and batch.candidate_ids is not None:
+            record = batch.answer_index // input_ids.shape[1]
             out.answer_logits = self.reasoning_module.answer_head(
-                flat.index_select(0, answer_index),
+                flat.index_select(0, batch.answer_index),
                 visual.index_select(0, record),
-                image_mask.index_select(0, record),
-                self.candidate_embeddings(candidate_ids),
+                batch.image_mask.index_select(0, record),
+                self.candidate_embeddings(batch.candidate_ids),
             )
-        if pair_ids is not None and pair_record is not None and pair_segments is not None and pair_mask is not None:
-            pairs = {
-                "pair_ids": pair_ids,
-                "pair_segments": pair_segments,
-                "pair_mask": pair_mask,
-                "pair_record": pair_record,
-            }
-            if own_record is not None and own_prompt is not None and own_places is not None:
-                assert out.token_logits is not None
-                pairs = together(
-                    pairs,
-                    own_mistakes(
-                        self.with_own_predictions,
-                        self.base_vocab_size,
-                        visual,
-                        image_mask,
-                        gold_ids,
-                        out.token_logits,
-                        own_record,
-                        own_prompt,
-                        own_places,
-                    ),
-                )
-            of = pairs.pop("pair_record")
-            out.validator_logits = self.judge_steps(visual.index_select(0, of), image_mask.index_select(0, of), **pairs)
-        if ground_index is not None and attention is not None:
-            out.grounding_attention = attention.flatten(0, 1).index_select(0, ground_index)
+        if batch.pair_record is not None:
+            out.validator_logits = self._judge_pairs(batch, visual, out.token_logits)
+        if batch.ground_index is not None and attention is not None:
+            out.grounding_attention = attention.flatten(0, 1).index_select(0, batch.ground_index)
         return out
 
-    def judge_steps(
-        self, visual: Tensor, image_mask: Tensor, pair_ids: Tensor, pair_segments: Tensor, pair_mask: Tensor
-    ) -> Tensor:
-        """The step validator's logits `[pairs]`; for the arguments see `forward` and `validator_inputs`.
-
-        No gradient leaves the validator: it learns to judge the model and does not bend it, its vision included.
-        """
-        step = StepValidator.SEGMENTS.index("step")
-        scored = ((pair_segments == step) & pair_mask).flatten().nonzero().squeeze(1)
-        was_training = self.training
-        self.eval()
-        with torch.no_grad():
-            hidden = self.read(visual, image_mask, pair_ids, pair_mask)
-            hidden, _ = self.refine(hidden, pair_ids, visual, image_mask)
-            logits = self.token_logits(hidden.flatten(0, 1).index_select(0, (scored - 1).clamp_min(0)))
-            losses = F.cross_entropy(logits.float(), pair_ids.flatten().index_select(0, scored), reduction="none")
-            surprise = losses.new_zeros(pair_ids.numel()).index_copy(0, scored, losses).view(pair_ids.shape)
-        self.train(was_training)
-        return self.reasoning_module.step_validator(
-            visual.detach(), image_mask, hidden, surprise, pair_segments, pair_mask
+    def _sampled_ids(self, batch: Inputs, visual: Tensor) -> Tensor:
+        """`input_ids` under scheduled sampling."""
+        if batch.sampled_index is None:
+            return batch.input_ids
+        input_ids = self.with_own_predictions(
+            visual, batch.image_mask, batch.input_ids, batch.text_mask, batch.sampled_index
         )
+        if batch.repeated is not None and len(batch.repeated):
+            input_ids = torch.cat([input_ids[: -len(batch.repeated)], input_ids[batch.repeated]])
+        return input_ids
 
     @torch.no_grad()
     def with_own_predictions(
         self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, sampled_index: Tensor
     ) -> Tensor:
         """`input_ids` with the model's own greedy predictions at `sampled_index`."""
-        was_training = self.training
-        self.eval()
-        hidden = self.read(visual, image_mask, input_ids, text_mask)
-        hidden, _ = self.refine(hidden, input_ids, visual, image_mask)
-        self.train(was_training)
-        scores = self.token_logits(hidden.flatten(0, 1).index_select(0, (sampled_index - 1).clamp_min(0)))
+        scores = self._scores_of(visual, image_mask, input_ids, text_mask, sampled_index)[1]
         own = scores[:, : self.base_vocab_size].argmax(-1)  # the chain's structure stays gold
         return input_ids.flatten().index_copy(0, sampled_index, own).view_as(input_ids)
+
+    def _scores_of(
+        self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States of a text in eval mode, and the scores that led to its tokens at `index`."""
+        with self.in_eval_mode():
+            hidden = self.read(visual, image_mask, input_ids, text_mask)
+            hidden, _ = self.refine(hidden, input_ids, visual, image_mask)
+        return hidden, self.token_logits(hidden.flatten(0, 1).index_select(0, (index - 1).clamp_min(0)))
+
+    def _judge_pairs(self, batch: Inputs, visual: Tensor, token_logits: Tensor | None) -> Tensor:
+        """The step validator's logits of the pairs, and behind them of the model's own mistakes."""
+        pairs = {name: getattr(batch, name) for name in ("pair_ids", "pair_segments", "pair_mask", "pair_record")}
+        if batch.own_record is not None:
+            assert token_logits is not None
+            own = own_mistakes(self.with_own_predictions, self.base_vocab_size, visual, batch, token_logits)
+            pairs = together(pairs, own)
+        of = pairs.pop("pair_record")
+        return self.judge_steps(visual.index_select(0, of), batch.image_mask.index_select(0, of), **pairs)
+
+    def judge_steps(
+        self, visual: Tensor, image_mask: Tensor, pair_ids: Tensor, pair_segments: Tensor, pair_mask: Tensor
+    ) -> Tensor:
+        """The step validator's logits `[pairs]`; for the arguments see `Inputs` and `validator_inputs`.
+
+        No gradient leaves the validator: it learns to judge the model and does not bend it, its vision included.
+        """
+        step = StepValidator.SEGMENTS.index("step")
+        scored = ((pair_segments == step) & pair_mask).flatten().nonzero().squeeze(1)
+        with torch.no_grad():
+            hidden, logits = self._scores_of(visual, image_mask, pair_ids, pair_mask, scored)
+            losses = F.cross_entropy(logits.float(), pair_ids.flatten().index_select(0, scored), reduction="none")
+            surprise = losses.new_zeros(pair_ids.numel()).index_copy(0, scored, losses).view(pair_ids.shape)
+        return self.reasoning_module.step_validator(
+            visual.detach(), image_mask, hidden, surprise, pair_segments, pair_mask
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS
+from embervlm.model.inputs import Inputs
 
 
 @torch.no_grad()
@@ -21,25 +22,20 @@ def own_mistakes(
     predict: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     vocab_size: int,
     visual: Tensor,
-    image_mask: Tensor,
-    input_ids: Tensor,
+    batch: Inputs,
     token_logits: Tensor,
-    record: Tensor,
-    prompt: Tensor,
-    places: Tensor,
 ) -> dict[str, Tensor]:
-    """`pair_ids`, `pair_segments`, `pair_mask`, `pair_record`: of each chain the likeliest mistake.
+    """The pairs of `Inputs`: of each chain in `batch.own_record` the likeliest mistake.
 
     Args:
         predict: `EmberVLMNetwork.with_own_predictions`.
         vocab_size: Tokens that are text; those of Stage 4 behind them are no mistake.
         token_logits: `[scored, vocab]`.
-        record: `[chains]`, row of each chain in `input_ids`; `prompt`: `[chains]`, tokens of its question.
-        places: `[chains, values, 4]`: of each known value its row in `token_logits`, the column of its first token, and
-            the first and one-past-last column of its step.
     """
+    record, prompt, places = batch.own_record, batch.own_prompt, batch.own_places
+    assert record is not None and prompt is not None and places is not None
     row, column, start, end = places.unbind(-1)
-    gold = input_ids[record[:, None], column]
+    gold = batch.input_ids[record[:, None], column]
     scores = token_logits.index_select(0, row.flatten()).float()
     of_gold = scores.log_softmax(-1).gather(1, gold.view(-1, 1)).view(gold.shape)
     likeliest_wrong = of_gold.argmin(1)
@@ -48,12 +44,12 @@ def own_mistakes(
     wrong = others[chain, likeliest_wrong].argmax(-1)
     column, start, end = (values[chain, likeliest_wrong][:, None] for values in (column, start, end))
 
-    ids = input_ids.index_select(0, record)[:, :MAX_PAIR_TOKENS]
+    ids = batch.input_ids.index_select(0, record)[:, :MAX_PAIR_TOKENS]
     columns = torch.arange(ids.shape[1], device=record.device)
     mask = columns < end
     ids = ids.scatter(1, column, wrong[:, None])
     follow = ((columns > column) & mask).flatten().nonzero().squeeze(1)
-    seen, sees = visual.index_select(0, record), image_mask.index_select(0, record)
+    seen, sees = visual.index_select(0, record), batch.image_mask.index_select(0, record)
     ids = predict(seen, sees, ids, mask, follow)  # as it would have gone on
     segments = torch.full_like(ids, PAIR_SEGMENTS.index("previous"))
     segments = segments.masked_fill(columns < prompt[:, None], PAIR_SEGMENTS.index("question"))

@@ -154,12 +154,6 @@ def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[st
     load_state(model, state, components, path)
 
 
-def load_reasoning_module(model: nn.Module, path: Path) -> None:
-    """Put the weights of a `reasoning_module.bin` onto `model`, whose backbone stays as it is."""
-    state = {REASONING_PREFIX + key: value for key, value in _named_tensors(path).items()}
-    load_state(model, state, ("reasoning_module",), path)
-
-
 def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequence[str], path: Path) -> None:
     own = {key: value for key, value in model.state_dict().items() if key.partition(".")[0] in components}
     given = {key: value for key, value in state.items() if key.partition(".")[0] in components}

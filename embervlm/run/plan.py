@@ -272,7 +272,7 @@ def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> Training
     from embervlm.engines.param_groups import build_param_groups
     from embervlm.training.module import TrainingModule
 
-    model.tokenizer = _full_vocabulary(model)
+    model.attach_tokenizer(_full_vocabulary(model))
     module = TrainingModule(model)
     build_param_groups(module, phase)
     module.train()

@@ -226,7 +226,7 @@ class Run:
         phase = stage.phase1 if number == 1 else stage.phase2
         model = self._start_from(start, STAGE4)
         data = self._load_data(model)
-        tokenizer = _tokenizer_of(model)
+        tokenizer = model.tokenizer
         samples, epochs = self._chains(model, data)
         if self.world.rank == 0:
             self._say_what_is_cut(samples, number, model, len(data.reasoning))
@@ -365,7 +365,7 @@ class Run:
         """Samples whose lengths are counted, none longer than the model reads."""
 
         def counted() -> Samples:
-            samples = encode(records, _tokenizer_of(model))
+            samples = encode(records, model.tokenizer)
             refuse_too_long([(records, samples)], self._limits(model))
             return samples
 
@@ -384,7 +384,7 @@ class Run:
         Raises:
             DataError: every record of any split that is too long to be trained on or asked.
         """
-        tokenizer, grid, limits = _tokenizer_of(model), model.vision_encoder.grid, self._limits(model)
+        tokenizer, grid, limits = model.tokenizer, model.vision_encoder.grid, self._limits(model)
 
         def fitting() -> Samples:
             chains = (data.reasoning, data.val, data.test)
@@ -414,7 +414,7 @@ class Run:
         return self._asked(encode_captions, model, data.train) if self.config.stage3.caption_records_ratio else []
 
     def _glossary(self, model: EmberVLM) -> list[Sample]:
-        samples = encode_glossary(glossary(), _tokenizer_of(model))
+        samples = encode_glossary(glossary(), model.tokenizer)
         longest, room = max(map(len, samples)), self._limits(model).room
         if self.config.stage3.glossary_records_ratio and room is not None and longest > room:
             raise ConfigError(
@@ -468,7 +468,7 @@ class Run:
         dense, records = options.pop("dense", None), options.pop("records", data.train)
         return Collator(
             records,
-            _tokenizer_of(model),
+            model.tokenizer,
             data.pictures,
             candidates=ROBOTS,
             seed=self.config.seed,
@@ -592,8 +592,3 @@ def _note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = Non
     if chains is not None:
         model.config.longest_chain_tokens = int(chains.sizes[:, 1].max())
         model.config.longest_chain_steps = int(chains.num_steps.max())
-
-
-def _tokenizer_of(model: EmberVLM) -> ReasoningTokenizer:
-    assert model.tokenizer is not None
-    return model.tokenizer
