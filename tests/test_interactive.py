@@ -190,6 +190,20 @@ def test_under_the_constraint_the_chain_with_the_fewest_faults_is_given(lively_m
         lively_model.generate_reasoning(None, "Fly.", constraint="be_nice")
 
 
+def test_chains_drawn_under_the_constraint_choose_among_the_callers_candidates(lively_model, monkeypatch):
+    drawn = []
+
+    def faults(model, one, *_):
+        drawn.append(one)
+        return ["wrong"]
+
+    monkeypatch.setattr(interactive, "faults", faults)
+    lively_model.generate_reasoning(
+        None, "Fly.", constraint="ensure_logical_consistency", max_new_tokens=6, candidates=("hard", "soft")
+    )
+    assert {one.candidates for one in drawn} == {("hard", "soft")}
+
+
 def test_the_models_mode_is_left_as_it_was(lively_model, records):
     for training in (True, False):
         lively_model.train(training)

@@ -173,9 +173,7 @@ def reason(
         (likeliest,) = draw(1, decoding)
         if constraint is None or not faults(model, likeliest, visual, seen):
             return likeliest
-        warmer = replace(
-            decoding, candidates=(), temperature=decoding.temperature or TEMPERATURE, seed=decoding.seed + 1
-        )
+        warmer = replace(decoding, temperature=decoding.temperature or TEMPERATURE, seed=decoding.seed + 1)
         return _most_consistent(model, [likeliest, *draw(ATTEMPTS, warmer)], visual, seen)
 
 
