@@ -5,6 +5,7 @@ Every shipped recipe has the same global batch, so that a run may move from one 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from dataclasses import dataclass
@@ -129,3 +130,11 @@ def check_recipes() -> str:
     if len({recipe.global_batch for recipe in found.values()}) > 1:
         raise ConfigError("\n".join([*lines, f"the global batches differ; make them equal in {RECIPES}"]))
     return "\n".join(lines)
+
+
+def cluster_options(parser: argparse.ArgumentParser) -> None:
+    """`embervlm cluster` has no flags."""
+
+
+def cluster() -> None:
+    print(check_recipes())

@@ -76,6 +76,7 @@ class PhaseConfig:
 
     name: str = ""
     epochs: int = 5
+    """Passes over the records."""
     learning_rate: float = 1e-4
     """Peak learning rate, before `learning_rate_multipliers`."""
     warmup_steps: int = 0
@@ -350,6 +351,7 @@ class StageConfig:
     batch_size: int = 32
     """Records per device and micro-batch."""
     gradient_accumulation_steps: int = 1
+    """Micro-batches per update."""
     reasoning_augmentation: AugmentationConfig | None = None
     """None trains on the records as they are, which was better in every measurement (docs/results.md)."""
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig(enabled=False)
@@ -398,8 +400,11 @@ class TrainConfig:
     model: str = "embervlm-39m"
     """Name of a preset in `configs/model/`, or a path to such a YAML."""
     seed: int = 0
+    """Seed of everything."""
     output_dir: str = "outputs"
+    """Where stage3/, stage4/ and results/ go."""
     reasoning_data: str = "data/stage4/reasoning_data.json"
+    """Records: a JSON, JSONL or Parquet file, a folder of parts, or a pattern."""
     image_root: str | None = None
     """Folder that picture paths are relative to; None is the data file's own folder."""
     allow_outside: bool = False
@@ -407,12 +412,13 @@ class TrainConfig:
     resume_from: str | None = None
     """Checkpoint whose weights a phase starts from. A run that is under way resumes by itself; see `resume`."""
     resume: str = "auto"
-    """auto goes on from the newest sound checkpoint in `output_dir`; never makes such a checkpoint an error."""
+    """auto resumes from the newest sound checkpoint in `output_dir`; never makes such a checkpoint an error."""
     engine: str = "deepspeed"
-    """deepspeed, fsdp or torch; a checkpoint of one goes on under any other."""
+    """deepspeed, fsdp or torch; a checkpoint of one resumes under any other."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on the CPU."""
     zero_stage: int = 2
+    """ZeRO stage 0, 1, 2 or 3."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON that is used in place of the one for `zero_stage` and `precision`."""
     stage3: Stage3Config = Stage3Config()
@@ -437,13 +443,14 @@ class TrainConfig:
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
     keep_last: int = 3
-    """Newest numbered checkpoints to keep whole, so that a phase can go on from them."""
+    """Newest numbered checkpoints to keep whole, so that a phase can resume from them."""
     keep_weights: int = 20
     """Numbered checkpoints before those of which the weights are kept, a third of their size; older ones are deleted.
     20 are a whole phase of the guide's, 500 steps apart, on one GPU."""
     keep_best: int = 1
     """Best evaluated checkpoints to keep besides, by their weights."""
     log_steps: int = 10
+    """Optimizer steps between log lines."""
     log_records: bool = False
     """Also log the ids of the records of every logged step."""
     max_steps: int | None = None
@@ -451,7 +458,9 @@ class TrainConfig:
     report: bool = False
     """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""
     wandb_project: str | None = None
+    """Weights & Biases project; offline where W&B finds no key."""
     wandb_run_name: str | None = None
+    """Name of the run there."""
 
     def __post_init__(self) -> None:
         for name in (

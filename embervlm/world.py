@@ -56,6 +56,12 @@ class World:
             control = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return cls(rank, size, device, background, control)
 
+    @staticmethod
+    def leave() -> None:
+        """Leave the other processes, where this one has joined them."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all processes, in place."""
         if self.size > 1:

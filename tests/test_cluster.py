@@ -22,7 +22,8 @@ from embervlm.run.slurm import (
     warn_of_short_limit,
 )
 from embervlm.run.slurm import main as slurm
-from embervlm.run.train import check_cluster, overrides_of, parser
+from embervlm.run.train import check_cluster
+from embervlm.run.train_flags import overrides_of, parser
 from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE
 
 STAGES = str(REPOSITORY / "configs" / "training_stages.yaml")

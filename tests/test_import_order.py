@@ -32,7 +32,6 @@ PLACES = {"embervlm": "top", "embervlm.cli": "top", "embervlm.select_best": "run
 """Files beside the folders that put parts together."""
 LAZY = {
     "embervlm": "the package must import where torch is not installed",
-    "embervlm.cli": "each subcommand pays for its own libraries only",
     "embervlm.select_best": "torch is needed only for a checkpoint without an evaluation",
     "embervlm.curate": "data commands start without torch or transformers",
     "embervlm.curate.teachers": "so do teachers",

@@ -18,6 +18,7 @@ import pytest
 from embervlm import cli, select_best
 from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe
 from embervlm.config import REPOSITORY, TrainConfig
+from embervlm.run import train_flags
 
 LIST = Path(__file__).with_name("interface.txt")
 
@@ -37,7 +38,7 @@ def flag_line(action: argparse.Action) -> str:
     kind = action.type or (type(action.const) if action.nargs == 0 else str)
     parts = ["/".join(action.option_strings) or f"<{action.metavar or action.dest}>", getattr(kind, "__name__", kind)]
     if action.nargs == 0:
-        parts.append(f"sets {action.dest} to {action.const}")
+        parts.append(f"sets {action.const}")
     elif action.nargs:
         parts.append(f"several ({action.nargs})")
     if isinstance(action, argparse._AppendAction):
@@ -71,11 +72,11 @@ def shown(value: Any) -> str:
 
 def interface() -> list[str]:
     from embervlm.model.config import EmberVLMConfig
-    from embervlm.run import submit, train
+    from embervlm.run import submit
 
     parameters = inspect.signature(EmberVLMConfig.__init__).parameters.values()
     lines = [
-        *flags_of("launch/train.py", train.parser()),
+        *flags_of("launch/train.py", train_flags.parser()),
         *flags_of("launch/submit.py", submit.parser()),
         *flags_of("embervlm", cli.build_parser()),
         *flags_of("python -m embervlm.select_best", select_best.build_parser()),
@@ -99,6 +100,18 @@ def test_every_flag_and_yaml_key_is_as_listed(monkeypatch: pytest.MonkeyPatch) -
         "\n".join(["flags or YAML keys that users write have changed:", *gone, *new])
         + f"\nIf that is meant: `python tests/test_interface.py` writes {LIST.name} anew; name the change in the commit"
     )
+
+
+def test_a_flags_help_is_the_text_under_its_field() -> None:
+    texts = {action.dest: action.help for action in train_flags.parser()._actions}
+    assert texts["keep_best"] == "Best evaluated checkpoints to keep besides, by their weights."
+    assert texts["phase2_epochs"] == "Passes over the records."  # inherited by the phase's class
+    assert not [flag for flag in train_flags.FLAGS if not texts[flag]]
+
+
+def test_a_yes_or_no_field_is_a_flag_without_a_value_that_leaves_the_yaml_alone() -> None:
+    parse = train_flags.parser().parse_args
+    assert parse([]).gradient_checkpointing is None and parse(["--gradient_checkpointing"]).gradient_checkpointing
 
 
 if __name__ == "__main__":

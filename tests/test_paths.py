@@ -10,7 +10,8 @@ import yaml
 from embervlm.cli import main as embervlm
 from embervlm.config import ConfigError, TrainConfig, load_train_config, model_preset
 from embervlm.paths import PathError, expanded
-from embervlm.run.train import load_config, main, parser
+from embervlm.run.train import main
+from embervlm.run.train_flags import load_config, parser
 from embervlm.select_best import main as select_best
 
 SETTINGS = ("output_dir", "reasoning_data", "image_root", "resume_from", "deepspeed_config", "model", "eval_cluster")

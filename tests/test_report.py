@@ -490,7 +490,7 @@ def test_the_commands_error_is_one_line(run: Path) -> None:
 
 def test_a_trained_run_does_not_fail_by_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from embervlm.config import TrainConfig
-    from embervlm.run.train import write_run_report
+    from embervlm.run.report import write_run_report
 
     write_run_report(TrainConfig(output_dir=str(tmp_path / "gone")))
     assert "no report (ReportError" in capsys.readouterr().out

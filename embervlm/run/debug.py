@@ -2,65 +2,100 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embervlm import run_dir
+from embervlm.evaluation.analysis import analysis_text, sample_text, samples_verdict
+from embervlm.evaluation.evaluate import Evaluation, evaluate
+from embervlm.evaluation.transition import check_transition, transition_text
+from embervlm.model.generation import Decoding
+from embervlm.options import chosen
 from embervlm.report.figures import write_attention, write_figures
 from embervlm.report.pages import best_examples, failure_cases, samples_page
 from embervlm.report.recorded import as_sample, evaluation_alone, samples_path
 from embervlm.report.table import cut_off_lines, metrics_table
+from embervlm.run.evaluate import data_options, decoding_options, evaluate_to_file, evaluating_processes
 
-if TYPE_CHECKING:
-    from embervlm.world import World
+
+def try_reasoning_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, default=10)
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--visualize", action="store_true", help="also draw where the model looked at each step")
+    parser.add_argument("--output_dir", type=Path, help="for what is drawn; default: evals/samples in the checkpoint")
+    data_options(parser)
+    decoding_options(parser)
 
 
 def try_reasoning(
-    checkpoint: Path, *, num_samples: int, output_dir: Path | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """Print a few chains and whether the model reasons; with `output_dir` also draw their attention."""
-    from embervlm.evaluation.analysis import sample_text, samples_verdict
-    from embervlm.evaluation.evaluate import Evaluation, evaluate
-
+    checkpoint: Path, *, num_samples: int, visualize: bool, output_dir: Path | None, **options: Any
+) -> None:
+    """Print a few chains and whether the model reasons; with `visualize` also draw their attention."""
     job = Evaluation(
         checkpoint=checkpoint,
         num_samples=num_samples,
         compare=False,
         progress=False,
-        explained=0 if output_dir is None else num_samples,
+        explained=num_samples if visualize else 0,
+        decoding=Decoding(**chosen(options, Decoding)),
         **options,
     )
     result, samples = evaluate(job)
     for number, sample in enumerate(samples, 1):
         print(sample_text(sample, number) + "\n")
     print("\n".join(filter(None, (samples_verdict(samples), cut_off_lines(result)))))
-    if output_dir is not None:
+    if visualize:
+        output_dir = output_dir or checkpoint / "evals" / "samples"
         page = output_dir / "samples.html"
         samples_page(samples, page, f"{checkpoint}: {len(samples)} samples")
         write_attention([as_sample(sample) for sample in samples], output_dir)
         print(f"Page: {page}\nPictures: {output_dir / 'attention_maps'}")
-    return samples
 
 
-def analyze(checkpoint: Path, *, test_set: Path, output_dir: Path, world: World, **options: Any) -> None:
-    """Evaluate all records of `test_set`; write figures, pages and a verdict. Call it on every process of `world`."""
-    from embervlm.evaluation.analysis import analysis_text
-    from embervlm.run.evaluate import evaluate_to_file
+def analyze_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--test_set", type=Path, required=True, help="file of records; all of them are asked")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, help="at most this many records")
+    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument("--faithfulness_samples", type=int, default=200, help="as in evaluate; 0 leaves it out")
+    data_options(parser)
+    decoding_options(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
+
+def analyze(
+    checkpoint: Path, *, test_set: Path, output_dir: Path, local_rank: int | None = None, **options: Any
+) -> None:
+    """Evaluate all records of `test_set`; write figures, pages and a verdict."""
     path = output_dir / "evaluation.json"
-    result = evaluate_to_file(
-        checkpoint, split="test", output_file=path, save_samples=True, test_set=str(test_set), world=world, **options
-    )
-    if world.rank > 0:
-        return
-    record = evaluation_alone(path)
+    options["decoding"] = Decoding(**chosen(options, Decoding))
+    with evaluating_processes(local_rank) as world:
+        result = evaluate_to_file(
+            checkpoint,
+            split="test",
+            output_file=path,
+            save_samples=True,
+            test_set=str(test_set),
+            world=world,
+            **options,
+        )
+        if world.rank == 0:
+            _write_analysis(result, path)
+
+
+def _write_analysis(result: dict[str, Any], path: Path) -> None:
+    record, output_dir = evaluation_alone(path), path.parent
     cut = cut_off_lines(result)
     text = f"{metrics_table(result)}\n" + (f"{cut}\n" if cut else "")
     text += f"\n{analysis_text(result, run_dir.read_json(samples_path(path)))}"
     write_figures(record, output_dir)
-    for name, chosen in (("best_reasoning_examples", best_examples), ("failure_cases", failure_cases)):
+    for name, choose in (("best_reasoning_examples", best_examples), ("failure_cases", failure_cases)):
         samples_page(
-            chosen(record.samples),
+            choose(record.samples),
             output_dir / "samples" / f"{name}.html",
             name.replace("_", " ").capitalize(),
             result=result,
@@ -69,10 +104,15 @@ def analyze(checkpoint: Path, *, test_set: Path, output_dir: Path, world: World,
     print(f"{text}\nwritten: {output_dir}")
 
 
-def check_phases(phase1: Path, phase2: Path, start: Path | None) -> bool:
-    """Print what happened at the switch from phase 1 to phase 2, and return whether nothing is wrong."""
-    from embervlm.evaluation.transition import check_transition, transition_text
+def check_phases_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--phase1_checkpoint", type=Path, required=True)
+    parser.add_argument("--phase2_checkpoint", type=Path, required=True)
+    parser.add_argument("--start_checkpoint", type=Path, help="where phase 1 started; default: what the run recorded")
 
-    found = check_transition(phase1, phase2, start)
+
+def check_phases(phase1_checkpoint: Path, phase2_checkpoint: Path, start_checkpoint: Path | None) -> None:
+    """Print what happened at the switch from phase 1 to phase 2; exit status 1 where something is wrong."""
+    found = check_transition(phase1_checkpoint, phase2_checkpoint, start_checkpoint)
     print(transition_text(found))
-    return not found.problems
+    if found.problems:
+        sys.exit(1)

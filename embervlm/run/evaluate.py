@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from embervlm import run_dir
 from embervlm.config import ConfigError
-from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate, keep_in_checkpoint
+from embervlm.evaluation import evaluate as evaluation
+from embervlm.evaluation.evaluate import METRICS, Evaluation, keep_in_checkpoint
+from embervlm.model.generation import Decoding
+from embervlm.options import add_flag, chosen
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
+from embervlm.run.report import send_evaluation
+from embervlm.run.score_chains import judge_options
 from embervlm.world import World
 
 METRIC_GROUPS = {
@@ -25,6 +29,67 @@ METRIC_GROUPS = {
 """What `--reasoning_metrics` can name besides `all`; any metric's own name does as well."""
 
 
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", type=int, default=4, choices=(3, 4))
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--reasoning_metrics", nargs="+", default=["all"])
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
+    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    add_flag(parser, Evaluation, "faithfulness_samples")
+    parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
+    data_options(parser)
+    parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
+    parser.add_argument("--wandb_project", help="W&B project for numbers and figures; default: the training's")
+    parser.add_argument("--no_wandb", action="store_true", help="send nothing there")
+    judge_options(parser)
+    decoding_options(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """Which records a checkpoint is asked about."""
+    parser.add_argument("--reasoning_data", type="path", help="default: what the checkpoint was trained on")
+    parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
+    parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
+
+
+def decoding_options(parser: argparse.ArgumentParser) -> None:
+    for name in ("max_reasoning_steps", "max_new_tokens", "temperature", "top_p", "seed"):
+        add_flag(parser, Decoding, name)
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    output_file: Path,
+    stage: int,
+    save_reasoning_samples: bool,
+    no_comparisons: bool,
+    wandb_project: str | None,
+    no_wandb: bool,
+    local_rank: int | None,
+    **options: Any,
+) -> None:
+    """Evaluate, write the files, print the table, and send it to W&B where the training was logged there."""
+    options["reasoning_metrics"] = tuple(options["reasoning_metrics"])
+    options["decoding"] = Decoding(**chosen(options, Decoding))
+    with evaluating_processes(local_rank) as world:
+        result = evaluate_to_file(
+            checkpoint,
+            output_file=output_file,
+            save_samples=save_reasoning_samples,
+            compare=not no_comparisons,
+            world=world,
+            **options,
+        )
+        if world.rank == 0:
+            print_result(result, output_file)
+            if not no_wandb:
+                send_evaluation(checkpoint, result, output_file, wandb_project)
+
+
 @contextmanager
 def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
     """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; this one alone without."""
@@ -34,7 +99,7 @@ def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
     try:
         yield world
     finally:
-        torch.distributed.destroy_process_group()
+        world.leave()
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -57,14 +122,14 @@ def evaluate_to_file(
     """Write the evaluation of `checkpoint` to `output_file`, and with `save_samples` the chains beside it.
 
     Of the test split the checkpoint keeps a copy, which the report finds wherever `output_file` is.
-    The same call again goes on where a killed one stopped. Call it on every process of `world`.
+    The same call again resumes where a killed one stopped. Call it on every process of `world`.
     """
     _check_names(reasoning_metrics)
     partial = output_file.with_name(f"{output_file.stem}.partial")
     job = Evaluation(
         checkpoint=checkpoint, split=split, explained=explain_samples if save_samples else 0, partial=partial, **options
     )
-    result, samples = evaluate(job)
+    result, samples = evaluation.evaluate(job)
     if job.world is not None and job.world.rank > 0:
         return result
     whole = "all" in reasoning_metrics

@@ -10,6 +10,7 @@ Parameters, gradients, optimizer state and communication follow Rajbhandari et a
 
 from __future__ import annotations
 
+import argparse
 import json
 import weakref
 from collections.abc import Callable
@@ -540,7 +541,22 @@ def _duration(minutes: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
 
 
-def run_plan(
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", type="path", required=True, help="recipe in configs/cluster/, or a YAML")
+    parser.add_argument("--model", type="path", help="preset in configs/model/, or a YAML; default: the run's")
+    parser.add_argument("--config", type="path", help="the run's YAML; default: configs/training_stages.yaml")
+    parser.add_argument(
+        "--records", type=int, help="records of all splits together; default: target_samples, or 50,000"
+    )
+    parser.add_argument("--question_tokens", type=int, help="tokens of a question; default: 128")
+    parser.add_argument("--chain_tokens", type=int, help="tokens of chain and answer; default: max_reasoning_length")
+    parser.add_argument(
+        "--utilisation", type=float, help="share of the GPU's rated speed that is reached; see the plan's assumptions"
+    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+
+
+def plan(
     *,
     cluster: str,
     model: str | None,
@@ -568,5 +584,5 @@ def run_plan(
     for name, value in found.items():
         if value < 1:
             raise ConfigError(f"--{name}: {value} is less than 1")
-    plan = make_plan(cluster, config=settings, utilisation=utilisation or UTILISATION, **found)
-    print(json.dumps(plan, indent=2)) if as_json else print_plan(plan)
+    made = make_plan(cluster, config=settings, utilisation=utilisation or UTILISATION, **found)
+    print(json.dumps(made, indent=2)) if as_json else print_plan(made)

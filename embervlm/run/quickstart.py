@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import socket
@@ -11,9 +12,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError, read_yaml
+from embervlm.options import add_flag
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 from embervlm.run.owner import owning
 
@@ -36,11 +39,11 @@ SMOKE_OVERRIDES = (
 class Quickstart:
     """One quickstart run; every part that is already finished in `output_dir` is skipped."""
 
-    output_dir: Path
+    output_dir: Path = Path("outputs/quickstart")
     smoke: bool = False
     """The same path in under a minute; its figures mean nothing."""
     input_dataset: Path | None = None
-    """Tasks of others to make scenes for, in place of the embedded questions."""
+    """Tasks of others to make scenes for, such as robot_selection.json, in place of the embedded questions."""
     num_test: int = 500
 
     def run(self) -> dict[str, float]:
@@ -162,6 +165,16 @@ class Quickstart:
         print(f"Evaluation: {path}")
         print(f"Report: {self._page}")
         print(f"Best checkpoint: {self._best}")
+
+
+def quickstart_options(parser: argparse.ArgumentParser) -> None:
+    for name in ("output_dir", "smoke", "input_dataset"):
+        add_flag(parser, Quickstart, name)
+
+
+def quickstart(**options: Any) -> None:
+    """The newcomer's run, from data to evaluation."""
+    Quickstart(**options).run()
 
 
 def _free_port() -> int:

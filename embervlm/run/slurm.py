@@ -30,8 +30,8 @@ from embervlm.cluster import CLUSTER_VARIABLE, GPU_OPTIONS_VARIABLE, ClusterReci
 from embervlm.config import ConfigError
 from embervlm.errors import OneLineParser, told_in_one_line
 from embervlm.run.slurm_options import given
-from embervlm.run.train import load_config
-from embervlm.run.train import parser as train_parser
+from embervlm.run.train_flags import load_config
+from embervlm.run.train_flags import parser as train_parser
 from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE
 from embervlm.slurm_commands import ask, fields, job_state, seconds, this_job
 

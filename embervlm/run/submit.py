@@ -30,8 +30,8 @@ from embervlm.cluster import CLUSTER_VARIABLE, ClusterRecipe, load_recipe, recip
 from embervlm.config import REPOSITORY, ConfigError
 from embervlm.errors import OneLineParser, UserError, told_in_one_line
 from embervlm.run.slurm import MAX_REQUEUES, SIGNAL_DELAY_S, SIGNAL_EARLY_S
-from embervlm.run.train import FLAGS, check_start, load_config, stages_of
-from embervlm.run.train import parser as train_parser
+from embervlm.run.train_flags import FLAGS, check_start, load_config, stages_of
+from embervlm.run.train_flags import parser as train_parser
 from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE
 from embervlm.slurm_commands import Patience, ask, is_away, job_state, this_job
 
@@ -202,7 +202,7 @@ def slurm_parameters(
     """submitit's parameters for a job on the recipe's nodes.
 
     Args:
-        sbatch: The site's options of sbatch, `key=value` or a bare key; they stand over the recipe's.
+        sbatch: The site's options of sbatch, `key=value` or a bare key; they override the recipe's.
     """
     options: dict[str, Any] = {"requeue": True}
     for item in (*recipe.sbatch_options(minutes), *sbatch):

@@ -1,0 +1,189 @@
+"""`embervlm data ...`: records before training. Nothing here imports torch before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embervlm.config import AugmentationConfig, TrainConfig, model_preset
+from embervlm.options import add_flag, chosen
+
+if TYPE_CHECKING:
+    from embervlm.curate.checking import CheckOptions
+
+
+def generate_options(parser: argparse.ArgumentParser) -> None:
+    from embervlm.curate.teachers.endpoint import EndpointConfig
+
+    parser.add_argument("--source", choices=("teacher", "self", "human"), default="teacher", help="who writes chains")
+    parser.add_argument("--teacher_model", default="rules", help="rules is embedded; others are behind an endpoint")
+    parser.add_argument("--input_dataset", type=Path, help="records or tasks; rules needs none")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; pictures go to images/ beside")
+    parser.add_argument(
+        "--num_samples", type=int, help="default: 50000; rules makes one for each task of --input_dataset"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="part I (from 0) of N, such as $SLURM_ARRAY_TASK_ID/8")
+    parser.add_argument("--image_root", type=Path, help="what the input's image paths are relative to")
+    parser.add_argument("--samples_per_record", type=int, help="chains for each question; teacher 1, self 4")
+    parser.add_argument("--temperature", type=float, help="endpoint: its own by default; self: 0.8")
+    rules = parser.add_argument_group("--teacher_model rules")
+    rules.add_argument("--questions_per_picture", type=int, default=1)
+    rules.add_argument("--seed", type=int, default=0)
+    rules.add_argument("--workers", type=int, help="processes that draw; default: one per core")
+    own = parser.add_argument_group("--source self")
+    own.add_argument("--checkpoint", type=Path, help="a Stage 4 checkpoint")
+    own.add_argument("--max_reasoning_steps", type=int, help="most steps; default: as the training data needed")
+    other = parser.add_argument_group("other teachers, behind an OpenAI-compatible endpoint")
+    for field in dataclasses.fields(EndpointConfig):
+        if field.name in ("base_url", "api_key_env", "sees_pictures"):
+            add_flag(other, EndpointConfig, field.name, flag=f"teacher_{field.name}")
+        elif field.name not in ("teacher_model", "samples_per_record", "temperature"):  # above
+            add_flag(other, EndpointConfig, field.name)
+    other.add_argument(
+        "--no_teacher_sees_pictures", dest="sees_pictures", action="store_false", help="tell the facts (default)"
+    )
+
+
+def generate(source: str, **options: Any) -> None:
+    """Chains by the rules, by a teacher behind an endpoint, by the model itself, or by people."""
+    from embervlm.curate.commands import DEFAULT_SAMPLES, convert_annotations, generate, generate_by_teacher
+    from embervlm.curate.teachers.endpoint import EndpointConfig
+
+    common = {name: options.pop(name) for name in ("input_dataset", "output_file", "num_samples", "shard")}
+    by_rules = source == "teacher" and options["teacher_model"] == "rules"
+    if by_rules:
+        names = ("seed", "questions_per_picture", "workers")
+        return generate(**{name: options[name] for name in names}, **common)
+    if common["num_samples"] is None:
+        common["num_samples"] = DEFAULT_SAMPLES
+    common["image_root"] = options["image_root"]
+    if source == "human":
+        return convert_annotations(**common)
+    given = {name: value for name, value in options.items() if value is not None}
+    if source == "self":
+        from embervlm.evaluation.self_generated import SelfGeneration, generate_by_itself
+
+        return generate_by_itself(SelfGeneration(**{"checkpoint": None, **chosen(given, SelfGeneration)}), **common)
+    generate_by_teacher(EndpointConfig(**chosen(given, EndpointConfig)), **common)
+
+
+def merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
+    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--image_root", type=Path, help="of the shards and of the output; default: each file's folder")
+
+
+def merge(**options: Any) -> None:
+    """One data set from the shards of a job."""
+    from embervlm.curate.commands import merge
+
+    merge(**options)
+
+
+def validate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data_file", type=Path, required=True, help="as --reasoning_data: a file, a folder of parts, a pattern"
+    )
+    parser.add_argument("--output_report", type=Path, required=True, help="text, or JSON by .json; a page goes beside")
+    _check_options(parser)
+
+
+def validate(data_file: Path, *, output_report: Path, **options: Any) -> None:
+    """Every problem of a data set, and what is in it; exit status 1 where it does not train."""
+    from embervlm.curate.validate import validate
+    from embervlm.report.validation import summary, write_reports
+
+    with tempfile.TemporaryDirectory() as unpack_dir:
+        report = validate(data_file, _checked_as(unpack_dir=unpack_dir, **options))
+        page = write_reports(report, output_report)
+    print(f"{summary(report)}\n{output_report}, {page}")
+    if not report["trains"]:
+        sys.exit(1)
+
+
+def filter_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help=".json, .jsonl or .parquet")
+    parser.add_argument("--min_quality_score", type=float, required=True, help="from 0 to 1; docs/data.md defines it")
+    parser.add_argument("--output", type=Path, required=True, help=".json or .jsonl; the others go beside")
+    _check_options(parser)
+
+
+def filter(input: Path, *, output: Path, min_quality_score: float, **options: Any) -> None:
+    """Keep the records of at least a quality."""
+    from embervlm.curate.quality import filter_file, rejected_path
+
+    checks = _checked_as(open_pictures=False, **options)
+    kept, rejected = filter_file(input, output=output, min_quality_score=min_quality_score, options=checks)
+    print(f"{kept:,} records kept in {output}, {rejected:,} others with reasons in {rejected_path(output)}")
+    if output.resolve().parent != (root := Path(options["image_root"] or input.parent)).resolve():
+        print(f"their pictures lie where they were: read {output} with --image_root {root}")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
+    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
+    parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
+    parser.add_argument(
+        "--model", type="path", default=TrainConfig.model, help="preset that will train on it: how much it reads"
+    )
+    parser.add_argument(
+        "--tokenizer", type="path", help="folder of the tokenizer that counts; default: the one a run would use"
+    )
+    parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
+
+
+def _checked_as(*, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
+    """What training with these flags would hold the data against."""
+    from embervlm.curate.checking import CheckOptions
+    from embervlm.run.plan import empty_model
+
+    settings = model_preset(model)
+    built, language = empty_model(settings), settings["language"]
+    brings_own = language.get("pretrained") or (language.get("name_or_path") and not language.get("config"))
+    return CheckOptions(
+        positions=built.language_model.max_positions,
+        num_visual_tokens=built.num_visual_tokens,
+        tokenizer=tokenizer or (language["name_or_path"] if brings_own else None),
+        vocab_size=built.language_model.vocab_size,
+        **options,
+    )
+
+
+def augment_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file of reasoning records")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; the report goes beside it")
+    add_flag(parser, AugmentationConfig, "target_samples")
+    add_flag(parser, AugmentationConfig, "validate_reasoning")
+    parser.add_argument("--no_validate_reasoning", action="store_false", dest="validate_reasoning")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def augment(**options: Any) -> None:
+    """More chains from those of a file, each checked, none twice."""
+    from embervlm.curate.augment import augment_file
+
+    augment_file(**options)
+
+
+def convert_options(parser: argparse.ArgumentParser) -> None:
+    from embervlm.curate.convert import CONVERTERS
+
+    parser.add_argument("--from", dest="source", required=True, choices=tuple(CONVERTERS), help="format of the input")
+    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified spelling")
+    parser.add_argument(
+        "--image_root", type=Path, help="what picture paths are relative to; default: the input's folder"
+    )
+    parser.add_argument("--skip_bad", action="store_true", help="write the rest; list the skipped in a file beside")
+    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the image root")
+
+
+def convert(input: Path, *, output_file: Path, **options: Any) -> None:
+    """Other formats to the unified spelling."""
+    from embervlm.curate.convert import convert_file, summary
+
+    print(summary(convert_file(input, output_file, **options), output_file))

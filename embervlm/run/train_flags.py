@@ -1,0 +1,116 @@
+"""Command line of `launch/train.py`: flags over a node recipe over a YAML.
+
+Imports no torch: Slurm's helpers read it on login nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
+from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
+from embervlm.errors import OneLineParser
+from embervlm.options import add_flag
+
+_OF_THE_RUN = (
+    "model",
+    "output_dir",
+    "reasoning_data",
+    "image_root",
+    "allow_outside",
+    "resume_from",
+    "seed",
+    "resume",
+    "engine",
+    "precision",
+    "zero_stage",
+    "deepspeed_config",
+    "max_steps",
+    "save_steps",
+    "eval_steps",
+    "eval_cluster",
+    "keep_last",
+    "keep_weights",
+    "keep_best",
+    "log_steps",
+    "wandb_project",
+    "wandb_run_name",
+)
+_OF_STAGE4 = ("batch_size", "gradient_accumulation_steps", "max_reasoning_length", "gradient_checkpointing")
+_OF_A_PHASE = ("epochs", "learning_rate", "warmup_steps")
+FLAGS = {
+    **{name: name for name in _OF_THE_RUN},
+    **{name: f"stage4.{name}" for name in _OF_STAGE4},
+    **{f"phase{number}_{name}": f"stage4.phase{number}.{name}" for name in _OF_A_PHASE for number in (1, 2)},
+    "stage3_epochs": "stage3.epochs",
+}
+"""Flag -> key in the YAML, which says the rest: type, default and help."""
+
+
+def parser() -> argparse.ArgumentParser:
+    out = OneLineParser(prog="launch/train.py", description="Train Stage 3, Stage 4 or baselines.", allow_abbrev=False)
+    out.add_argument(
+        "--config", type="path", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML"
+    )
+    out.add_argument(
+        "--cluster",
+        type="path",
+        default=os.environ.get(CLUSTER_VARIABLE) or None,
+        help="node recipe in configs/cluster/, or a YAML; its settings override --config, flags override both. "
+        f"Default: ${CLUSTER_VARIABLE}",
+    )
+    out.add_argument("--stages", nargs="+", default=["4"], help="3, 4, baseline; several in order")
+    out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4")
+    out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
+    out.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML")
+    out.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    for flag, key in FLAGS.items():
+        add_flag(out, TrainConfig, key, flag=flag, default=None, dest=flag)  # None: the YAML decides
+    return out
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Dotted key -> value of the node recipe and, over it, of every flag that was given."""
+    out = load_recipe(args.cluster).train_settings if args.cluster else {}
+    out |= {key: value for flag, key in FLAGS.items() if (value := getattr(args, flag)) is not None}
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: write KEY=VALUE")
+        out[key] = yaml.safe_load(value)
+    return out
+
+
+def load_config(args: argparse.Namespace) -> TrainConfig:
+    """The run that `args` describe; an error names the flag, the node recipe or the YAML that it comes from."""
+    overrides = overrides_of(args)
+    names = {key: f"--cluster {args.cluster}: {key}" for key in overrides}
+    names |= {key: f"--{flag}" for flag, key in FLAGS.items() if getattr(args, flag) is not None}
+    names |= {key: f"--set {key}" for key in (item.partition("=")[0] for item in args.set)}
+    return load_train_config(args.config, overrides, names)
+
+
+def stages_of(args: argparse.Namespace) -> list[str]:
+    stages = [stage for item in args.stages for stage in item.split(",") if stage]
+    if wrong := [stage for stage in stages if stage not in ("3", "4", "baseline")]:
+        raise ConfigError(f"--stages: {', '.join(wrong)}: this program trains 3, 4 and baseline")
+    if args.phase and args.run_both_phases:
+        raise ConfigError("--phase and --run_both_phases contradict each other; give one of them")
+    if args.phase and "4" not in stages:
+        raise ConfigError(f"--phase {args.phase} is a phase of Stage 4, which --stages {' '.join(stages)} leaves out")
+    return stages
+
+
+def check_start(stages: Sequence[str], config: TrainConfig) -> None:
+    """ConfigError where `resume_from` would not be used."""
+    if "3" in stages and config.resume_from:
+        raise ConfigError(
+            f"--stages {' '.join(stages)} trains Stage 3 from its beginning, so --resume_from {config.resume_from} "
+            "would not be used; leave out 3 to start Stage 4 from that checkpoint, or leave out --resume_from (a Stage "
+            "3 that was stopped resumes by itself in its --output_dir)"
+        )
