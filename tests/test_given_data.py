@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from embervlm.cli import main
-from embervlm.curate.checking import CheckOptions, check_file
+from embervlm.curate.checking import check_file
+from embervlm.curate.findings import CheckOptions
 from embervlm.curate.quality import filter_file
 from embervlm.curate.validate import validate
 from embervlm.data.records import DataError, read_records, write_dataset

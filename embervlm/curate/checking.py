@@ -10,11 +10,10 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,32 +21,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from embervlm.curate.chain_checks import ChainJob, check_chain, checkable_facts
 from embervlm.curate.duplicates import find_duplicates
+from embervlm.curate.findings import BYTES_PER_TOKEN, KINDS, CheckedData, CheckOptions
 from embervlm.data.curriculum import complexity_problem
-from embervlm.data.facts import fact_domains
-from embervlm.data.lengths import Limits, too_long
+from embervlm.data.lengths import too_long
 from embervlm.data.record_fields import unused_fields
 from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
 from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
-from embervlm.judge.contradiction import opposite_steps
-from embervlm.judge.faults import judge_steps
-from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
-from embervlm.words.chain_text import CONCLUSION, number_lines, step_numbers
-from embervlm.words.claims import is_conclusion, named_candidates
+from embervlm.words.chain_text import number_lines, step_numbers
 
 if TYPE_CHECKING:
     from embervlm.data.tokenizer import ReasoningTokenizer
 
 REASONING = "reasoning"
-BYTES_PER_TOKEN = 4
-"""For the estimate of a chain's tokens where no tokenizer is given."""
-MAX_DOMAIN_VALUES = 200
-"""A fact with more values over the data set is free text, which no pattern can look for."""
-MAX_DOMAINS = 300
-"""Facts that chains are held against: the most common ones."""
 GUESSABLE_RECORDS, GUESSABLE_SHARE = 10, 0.9
 """An instruction asked this often about pictures, with the same answer in this share, needs no picture."""
 ITEMS_PER_WORKER = 500
@@ -55,126 +45,6 @@ ITEMS_PER_WORKER = 500
 ITEMS_PER_CHUNK = 128
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A sort of finding."""
-
-    title: str
-    stops_training: bool
-    """Whether a record with it would stop a training run; else it trains, but teaches something wrong or nothing."""
-
-
-KINDS: dict[str, Kind] = {
-    "schema": Kind(title="Fields missing, empty or of the wrong type", stops_training=True),
-    "markers": Kind(title="Unbalanced reasoning markers", stops_training=True),
-    "unknown_answer": Kind(title="Answers that are none of the candidates", stops_training=True),
-    "picture": Kind(title="Pictures missing or unreadable", stops_training=True),
-    "split": Kind(title="Unknown splits, or no training split", stops_training=True),
-    "picture_leak": Kind(title="The same picture in two splits", stops_training=True),
-    "too_long": Kind(title="Longer than max_reasoning_length or than the model reads", stops_training=True),
-    "duplicate_id": Kind(title="Ids used twice", stops_training=True),
-    "maybe_too_long": Kind(title="By estimate too long", stops_training=False),
-    "left_out": Kind(title="Augmented records that are too long, which training leaves out", stops_training=False),
-    "complexity": Kind(title="Complexities that a curriculum refuses", stops_training=False),
-    "text_leak": Kind(title="The same task in two splits", stops_training=False),
-    "conclusion": Kind(title="Conclusions that disagree with the answer", stops_training=False),
-    "contradiction": Kind(title="Steps that contradict each other or the facts", stops_training=False),
-    "repetition": Kind(title="Steps that repeat an earlier one", stops_training=False),
-    "unsupported": Kind(title="Steps that do not bear on the question", stops_training=False),
-    "numbering": Kind(title="Gaps in the numbering of steps", stops_training=False),
-    "conflict": Kind(title="The same question with two answers", stops_training=False),
-    "duplicate": Kind(title="Duplicates", stops_training=False),
-    "near_duplicate": Kind(title="Near duplicates", stops_training=False),
-    "given_away": Kind(title="Answers given away in the instruction", stops_training=False),
-    "guessable": Kind(title="Instructions that are answered without the picture", stops_training=False),
-}
-"""Every kind of finding, the gravest first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One finding about one record, or about the file where `number` is 0."""
-
-    kind: str
-    """A key of `KINDS`."""
-    number: int
-    """The record's, counted from 1; in JSONL the line."""
-    field: str
-    what: str
-    fix: str
-    other: int = 0
-    """Number of the record it is compared with; 0 where there is none."""
-
-    @property
-    def stops_training(self) -> bool:
-        return KINDS[self.kind].stops_training
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions:
-    """What a data set is checked against: the training flags of the same names."""
-
-    image_root: str | None = None
-    """What image paths are relative to; None: the data file's folder."""
-    allow_outside: bool = False
-    max_reasoning_length: int = 512
-    """Tokens of chain and answer."""
-    positions: int | None = None
-    """Of the language model, for picture and text; None: any number."""
-    num_visual_tokens: int = 0
-    tokenizer: str | None = None
-    """Folder of the tokenizer that counts them."""
-    vocab_size: int | None = None
-    """Without a tokenizer: of the one that a run trains on the records. None: an estimate."""
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(
-            max_reasoning_length=self.max_reasoning_length,
-            positions=self.positions,
-            num_visual_tokens=self.num_visual_tokens,
-        )
-
-    @property
-    def counted_with(self) -> str:
-        if self.tokenizer is not None:
-            return self.tokenizer
-        return f"estimate: {BYTES_PER_TOKEN} bytes a token" if self.vocab_size is None else "as a run counts them"
-
-    open_pictures: bool = True
-    """Decode every picture; False only reads its bytes."""
-    workers: int | None = None
-    """Processes that open pictures; None: one per core."""
-    unpack_dir: str | None = None
-    """Where pictures are written that stand in the records themselves; None refuses such."""
-
-
-@dataclass(kw_only=True)
-class CheckedData:
-    """A data set and all that was found. The lists from `numbers` on are parallel, one entry per usable record."""
-
-    path: Path
-    num_values: int = 0
-    """Records in the file, readable or not."""
-    problems: list[Problem] = field(default_factory=list)
-    values: dict[int, Any] = field(default_factory=dict)
-    """Number -> what stands in the file; where only the report needs it, of unreadable records alone."""
-    where: dict[int, str] = field(default_factory=dict)
-    """Number -> file and its own number or key there, where `path` names several files."""
-    numbers: list[int] = field(default_factory=list)
-    records: list[ReasoningRecord] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    """Of chain and answer with their markers, counted or estimated."""
-    unused: Counter[str] = field(default_factory=Counter)
-    """Fields that nothing reads, and in how many records they are."""
-    pictures: dict[str, str] = field(default_factory=dict)
-    """Path -> digest over its content, of the readable ones."""
-
-    def add(self, kind: str, number: int, field: str, what: str, fix: str, other: int = 0) -> None:
-        self.problems.append(Problem(kind=kind, number=number, field=field, what=what, fix=fix, other=other))
 
 
 @contextmanager
@@ -199,13 +69,8 @@ def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = F
     """
     data = CheckedData(path=Path(path))
     _read(data, options, keep_values)
-    _check_pictures(data, options)
-    _drop_unusable(data)
-    _check_splits(data)
-    _check_chains(data, options)
-    _check_repeats(data)
-    _check_instructions(data)
-    _check_lengths(data, options)
+    for check in CHECKS:
+        check(data, options)
     order = {name: place for place, name in enumerate(KINDS)}
     data.problems.sort(key=lambda problem: (order[problem.kind], problem.number))
     return data
@@ -228,14 +93,11 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
             _check_numbering(data, reading)
         if record is None:
             continue
-        for kind_of_problem, found in (
-            ("split", split_problem(record.metadata)),
-            ("complexity", complexity_problem(record.metadata)),
-        ):
-            if found:
-                name, what, fix = _parts(found)
-                data.add(kind_of_problem, number, name, what, fix)
-        if split_problem(record.metadata):
+        of_metadata = {"split": split_problem(record.metadata), "complexity": complexity_problem(record.metadata)}
+        for name, problem in of_metadata.items():
+            if problem:
+                data.add(name, number, *_parts(problem))
+        if of_metadata["split"]:
             data.values[number] = reading.value
             continue
         data.unused.update(unused_fields(record.metadata))
@@ -310,65 +172,38 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
 # ---- pictures and splits
 
 
-@dataclass(frozen=True)
-class OpenedPicture:
-    """What opening a picture gave: a digest over its content, or what is wrong."""
-
-    digest: str = ""
-    problem: str = ""
-
-
-def open_picture(path: str, *, decode: bool = True) -> OpenedPicture:
-    """Read the picture, and decode it as training does."""
+def open_picture(path: str, *, decode: bool = True) -> tuple[str, str]:
+    """A digest over the picture's content, or else what is wrong with it; decoded as training does."""
     from embervlm.data.images import ImageError, load_image
 
     try:
         if decode:
             load_image(path)
-        return OpenedPicture(digest=picture_digest(path))
+        return picture_digest(path), ""
     except ImageError as error:
-        return OpenedPicture(problem=str(error))
+        return "", str(error)
     except OSError as error:
-        return OpenedPicture(problem=f"{path}: {error.strerror}; correct the path, or drop the record")
+        return "", f"{path}: {error.strerror}; correct the path, or drop the record"
     except MemoryError:
-        return OpenedPicture(problem=f"{path}: does not fit into memory; scale it down")
+        return "", f"{path}: does not fit into memory; scale it down"
 
 
 def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
     paths = list(dict.fromkeys(record.image for record in data.records if record.image is not None))
     unreadable: dict[str, str] = {}
     job = partial(open_picture, decode=options.open_pictures)
-    for path, opened in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
-        if opened.problem:
-            unreadable[path] = opened.problem
+    for path, (digest, problem) in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
+        if problem:
+            unreadable[path] = problem
         else:
-            data.pictures[path] = opened.digest
+            data.pictures[path] = digest
     for number, record in zip(data.numbers, data.records):
         if record.image in unreadable:
             what, _, fix = unreadable[record.image].rpartition("; ")
             data.add("picture", number, "image", what, fix)
 
 
-def _in_processes(
-    job: Callable[[_Item], _Found], items: Sequence[_Item], desc: str, workers: int | None
-) -> Iterator[_Found]:
-    """`job` of each item, in order."""
-    bar = {"total": len(items), "desc": desc, "unit": f" {desc}"}
-    workers = min(workers or os.cpu_count() or 1, len(items) // ITEMS_PER_WORKER)
-    if workers < 2:
-        yield from progress_bar(map(job, items), **bar)
-        return
-    try:
-        # spawn: a forked process would carry a copy of all records
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from progress_bar(pool.map(job, items, chunksize=ITEMS_PER_CHUNK), **bar)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{desc}: a process was killed, perhaps for lack of memory; try again with --workers 1"
-        ) from error
-
-
-def _drop_unusable(data: CheckedData) -> None:
+def _drop_unusable(data: CheckedData, _: CheckOptions) -> None:
     """What stops training is not looked at further: other checks would stumble over it."""
     bad = {problem.number for problem in data.problems if problem.stops_training}
     for number, record in zip(data.numbers, data.records):
@@ -379,30 +214,44 @@ def _drop_unusable(data: CheckedData) -> None:
     data.records = [data.records[place] for place in kept]
 
 
-def _check_splits(data: CheckedData) -> None:
+def _check_splits(data: CheckedData, _: CheckOptions) -> None:
     problems: list[str] = []  # pictures in two splits, which are found below with their record numbers
     data.splits = [str(split) for split in splits_of(data.records, data.pictures, problems)]
     if data.records and "train" not in data.splits:
         data.add("split", 0, "metadata.split", "no record falls into the train split", "add records")
     pictures: dict[str, int] = {}
+    for place, record in enumerate(data.records):
+        if record.image is not None:
+            first = pictures.setdefault(data.pictures[record.image], place)
+            if data.splits[first] != data.splits[place]:
+                _add_leak(data, "picture_leak", place, first)
+
+
+def _add_leak(data: CheckedData, kind: str, place: int, first: int, more: str = "") -> None:
+    """The record at `place` stands in another split than that at `first`, which says the same."""
+    name, what, fix = {
+        "picture_leak": ("metadata.split", "the picture stands", "give both the same metadata.split"),
+        "text_leak": ("instruction", "stands", "give both the same metadata.split_group"),
+    }[kind]
+    number = data.numbers[first]
+    where = f"in {data.splits[place]} here and in {data.splits[first]} in record {number}{more}"
+    data.add(kind, data.numbers[place], name, f"{what} {where}", fix, number)
+
+
+def _check_instructions(data: CheckedData, _: CheckOptions) -> None:
+    """Instructions that stand in two splits, or that many pictures share although these do not change the answer."""
     tasks: dict[str, list[int]] = defaultdict(list)
     for place, record in enumerate(data.records):
         tasks[normalised_text(record.instruction)].append(place)
-        if record.image is None:
-            continue
-        first = pictures.setdefault(data.pictures[record.image], place)
-        if data.splits[first] != data.splits[place]:
-            data.add(
-                "picture_leak",
-                data.numbers[place],
-                "metadata.split",
-                f"the picture stands in {data.splits[place]} here and in {data.splits[first]} "
-                f"in record {data.numbers[first]}",
-                "give both the same metadata.split",
-                data.numbers[first],
-            )
     for places in tasks.values():
         _check_text_leak(data, places)
+        pictured = [place for place in places if data.records[place].image is not None]
+        answers = Counter(", ".join(data.records[place].answer) for place in pictured)
+        if len(pictured) >= GUESSABLE_RECORDS and max(answers.values()) >= GUESSABLE_SHARE * len(pictured):
+            answer, count = answers.most_common(1)[0]
+            what = f"has the answer {answer} in {count} of its {len(pictured)} records, whatever the picture shows"
+            fix = "ask it about pictures with other answers"
+            data.add("guessable", data.numbers[pictured[0]], "instruction", what, fix)
 
 
 def _check_text_leak(data: CheckedData, places: Sequence[int]) -> None:
@@ -414,119 +263,42 @@ def _check_text_leak(data: CheckedData, places: Sequence[int]) -> None:
     for place in places[1:]:
         with_pictures = data.records[place].image is not None and data.records[first].image is not None
         if data.splits[place] != data.splits[first] and (one_answer or not with_pictures):
-            data.add(
-                "text_leak",
-                data.numbers[place],
-                "instruction",
-                f"stands in {data.splits[place]} here and in {data.splits[first]} in record {data.numbers[first]}"
-                + (", with the same answer: it can be remembered" if one_answer else ""),
-                "give both the same metadata.split_group",
-                data.numbers[first],
-            )
+            more = ", with the same answer: it can be remembered" if one_answer else ""
+            _add_leak(data, "text_leak", place, first, more)
 
 
 # ---- chains
 
 
-def _checkable_facts(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[str]]:
-    """Fact name -> values, of the facts that a pattern can look for."""
-    used = Counter(name for record in records for name in record.metadata.get("facts") or {})
-    domains = fact_domains(records)
-    few_values = [name for name, _ in used.most_common() if len(domains[name]) <= MAX_DOMAIN_VALUES]
-    return {name: domains[name] for name in few_values[:MAX_DOMAINS]}
-
-
-@dataclass(frozen=True)
-class ChainJob:
-    """What the check of one chain needs; small, since it goes to another process."""
-
-    instruction: str
-    steps: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-    candidates: tuple[str, ...]
-    answer: tuple[str, ...]
-
-
 def _check_chains(data: CheckedData, options: CheckOptions) -> None:
-    domains = _checkable_facts(data.records)
-    jobs = []
-    for record in data.records:
-        known = (record.metadata.get("facts") or {}).items()
-        facts = tuple((name, value) for name, value in known if name in domains)
-        candidates = record.candidates
-        jobs.append(ChainJob(record.instruction, record.steps, facts, candidates, record.answer))
+    domains = checkable_facts(data.records)
+    jobs = [ChainJob.of(record, domains) for record in data.records]
     distinct = list(dict.fromkeys(jobs))  # many pictures may have one chain
     found = _in_processes(partial(check_chain, domains=domains), distinct, "chains", options.workers)
     findings = dict(zip(distinct, found))
     for number, job in zip(data.numbers, jobs):
-        for finding in findings[job]:
-            data.add(finding[0], number, *finding[1:])
+        for kind, name, what, fix in findings[job]:
+            data.add(kind, number, name, what, fix)
 
 
-def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list[tuple[str, str, str, str]]:
-    """Kind, field, what and fix of each finding in one chain and its question."""
-    out: list[tuple[str, str, str, str]] = []
-    answer = ", ".join(job.answer)
-    context = ChainContext(
-        instruction=job.instruction,
-        facts=dict(job.facts),
-        domains=domains,
-        candidates=job.candidates,
-        answer=job.answer,
-    )
-    for place, (text, fault) in enumerate(zip(job.steps, judge_steps(job.steps, context)), 1):
-        step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"
-        if fault.contradicted:
-            fix = "correct the step, or metadata.facts" if job.facts else "correct the step"
-            out.append(("contradiction", "reasoning", f"{step} {fault.contradicted}", fix))
-        if fault.redundant:
-            out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
-        if fault.unsupported and not is_conclusion(text):  # "Conclusion: five" need only name the answer
-            fix = "name what it is about, or drop the step"
-            out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
-    if (opposite := opposite_steps(job.steps)) is not None:
-        first, second = opposite
-        what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
-        out.append(("contradiction", "reasoning", what, "correct one of the two"))
-    if is_conclusion(last := job.steps[-1]):
-        named = named_candidates(last.removeprefix(CONCLUSION), job.candidates)
-        if named and named != set(job.answer):
-            listed = ", ".join(name for name in job.candidates if name in named)
-            what = f"the conclusion names {listed}, the answer is {answer}"
-            out.append(("conclusion", "reasoning", what, "correct the one that is wrong"))
-    named = named_candidates(job.instruction, job.candidates)
-    if named and named == set(job.answer) and len(named) < len(job.candidates):
-        what = f"names {answer} and no other candidate"
-        out.append(("given_away", "instruction", what, "ask without the answer, or name every candidate"))
-    return out
-
-
-def _check_repeats(data: CheckedData) -> None:
+def _check_repeats(data: CheckedData, _: CheckOptions) -> None:
     said = {
-        "duplicate": ("says the same about the same picture as record", "drop one"),
-        "near_duplicate": ("says almost the same about the same picture as record", "drop one, or make it differ"),
-        "conflict": ("asks the same about the same picture as record", "keep the right one; its answer differs"),
+        "duplicate": ("reasoning", "says the same about the same picture as record", "drop one"),
+        "near_duplicate": (
+            "reasoning",
+            "says almost the same about the same picture as record",
+            "drop one, or make it differ",
+        ),
+        "conflict": (
+            "answer",
+            "asks the same about the same picture as record",
+            "keep the right one; its answer differs",
+        ),
     }
     for found in find_duplicates(data.records, data.pictures):
-        what, fix = said[found.kind]
+        name, what, fix = said[found.kind]
         first = data.numbers[found.first]
-        name = "answer" if found.kind == "conflict" else "reasoning"
         data.add(found.kind, data.numbers[found.index], name, f"{what} {first}", fix, first)
-
-
-def _check_instructions(data: CheckedData) -> None:
-    """Instructions that many pictures share although their answer does not depend on them."""
-    asked: dict[str, list[int]] = defaultdict(list)
-    for place, record in enumerate(data.records):
-        if record.image is not None:
-            asked[normalised_text(record.instruction)].append(place)
-    for places in asked.values():
-        answers = Counter(", ".join(data.records[place].answer) for place in places)
-        answer, count = answers.most_common(1)[0]
-        if len(places) >= GUESSABLE_RECORDS and count >= GUESSABLE_SHARE * len(places):
-            what = f"has the answer {answer} in {count} of its {len(places)} records, whatever the picture shows"
-            fix = "ask it about pictures with other answers"
-            data.add("guessable", data.numbers[places[0]], "instruction", what, fix)
 
 
 # ---- lengths
@@ -589,18 +361,32 @@ def _estimated(records: Sequence[ReasoningRecord]) -> dict[str, tuple[np.ndarray
     return {REASONING: (np.arange(len(records)), np.array(sizes))}
 
 
-# ---- what a report says
+CHECKS: tuple[Callable[[CheckedData, CheckOptions], None], ...] = (
+    _check_pictures,
+    _drop_unusable,
+    _check_splits,
+    _check_chains,
+    _check_repeats,
+    _check_instructions,
+    _check_lengths,
+)
+"""What is looked for once all records are read, in this order: later ones use what earlier ones found."""
 
 
-def problem_counts(problems: Sequence[Problem]) -> dict[str, int]:
-    """Kind -> number of findings, for those that were found, the gravest first."""
-    counts = Counter(problem.kind for problem in problems)
-    return {name: counts[name] for name in KINDS if counts[name]}
-
-
-def by_record(problems: Sequence[Problem]) -> Mapping[int, list[Problem]]:
-    """Record number -> its findings."""
-    found: dict[int, list[Problem]] = defaultdict(list)
-    for problem in problems:
-        found[problem.number].append(problem)
-    return found
+def _in_processes(
+    job: Callable[[_Item], _Found], items: Sequence[_Item], desc: str, workers: int | None
+) -> Iterator[_Found]:
+    """`job` of each item, in order."""
+    bar = {"total": len(items), "desc": desc, "unit": f" {desc}"}
+    workers = min(workers or os.cpu_count() or 1, len(items) // ITEMS_PER_WORKER)
+    if workers < 2:
+        yield from progress_bar(map(job, items), **bar)
+        return
+    try:
+        # spawn: a forked process would carry a copy of all records
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from progress_bar(pool.map(job, items, chunksize=ITEMS_PER_CHUNK), **bar)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{desc}: a process was killed, perhaps for lack of memory; try again with --workers 1"
+        ) from error

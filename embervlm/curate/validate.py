@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from embervlm.curate.checking import KINDS, CheckedData, CheckOptions, check_file, problem_counts
+from embervlm.curate.checking import check_file
+from embervlm.curate.findings import KINDS, CheckedData, CheckOptions, problem_counts
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.record_fields import told_unused
 from embervlm.data.splits import SPLITS

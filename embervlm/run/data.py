@@ -13,7 +13,7 @@ from embervlm.config import AugmentationConfig, TrainConfig, model_preset
 from embervlm.options import add_flag, chosen
 
 if TYPE_CHECKING:
-    from embervlm.curate.checking import CheckOptions
+    from embervlm.curate.findings import CheckOptions
 
 
 def generate_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +138,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 
 def _checked_as(*, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
     """What training with these flags would hold the data against."""
-    from embervlm.curate.checking import CheckOptions
+    from embervlm.curate.findings import CheckOptions
     from embervlm.run.plan import empty_model
 
     settings = model_preset(model)

@@ -1,0 +1,88 @@
+"""What is wrong with one chain and its question.
+
+Nothing here knows robots: what can be answered comes from the record, what can be claimed from the data's facts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from embervlm.data.facts import fact_domains
+from embervlm.data.records import ReasoningRecord
+from embervlm.judge.contradiction import opposite_steps
+from embervlm.judge.faults import judge_steps
+from embervlm.judge.reading import ChainContext
+from embervlm.words.chain_text import CONCLUSION
+from embervlm.words.claims import is_conclusion, named_candidates
+
+MAX_DOMAIN_VALUES = 200
+"""A fact with more values over the data set is free text, which no pattern can look for."""
+MAX_DOMAINS = 300
+"""Facts that chains are held against: the most common ones."""
+Finding = tuple[str, str, str, str]
+"""Kind, field, what and fix."""
+
+
+def checkable_facts(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[str]]:
+    """Fact name -> values, of the facts that a pattern can look for."""
+    used = Counter(name for record in records for name in record.metadata.get("facts") or {})
+    domains = fact_domains(records)
+    few_values = [name for name, _ in used.most_common() if len(domains[name]) <= MAX_DOMAIN_VALUES]
+    return {name: domains[name] for name in few_values[:MAX_DOMAINS]}
+
+
+@dataclass(frozen=True)
+class ChainJob:
+    """What the check of one chain needs; small, since it goes to another process."""
+
+    instruction: str
+    steps: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    candidates: tuple[str, ...]
+    answer: tuple[str, ...]
+
+    @classmethod
+    def of(cls, record: ReasoningRecord, domains: Mapping[str, frozenset[str]]) -> ChainJob:
+        known = (record.metadata.get("facts") or {}).items()
+        facts = tuple((name, value) for name, value in known if name in domains)
+        return cls(record.instruction, record.steps, facts, record.candidates, record.answer)
+
+
+def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list[Finding]:
+    """Kind, field, what and fix of each finding in one chain and its question."""
+    out: list[Finding] = []
+    answer = ", ".join(job.answer)
+    context = ChainContext(
+        instruction=job.instruction,
+        facts=dict(job.facts),
+        domains=domains,
+        candidates=job.candidates,
+        answer=job.answer,
+    )
+    for place, (text, fault) in enumerate(zip(job.steps, judge_steps(job.steps, context)), 1):
+        step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"
+        if fault.contradicted:
+            fix = "correct the step, or metadata.facts" if job.facts else "correct the step"
+            out.append(("contradiction", "reasoning", f"{step} {fault.contradicted}", fix))
+        if fault.redundant:
+            out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
+        if fault.unsupported and not is_conclusion(text):  # "Conclusion: five" need only name the answer
+            fix = "name what it is about, or drop the step"
+            out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
+    if (opposite := opposite_steps(job.steps)) is not None:
+        first, second = opposite
+        what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
+        out.append(("contradiction", "reasoning", what, "correct one of the two"))
+    if is_conclusion(last := job.steps[-1]):
+        named = named_candidates(last.removeprefix(CONCLUSION), job.candidates)
+        if named and named != set(job.answer):
+            listed = ", ".join(name for name in job.candidates if name in named)
+            what = f"the conclusion names {listed}, the answer is {answer}"
+            out.append(("conclusion", "reasoning", what, "correct the one that is wrong"))
+    named = named_candidates(job.instruction, job.candidates)
+    if named and named == set(job.answer) and len(named) < len(job.candidates):
+        what = f"names {answer} and no other candidate"
+        out.append(("given_away", "instruction", what, "ask without the answer, or name every candidate"))
+    return out
