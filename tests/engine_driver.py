@@ -44,10 +44,10 @@ def let_deepspeed_compute_in_fp16() -> None:
     """On the CPU, past its accelerator's check and ours, which both refuse what torch can do."""
     from deepspeed.accelerator import get_accelerator
 
-    from embervlm.engines import base as engine
+    from embervlm.engines import build
 
     get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
-    engine.resolve_precision = lambda precision, *_: precision
+    build.resolve_precision = lambda precision, *_: precision
 
 
 def overflow_once(engine: Engine, rank: int, value: float = float("inf")) -> None:
