@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay in one process, because they share what they train; tests/conftest.py has the longest files first.
+SPREAD := --dist loadfile --no-loadscope-reorder
 
 .PHONY: install install-slurm install-browser quickstart smoke lint test test-fast clean
 
@@ -48,10 +50,10 @@ lint: install
 	$(BIN)/mypy
 
 test-fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SPREAD) -n 2 -m "not slow"
 
 test: lint install-slurm install-browser
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD) -n 3
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -20,6 +20,21 @@ hypothesis.settings.register_profile("shared machine", deadline=None)  # others 
 hypothesis.settings.load_profile("shared machine")
 
 VOCAB_SIZE = 600
+LONGEST_FIRST = (
+    "test_slurm_scenarios.py",
+    "test_engine.py",
+    "test_whole_run.py",
+    "test_train_cli.py",
+    "test_resume.py",
+    "test_guide_snippets.py",
+    "test_quickstart.py",
+)
+"""Files that take the longest: `make test` hands files out in this order, so that none is still running at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

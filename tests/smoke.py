@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from training_helpers import run, timed
 
 TARGETS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
@@ -30,15 +32,15 @@ class Smoke:
 def quickstart(output: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """`embervlm quickstart --smoke`."""
     argv = [sys.executable, "-m", "embervlm.cli", "quickstart", "--smoke", "--output_dir", str(output)]
-    return run(argv, timeout_s=240, **env)
-
-
-@functools.cache
-def _smoke_run(base: Path) -> Smoke:
-    output = base / "smoke"
-    return Smoke(output, *timed(quickstart, output))
+    return run(argv, timeout_s=240, cold=True, **env)
 
 
 def smoke_run(factory: pytest.TempPathFactory) -> Smoke:
-    """The same run for everyone who asks in this session."""
-    return _smoke_run(factory.getbasetemp())
+    """The same run for everyone who asks in this session, in whatever worker of pytest-xdist."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "smoke.lock"):
+        kept = shared / "smoke.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(Smoke(shared / "smoke", *timed(quickstart, shared / "smoke"))))
+    return pickle.loads(kept.read_bytes())

@@ -224,7 +224,7 @@ def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_bo
         curriculum=CURRICULUM,
         stage4__reasoning_augmentation={"target_samples": 60},
     )
-    told = ok(train("torchrun", "--config", config, "--stages", "4", "--resume_from", stage3)).stdout
+    told = ok(train("ranks", "--config", config, "--stages", "4", "--resume_from", stage3)).stdout
     (line,) = [line for line in told.splitlines() if line.startswith("curriculum: records by epoch ")]
     counts = [int(number) for number in line.rpartition("epoch ")[2].split(", ")]
     assert counts[0] < counts[1] < counts[2] == 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training_helpers import (
     ok,
     phase_config,
     run,
+    run_ranks,
 )
 
 from embervlm.config import ConfigError, TrainConfig, from_mapping
@@ -49,8 +50,9 @@ SHARDED: dict[str, dict[str, Any]] = {
 FROZEN = {**PHASE2, "learning_rate_multipliers": {**MULTIPLIERS, "vision_encoder": 0.0, "language_model": 0.0}}
 """Gradients go through the frozen language model to the projection."""
 CURVE_STEPS = 50
-CURVE = {"name": "curve", "phase": PHASE2, "steps": CURVE_STEPS}
-ALONE_ON_TORCH: dict[str, Any] = {"engine": "torch", "accumulation": 2}
+CURVE: dict[str, Any] = {"phase": PHASE2, "steps": CURVE_STEPS}
+APART: dict[str, Any] = {"steps": 2, "forms_apart": True, "forcing": 0.5}
+"""One rank reads chains, the other direct answers only."""
 STEPS = 3
 CASES: list[dict[str, Any]] = [
     *({"name": name, "phase": PHASE2, "steps": STEPS, **engine} for name, engine in SHARDED.items()),
@@ -141,8 +143,11 @@ def drive(
     """Case name -> what each rank saw."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = REPOSITORY / "tests" / "engine_driver.py"
-    start = command("torchrun", script, data, folder / "cases.json", folder, processes=processes)
-    ok(run(start, timeout_s=timeout_s, **env))
+    arguments = (data, folder / "cases.json", folder)
+    if env:  # other devices than those of a warm process
+        ok(run(command("torchrun", script, *arguments, processes=processes), timeout_s=timeout_s, **env))
+    else:
+        ok(run_ranks(script, *arguments, processes=processes, timeout_s=timeout_s))
     return {
         case["name"]: [torch.load(folder / f"{case['name']}-rank{rank}.pt") for rank in range(processes)]
         for case in cases
@@ -155,10 +160,34 @@ def seen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list
 
 
 @pytest.fixture(scope="module")
-def plain(data: Path) -> dict[str, Any]:
+def apart(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """As in the last batch of an epoch: no answer head, validator or sampled inputs on one of the ranks.
+
+    Started without the other cases, because these may hang.
+    """
+    cases = [{**APART, "name": name, "phase": PHASE2, **engine} for name, engine in SHARDED.items()]
+    return drive(data, cases, tmp_path_factory.mktemp("apart"))
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path) -> Callable[..., dict[str, Any]]:
+    """`alone(**case)`: what plain torch in one process does with a case; each case is run once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run_once(**case: Any) -> dict[str, Any]:
+        case = {"phase": PHASE2, "engine": "torch", **case}
+        key = json.dumps(case, sort_keys=True)
+        if key not in done:
+            done[key] = run_case(case, data, ALONE)
+        return done[key]
+
+    return run_once
+
+
+@pytest.fixture(scope="module")
+def plain(alone: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Plain torch in one process, over the same global batches."""
-    case = {"name": "plain", "engine": "torch", "phase": PHASE2, "steps": STEPS, "accumulation": 2}
-    return run_case(case, data, ALONE)
+    return alone(steps=STEPS, accumulation=2)
 
 
 @pytest.mark.slow
@@ -287,71 +316,64 @@ def test_ranks_that_drew_other_starting_weights_train_the_same_model(seen: dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_rank_without_a_record_in_the_batch_takes_part_and_adds_nothing(
-    name: str, data: Path, seen: dict[str, list[Any]]
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
 ) -> None:
-    alone = run_case({"name": "one", "engine": "torch", "phase": PHASE2, "steps": 1, "global_batch": 1}, data, ALONE)
-    assert seen[f"empty_{name}"][1]["counts"] == alone["counts"]
-    assert_same_weights(seen[f"empty_{name}"][0]["after"], alone["after"])
+    wanted = alone(steps=1, global_batch=1)
+    assert seen[f"empty_{name}"][1]["counts"] == wanted["counts"]
+    assert_same_weights(seen[f"empty_{name}"][0]["after"], wanted["after"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_rank_with_direct_answers_only_beside_one_with_chains_does_not_hang(
-    name: str, data: Path, tmp_path: Path
+    name: str, alone: Callable[..., dict[str, Any]], apart: dict[str, list[Any]]
 ) -> None:
-    """As in the last batch of an epoch: no answer head, validator or sampled inputs on one of the ranks."""
-    case = {"name": "apart", "phase": PHASE2, "steps": 2, "forms_apart": True, "forcing": 0.5, **SHARDED[name]}
-    found = drive(data, [case], tmp_path)["apart"][0]
-    alone = run_case({**case, "engine": "torch", "accumulation": 2}, data, ALONE)
-    assert_same_weights(found["after"], alone["after"])
+    wanted = alone(**APART, accumulation=2)
+    assert_same_weights(apart[name][0]["after"], wanted["after"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_rank_without_pictures_and_recomputing_over_frozen_layers_neither_hang_nor_kill_gradients(
-    name: str, data: Path, seen: dict[str, list[Any]]
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
 ) -> None:
     """Against one process that recomputes nothing."""
-    case = {"name": "ends", "phase": FROZEN, "steps": 2, "last_share_without_pictures": True}
-    alone = run_case({**case, **ALONE_ON_TORCH}, data, ALONE)
-    assert changed_components(alone["before"], alone["after"]) == {"projection", "reasoning_module"}
-    assert_same_weights(seen[f"ends_{name}"][0]["after"], alone["after"])
+    wanted = alone(phase=FROZEN, steps=2, last_share_without_pictures=True, accumulation=2)
+    assert changed_components(wanted["before"], wanted["after"]) == {"projection", "reasoning_module"}
+    assert_same_weights(seen[f"ends_{name}"][0]["after"], wanted["after"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_records_without_pictures_train_alike_on_every_engine(
-    name: str, data: Path, seen: dict[str, list[Any]]
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
 ) -> None:
-    case = {"name": "text", "phase": PHASE2, "steps": 2, "text_only": True}
-    alone = run_case({**case, **ALONE_ON_TORCH}, data, ALONE)
-    moved = {key for key, value in alone["before"].items() if not torch.equal(value, alone["after"][key])}
+    wanted = alone(steps=2, text_only=True, accumulation=2)
+    moved = {key for key, value in wanted["before"].items() if not torch.equal(value, wanted["after"][key])}
     assert any("language_model" in key for key in moved) and any("reasoning_module" in key for key in moved)
-    assert_same_weights(seen[f"text_{name}"][0]["after"], alone["after"])
+    assert_same_weights(seen[f"text_{name}"][0]["after"], wanted["after"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_chains_without_boxes_are_contrasted_alike_on_every_engine(
-    name: str, data: Path, seen: dict[str, list[Any]]
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
 ) -> None:
-    alone = run_case({"name": "boxless", "phase": PHASE2, "steps": 2, "boxes": False, **ALONE_ON_TORCH}, data, ALONE)
-    assert all(terms["multimodal"] > 0 for terms in alone["terms"])
-    for terms, wanted in zip(seen[f"boxless_{name}"][1]["terms"], alone["terms"], strict=True):
-        assert terms == pytest.approx(wanted, rel=1e-4)
-    assert_same_weights(seen[f"boxless_{name}"][0]["after"], alone["after"])
+    wanted = alone(steps=2, boxes=False, accumulation=2)
+    assert all(terms["multimodal"] > 0 for terms in wanted["terms"])
+    for terms, wanted_terms in zip(seen[f"boxless_{name}"][1]["terms"], wanted["terms"], strict=True):
+        assert terms == pytest.approx(wanted_terms, rel=1e-4)
+    assert_same_weights(seen[f"boxless_{name}"][0]["after"], wanted["after"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_backbone_with_running_statistics_trains_in_bf16_on_every_engine(
-    name: str, data: Path, seen: dict[str, list[Any]]
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
 ) -> None:
     """Engines round its weights and not its statistics, which batch norm does not take together."""
-    case = {"name": "norms", "phase": PHASE2, "vision": BATCH_NORM_VISION, "steps": 1, "engine": "torch"}
-    alone = run_case(case, data, ALONE)
     found = seen[f"norms_{name}"][0]
-    assert found["terms"][0] == pytest.approx(alone["terms"][0], rel=0.03)
+    assert found["terms"][0] == pytest.approx(alone(vision=BATCH_NORM_VISION, steps=1)["terms"][0], rel=0.03)
     moved = {key for key, value in found["before"].items() if not torch.equal(value, found["after"][key])}
     assert any("running_mean" in key for key in moved)
 
@@ -436,9 +458,9 @@ def curves(
 
 
 @pytest.fixture(scope="module")
-def curve(data: Path) -> list[float]:
+def curve(alone: Callable[..., dict[str, Any]]) -> list[float]:
     """Plain torch in one process."""
-    return losses(run_case({**CURVE, **ALONE_ON_TORCH}, data, ALONE))
+    return losses(alone(**CURVE, accumulation=2))
 
 
 @pytest.mark.slow
@@ -452,9 +474,9 @@ def test_the_loss_curve_of_every_engine_is_that_of_plain_torch_alone(
 
 
 @pytest.fixture(scope="module")
-def bf16_curve(data: Path) -> list[float]:
+def bf16_curve(alone: Callable[..., dict[str, Any]]) -> list[float]:
     """Plain torch in one process."""
-    return losses(run_case({**CURVE, **ALONE_ON_TORCH, "precision": "bf16"}, data, ALONE))
+    return losses(alone(**CURVE, accumulation=2, precision="bf16"))
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(bench: Path, output: Path, *flags: str | Path, processes: int = 1) -> tuple[Path, str]:
     """Phase 2's folder of a run, and what the run printed."""
-    launcher = "python" if processes == 1 else "torchrun"
+    launcher = "python" if processes == 1 else "ranks"
     found = ok(
         train(
             launcher,

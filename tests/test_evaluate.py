@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_helpers import REPOSITORY, TINY, command, ok, run, save_stage3
+from training_helpers import REPOSITORY, TINY, command, ok, run, run_ranks, save_stage3
 
 from embervlm import run_dir
 from embervlm.cli import main
@@ -253,7 +253,7 @@ with evaluating_processes() as world:
     module.answer = fails_on_one
     module.evaluate(module.Evaluation(checkpoint=Path({str(checkpoint)!r}), split="train", progress=False, world=world))
 """)
-    found = run(command("torchrun", script), timeout_s=90)
+    found = run_ranks(script, processes=2, timeout_s=90)
     assert found.returncode != 0 and "process 1: MemoryError: no room left" in found.stderr
 
 
@@ -276,7 +276,7 @@ with evaluating_processes() as world:
     except UserError as error:
         print(f"process {{world.rank}} hears: {{error}}")
 """)
-    found = ok(run(command("torchrun", script), timeout_s=90)).stdout
+    found = ok(run_ranks(script, processes=2, timeout_s=90)).stdout
     assert "process 0 fits: True" in found and "process 1 fits: False" in found
     said = [line for line in found.splitlines() if " hears: " in line]
     assert len(said) == 2 and all("similarity backend no/such/judge" in line for line in said)

@@ -33,10 +33,10 @@ pytestmark = pytest.mark.slow
 STEPS, STOP = 5, 3
 LAUNCH = {
     "torch": ("python", 1, ("--engine", "torch")),
-    "zero2": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "2")),
-    "zero2 x4": ("torchrun", 4, ("--engine", "deepspeed", "--zero_stage", "2", "--batch_size", "2")),
-    "zero3": ("torchrun", 2, ("--engine", "deepspeed", "--zero_stage", "3")),
-    "fsdp": ("torchrun", 2, ("--engine", "fsdp")),
+    "zero2": ("ranks", 2, ("--engine", "deepspeed", "--zero_stage", "2")),
+    "zero2 x4": ("ranks", 4, ("--engine", "deepspeed", "--zero_stage", "2", "--batch_size", "2")),
+    "zero3": ("ranks", 2, ("--engine", "deepspeed", "--zero_stage", "3")),
+    "fsdp": ("ranks", 2, ("--engine", "fsdp")),
 }
 """Launcher, processes and flags."""
 PAIRS = [("torch", "torch"), ("zero2", "zero2"), ("zero2 x4", "torch"), ("zero2 x4", "fsdp"), ("zero3", "zero3")]

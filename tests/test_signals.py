@@ -124,8 +124,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_same_command_ends
     assert 0 < saved.step < STEPS and f"saved at step {saved.step}" in errors[0]
     assert len(log.read_text().splitlines()) == saved.step  # nothing is done twice
 
-    for name in ("again", "straight"):
-        ok(train("torchrun", *flags, "--output_dir", tmp_path / name))
+    for launcher, name in (("torchrun", "again"), ("ranks", "straight")):
+        ok(train(launcher, *flags, "--output_dir", tmp_path / name))
     finals = [run_dir.checkpoint_path(run_dir.phase_dir(tmp_path / name, 2), None) for name in ("again", "straight")]
     again, straight = map(weights_of, finals)
     assert all(torch.equal(again[key], straight[key]) for key in straight)

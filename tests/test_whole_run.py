@@ -53,7 +53,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(bench: Path, name: str, processes: int) -> Run:
     output, batch = bench / f"{name}-{processes}", str(GLOBAL_BATCH // processes)
-    launcher = "python" if processes == 1 else "torchrun"
+    launcher = "python" if processes == 1 else "ranks"
     found = ok(
         train(
             launcher,

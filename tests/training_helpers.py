@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
+import random
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm_start
 import yaml
 
 from embervlm import run_dir
@@ -38,6 +43,10 @@ from embervlm.world import World
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 CPU = torch.device("cpu")
+FIRST_PORT, PORTS = 61_000, 560
+_turn = itertools.count(random.randrange(PORTS))
+GRACE_S = 30
+"""What is left to the other processes when one has failed, as under torchrun."""
 VOCABULARY = 400
 TINY: dict[str, Any] = {
     "vision": {
@@ -263,9 +272,13 @@ class Bench:
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that no other test takes: above those of outgoing connections, in a range of this pytest process."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in _turn:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", found := FIRST_PORT + worker % 8 * PORTS + port % PORTS))
+            return str(found)
+    raise AssertionError("not reached")
 
 
 def command(launcher: str, script: str | Path, *args: str | Path, processes: int = 2) -> list[str]:
@@ -300,17 +313,17 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    argv: Sequence[str], *, timeout_s: float = 120, cwd: Path = REPOSITORY, **env: str
+    argv: Sequence[str], *, timeout_s: float = 120, cwd: Path = REPOSITORY, cold: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; everything it started is killed when `timeout_s` is over."""
+    """Run to the end; everything it started is killed when `timeout_s` is over.
+
+    A Python program is forked from a process that has its imports (`warm_start`), unless `cold`.
+    """
+    own = environment() | env
+    if argv[0] == sys.executable and not cold and all(own[key] == environment()[key] for key in warm_start.FIXED):
+        return _run_warm(argv, [own], timeout_s, cwd)
     process = subprocess.Popen(
-        list(argv),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=environment() | env,
-        start_new_session=True,
+        list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=own, start_new_session=True
     )
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -323,13 +336,53 @@ def run(
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
+def run_ranks(
+    script: Path, *args: str | Path, processes: int, timeout_s: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """A script on so many processes that join, as under torchrun, but without torchrun's own start."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = free_port()
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    argv = [sys.executable, str(script), *map(str, args)]
+    return _run_warm(argv, [environment() | env | world | rank for rank in ranks], timeout_s, REPOSITORY)
+
+
+def _run_warm(
+    argv: Sequence[str], envs: Sequence[dict[str, str]], timeout_s: float, cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    """One process for each environment; when one fails, the others have `GRACE_S` to end.
+
+    The result has what all of them wrote, and the first status that is not 0.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(Path(folder, f"{number}.out"), Path(folder, f"{number}.err")) for number in range(len(envs))]
+        processes = [
+            warm_start.start(argv[1:], env=env, cwd=cwd, out=out, err=err) for env, (out, err) in zip(envs, outputs)
+        ]
+        until, is_late = time.monotonic() + timeout_s, False
+        while None in (codes := [process.poll() for process in processes]):
+            if any(codes):
+                until = min(until, time.monotonic() + GRACE_S)
+            if is_late := time.monotonic() > until:
+                break
+            time.sleep(0.02)
+        for process in processes:
+            process.kill()
+        out, err = ("".join(path.read_text(errors="replace") for path in paths) for paths in zip(*outputs))
+    failed = next((code for code in codes if code), 0)
+    if is_late and not failed:
+        raise AssertionError(f"still running after {timeout_s} s: {' '.join(argv)}\n{out[-2000:]}\n{err[-4000:]}")
+    return subprocess.CompletedProcess(argv, failed, out, err)
+
+
 def train(
     launcher: str, *args: str | Path, processes: int = 2, timeout_s: float = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """`launch/train.py` with `args`."""
-    return run(
-        command(launcher, REPOSITORY / "launch" / "train.py", *args, processes=processes), timeout_s=timeout_s, **env
-    )
+    """`launch/train.py` with `args`. `ranks` is two or more processes where no launcher is what is tested."""
+    script = REPOSITORY / "launch" / "train.py"
+    if launcher == "ranks":
+        return run_ranks(script, *args, processes=processes, timeout_s=timeout_s, **env)
+    return run(command(launcher, script, *args, processes=processes), timeout_s=timeout_s, **env)
 
 
 def ok(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
