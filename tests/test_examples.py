@@ -1,0 +1,56 @@
+"""The files of examples/ run as their first lines say."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+from pathlib import Path
+
+import pytest
+from training_helpers import REPOSITORY, make_data, write_model_yaml
+
+from embervlm.signals import STOP_SIGNALS
+
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+
+
+def example(name: str, *args: object) -> None:
+    runpy.run_path(str(REPOSITORY / "examples" / f"{name}.py"))["main"](*map(str, args))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_to_start_it(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 60 and f"python examples/{path.name} " in "\n".join(lines[:6])
+
+
+def test_a_model_is_asked(lively_model, records, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lively_model.save_pretrained(tmp_path)
+    example("ask_a_model", tmp_path, records[0].image, records[0].instruction)
+    said = capsys.readouterr().out
+    assert "Step 1: " in said and "It finds " in said and "Answer to the follow-up: " in said
+
+
+def test_the_weakest_of_a_file_of_chains_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    good, *others = (REPOSITORY / "tests" / "data" / "unseen_chains.jsonl").read_text(encoding="utf-8").splitlines()
+    chain = json.loads(good)
+    broken = {**chain, "instruction": "The broken one?", "steps": [chain["steps"][0]] * 3}
+    (tmp_path / "chains.jsonl").write_text("\n".join([good, json.dumps(broken), *others[:2]]))
+    example("score_chains", tmp_path / "chains.jsonl", 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "The broken one?" and "reasoning_consistency 0.0" in said[1]
+
+
+@pytest.mark.slow
+def test_a_file_of_ones_own_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = json.loads(make_data(tmp_path, 18).read_text())
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(map(json.dumps, records)))
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # training takes them for good
+    tiny = ["--model", write_model_yaml(tmp_path), "--max_steps", 2, "--max_reasoning_length", 400]
+    example("train_on_your_file", own, tmp_path / "out", *tiny)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    said = capsys.readouterr().out
+    assert "every record trains" in said and records[0]["instruction"] in said and "(given: " in said
