@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embervlm import run_dir
-from embervlm.config import REPOSITORY, load_train_config
+from embervlm.config import REPOSITORY
+from embervlm.config_file import load_train_config
 from embervlm.data.collate import Collator
 from embervlm.data.dataset import encode_reasoning
 from embervlm.data.epoch_plan import EpochPlan

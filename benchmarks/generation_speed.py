@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embervlm.config import model_preset
+from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.generation import Decoding, _Writer

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embervlm.config import REPOSITORY, ConfigError, from_mapping, read_yaml
+from embervlm.config import REPOSITORY, ConfigError
+from embervlm.config_file import from_mapping, read_yaml
 
 RECIPES = REPOSITORY / "configs" / "cluster"
 CLUSTER_VARIABLE = "EMBERVLM_CLUSTER"

@@ -1,21 +1,15 @@
-"""What a run is made of: frozen dataclasses, read from YAML, checked before anything else happens.
+"""What a run is made of: frozen dataclasses, checked when they are made. `config_file` reads them from YAML.
 
-YAML keys are the field names (the Stage 4 guide's where it names one). An unknown key is an error.
+YAML keys are the field names (the Stage 4 guide's where it names one).
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
-import types
-import typing
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-import yaml
+from typing import Any, ClassVar
 
 from embervlm.errors import UserError
 from embervlm.paths import PathError, expanded
@@ -26,10 +20,8 @@ COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_modul
 BACKBONE = COMPONENTS[:-1]
 REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
 LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
-_ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
+ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
 """The guide's other names of components."""
-
-Config = TypeVar("Config")
 
 
 class ConfigError(UserError):
@@ -41,7 +33,16 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _expanded(name: str, path: str) -> str:
+def _bounded(config: Any, *names: str, least: float, most: float = math.inf) -> None:
+    """ConfigError where a field of `config` is outside [least, most]; None is not set."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            below = "is negative" if least == 0 else f"is less than {least:g}"
+            raise ConfigError(f"{name}: {value} {f'is not in [{least:g}, {most:g}]' if most < math.inf else below}")
+
+
+def filled_in(name: str, path: str) -> str:
+    """`path` with `~` and `$NAME` filled in; ConfigError that says `name` where that cannot be done."""
     try:
         return expanded(path)
     except PathError as error:
@@ -61,8 +62,7 @@ class ScheduledSamplingConfig:
     """The same in its last epoch."""
 
     def __post_init__(self) -> None:
-        for name in ("initial_teacher_forcing", "final_teacher_forcing"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not in [0, 1]")
+        _bounded(self, "initial_teacher_forcing", "final_teacher_forcing", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,63 +114,56 @@ class PhaseConfig:
     gradient_clipping: float = 1.0
 
     def __post_init__(self) -> None:
-        where = f"phase {self.name!r}: " if self.name else ""
-        _require(self.epochs >= 1, f"{where}epochs: {self.epochs} is less than 1")
-        _require(self.learning_rate > 0, f"{where}learning_rate: {self.learning_rate} is not positive")
-        _require(self.warmup_steps >= 0, f"{where}warmup_steps: {self.warmup_steps} is negative")
-        _require(self.gradient_clipping > 0, f"{where}gradient_clipping: {self.gradient_clipping} is not positive")
-        self._complete_multipliers(where)
-        for name in (f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")):
-            _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
-        for name in (
-            "direct_records_ratio",
-            "edited_facts_ratio",
-            "caption_records_ratio",
-            "glossary_records_ratio",
-            "weight_decay",
-        ):
-            _require(getattr(self, name) >= 0, f"{where}{name}: {getattr(self, name)} is negative")
-        for name in ("final_lr_ratio", "validator_records_ratio"):
-            _require(0 <= getattr(self, name) <= 1, f"{where}{name}: {getattr(self, name)} is not in [0, 1]")
-        if self.max_minutes is not None:
-            _require(self.max_minutes > 0, f"{where}max_minutes: {self.max_minutes} is not positive")
-        self._check_component_lists(where)
-        for name in self.does_nothing:
-            _require(not getattr(self, name), f"{where}{name}: {getattr(self, name)} does nothing in this phase")
+        try:
+            self._check()
+        except ConfigError as error:
+            raise ConfigError(f"phase {self.name!r}: {error}" if self.name else str(error)) from None
 
-    def _complete_multipliers(self, where: str) -> None:
-        given = {_ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
-        where += "learning_rate_multipliers: "
+    def _check(self) -> None:
+        _bounded(self, "epochs", least=1)
+        for name in ("learning_rate", "gradient_clipping", "max_minutes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}: {value} is not positive")
+        self._complete_multipliers()
+        mixed = ("direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio")
+        weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
+        _bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
+        _bounded(self, "final_lr_ratio", "validator_records_ratio", least=0, most=1)
+        self._check_component_lists()
+        for name in self.does_nothing:
+            _require(not getattr(self, name), f"{name}: {getattr(self, name)} does nothing in this phase")
+
+    def _complete_multipliers(self) -> None:
+        given = {ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
         if wrong := set(given) - set(COMPONENTS):
-            raise ConfigError(f"{where}unknown {sorted(wrong)}; components are {COMPONENTS}")
-        _require(
-            len(given) == len(self.learning_rate_multipliers),
-            f"{where}{sorted(self.learning_rate_multipliers)} name one component twice",
-        )
+            raise ConfigError(f"learning_rate_multipliers: unknown {sorted(wrong)}; components are {COMPONENTS}")
+        if len(given) < len(self.learning_rate_multipliers):
+            names = sorted(self.learning_rate_multipliers)
+            raise ConfigError(f"learning_rate_multipliers: {names} name one component twice")
         if negative := [name for name, factor in given.items() if factor < 0]:
-            raise ConfigError(f"{where}{negative} are negative")
+            raise ConfigError(f"learning_rate_multipliers: {negative} are negative")
         defaults = dict.fromkeys(COMPONENTS, 1.0) | dict(self.default_multipliers)
         if self.freeze_backbone:
             idle = [name for name, factor in given.items() if factor and name in BACKBONE]
-            _require(not idle, f"{where}{idle} do nothing under freeze_backbone: true")
+            _require(not idle, f"learning_rate_multipliers: {idle} do nothing under freeze_backbone: true")
             defaults |= dict.fromkeys(BACKBONE, 0.0)
         complete = {name: float(given.get(name, defaults[name])) for name in COMPONENTS}
         object.__setattr__(self, "learning_rate_multipliers", complete)
 
-    def _check_component_lists(self, where: str) -> None:
+    def _check_component_lists(self) -> None:
         multipliers = self.multipliers
         for field_name, should_train in (("trainable_components", True), ("frozen_components", False)):
             for listed in getattr(self, field_name):
-                name = _ALIASES.get(listed, listed)
+                name = ALIASES.get(listed, listed)
                 if name == "all":
                     wrong = [part for part, factor in multipliers.items() if (factor > 0) != should_train]
-                    _require(not wrong, f"{where}{field_name}: says all, but {wrong} would not")
+                    _require(not wrong, f"{field_name}: says all, but {wrong} would not")
                     continue
                 component = "reasoning_module" if name in REASONING_PARTS else name
-                _require(component in COMPONENTS, f"{where}{field_name}: no component is called {listed!r}")
+                _require(component in COMPONENTS, f"{field_name}: no component is called {listed!r}")
                 _require(
                     (multipliers[component] > 0) == should_train,
-                    f"{where}{field_name}: lists {listed}, but its learning rate multiplier is "
+                    f"{field_name}: lists {listed}, but its learning rate multiplier is "
                     f"{multipliers[component]:g} (freeze_backbone: {str(self.freeze_backbone).lower()})",
                 )
 
@@ -189,12 +182,8 @@ class Stage3Config(PhaseConfig):
     """Stage 3: answers without chains, and what is in the picture."""
 
     does_nothing: ClassVar[tuple[str, ...]] = (
-        "reasoning_loss_weight",
-        "consistency_loss_weight",
-        "answer_loss_weight",
-        "multimodal_loss_weight",
-        "direct_records_ratio",
-        "edited_facts_ratio",
+        *(f"{term}_loss_weight" for term in LOSS_TERMS if term != "direct"),
+        *("direct_records_ratio", "edited_facts_ratio"),
     )
 
     name: str = "perception_and_answers"
@@ -205,12 +194,10 @@ class Stage3Config(PhaseConfig):
     caption_records_ratio: float = 0.5
     glossary_records_ratio: float = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
-            self.direct_loss_weight > 0 or self.dense_loss_weight > 0,
-            f"phase {self.name!r}: direct_loss_weight and dense_loss_weight are both 0: nothing would be learned",
-        )
+    def _check(self) -> None:
+        super()._check()
+        learns = self.direct_loss_weight > 0 or self.dense_loss_weight > 0
+        _require(learns, "direct_loss_weight and dense_loss_weight are both 0: nothing would be learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +206,13 @@ class ReasoningPhaseConfig(PhaseConfig):
 
     does_nothing: ClassVar[tuple[str, ...]] = ("dense_loss_weight", "caption_records_ratio", "glossary_records_ratio")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         needs_records = () if self.direct_records_ratio else ("direct",)  # 0 of them is a way to leave the term out
         terms = [f"{term}_loss_weight" for term in LOSS_TERMS if term not in needs_records]
         _require(
             any(getattr(self, name) for name in terms),
-            f"phase {self.name!r}: {', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 "
+            f"{', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 "
             "in phase 1 and 0.3/0.2/0.3/0.2 in phase 2",
         )
 
@@ -246,12 +233,7 @@ class Phase1Config(ReasoningPhaseConfig):
 class Phase2Config(ReasoningPhaseConfig):
     """Phase 2 as the guide has it."""
 
-    default_multipliers: ClassVar[Mapping[str, float]] = {
-        "vision_encoder": 0.1,
-        "projection": 0.5,
-        "language_model": 0.5,
-        "reasoning_module": 1.0,
-    }
+    default_multipliers: ClassVar[Mapping[str, float]] = dict(vision_encoder=0.1, projection=0.5, language_model=0.5)
 
     name: str = "joint_finetuning"
     learning_rate: float = 5e-5
@@ -278,7 +260,7 @@ class AugmentationConfig:
     """Strategy -> its weight among those named; one not named is not used. What one cannot give, the others do."""
 
     def __post_init__(self) -> None:
-        _require(self.target_samples >= 1, f"target_samples: {self.target_samples} is less than 1")
+        _bounded(self, "target_samples", least=1)
         weights = self.augmentation_strategies
         for name, weight in weights.items():
             _one_of("augmentation_strategies", name, tuple(AUGMENTATION_STRATEGIES))
@@ -303,7 +285,7 @@ class CurriculumStageConfig:
 
     def __post_init__(self) -> None:
         _one_of("complexity", self.complexity, COMPLEXITIES)
-        _require(self.max_steps >= 1, f"max_steps: {self.max_steps} is less than 1")
+        _bounded(self, "max_steps", least=1)
         if self.epochs:
             ordered = len(self.epochs) == 2 and 1 <= self.epochs[0] <= self.epochs[1]
             _require(ordered, f"epochs: {list(self.epochs)} is not [first, last], counted from 1")
@@ -311,7 +293,7 @@ class CurriculumStageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """Short and simple chains first. The last stage goes on to the end of the run."""
+    """Short and simple chains first. The last stage lasts to the end of the run."""
 
     stage1: CurriculumStageConfig = CurriculumStageConfig(max_steps=3, complexity="simple")
     """Epochs 1 to 3."""
@@ -362,24 +344,7 @@ class StageConfig:
     """Recompute activations of the backbone in the backward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "max_reasoning_length"):
-            _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
-
-    @property
-    def known_to_harm(self) -> list[str]:
-        """A line for each setting of the guide's that is on and whose price is known."""
-        lines = []
-        if self.reasoning_augmentation is not None:
-            lines.append(
-                "reasoning_augmentation is on: in our measurements it lost 9 to 35 points of answer accuracy "
-                "(docs/results.md, 'Augmented or not'); leave it out to train on the given records"
-            )
-        if self.scheduled_sampling.enabled:
-            lines.append(
-                "scheduled_sampling is on: gold steps behind the model's own wrong ones teach it to ignore its chain; "
-                "the recipe of docs/results.md has `enabled: false`"
-            )
-        return lines
+        _bounded(self, "batch_size", "gradient_accumulation_steps", "max_reasoning_length", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,7 +428,7 @@ class TrainConfig:
     """Name of the run there."""
 
     def __post_init__(self) -> None:
-        for name in (
+        paths = (
             "model",
             "output_dir",
             "reasoning_data",
@@ -471,224 +436,15 @@ class TrainConfig:
             "resume_from",
             "deepspeed_config",
             "eval_cluster",
-        ):
+        )
+        for name in paths:
             if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _expanded(name, path))
+                object.__setattr__(self, name, filled_in(name, path))
         _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _one_of("resume", self.resume, ("auto", "never"))
         _one_of("on_save_error", self.on_save_error, ("stop", "continue"))
         _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
-        for name in ("keep_best", "keep_weights"):
-            _require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is negative")
-        for name in ("save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples"):
-            _require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is less than 1")
-        for name in ("max_steps", "eval_steps"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}: {value} is less than 1")
-
-
-def from_mapping(cls: type[Config], values: Any, where: str = "") -> Config:
-    """A `cls` from parsed YAML. Every unknown key and wrong type in it is reported together, with its path."""
-    problems: list[str] = []
-    built = _build(cls, values, where, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return typing.cast(Config, built)
-
-
-def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(f"{where or 'config'}: expected a mapping, found {values!r}")
-        return None
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
-    found_before = len(problems)
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            problems.append(f"{path}: unknown key{_advice(str(key), hints)}")
-            continue
-        kwargs[key] = _convert(hints[key], value, path, problems)
-    required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING)
-    problems += [f"{where or 'config'}: {name} is missing" for name in required if name not in values]
-    if len(problems) > found_before:
-        return None
-    try:
-        return cls(**kwargs)
-    except ConfigError as error:
-        problems.append(f"{where}: {error}" if where else str(error))
-        return None
-
-
-def _advice(key: str, hints: Mapping[str, Any]) -> str:
-    """What to do about a key that is none of `hints`: where it belongs, or what may have been meant."""
-    name = _ALIASES.get(key, key)
-    if name in COMPONENTS:
-        return f"; it belongs under stage4.phase2.learning_rate_multipliers: {name}"
-    if places := sorted(_places_of(TrainConfig, key), key=lambda place: (not place.startswith("stage4"), place)):
-        return "; it belongs to " + " or ".join(place or "the top of the file" for place in places)
-    close = difflib.get_close_matches(key, hints, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _places_of(cls: Any, key: str, where: str = "") -> list[str]:
-    """Dotted paths of the sections of `cls` that have a setting called `key`."""
-    found = []
-    for name, hint in typing.get_type_hints(cls).items():
-        inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
-        if inner is not None:
-            found += _places_of(inner, key, f"{where}.{name}".lstrip("."))
-        if name == key and name not in getattr(cls, "does_nothing", ()):
-            found.append(where)
-    return found
-
-
-def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path, problems)
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value, path, problems)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-    if origin in (Mapping, dict) and isinstance(value, Mapping):
-        item_hint = typing.get_args(hint)[1]
-        return {key: _convert(item_hint, item, f"{path}.{key}", problems) for key, item in value.items()}
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    wanted = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
-    problems.append(f"{path}: expected {wanted}, found {value!r}")
-    return None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError with file and line otherwise."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(values).__name__}")
-    return values
-
-
-def override(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b.c` in nested mappings, in place."""
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise ConfigError(f"{dotted}: {parent} is {values!r} in the YAML, not a section with keys")
-    component = _ALIASES.get(last, last)
-    for other in [key for key in values if _ALIASES.get(key, key) == component]:
-        del values[other]
-    values[component] = value
-
-
-MOVED = {
-    "phase1": "stage4.phase1",
-    "phase2": "stage4.phase2",
-    "augmentation_strategies": "stage4.reasoning_augmentation.augmentation_strategies",
-}
-"""Blocks that the guide prints alone -> where they belong."""
-
-
-def _move_blocks(values: dict[str, Any]) -> None:
-    for block, home in MOVED.items():
-        if block not in values:
-            continue
-        at: Any = values
-        for part in home.split("."):
-            at = at.get(part) if isinstance(at, dict) else None
-        _require(at is None, f"{block}: stands at the top and in {home.rpartition('.')[0]}; keep one of them")
-        override(values, home, values.pop(block))
-
-
-def load_train_config(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None
-) -> TrainConfig:
-    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top.
-
-    Args:
-        flags: Dotted key -> the flag that an override came from; an error names it, or else the file.
-    """
-    values = read_yaml(path)
-    try:
-        _move_blocks(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    given = {}
-    for dotted, value in (overrides or {}).items():
-        block, dot, rest = dotted.partition(".")
-        given[f"{MOVED.get(block, block)}{dot}{rest}"] = ((flags or {}).get(dotted, dotted), value)
-    problems = _problems(values, given)
-    if not problems:
-        return from_mapping(TrainConfig, _overridden(values, given))
-    in_file = _problems(values, {})
-    raise ConfigError("\n".join(f"{_origin(path, values, given, p, in_file)}: {p}" for p in problems))
-
-
-Given = Mapping[str, tuple[str, Any]]
-"""Dotted key -> the flag it came from, and the value."""
-
-
-def _overridden(values: dict[str, Any], given: Given) -> dict[str, Any]:
-    out = copy.deepcopy(values)
-    for dotted, (_, value) in given.items():
-        override(out, dotted, value)
-    return out
-
-
-def _problems(values: dict[str, Any], given: Given) -> list[str]:
-    try:
-        from_mapping(TrainConfig, _overridden(values, given))
-    except ConfigError as error:
-        return str(error).splitlines()
-    return []
-
-
-def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str, in_file: list[str]) -> str:
-    """Where `problem` comes from: the file, or the flag that makes it alone, or flags and file together."""
-    if problem in in_file or not given:
-        return str(path)
-    for dotted, (flag, value) in given.items():
-        if problem in _problems(values, {dotted: (flag, value)}):
-            return f"{flag} {value}"
-    return f"{path} with {', '.join(flag for flag, _ in given.values())}"
-
-
-def model_preset(name: str) -> dict[str, Any]:
-    """Settings of an `EmberVLMConfig` by preset name or YAML path."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = REPOSITORY / "configs" / "model" / f"{name}.yaml"
-        if not path.exists():
-            known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
-            raise ConfigError(f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML")
-    values = read_yaml(path)
-    for part in ("vision", "language"):
-        settings = values.get(part)
-        if isinstance(settings, dict) and isinstance(name_or_path := settings.get("name_or_path"), str):
-            settings["name_or_path"] = _expanded(f"{path}: {part}.name_or_path", name_or_path)
-    return values
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """Plain mapping of a config, as saved with every run."""
-    return dataclasses.asdict(config)
+        _bounded(self, "keep_best", "keep_weights", least=0)
+        _bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
+        _bounded(self, "max_steps", "eval_steps", least=1)

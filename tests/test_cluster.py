@@ -12,7 +12,8 @@ import pytest
 from embervlm import run_dir
 from embervlm.cli import main as embervlm
 from embervlm.cluster import GPU_OPTIONS_VARIABLE, check_recipes, load_recipe, recipe_names
-from embervlm.config import REPOSITORY, ConfigError, load_train_config
+from embervlm.config import REPOSITORY, ConfigError
+from embervlm.config_file import load_train_config
 from embervlm.run.slurm import (
     MAX_REQUEUES_VARIABLE,
     Allocation,

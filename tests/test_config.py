@@ -14,13 +14,9 @@ from embervlm.config import (
     ScheduledSamplingConfig,
     StageConfig,
     TrainConfig,
-    as_dict,
-    from_mapping,
-    load_train_config,
-    model_preset,
-    override,
-    read_yaml,
 )
+from embervlm.config_file import from_mapping, load_train_config, model_preset, override, read_yaml
+from embervlm.run.train_flags import known_to_harm
 
 RUNS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 PRESETS = sorted((REPOSITORY / "configs" / "model").glob("*.yaml"))
@@ -76,9 +72,9 @@ def test_the_guides_values_are_the_shipped_ones():
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_no_shipped_run_turns_on_what_the_results_say_harms(path):
     stage = load_train_config(path).stage4
-    assert not stage.known_to_harm
+    assert not known_to_harm(stage)
     assert stage.reasoning_augmentation is None and not stage.scheduled_sampling.enabled
-    assert not StageConfig().known_to_harm
+    assert not known_to_harm(StageConfig())
 
 
 @pytest.mark.parametrize("path", RUNS[1:], ids=lambda path: path.name)
@@ -90,7 +86,7 @@ def test_a_shipped_run_states_the_price_where_the_guides_keys_would_stand(path):
 def test_scheduled_sampling_is_on_for_whoever_writes_its_section():
     values = {"stage4": {"scheduled_sampling": {"final_teacher_forcing": 0.3}}}
     stage = from_mapping(TrainConfig, values).stage4
-    assert stage.scheduled_sampling.enabled and "ignore its chain" in stage.known_to_harm[0]
+    assert stage.scheduled_sampling.enabled and "ignore its chain" in known_to_harm(stage)[0]
 
 
 # ---- reading
@@ -201,7 +197,7 @@ def test_yaml_cannot_make_objects(tmp_path):
 
 def test_a_saved_config_reads_back_the_same(tmp_path):
     config = load_train_config(REPOSITORY / "configs" / "training_stages.yaml")
-    assert from_mapping(TrainConfig, as_dict(config)) == config
+    assert from_mapping(TrainConfig, dataclasses.asdict(config)) == config
 
 
 # ---- what belongs together
@@ -305,4 +301,4 @@ def plain(config):
     """The config in what YAML can hold."""
     import json
 
-    return json.loads(json.dumps(as_dict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config)))

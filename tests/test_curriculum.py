@@ -13,7 +13,8 @@ import yaml
 from training_helpers import TINY, make_data, ok, save_stage3, train, write_model_yaml, write_run_yaml
 
 from embervlm import run_dir
-from embervlm.config import ConfigError, CurriculumConfig, TrainConfig, from_mapping
+from embervlm.config import ConfigError, CurriculumConfig, TrainConfig
+from embervlm.config_file import from_mapping
 from embervlm.curate.augment import augment_file
 from embervlm.data.curriculum import complexity_of, records_of_epochs
 from embervlm.data.epoch_plan import EpochPlan

@@ -28,7 +28,8 @@ from training_helpers import (
     run_ranks,
 )
 
-from embervlm.config import ConfigError, TrainConfig, from_mapping
+from embervlm.config import ConfigError, TrainConfig
+from embervlm.config_file import from_mapping
 from embervlm.engines.base import NonFiniteLossError
 from embervlm.engines.build import build_engine, resolve_precision
 from embervlm.engines.deepspeed import deepspeed_settings

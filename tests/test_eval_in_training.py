@@ -25,7 +25,8 @@ from training_helpers import (
 from wandb_file import history
 
 from embervlm import run_dir
-from embervlm.config import TrainConfig, from_mapping
+from embervlm.config import TrainConfig
+from embervlm.config_file import from_mapping
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.evaluation.evaluate import evaluate_checkpoint

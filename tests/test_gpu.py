@@ -19,7 +19,7 @@ from test_engine import ALONE, CURVE, CURVE_STEPS, PHASE2, SHARDED, STEPS, curve
 from training_helpers import Bench, changed_components, make_data, ok, phase_config, save_stage3, train, write_run_yaml
 
 from embervlm import run_dir
-from embervlm.config import model_preset
+from embervlm.config_file import model_preset
 from embervlm.data.records import read_records
 from embervlm.engines.build import build_engine
 from embervlm.training.module import TrainingModule

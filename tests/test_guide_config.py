@@ -11,14 +11,8 @@ import yaml
 from training_helpers import REPOSITORY, TINY, make_data, ok, save_stage3, train, write_model_yaml
 
 from embervlm import run_dir
-from embervlm.config import (
-    AUGMENTATION_STRATEGIES,
-    COMPONENTS,
-    ConfigError,
-    TrainConfig,
-    from_mapping,
-    load_train_config,
-)
+from embervlm.config import AUGMENTATION_STRATEGIES, COMPONENTS, ConfigError, TrainConfig
+from embervlm.config_file import from_mapping, load_train_config
 from embervlm.data.records import read_records
 
 BLOCKS = Path(__file__).resolve().parent / "guide_blocks.txt"

@@ -11,7 +11,7 @@ import pytest
 
 from embervlm import run_dir
 from embervlm.cli import main
-from embervlm.config import load_train_config
+from embervlm.config_file import load_train_config
 from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records
 from embervlm.evaluation.evaluate import refuse_long_questions, see

@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from embervlm import EmberVLM
-from embervlm.config import COMPONENTS, ConfigError, PhaseConfig, model_preset
+from embervlm.config import COMPONENTS, ConfigError, PhaseConfig
+from embervlm.config_file import model_preset
 from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import ImageError

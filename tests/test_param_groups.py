@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from training_helpers import PHASE1, PHASE2, TINY, phase_config
 
-from embervlm.config import COMPONENTS, REPOSITORY, ConfigError, load_train_config
+from embervlm.config import COMPONENTS, REPOSITORY, ConfigError
+from embervlm.config_file import load_train_config
 from embervlm.engines.param_groups import AUXILIARY, build_param_groups
 from embervlm.model.embervlm import build_model
 from embervlm.training.module import TrainingModule

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from embervlm.cli import main as embervlm
-from embervlm.config import ConfigError, TrainConfig, load_train_config, model_preset
+from embervlm.config import ConfigError, TrainConfig
+from embervlm.config_file import load_train_config, model_preset
 from embervlm.paths import PathError, expanded
 from embervlm.run.train import main
 from embervlm.run.train_flags import load_config, parser

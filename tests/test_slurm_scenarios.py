@@ -27,7 +27,7 @@ from training_helpers import BIN, REPOSITORY, make_data, save_stage3, weights_of
 
 from embervlm import run_dir
 from embervlm.cluster import load_recipe
-from embervlm.config import read_yaml
+from embervlm.config_file import read_yaml
 from embervlm.data.records import read_records
 from embervlm.run.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 from embervlm.slurm_commands import fields

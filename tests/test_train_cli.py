@@ -36,7 +36,7 @@ from training_helpers import (
 )
 
 from embervlm import run_dir
-from embervlm.config import model_preset
+from embervlm.config_file import model_preset
 from embervlm.data.records import read_records
 from embervlm.run.train import main
 from embervlm.signals import STOP_SIGNALS

@@ -24,7 +24,8 @@ import warm_start
 import yaml
 
 from embervlm import run_dir
-from embervlm.config import PhaseConfig, TrainConfig, from_mapping
+from embervlm.config import PhaseConfig, TrainConfig
+from embervlm.config_file import from_mapping
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.epoch_plan import EpochPlan

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from embervlm import run_dir
-from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
+from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError, PhaseConfig
+from embervlm.config_file import from_mapping
 from embervlm.model.storage import WEIGHT_FILES, read_weights
 
 LINES = 5
@@ -161,8 +162,6 @@ def _recorded_start(phase1: Path) -> Path | None:
 
 
 def _multipliers(config: Mapping[str, Any]) -> dict[str, float]:
-    from embervlm.config import PhaseConfig, from_mapping
-
     phase = config.get("stage4", {}).get("phase2")
     return from_mapping(PhaseConfig, phase).multipliers if phase else {}
 

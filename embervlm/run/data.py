@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embervlm.config import AugmentationConfig, TrainConfig, model_preset
+from embervlm.config import AugmentationConfig, TrainConfig
+from embervlm.config_file import model_preset
 from embervlm.options import add_flag, chosen
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from embervlm.config import BACKBONE, model_preset
+from embervlm.config import BACKBONE
+from embervlm.config_file import model_preset
 from embervlm.model.embervlm import build_model
 
 

@@ -18,15 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
-from embervlm.config import (
-    REPOSITORY,
-    AugmentationConfig,
-    ConfigError,
-    PhaseConfig,
-    StageConfig,
-    TrainConfig,
-    load_train_config,
-)
+from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, StageConfig, TrainConfig
+from embervlm.config_file import load_train_config
 from embervlm.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -324,7 +317,8 @@ def make_plan(
     utilisation: float = UTILISATION,
 ) -> dict[str, Any]:
     """The plan of both phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
-    from embervlm.config import BACKBONE, model_preset
+    from embervlm.config import BACKBONE
+    from embervlm.config_file import model_preset
     from embervlm.training.visual_cache import MAX_BYTES
 
     recipe, stage = load_recipe(cluster), config.stage4

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
-from embervlm.config import REPOSITORY, ConfigError, read_yaml
+from embervlm.config import REPOSITORY, ConfigError
+from embervlm.config_file import read_yaml
 from embervlm.options import add_flag
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 from embervlm.run.owner import owning

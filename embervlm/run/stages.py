@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from embervlm import run_dir
-from embervlm.config import ConfigError, PhaseConfig, TrainConfig, model_preset
+from embervlm.config import ConfigError, PhaseConfig, TrainConfig
+from embervlm.config_file import model_preset
 from embervlm.curate.augment import augment_cached
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.curriculum import records_of_epochs
@@ -37,6 +38,7 @@ from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
 from embervlm.robots.rules import glossary
 from embervlm.run.eval_jobs import submit_evaluation
+from embervlm.run.train_flags import known_to_harm
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.loop import PhaseJob, train_phase
 from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
@@ -558,7 +560,7 @@ class Run:
             stage3 = self.stage3()
         if "4" in stages:
             if self.world.rank == 0:
-                print("".join(f"{line}\n" for line in self.config.stage4.known_to_harm), end="")
+                print("".join(f"{line}\n" for line in known_to_harm(self.config.stage4)), end="")
             start = resume or stage3
             if phase in (None, 1):
                 start = self.phase(1, start)

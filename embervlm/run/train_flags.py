@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, TrainConfig, load_train_config
+from embervlm.config import REPOSITORY, ConfigError, StageConfig, TrainConfig
+from embervlm.config_file import load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
 
@@ -114,3 +115,19 @@ def check_start(stages: Sequence[str], config: TrainConfig) -> None:
             "would not be used; leave out 3 to start Stage 4 from that checkpoint, or leave out --resume_from (a Stage "
             "3 that was stopped resumes by itself in its --output_dir)"
         )
+
+
+def known_to_harm(stage: StageConfig) -> list[str]:
+    """A line for each setting of the guide's that is on and whose price is known."""
+    lines = []
+    if stage.reasoning_augmentation is not None:
+        lines.append(
+            "reasoning_augmentation is on: in our measurements it lost 9 to 35 points of answer accuracy "
+            "(docs/results.md, 'Augmented or not'); leave it out to train on the given records"
+        )
+    if stage.scheduled_sampling.enabled:
+        lines.append(
+            "scheduled_sampling is on: gold steps behind the model's own wrong ones teach it to ignore its chain; "
+            "the recipe of docs/results.md has `enabled: false`"
+        )
+    return lines

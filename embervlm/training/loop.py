@@ -5,21 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from embervlm.config import (
-    BACKBONE,
-    COMPONENTS,
-    ConfigError,
-    PhaseConfig,
-    ScheduledSamplingConfig,
-    TrainConfig,
-    as_dict,
-)
+from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, ScheduledSamplingConfig, TrainConfig
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
@@ -109,7 +101,7 @@ def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
             f"{job.name}: warmup_steps {job.phase.warmup_steps} would be all of its {total} steps; the rate warms up "
             "over a tenth of them instead"
         )
-    settings: dict[str, Any] = {"phase": job.name, "config": as_dict(config), "trained_with": job.trained_with}
+    settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
     tracker = Tracker(
         job.folder,
         active=world.rank == 0,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
-from embervlm.config import PhaseConfig, TrainConfig, model_preset
+from embervlm.config import PhaseConfig, TrainConfig
+from embervlm.config_file import model_preset
 from embervlm.data.sources import source_files
 
 _NAMES_ONLY = ("name", "trainable_components", "frozen_components")

@@ -1,0 +1,220 @@
+"""Configs from YAML files and flags. An unknown key is an error; every problem is told with where it comes from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from embervlm.config import ALIASES, COMPONENTS, REPOSITORY, ConfigError, TrainConfig, filled_in
+
+Config = TypeVar("Config")
+
+
+def from_mapping(cls: type[Config], values: Any, where: str = "") -> Config:
+    """A `cls` from parsed YAML. Every unknown key and wrong type in it is reported together, with its path."""
+    problems: list[str] = []
+    built = _build(cls, values, where, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return typing.cast(Config, built)
+
+
+def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'config'}: expected a mapping, found {values!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    found_before = len(problems)
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            problems.append(f"{path}: unknown key{_advice(str(key), hints)}")
+            continue
+        kwargs[key] = _convert(hints[key], value, path, problems)
+    required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING)
+    problems += [f"{where or 'config'}: {name} is missing" for name in required if name not in values]
+    if len(problems) > found_before:
+        return None
+    try:
+        return cls(**kwargs)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return None
+
+
+def _advice(key: str, hints: Mapping[str, Any]) -> str:
+    """What to do about a key that is none of `hints`: where it belongs, or what may have been meant."""
+    name = ALIASES.get(key, key)
+    if name in COMPONENTS:
+        return f"; it belongs under stage4.phase2.learning_rate_multipliers: {name}"
+    if places := sorted(_places_of(TrainConfig, key), key=lambda place: (not place.startswith("stage4"), place)):
+        return "; it belongs to " + " or ".join(place or "the top of the file" for place in places)
+    close = difflib.get_close_matches(key, hints, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _places_of(cls: Any, key: str, where: str = "") -> list[str]:
+    """Dotted paths of the sections of `cls` that have a setting called `key`."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        if inner is not None:
+            found += _places_of(inner, key, f"{where}.{name}".lstrip("."))
+        if name == key and name not in getattr(cls, "does_nothing", ()):
+            found.append(where)
+    return found
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path, problems)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value, path, problems)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin in (Mapping, dict) and isinstance(value, Mapping):
+        item_hint = typing.get_args(hint)[1]
+        return {key: _convert(item_hint, item, f"{path}.{key}", problems) for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    wanted = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    problems.append(f"{path}: expected {wanted}, found {value!r}")
+    return None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError with file and line otherwise."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings, in place."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{dotted}: {parent} is {values!r} in the YAML, not a section with keys")
+    component = ALIASES.get(last, last)
+    for other in [key for key in values if ALIASES.get(key, key) == component]:
+        del values[other]
+    values[component] = value
+
+
+MOVED = {
+    "phase1": "stage4.phase1",
+    "phase2": "stage4.phase2",
+    "augmentation_strategies": "stage4.reasoning_augmentation.augmentation_strategies",
+}
+"""Blocks that the guide prints alone -> where they belong."""
+
+
+def _move_blocks(values: dict[str, Any]) -> None:
+    for block, home in MOVED.items():
+        if block not in values:
+            continue
+        at: Any = values
+        for part in home.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        if at is not None:
+            raise ConfigError(f"{block}: stands at the top and in {home.rpartition('.')[0]}; keep one of them")
+        override(values, home, values.pop(block))
+
+
+def load_train_config(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top.
+
+    Args:
+        flags: Dotted key -> the flag that an override came from; an error names it, or else the file.
+    """
+    values = read_yaml(path)
+    try:
+        _move_blocks(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    given = {}
+    for dotted, value in (overrides or {}).items():
+        block, dot, rest = dotted.partition(".")
+        given[f"{MOVED.get(block, block)}{dot}{rest}"] = ((flags or {}).get(dotted, dotted), value)
+    problems = _problems(values, given)
+    if not problems:
+        return from_mapping(TrainConfig, _overridden(values, given))
+    in_file = _problems(values, {})
+    raise ConfigError("\n".join(f"{_origin(path, values, given, p, in_file)}: {p}" for p in problems))
+
+
+Given = Mapping[str, tuple[str, Any]]
+"""Dotted key -> the flag it came from, and the value."""
+
+
+def _overridden(values: dict[str, Any], given: Given) -> dict[str, Any]:
+    out = copy.deepcopy(values)
+    for dotted, (_, value) in given.items():
+        override(out, dotted, value)
+    return out
+
+
+def _problems(values: dict[str, Any], given: Given) -> list[str]:
+    try:
+        from_mapping(TrainConfig, _overridden(values, given))
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str, in_file: list[str]) -> str:
+    """Where `problem` comes from: the file, or the flag that makes it alone, or flags and file together."""
+    if problem in in_file or not given:
+        return str(path)
+    for dotted, (flag, value) in given.items():
+        if problem in _problems(values, {dotted: (flag, value)}):
+            return f"{flag} {value}"
+    return f"{path} with {', '.join(flag for flag, _ in given.values())}"
+
+
+def model_preset(name: str) -> dict[str, Any]:
+    """Settings of an `EmberVLMConfig` by preset name or YAML path."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = REPOSITORY / "configs" / "model" / f"{name}.yaml"
+        if not path.exists():
+            known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
+            raise ConfigError(f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML")
+    values = read_yaml(path)
+    for part in ("vision", "language"):
+        settings = values.get(part)
+        if isinstance(settings, dict) and isinstance(name_or_path := settings.get("name_or_path"), str):
+            settings["name_or_path"] = filled_in(f"{path}: {part}.name_or_path", name_or_path)
+    return values
