@@ -23,7 +23,7 @@ import numpy as np
 from tiny_run import REPOSITORY
 
 from embervlm import run_dir
-from embervlm.data.records import read_records, write_jsonl
+from embervlm.data.records import read_records, write_records
 from embervlm.data.splits import split_records
 
 METRICS = ("correct", "reasoning_consistency", "step_completeness", "logical_flow_score")
@@ -73,7 +73,7 @@ def choose_records(args: argparse.Namespace) -> Path:
         splits = {str(name): records for name, records in split_records(read_records(args.data)).items()}
         chosen = random.Random(args.seed).sample(splits["train"], args.given)
         args.work_dir.mkdir(parents=True, exist_ok=True)
-        write_jsonl(path, [*chosen, *splits["val"], *splits["test"]], image_root=args.data.parent)
+        write_records(path, [*chosen, *splits["val"], *splits["test"]], image_root=args.data.parent)
     return path
 
 

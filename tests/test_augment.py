@@ -14,21 +14,12 @@ import pytest
 
 from embervlm.cli import main
 from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
-from embervlm.curate.augment import (
-    GIVE_UP_AFTER,
-    ChainIndex,
-    Origin,
-    augment,
-    augment_cached,
-    expand,
-    fault_of,
-    reorder,
-    simplify,
-)
-from embervlm.curate.duplicates import find_duplicates
+from embervlm.curate.augment import GIVE_UP_AFTER, augment, augment_cached
+from embervlm.curate.duplicates import ChainIndex, find_duplicates
 from embervlm.curate.paraphrase import RuleParaphraser
+from embervlm.curate.strategies import Origin, expand, fault_of, reorder, simplify
 from embervlm.data.facts import reader_of
-from embervlm.data.records import DataError, ReasoningRecord, read_records, write_jsonl
+from embervlm.data.records import DataError, ReasoningRecord, read_records, write_records
 from embervlm.data.splits import split_records
 from embervlm.words.chain_graph import ChainGraph
 from embervlm.words.claims import ClaimReader
@@ -416,7 +407,7 @@ def test_the_command_writes_records_that_read_back_and_a_report(scene_data, suff
 
 def test_the_command_says_that_it_stopped_below_the_target(tmp_path, capsys):
     one = record("Rain fell.", "Boats float.", "Conclusion: Boat.", answer=("Boat",), split="train")
-    write_jsonl(tmp_path / "in.jsonl", [one])
+    write_records(tmp_path / "in.jsonl", [one])
     main(["data", "augment", "--input", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl")])
     assert "stopped 49997 below --target_samples 50000" in capsys.readouterr().out
     assert len(read_records(tmp_path / "out.jsonl")) == 3

@@ -19,7 +19,7 @@ from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoni
 from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
-from embervlm.data.records import DataError, read_records, write_dataset, write_jsonl
+from embervlm.data.records import DataError, read_records, write_dataset, write_records
 from embervlm.data.store import prepare
 from embervlm.data.tokenizer import SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
 from embervlm.robots.generate import generate_scenes
@@ -362,14 +362,14 @@ def full_disk(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def write_records(path, count):
+def write_copies(path, count):
     record = read(path.parent, GOOD | {"id": "a"})[0]
-    write_jsonl(path, [record] * count)
+    write_records(path, [record] * count)
 
 
 WRITERS = {
     "write_dataset": lambda path, count: write_dataset(path, [GOOD] * count),
-    "write_jsonl": write_records,
+    "write_records": write_copies,
     "write_json_atomic": lambda path, count: write_json_atomic(path, [GOOD] * count),
 }
 

@@ -13,7 +13,7 @@ from embervlm.cli import main
 from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply
 from embervlm.curate.teachers.collection import Question
 from embervlm.data.dataset import encode_reasoning
-from embervlm.data.records import ReasoningRecord, read_records, write_jsonl
+from embervlm.data.records import ReasoningRecord, read_records, write_records
 from embervlm.evaluation.evaluate import _values
 from embervlm.judge.metrics import is_right
 from embervlm.model.generation import Decoding, generate_from_visual, look
@@ -109,7 +109,7 @@ def test_records_of_today_and_of_older_converters_are_open_and_stay_so(tmp_path)
     first, old, closed = read_records(path)
     assert first.answer == ("70,000 people, or so",) and old.answer == ("3 and 4",)
     assert first.candidates == old.candidates == () and closed.candidates == ("Yes", "No")
-    write_jsonl(tmp_path / "d.jsonl", [first, old, closed])
+    write_records(tmp_path / "d.jsonl", [first, old, closed])
     again = read_records(tmp_path / "d.jsonl")
     assert [(r.answer, r.candidates) for r in again] == [(r.answer, r.candidates) for r in (first, old, closed)]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
+from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_records
 
 TEACHER = {
     "image": "warehouse_scene.jpg",
@@ -315,7 +315,7 @@ def test_any_json_gives_records_or_a_data_error(tmp_path, value, require_reasoni
 
 def test_written_records_read_back_equal(read, tmp_path):
     records = read(TEACHER, HUMAN, UNIFIED, GOOD)
-    write_jsonl(tmp_path / "copy.jsonl", records)
+    write_records(tmp_path / "copy.jsonl", records)
     assert read_records(tmp_path / "copy.jsonl") == records
     assert json.loads((tmp_path / "copy.jsonl").read_text().splitlines()[0])["image"] == "warehouse_scene.jpg"
 
@@ -336,10 +336,10 @@ def test_failed_write_leaves_the_old_file_and_no_other(read, tmp_path):
     bad = ReasoningRecord(
         record_id="r2", image=None, instruction="x", steps=(), answer=("Drone",), metadata={"scene": object()}
     )
-    write_jsonl(tmp_path / "copy.jsonl", [record])
+    write_records(tmp_path / "copy.jsonl", [record])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"record r2: metadata: .*keep JSON values only"):
-        write_jsonl(tmp_path / "copy.jsonl", [record, bad])
+        write_records(tmp_path / "copy.jsonl", [record, bad])
     assert sorted(tmp_path.iterdir()) == before
     assert read_records(tmp_path / "copy.jsonl") == [record]
 

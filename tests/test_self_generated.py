@@ -10,7 +10,7 @@ import torch
 
 from embervlm.cli import main
 from embervlm.curate.teachers.collection import Question
-from embervlm.data.records import read_records, write_jsonl
+from embervlm.data.records import read_records, write_records
 from embervlm.evaluation.self_generated import SelfGeneration, _Writer
 from embervlm.model.interactive import step_probabilities
 from embervlm.training.losses import loss_sums
@@ -148,7 +148,7 @@ def test_a_model_that_has_learned_a_question_keeps_its_chain_once(
     tiny_model.reasoning_module.step_validator.score[-1].bias.data.fill_(100.0)  # it finds that every step follows
     tiny_model.eval().save_pretrained(tmp_path / "checkpoint")
     data, output = scene_data / "one.jsonl", scene_data / "self_learned.jsonl"
-    write_jsonl(data, records[:1])
+    write_records(data, records[:1])
     generate(tmp_path / "checkpoint", data, output, "--samples_per_record", 3, "--temperature", 0.1)
     (record,) = read_records(output)
     assert record.steps == records[0].steps and record.metadata["source"] == "self_generated"

@@ -1,56 +1,35 @@
 """More chains from those there are: paraphrased, reordered, expanded and simplified, each checked, none twice.
 
-A new record keeps the picture, question and answer of its origin, so it falls into the same split. Works for any
-data set: names and values come from `metadata.facts` and `metadata.scene`; where there are none, from the words alone.
+A new record keeps the picture, question and answer of its origin, so it falls into the same split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embervlm import run_dir
 from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
-from embervlm.curate.duplicates import NEAR_JACCARD, shingles_of, words_of
-from embervlm.curate.paraphrase import OPENERS, RuleParaphraser
-from embervlm.data.facts import known_facts, reader_of
+from embervlm.curate.duplicates import ChainIndex
+from embervlm.curate.strategies import PARALLEL, STRATEGIES, Origin, Paraphrase, Row, fault_of, paraphraser
+from embervlm.data.facts import reader_of
 from embervlm.data.record_pictures import pictures_beside
-from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_jsonl
+from embervlm.data.records import DataError, ReasoningRecord, read_records, write_records
 from embervlm.data.splits import split_records
-from embervlm.judge.faults import judge_steps
-from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
-from embervlm.robots.generate import write_dataset
-from embervlm.words.chain_graph import POINTS_BACK, ChainGraph, join_units
-from embervlm.words.chain_text import CONCLUSION, format_reasoning, parse_reasoning_text
-from embervlm.words.claims import ClaimReader, content_words, named_candidates
+from embervlm.words.chain_text import format_reasoning, parse_reasoning_text
+from embervlm.words.claims import content_words
 
-SAME_CONTENT_JACCARD = 0.95
-"""Two chains for one question and picture say the same from this Jaccard index of their content words' shingles on."""
 GIVE_UP_AFTER = 12
 """Draws refused in a row after which an origin is not asked for more by that strategy."""
 MAX_FROM_ONE = 256
 """New records for each origin at most, on average: what is drawn beyond is a mix of what there is."""
-MAX_FACTS_ADDED = 3
-SIGHT_OPENERS = ("In the picture, {}", "We see that {}")
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_PARALLEL = ("step_types", "seen")
-"""Lists in the metadata with one element for each step, the conclusion included."""
-
-Paraphrase = Callable[[ReasoningRecord, random.Random], Sequence[str] | None]
-"""A teacher that words a chain anew: a text for each numbered step, or None where it has no (other) wording."""
-Row = tuple[str, dict[str, Any]]
-"""A step's text and what the metadata hold for it."""
 
 
 @dataclass(kw_only=True)
@@ -97,282 +76,6 @@ class AugmentationReport:
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             lines.append(f"nothing made from {len(ids)} records, {reason}: {', '.join(ids[:5])}{more}")
         return "\n".join(lines)
-
-
-class Origin:
-    """A record to make others from."""
-
-    def __init__(self, record: ReasoningRecord, reader: ClaimReader, max_steps: int) -> None:
-        self.record = record
-        self.reader = reader
-        self.max_steps = max_steps
-        """No chain gets more numbered steps than this."""
-        metadata = record.metadata
-        parallel = [
-            key
-            for key in _PARALLEL
-            if isinstance(metadata.get(key), (list, tuple)) and len(metadata[key]) == len(record.steps)
-        ]
-        rows = [(step, {key: metadata[key][i] for key in parallel}) for i, step in enumerate(record.steps)]
-        self.rows: list[Row] = rows[: record.num_steps]
-        self.ending: list[Row] = rows[record.num_steps :]
-        self.facts = known_facts(record)
-        self.candidates = record.candidates or record.answer
-
-    @cached_property
-    def graph(self) -> ChainGraph:
-        types = [extra["step_types"] for _, extra in self.rows if "step_types" in extra]
-        conclusion = self.record.conclusion.removeprefix(CONCLUSION) or ", ".join(self.record.answer)
-        names = {*self.candidates, *(name for name, _ in self.reader.key)}
-        return ChainGraph(
-            [text for text, _ in self.rows],
-            conclusion,
-            instruction=self.record.instruction,
-            reader=self.reader,
-            names=names,
-            step_types=types,
-        )
-
-    @cached_property
-    def context(self) -> ChainContext:
-        return ChainContext(
-            instruction=self.record.instruction,
-            facts=self.facts,
-            domains=dict(self.reader.key),
-            reference_steps=self.record.steps,
-            answer=frozenset(self.record.answer),
-            gold_answer=frozenset(self.record.answer),
-            candidates=frozenset(self.candidates),
-        )
-
-    @cached_property
-    def faults(self) -> set[str]:
-        return _kinds_of_fault(self.record.steps, self.context)
-
-    @cached_property
-    def claims(self) -> frozenset[Any]:
-        return frozenset(claim for text, _ in self.rows for claim in self.reader.read(text))
-
-    @cached_property
-    def first_stated(self) -> dict[str, int]:
-        """Name -> the first numbered step that claims something about it."""
-        stated: dict[str, int] = {}
-        for step, units in enumerate(self.graph.unit_numbers):
-            for unit in units:
-                for name in self.graph.names[unit]:
-                    stated.setdefault(name, step)
-        return stated
-
-    @cached_property
-    def statable(self) -> list[tuple[str, str, range]]:
-        """Facts of the scene, each with the steps before which it can be stated and is not known yet.
-
-        Without `metadata.scene`, only facts that the chain never states: others may be what it derives.
-        """
-        scene = self.record.metadata.get("scene")
-        steps, stated = len(self.rows), self.first_stated
-        if isinstance(scene, Mapping):
-            names = [name for name in scene if self.facts.get(name) == scene[name]]
-        else:
-            names = [name for name in self.facts if name not in stated and name not in self.candidates]
-        found = [(name, self.facts[name], range(min(stated.get(name, steps), steps))) for name in names]
-        return [(name, value, places) for name, value, places in found if places]
-
-    @cached_property
-    def boxed(self) -> set[str]:
-        """Kinds of thing whose place in the picture is known."""
-        boxes = self.record.metadata.get("boxes")
-        return {str(box.get("kind")) for box in boxes if isinstance(box, Mapping)} if isinstance(boxes, list) else set()
-
-    def why_not(self, validate: bool) -> str | None:
-        """Why nothing can be made from this record, or None."""
-        if not self.rows:
-            return "no chain"
-        if not validate:
-            return None
-        if "contradicted" in self.faults:
-            return "the chain contradicts itself or the known facts"
-        named = named_candidates(self.record.conclusion, self.candidates)
-        if named and named != set(self.record.answer):
-            return "the conclusion disagrees with the answer"
-        return None
-
-
-def _kinds_of_fault(steps: Sequence[str], context: ChainContext) -> set[str]:
-    kinds = ("redundant", "contradicted", "unsupported")
-    return {kind for faults in judge_steps(steps, context) for kind in kinds if getattr(faults, kind)}
-
-
-# ---- strategies: each draws the numbered steps of a new chain, or says why it cannot
-
-
-def reorder(origin: Origin, rng: random.Random) -> list[Row] | str:
-    """The same sentences in another order, where none needs another that now comes later."""
-    order = origin.graph.new_order(rng)
-    if order is None:
-        return "no other order is free"
-    steps, units = order
-    return [_with_units(origin, step, units[step]) for step in steps]
-
-
-def simplify(origin: Origin, rng: random.Random) -> list[Row] | str:
-    """Some of the sentences that the conclusion does not need left out, with all that depends on them."""
-    graph = origin.graph
-    if graph.counts_aloud or not graph.spare:
-        return "the conclusion needs every sentence"
-    spare = sorted(graph.spare)
-    dropped = graph.with_dependants(rng.sample(spare, rng.randint(1, len(spare))))
-    kept = [[unit for unit in units if unit not in dropped] for units in graph.unit_numbers]
-    return [_with_units(origin, step, units) for step, units in enumerate(kept) if units]
-
-
-def expand(origin: Origin, rng: random.Random) -> list[Row] | str:
-    """True facts of the scene stated before the chain comes to them, or where it never does.
-
-    As steps of their own while the chain is not longer than the longest given one, else in front of a step.
-    """
-    if origin.graph.counts_aloud or not origin.statable:
-        return "no fact that is not stated yet"
-    chosen = rng.sample(origin.statable, rng.randint(1, min(MAX_FACTS_ADDED, len(origin.statable))))
-    added: dict[int, list[str]] = defaultdict(list)
-    sentences: dict[str, str] = {}
-    for name, value, places in chosen:
-        clause = f"the {name} is {value}" if name.islower() else f"{name} is {value}"
-        form = rng.choice(("{}", *OPENERS, *(SIGHT_OPENERS if origin.record.image else ())))
-        text = form.format(clause)
-        sentences[name] = f"{text[0].upper()}{text[1:]}."
-        added[rng.choice(places)].append(name)
-    rows: list[Row] = []
-    room = origin.max_steps - len(origin.rows)
-    for step, (text, extra) in enumerate(origin.rows):
-        names = added[step]
-        boxed = [name for name in names if name in origin.boxed]
-        stated = " ".join(sentences[name] for name in names)
-        if not names or POINTS_BACK.match(text):
-            rows.append((text, extra))
-        elif room > 0:
-            room -= 1
-            rows += [(stated, {**extra, "seen": boxed} if "seen" in extra else extra), (text, extra)]
-        else:
-            seen = {"seen": [*boxed, *(name for name in extra["seen"] if name not in boxed)]} if "seen" in extra else {}
-            rows.append((f"{stated} {text}", {**extra, **seen}))
-    return rows
-
-
-def _paraphraser(teacher: Paraphrase | None, reader: ClaimReader) -> Callable[[Origin, random.Random], list[Row] | str]:
-    rules = RuleParaphraser(reader)
-
-    def paraphrase(origin: Origin, rng: random.Random) -> list[Row] | str:
-        """The same steps in other words."""
-        if teacher is not None:
-            texts = teacher(origin.record, rng)
-        else:
-            keep = {word for name in origin.candidates for word in name.casefold().split()}
-            texts = [rules.rewrite(text, rng, keep) for text, _ in origin.rows]
-        if texts is None:
-            return "the teacher gave no other wording"
-        if len(texts) != len(origin.rows):
-            return "the wording has another number of steps"
-        return [(text, extra) for text, (_, extra) in zip(texts, origin.rows, strict=True)]
-
-    return paraphrase
-
-
-def _with_units(origin: Origin, step: int, units: Sequence[int]) -> Row:
-    """A step made of some of its units, which looks only at what is still spoken of."""
-    graph = origin.graph
-    numbers = graph.unit_numbers[step]
-    text, extra = origin.rows[step]
-    new = join_units([graph.steps[step][unit - numbers.start] for unit in units], text)
-    if "seen" in extra and len(units) < len(numbers):
-        gone = {name for unit in numbers for name in graph.names[unit]}
-        gone -= {name for unit in units for name in graph.names[unit]}
-        extra = {**extra, "seen": [name for name in extra["seen"] if name not in gone]}
-    return new, extra
-
-
-# ---- checks
-
-
-def fault_of(origin: Origin, rows: Sequence[Row], strategy: str) -> str | None:
-    """Why the chain of `rows` is not what `strategy` may make of the origin, or None."""
-    claims = frozenset(claim for text, _ in rows for claim in origin.reader.read(text))
-    before = origin.claims
-    if strategy == "expand":
-        told = all(not claim.negated and origin.facts.get(claim.name) == claim.value for claim in claims - before)
-        changed = not (before <= claims and told)
-    else:
-        changed = not claims <= before if strategy == "simplify" else claims != before
-    if changed:
-        return "claims changed"
-    if strategy == "paraphrase" and _numbers(rows) != _numbers(origin.rows):
-        return "numbers changed"
-    steps = [text for text, _ in (*rows, *origin.ending)]
-    if new_faults := _kinds_of_fault(steps, origin.context) - origin.faults:
-        return f"a step would be {' and '.join(sorted(new_faults))}"
-    return None
-
-
-def _numbers(rows: Sequence[Row]) -> Counter[str]:
-    return Counter(number for text, _ in rows for number in _NUMBER.findall(text))
-
-
-class ChainIndex:
-    """The chains there are."""
-
-    def __init__(self) -> None:
-        self._exact: set[tuple[str | None, ...]] = set()
-        self._words: dict[Hashable, _Likeness] = {}
-        """(picture, answer) -> chains with their question, by all words: what `find_duplicates` reports."""
-        self._content: dict[Hashable, _Likeness] = {}
-        """(picture, question) -> chains, by the words that say something."""
-
-    def refusal(self, record: ReasoningRecord, steps: Sequence[str]) -> str | None:
-        """Why `steps` is not new for the question of `record`, or None, and then it is here from now on."""
-        exact = (record.image, record.instruction, *steps)
-        if exact in self._exact:
-            return "duplicate"
-        content = [word for step in steps for word in (*content_words(step), "\n")]
-        compared = (
-            (
-                self._words.setdefault((record.image, frozenset(record.answer)), _Likeness(NEAR_JACCARD)),
-                shingles_of(words_of(record.instruction, steps)),
-            ),
-            (
-                self._content.setdefault((record.image, record.instruction), _Likeness(SAME_CONTENT_JACCARD)),
-                shingles_of(content),
-            ),
-        )
-        if any(near.has_like(shingles) for near, shingles in compared):
-            return "near duplicate"
-        self._exact.add(exact)
-        for near, shingles in compared:
-            near.add(shingles)
-        return None
-
-
-class _Likeness:
-    """Texts as their shingles, compared by the Jaccard index."""
-
-    def __init__(self, least: float) -> None:
-        self._least = least
-        self._known: list[np.ndarray] = []
-
-    @staticmethod
-    def _hashes(shingles: Collection[str]) -> np.ndarray:
-        return np.fromiter(map(hash, shingles), np.int64, len(shingles))
-
-    def has_like(self, shingles: Collection[str]) -> bool:
-        if not self._known:
-            return False
-        sizes = np.array([len(other) for other in self._known])
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        found = np.isin(np.concatenate(self._known), self._hashes(shingles)).astype(np.int64)
-        shared = np.add.reduceat(found, starts)
-        return bool((shared >= self._least * (sizes + len(shingles) - shared)).any())
-
-    def add(self, shingles: Collection[str]) -> None:
-        self._known.append(self._hashes(shingles))
 
 
 def _said(steps: Sequence[str]) -> int:
@@ -468,12 +171,7 @@ class _Maker:
                 self._distinct.add(_said(record.steps))
         self._reader = reader_of(records)
         self._max_steps = max((record.num_steps for record in records), default=0)
-        self._strategies = {
-            "paraphrase": _paraphraser(teacher, self._reader),
-            "reorder": reorder,
-            "expand": expand,
-            "simplify": simplify,
-        }
+        self._strategies = {**STRATEGIES, "paraphrase": paraphraser(teacher, self._reader)}
         self._rounds: Counter[int] = Counter()
         self.origins = [i for i, record in enumerate(records) if "augmentation" not in record.metadata]
         self.report = AugmentationReport(origins=len(self.origins), distinct_origins=len(self._distinct))
@@ -520,7 +218,7 @@ class _Maker:
     def _record(self, origin: Origin, name: str, rows: Sequence[Row]) -> ReasoningRecord:
         record = origin.record
         whole = [*rows, *origin.ending]
-        metadata = {key: value for key, value in record.metadata.items() if key not in _PARALLEL}
+        metadata = {key: value for key, value in record.metadata.items() if key not in PARALLEL}
         metadata |= {key: [extra[key] for _, extra in whole] for key in whole[0][1]}
         metadata |= {"origin": record.record_id, "augmentation": name, "validated": self._validate}
         numbers = (f"{record.record_id}-{name}-{number}" for number in count(1))
@@ -558,11 +256,7 @@ def augment_file(
     if not train:
         raise DataError(f"{input}: none of its {len(records)} records falls into the train split; add records")
     made, report = augment(train, target_samples - len(records), validate=validate_reasoning, seed=seed)
-    root = output_file.parent
-    if output_file.suffix == ".jsonl":
-        write_jsonl(output_file, chain(records, made))
-    else:
-        write_dataset(output_file, [record_to_json(record, root) for record in chain(records, made)])
+    write_records(output_file, chain(records, made))
     path = output_file.with_name(f"{output_file.stem}.augmentation.json")
     run_dir.write_json_atomic(path, asdict(report))
     total = len(records) + len(made)
@@ -605,15 +299,15 @@ def augment_cached(
         if len(made) < report.wanted:
             print(f"reasoning_augmentation.target_samples: {config.target_samples} is not reached with distinct chains")
         # all else is the origin's; without it the file, and what reading it takes, stays small
-        write_jsonl(path, (replace(record, metadata=_own_metadata(record.metadata)) for record in made))
+        write_records(path, (replace(record, metadata=_own_metadata(record.metadata)) for record in made))
     if not path.exists() or not path.stat().st_size:
         return records
     origins = {record.record_id: record.metadata for record in records}
     new = read_records(path, allow_outside=True)
-    inherited = ({k: v for k, v in origins[r.metadata["origin"]].items() if k not in _PARALLEL} for r in new)
+    inherited = ({k: v for k, v in origins[r.metadata["origin"]].items() if k not in PARALLEL} for r in new)
     return [*records, *(replace(r, metadata={**base, **r.metadata}) for r, base in zip(new, inherited, strict=True))]
 
 
 def _own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    own = ("origin", "augmentation", "validated", "candidates", *_PARALLEL)
+    own = ("origin", "augmentation", "validated", "candidates", *PARALLEL)
     return {key: metadata[key] for key in own if key in metadata}

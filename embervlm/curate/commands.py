@@ -124,8 +124,7 @@ def convert_annotations(
     """Records that people annotated, in any of the guide's spellings, as records in the unified one."""
     from embervlm.curate.teachers.collection import need_input, picture_root
     from embervlm.data.record_pictures import pictures_beside
-    from embervlm.data.records import read_records, record_to_json
-    from embervlm.robots.generate import write_dataset
+    from embervlm.data.records import read_records, write_records
 
     part = Shard.parse(shard)
     check_output(output_file, num_samples)
@@ -133,8 +132,8 @@ def convert_annotations(
     unpack_dir = pictures_beside(output_file)
     records = part.of(read_records(path, image_root=image_root, unpack_dir=unpack_dir)[:num_samples])
     root = picture_root(output_file, records, image_root or path.parent)
-    metadata = {"source": "human_annotated"}
-    write_dataset(output_file, [record_to_json(replace(r, metadata={**r.metadata, **metadata}), root) for r in records])
+    said = {"source": "human_annotated"}
+    write_records(output_file, (replace(r, metadata={**r.metadata, **said}) for r in records), image_root=root)
     print(f"{output_file}: {len(records)} records")
 
 
@@ -145,8 +144,7 @@ def merge(*, shards: Sequence[Path], output_file: Path, image_root: Path | None 
         DataError: two records share an id and differ, or a picture lies where the output cannot name it.
     """
     from embervlm.data.record_pictures import is_inside, pictures_beside
-    from embervlm.data.records import read_records, record_to_json
-    from embervlm.robots.generate import write_dataset
+    from embervlm.data.records import read_records, record_to_json, write_dataset
 
     check_output(output_file)
     root = output_file.parent if image_root is None else image_root

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.splits import normalised_text
-from embervlm.words.claims import all_words
+from embervlm.words.claims import all_words, content_words
 
 NEAR_JACCARD = 0.9
 """Share of word triples that two texts have in common, from which they are near duplicates."""
+SAME_CONTENT_JACCARD = 0.95
+"""Two chains for one question and picture say the same from this Jaccard index of their content words' shingles on."""
 SHINGLE_WORDS = 3
 _CANDIDATE_JACCARD = 0.8
 """What MinHash looks for: below `NEAR_JACCARD`, as it only estimates."""
@@ -92,3 +96,61 @@ def _near_duplicates(records: Sequence[ReasoningRecord], group: Sequence[int]) -
         else:  # only what is new is compared with: a thousand variants of one text cost a thousand comparisons
             known.insert(index, signature)
     return found
+
+
+class ChainIndex:
+    """The chains there are."""
+
+    def __init__(self) -> None:
+        self._exact: set[tuple[str | None, ...]] = set()
+        self._words: dict[Hashable, _Likeness] = {}
+        """(picture, answer) -> chains with their question, by all words: what `find_duplicates` reports."""
+        self._content: dict[Hashable, _Likeness] = {}
+        """(picture, question) -> chains, by the words that say something."""
+
+    def refusal(self, record: ReasoningRecord, steps: Sequence[str]) -> str | None:
+        """Why `steps` is not new for the question of `record`, or None, and then it is here from now on."""
+        exact = (record.image, record.instruction, *steps)
+        if exact in self._exact:
+            return "duplicate"
+        content = [word for step in steps for word in (*content_words(step), "\n")]
+        compared = (
+            (
+                self._words.setdefault((record.image, frozenset(record.answer)), _Likeness(NEAR_JACCARD)),
+                shingles_of(words_of(record.instruction, steps)),
+            ),
+            (
+                self._content.setdefault((record.image, record.instruction), _Likeness(SAME_CONTENT_JACCARD)),
+                shingles_of(content),
+            ),
+        )
+        if any(near.has_like(shingles) for near, shingles in compared):
+            return "near duplicate"
+        self._exact.add(exact)
+        for near, shingles in compared:
+            near.add(shingles)
+        return None
+
+
+class _Likeness:
+    """Texts as their shingles, compared by the Jaccard index."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._known: list[np.ndarray] = []
+
+    @staticmethod
+    def _hashes(shingles: Collection[str]) -> np.ndarray:
+        return np.fromiter(map(hash, shingles), np.int64, len(shingles))
+
+    def has_like(self, shingles: Collection[str]) -> bool:
+        if not self._known:
+            return False
+        sizes = np.array([len(other) for other in self._known])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        found = np.isin(np.concatenate(self._known), self._hashes(shingles)).astype(np.int64)
+        shared = np.add.reduceat(found, starts)
+        return bool((shared >= self._least * (sizes + len(shingles) - shared)).any())
+
+    def add(self, shingles: Collection[str]) -> None:
+        self._known.append(self._hashes(shingles))

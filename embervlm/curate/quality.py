@@ -13,9 +13,8 @@ from embervlm.config import ConfigError
 from embervlm.curate.checking import check_file, without_garbage_collection
 from embervlm.curate.findings import CheckOptions, Problem, by_record
 from embervlm.data.record_pictures import is_inside, pictures_beside
-from embervlm.data.records import ReasoningRecord
+from embervlm.data.records import ReasoningRecord, write_dataset
 from embervlm.data.sources import is_one_file
-from embervlm.robots.generate import write_dataset
 
 
 def quality(

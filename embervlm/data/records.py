@@ -46,7 +46,7 @@ __all__ = [
     "read_records",
     "record_to_json",
     "write_dataset",
-    "write_jsonl",
+    "write_records",
 ]
 
 MAX_PRINTED_PROBLEMS = 50
@@ -346,21 +346,18 @@ def record_to_json(record: ReasoningRecord, image_root: str | os.PathLike[str] |
     return out
 
 
-def write_jsonl(
+def write_records(
     path: str | os.PathLike[str],
     records: Iterable[ReasoningRecord],
     *,
     image_root: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes one record per line; the file appears whole or not at all.
+    """Writes `records` as `write_dataset` does.
 
     Image paths are relative to `image_root`, by default the folder of `path`, where `read_records` looks for them.
     """
-    path = Path(path)
-    root = path.parent if image_root is None else image_root
-    with atomic_text(path) as file:
-        for record in records:
-            file.write(_json_line(record_to_json(record, root), ascii_only=True) + "\n")
+    root = Path(path).parent if image_root is None else image_root
+    write_dataset(path, (record_to_json(record, root) for record in records))
 
 
 def write_dataset(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
@@ -376,9 +373,9 @@ def write_dataset(path: str | os.PathLike[str], records: Iterable[Mapping[str, A
             file.write("\n]\n")
 
 
-def _json_line(value: Mapping[str, Any], *, ascii_only: bool = False) -> str:
+def _json_line(value: Mapping[str, Any]) -> str:
     try:
-        line = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
         # half a surrogate pair is no UTF-8; JSON can hold it as an escape only
         return json.dumps(value) if SURROGATE.search(line) else line
     except RecursionError as error:

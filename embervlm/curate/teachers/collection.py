@@ -20,9 +20,8 @@ from typing import Any
 from embervlm.config import ConfigError
 from embervlm.curate.teachers.journal import Journal
 from embervlm.data.record_pictures import is_inside
-from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json
+from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_dataset
 from embervlm.data.shard import Shard
-from embervlm.robots.generate import write_dataset
 from embervlm.robots.tasks import is_task_file, normalised_task, read_tasks
 from embervlm.words.chain_text import parse_reasoning_text
 
