@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,20 +130,29 @@ class Engine(ABC):
         """Whether the last step updated nothing because an fp16 gradient was not finite; it is to be done again."""
         self.keys = list(module.state_dict())
         first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = build_param_groups(module, phase)
+        self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in groups}
+        """Group name -> peak learning rate."""
         self._groups = [
             {"name": group["name"], "params": [first_name[id(parameter)] for parameter in group["params"]]}
-            for group in build_param_groups(module, phase)
+            for group in groups
         ]
-        self.learning = self._that_learn()
+        self.learning = set(self._learning_parameters())
         self.names = {key: first_name[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
         """Key of the state dict -> the parameter's first name: tied parameters have several."""
-        self.shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in self._learning_parameters().items()}
         unrounded = {name: p.detach().float() for name, p in module.named_parameters()}
         buffers = {key: value.detach().clone() for key, value in module.named_buffers() if key in self.keys}
         self._optimizer = self._wrap(phase)
-        if self._that_learn() != self.learning:  # sharding code has unfrozen parameters before (torchtitan #4267)
-            raise RuntimeError(f"wrapping changed what learns: {sorted(self._that_learn() ^ self.learning)[:5]}")
-        self._fragments = self._find_fragments()
+        if (
+            changed := self._learning_parameters().keys() ^ self.learning
+        ):  # sharding has unfrozen before: torchtitan #4267
+            raise RuntimeError(f"wrapping changed what learns: {sorted(changed)[:5]}")
+        self._fragments = [
+            Fragment(name=name, kind=kind, start=start, values=values.detach().view(-1))
+            for name, start, kinds in self._pieces()
+            for kind, values in kinds.items()
+        ]
         if precision != "fp32":  # wrapping may have rounded the weights that the optimizer works on
             for fragment in self._fragments:
                 if fragment.kind == WEIGHT:
@@ -166,8 +175,8 @@ class Engine(ABC):
         self.copy_wait_s = 0.0
         """Seconds that updates have waited for the copy of a snapshot so far."""
 
-    def _that_learn(self) -> set[str]:
-        return {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+    def _learning_parameters(self) -> dict[str, Any]:
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def _adamw(self, phase: PhaseConfig) -> torch.optim.AdamW:
         """The optimizer of every engine, over the module's present parameters."""
@@ -176,17 +185,31 @@ class Engine(ABC):
         # the rate is 0 until the first update sets it: an engine may run a dry step to make its state
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
 
+    @staticmethod
+    def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+        """Fresh AdamW state for `parameters`, before the first update."""
+        for parameter in parameters:
+            moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def _set_rates(self, rates: Mapping[str, float]) -> None:
+        """Write the learning rate of every group."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+
     @abstractmethod
     def _wrap(self, phase: PhaseConfig) -> Any:
         """Wrap the module for training; returns the optimizer, whose state exists."""
 
     @abstractmethod
-    def _find_fragments(self) -> list[Fragment]: ...
+    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        """What this process holds of every parameter that learns: its name, where the piece starts in the flattened
+        parameter, and the piece of the weights and of each moment."""
 
     @property
-    @abstractmethod
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The AdamW inside."""
+        return self._optimizer  # type: ignore[no-any-return]
 
     @abstractmethod
     def _forward(self, batch: Batch) -> dict[str, Tensor]: ...

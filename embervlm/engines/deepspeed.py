@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from embervlm.config import REPOSITORY, ConfigError, PhaseConfig, TrainConfig
 from embervlm.data.collate import Batch
-from embervlm.engines.base import MOMENTS, WEIGHT, Engine, Fragment
-from embervlm.engines.plain import make_state, set_rates
+from embervlm.engines.base import MOMENTS, WEIGHT, Engine
 from embervlm.world import World
 
 
@@ -41,7 +40,7 @@ class DeepSpeedEngine(Engine):
             parameters = optimizer.fp32_partitioned_groups_flat
         else:
             parameters = [p for group in self._torch_optimizer.param_groups for p in group["params"]]
-        make_state(self._torch_optimizer, parameters)
+        self._make_state(self._torch_optimizer, parameters)
         # DeepSpeed itself links all groups' moments after the first group's first update, when the others have none
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -51,52 +50,39 @@ class DeepSpeedEngine(Engine):
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self._engine.basic_optimizer
 
-    def _find_fragments(self) -> list[Fragment]:
-        pieces = {0: self._whole_pieces, 1: self._linked_pieces, 2: self._linked_pieces, 3: self._zero3_pieces}
-        found = pieces[self._zero_stage]()
-        return [
-            Fragment(name=name, kind=kind, start=start, values=values.detach().view(-1))
-            for name, start, kinds in found
-            for kind, values in kinds.items()
-        ]
+    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        return {0: self._whole_pieces, 1: self._linked_pieces, 2: self._linked_pieces, 3: self._zero3_pieces}[
+            self._zero_stage
+        ]()
 
-    def _that_train(self) -> list[tuple[str, Any]]:
-        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-
-    def _whole_pieces(self) -> list[tuple[str, int, dict[str, Tensor]]]:
+    def _whole_pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """ZeRO-0 keeps everything everywhere; under half precision the optimizer works on float32 copies."""
         masters: dict[int, Any] = {}
         if self.precision != "fp32":
             for half, full in zip(self._engine.optimizer.fp16_groups, self._engine.optimizer.fp32_groups):
                 masters |= {id(parameter): copy for parameter, copy in zip(half, full)}
-        out = []
-        for name, parameter in self._that_train():
+        for name, parameter in self._learning_parameters().items():
             master = masters.get(id(parameter), parameter)
             state = self._torch_optimizer.state[master]
-            out.append((name, 0, {WEIGHT: master, **{kind: state[kind] for kind in MOMENTS}}))
-        return out
+            yield name, 0, {WEIGHT: master, **{kind: state[kind] for kind in MOMENTS}}
 
-    def _linked_pieces(self) -> list[tuple[str, int, dict[str, Tensor]]]:
+    def _linked_pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """ZeRO 1 and 2 cut the flattened groups, so that a parameter may lie on two processes."""
-        out = []
-        for name, parameter in self._that_train():
+        for name, parameter in self._learning_parameters().items():
             if (link := parameter._hp_mapping) is not None:
                 kinds = {WEIGHT: link.get_hp_fragment(), **{kind: link.get_hp_fragment(kind) for kind in MOMENTS}}
-                out.append((name, link.lp_fragment_address.start, kinds))
-        return out
+                yield name, link.lp_fragment_address.start, kinds
 
-    def _zero3_pieces(self) -> list[tuple[str, int, dict[str, Tensor]]]:
+    def _zero3_pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """ZeRO-3 cuts every parameter into equal parts, the last one padded."""
-        out = []
-        for name, parameter in self._that_train():
-            kinds = {}
+        for name, parameter in self._learning_parameters().items():
+            kinds, start = {}, 0
             for kind in (WEIGHT, *MOMENTS):
                 key = None if kind == WEIGHT else kind
                 values, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)
                 start = min(self.world.rank * len(values), parameter.ds_numel)
                 kinds[kind] = values[: parameter.ds_numel - start]
-            out.append((name, start, kinds))
-        return out
+            yield name, start, kinds
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         return self._engine(batch)
@@ -115,13 +101,16 @@ class DeepSpeedEngine(Engine):
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             if not nn.utils.get_total_norm(gradients).isfinite():
                 return False
-        set_rates(self._optimizer, rates)
+        self._set_rates(rates)
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
     @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """ZeRO-3's parameters in one piece, and no hook that cuts a module's up again when it has been called."""
+        if self._zero_stage != 3:
+            yield
+            return
         import deepspeed
 
         hooks = self._optimizer.parameter_offload
@@ -133,9 +122,6 @@ class DeepSpeedEngine(Engine):
                 yield
             finally:
                 hooks._register_deepspeed_module(hooks.module)
-
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
-        return self._gathered() if self._zero_stage == 3 else contextlib.nullcontext()
 
     @property
     def _scaler(self) -> Any:

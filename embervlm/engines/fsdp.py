@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from embervlm.data.collate import Batch
-from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Fragment
+from embervlm.engines.base import DTYPES, WEIGHT
 from embervlm.engines.plain import TorchEngine
 
 
@@ -37,19 +37,13 @@ class FsdpEngine(TorchEngine):
             wrapped.set_reduce_scatter_unused_params(True)
         self._fsdp = wrapped
 
-    def _find_fragments(self) -> list[Fragment]:
-        out = []
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                assert isinstance(parameter, DTensor)
-                rows = parameter.shape[0] if parameter.dim() else 1
-                per_rank = -(-rows // self.world.size)  # as torch.chunk deals them
-                start = min(self.world.rank * per_rank, rows) * (parameter.numel() // max(1, rows))
-                state = self._optimizer.state[parameter]
-                for kind, value in ((WEIGHT, parameter), *((moment, state[moment]) for moment in MOMENTS)):
-                    local = value.detach().to_local().view(-1)
-                    out.append(Fragment(name=name, kind=kind, start=start, values=local))
-        return out
+    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        for name, _, kinds in super()._pieces():
+            parameter: Any = kinds[WEIGHT]
+            rows = parameter.shape[0] if parameter.dim() else 1
+            per_rank = -(-rows // self.world.size)  # as torch.chunk deals them
+            start = min(self.world.rank * per_rank, rows) * (parameter.numel() // max(1, rows))
+            yield name, start, {kind: value.detach().to_local() for kind, value in kinds.items()}  # type: ignore[attr-defined]
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         terms = self.module(batch)
@@ -67,15 +61,12 @@ class FsdpEngine(TorchEngine):
         """Done in the backward pass."""
 
     @contextlib.contextmanager
-    def _unsharded(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         self._fsdp.unshard()
         try:
             yield
         finally:
             self._fsdp.reshard()
-
-    def whole(self) -> contextlib.AbstractContextManager[None]:
-        return self._unsharded()
 
     @property
     def compute_dtype(self) -> torch.dtype:

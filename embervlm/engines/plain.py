@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,22 +12,7 @@ from torch import Tensor, nn
 
 from embervlm.config import PhaseConfig
 from embervlm.data.collate import Batch
-from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Engine, Fragment
-
-
-def set_rates(optimizer: Any, rates: Mapping[str, float]) -> None:
-    """Write the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
-
-
-def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Fresh AdamW state for `parameters`, before the first update."""
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
-        }
+from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Engine
 
 
 class TorchEngine(Engine):
@@ -43,23 +28,16 @@ class TorchEngine(Engine):
         self._shard()
         optimizer = self._adamw(phase)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        make_state(optimizer, self._parameters)
+        self._make_state(optimizer, self._parameters)
         return optimizer
 
     def _shard(self) -> None:
         """Nothing here; what shards parameters does so before the optimizer sees them."""
 
-    @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer
-
-    def _find_fragments(self) -> list[Fragment]:
-        out = []
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                for kind, value in ((WEIGHT, parameter), *((k, self._optimizer.state[parameter][k]) for k in MOMENTS)):
-                    out.append(Fragment(name=name, kind=kind, start=0, values=value.detach().view(-1)))
-        return out
+    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        for name, parameter in self._learning_parameters().items():
+            state = self._optimizer.state[parameter]
+            yield name, 0, {WEIGHT: parameter, **{kind: state[kind] for kind in MOMENTS}}
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
@@ -80,7 +58,7 @@ class TorchEngine(Engine):
         self._sum_gradients()
         self._scaler.unscale_(self._optimizer)
         norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        set_rates(self._optimizer, rates)
+        self._set_rates(rates)
         if self._scaler.is_enabled():
             scale = self._scaler.get_scale()
             self._scaler.step(self._optimizer)  # skipped where a gradient is not finite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,186 @@ class PhaseJob:
         return self.plan.num_steps(self.phase.epochs)
 
 
+def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
+    """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
+    return _Training(job, config, world).run()
+
+
+class _Training:
+    """One phase under way."""
+
+    def __init__(self, job: PhaseJob, config: TrainConfig, world: World) -> None:
+        self.job, self.config, self.world = job, config, world
+        self.engine, self.progress, self.cache, wandb_run_id = _prepare(job, config, world)
+        self.total = self._total_steps()
+        self.settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
+        self.store = CheckpointStore(
+            job.folder,
+            world,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            keep_weights=config.keep_weights,
+            on_error=config.on_save_error,
+            in_background=config.background_saves,
+        )
+        self.tracker = Tracker(
+            job.folder,
+            active=world.rank == 0,
+            name=job.name,
+            first_step=self.progress.step,
+            total_steps=None if job.phase.max_minutes else self.total,
+            project=config.wandb_project,
+            run_name=config.wandb_run_name,
+            settings=self.settings["config"],
+            wandb_run_id=wandb_run_id,
+        )
+        self.started = replace(self.progress)
+        self.began = time.monotonic()
+
+    def run(self) -> Path:
+        job, progress = self.job, self.progress
+        job.model.train()
+        with self.store, self.tracker.bar:  # closed before an error is printed, so that this has a line of its own
+            while progress.step < self.total and not self._out_of_time():
+                self.store.poll()
+                if self._step() and progress.step < self.total:
+                    self._save_if_due()
+            if progress.step == 0:
+                raise RuntimeError(f"{job.name}: no step was done")
+            final = self._save(final=True)
+            self._end_epoch()
+        if self.config.eval_steps:
+            self._evaluate(final)
+        self.tracker.close()
+        job.model.freeze_backbone(False)
+        return final
+
+    def _total_steps(self) -> int:
+        phase, steps = self.job.phase, self.job.total_steps
+        if phase.max_minutes is not None:
+            return self.config.max_steps or 10**9
+        total = min(steps, self.config.max_steps or steps)
+        if self.world.rank == 0 and shortened_warmup(phase.warmup_steps, total) < phase.warmup_steps:
+            print(
+                f"{self.job.name}: warmup_steps {phase.warmup_steps} would be all of its {total} steps; the rate warms "
+                "up over a tenth of them instead"
+            )
+        return total
+
+    def _out_of_time(self) -> bool:
+        minutes, progress = self.job.phase.max_minutes, self.progress
+        if minutes is None:
+            return False
+        spent = self.world.sum(torch.tensor(progress.elapsed_s, device=self.world.device)) / self.world.size
+        progress.elapsed_s = float(spent)
+        return progress.elapsed_s >= 60 * minutes
+
+    def _step(self) -> bool:
+        """One update, counted and logged; False where it overflowed, so that nothing was learned."""
+        job, progress, engine, step = self.job, self.progress, self.engine, self.progress.step
+        epoch, _ = job.plan.locate(step)
+        samples = job.plan.batch(step)
+        forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
+        batches = self._micro_batches(samples, step, forcing)
+        factor = self._rate_factor()
+        rates = {name: peak * factor for name, peak in engine.peak_rates.items()}
+        _seed(self.config.seed, step, self.world.rank)
+        terms, _ = engine.train_step(batches, job.phase.loss_weights, rates, step)
+        progress.elapsed_s = self.started.elapsed_s + time.monotonic() - self.began
+        if engine.overflowed:  # the same batch again, at the loss scale that is lower now
+            progress.overflows += 1
+            return False
+        progress.step, progress.samples = step + 1, progress.samples + len(samples)
+        values = None
+        if progress.step % self.config.log_steps == 0 or progress.step == self.total:
+            values = {"epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing}
+            values |= self._speed(batches)
+        self.tracker.advance(progress.step, values)
+        return True
+
+    def _micro_batches(self, samples: Sequence[Sample], step: int, forcing: float) -> list[Batch]:
+        batches = []
+        for places, mine in deal(samples, self.world, self.job.accumulation):
+            batch = self.job.collator(
+                mine or samples[:1],
+                step=step,
+                places=places or [0],
+                teacher_forcing=forcing,
+                load_pictures=self.cache is None,
+            )
+            if not mine:  # every process must take part in the step; this share counts nothing
+                batch.mute()
+            if self.cache is not None:
+                self.cache.fill(batch, self.engine.compute_dtype)
+            batches.append(batch)
+        return batches
+
+    def _rate_factor(self) -> float:
+        phase, progress = self.job.phase, self.progress
+        if phase.max_minutes is not None:
+            spent_ratio = progress.elapsed_s / (60 * phase.max_minutes)
+            return timed_learning_rate_factor(progress.step, phase.warmup_steps, spent_ratio, phase.final_lr_ratio)
+        return learning_rate_factor(progress.step, self.total, phase.warmup_steps, phase.final_lr_ratio)
+
+    def _speed(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """What a log line says beside the losses."""
+        progress, started, scale = self.progress, self.started, self.engine.loss_scale
+        values: dict[str, Any] = {
+            "samples_per_s": (progress.samples - started.samples) / max(1e-9, progress.elapsed_s - started.elapsed_s),
+            "elapsed_s": progress.elapsed_s,
+            "save_stall_s": self.store.stalled_s + self.engine.copy_wait_s,
+        }
+        if scale is not None:
+            values |= {"loss_scale": scale["scale"], "overflows": progress.overflows}
+        if self.config.log_records:
+            mine = [name for batch in batches if not batch.muted for name in batch.record_ids]
+            values["records"] = [name for share in self.world.gather(mine) for name in share]
+        return values
+
+    def _save_if_due(self) -> None:
+        """Save, evaluate and stop where it is time for it."""
+        job, config, step = self.job, self.config, self.progress.step
+        ends_epoch = job.after_epoch is not None and job.plan.locate(step)[1] == 0
+        evaluates = bool(config.eval_steps) and step % (config.eval_steps or 1) == 0
+        stopping = self.world.any(stop_noted())  # all get the same answer, so all save or none does
+        if not (step % config.save_steps == 0 or ends_epoch or evaluates or stopping):
+            return
+        saved = self._save()
+        if stopping:
+            self.store.wait(required=True)  # it must not say "saved" of what is not on disk
+        if ends_epoch:  # behind the save: whatever becomes of it, the epoch is kept
+            self._end_epoch()
+        if stopping:
+            self.tracker.close()
+            raise Preempted(step)
+        if evaluates and job.after_save is not None and self.store.wait():
+            began = time.monotonic()
+            self._evaluate(saved)
+            self.began += time.monotonic() - began  # it does not count as training
+
+    def _save(self, *, final: bool = False) -> Path:
+        extra = {"data": _data_state(self.job.plan), "wandb_run_id": self.tracker.wandb_run_id}
+        return self.store.save(self.engine, self.progress, self.settings, extra, final=final)
+
+    def _end_epoch(self) -> None:
+        """What is to be done with the model once an epoch is saved."""
+        job = self.job
+        if job.after_epoch is not None:
+            with self.engine.whole():
+                job.after_epoch(job.model, job.plan.locate(self.progress.step - 1)[0] + 1)
+            job.model.train()
+
+    def _evaluate(self, saved: Path) -> None:
+        if self.job.after_save is not None:
+            self.job.after_save(saved)
+            self.tracker.log_evaluations(self.progress.step)
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """What a step draws (dropout) depends on these alone, so that no random state need be saved."""
+    torch.manual_seed(random.Random(f"{seed}:{step}:{rank}").getrandbits(63))
+
+
 def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[list[int], list[Sample]]]:
     """This process's micro-batches of a global batch, each with its samples' places in it.
 
@@ -79,118 +259,6 @@ def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tup
         places = list(range(world.rank * accumulation + micro, len(samples), parts))
         shares.append((places, [samples[place] for place in places]))
     return shares
-
-
-def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
-    """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
-    engine, progress, cache, wandb_run_id = _prepare(job, config, world)
-    store = CheckpointStore(
-        job.folder,
-        world,
-        keep_last=config.keep_last,
-        keep_best=config.keep_best,
-        keep_weights=config.keep_weights,
-        on_error=config.on_save_error,
-        in_background=config.background_saves,
-    )
-    total = min(job.total_steps, config.max_steps or job.total_steps)
-    if job.phase.max_minutes is not None:
-        total = config.max_steps or 10**9
-    elif world.rank == 0 and shortened_warmup(job.phase.warmup_steps, total) < job.phase.warmup_steps:
-        print(
-            f"{job.name}: warmup_steps {job.phase.warmup_steps} would be all of its {total} steps; the rate warms up "
-            "over a tenth of them instead"
-        )
-    settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
-    tracker = Tracker(
-        job.folder,
-        active=world.rank == 0,
-        name=job.name,
-        first_step=progress.step,
-        total_steps=None if job.phase.max_minutes else total,
-        project=config.wandb_project,
-        run_name=config.wandb_run_name,
-        settings=settings["config"],
-        wandb_run_id=wandb_run_id,
-    )
-    extra = {"data": _data_state(job.plan), "wandb_run_id": tracker.wandb_run_id}
-    model = job.model
-    model.train()
-    began, samples_began = time.monotonic(), progress.samples
-    elapsed_before, first_step = progress.elapsed_s, progress.step
-    with store, tracker.bar:  # closed before an error is printed, so that this has a line of its own
-        while progress.step < total and not _out_of_time(job, progress, world):
-            store.poll()
-            step = progress.step
-            epoch, _ = job.plan.locate(step)
-            samples = job.plan.batch(step)
-            forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
-            batches = _micro_batches(job, samples, step, forcing, engine, cache)
-            factor = _rate_factor(job, progress, total)
-            rates = {name: peak * factor for name, peak in _peak_rates(job.phase).items()}
-            _seed(config.seed, step, world.rank)
-            terms, _ = engine.train_step(batches, job.phase.loss_weights, rates, step)
-            progress.elapsed_s = elapsed_before + time.monotonic() - began
-            if engine.overflowed:  # nothing was learned: the same batch again, at the loss scale that is lower now
-                progress.overflows += 1
-                continue
-            progress.step, progress.samples = step + 1, progress.samples + len(samples)
-            logs = progress.step % config.log_steps == 0 or progress.step == total
-            speed = (progress.samples - samples_began) / max(1e-9, progress.elapsed_s - elapsed_before)
-            values = {
-                "epoch": epoch + 1,
-                "loss": terms,
-                "learning_rate": engine.rates,
-                "teacher_forcing": forcing,
-                "samples_per_s": speed,
-                "elapsed_s": progress.elapsed_s,
-                "save_stall_s": store.stalled_s + engine.copy_wait_s,
-            }
-            if engine.loss_scale is not None:
-                values |= {"loss_scale": engine.loss_scale["scale"], "overflows": progress.overflows}
-            if logs and config.log_records:
-                values["records"] = _record_ids(batches, world)
-            tracker.advance(progress.step, values if logs else None)
-            ends_epoch = job.after_epoch is not None and job.plan.locate(progress.step)[1] == 0
-            evaluates = bool(config.eval_steps) and progress.step % (config.eval_steps or 1) == 0
-            stopping = world.any(stop_noted())  # all get the same answer, so all save or none does
-            due = progress.step % config.save_steps == 0 or ends_epoch or evaluates or stopping
-            if progress.step < total and due:
-                saved = store.save(engine, progress, settings, extra)
-                if stopping:
-                    store.wait(required=True)  # it must not say "saved" of what is not on disk
-                if ends_epoch:  # behind the save: whatever becomes of it, the epoch is kept
-                    _end_epoch(job, engine, progress.step)
-                if stopping:
-                    tracker.close()
-                    raise Preempted(progress.step)
-                if evaluates and job.after_save is not None and store.wait():
-                    began += _evaluate(job.after_save, saved, tracker, progress.step)
-        if progress.step == first_step == 0:
-            raise RuntimeError(f"{job.name}: no step was done")
-        final = store.save(engine, progress, settings, extra, final=True)
-        _end_epoch(job, engine, progress.step)
-    if config.eval_steps and job.after_save is not None:
-        _evaluate(job.after_save, final, tracker, progress.step)
-    tracker.close()
-    model.freeze_backbone(False)
-    return final
-
-
-def _end_epoch(job: PhaseJob, engine: Engine, step: int) -> None:
-    """What is to be done with the model once the epoch that ends with `step` is saved."""
-    if job.after_epoch is not None:
-        with engine.whole():
-            job.after_epoch(job.model, job.plan.locate(step - 1)[0] + 1)
-        job.model.train()
-
-
-def _evaluate(after_save: Callable[[Path], None], saved: Path, tracker: Tracker, step: int) -> float:
-    """Seconds it took, which do not count as training."""
-    began = time.monotonic()
-    after_save(saved)
-    tracker.log_evaluations(step)
-    return time.monotonic() - began
 
 
 def _prepare(
@@ -246,52 +314,3 @@ def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: W
             f"{job.name}: the global batch stays {job.plan.global_batch}: {world.size} processes with "
             f"{job.accumulation} micro-batches per update"
         )
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    """What a step draws (dropout) depends on these alone, so that no random state need be saved."""
-    torch.manual_seed(random.Random(f"{seed}:{step}:{rank}").getrandbits(63))
-
-
-def _record_ids(batches: Sequence[Batch], world: World) -> list[str]:
-    mine = [name for batch in batches if not batch.muted for name in batch.record_ids]
-    return [name for share in world.gather(mine) for name in share]
-
-
-def _peak_rates(phase: PhaseConfig) -> dict[str, float]:
-    return {"auxiliary": phase.learning_rate} | {
-        name: phase.learning_rate * factor for name, factor in phase.multipliers.items()
-    }
-
-
-def _rate_factor(job: PhaseJob, progress: Progress, total: int) -> float:
-    phase = job.phase
-    if phase.max_minutes is not None:
-        spent_ratio = progress.elapsed_s / (60 * phase.max_minutes)
-        return timed_learning_rate_factor(progress.step, phase.warmup_steps, spent_ratio, phase.final_lr_ratio)
-    return learning_rate_factor(progress.step, total, phase.warmup_steps, phase.final_lr_ratio)
-
-
-def _out_of_time(job: PhaseJob, progress: Progress, world: World) -> bool:
-    if job.phase.max_minutes is None:
-        return False
-    spent = world.sum(torch.tensor(progress.elapsed_s, device=world.device)) / world.size
-    progress.elapsed_s = float(spent)
-    return progress.elapsed_s >= 60 * job.phase.max_minutes
-
-
-def _micro_batches(
-    job: PhaseJob, samples: Sequence[Sample], step: int, forcing: float, engine: Engine, cache: VisualCache | None
-) -> list[Batch]:
-    batches = []
-    for places, mine in deal(samples, engine.world, job.accumulation):
-        empty = not mine
-        batch = job.collator(
-            mine or samples[:1], step=step, places=places or [0], teacher_forcing=forcing, load_pictures=cache is None
-        )
-        if empty:  # every process must take part in the step; this share counts nothing
-            batch.mute()
-        if cache is not None:
-            cache.fill(batch, engine.compute_dtype)
-        batches.append(batch)
-    return batches
