@@ -124,7 +124,8 @@ def train(args: argparse.Namespace, data: Path, name: str, *settings: str) -> Pa
 
 def score(checkpoint: Path, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Metric -> its value for each test record."""
-    from embervlm.evaluation.evaluate import Evaluation, evaluate
+    from embervlm.evaluation.eval_data import Evaluation
+    from embervlm.evaluation.evaluate import evaluate
 
     _, samples = evaluate(
         Evaluation(

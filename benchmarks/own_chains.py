@@ -19,7 +19,9 @@ from tiny_run import REPOSITORY  # noqa: F401
 
 from embervlm.data.samples import known_boxes
 from embervlm.evaluation import own_steps
-from embervlm.evaluation.evaluate import BATCH_SIZE, EvalData, Evaluation, answer, load_eval_data, load_model, see
+from embervlm.evaluation.asked import load_model
+from embervlm.evaluation.batches import BATCH_SIZE, answer
+from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data
 from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
 from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.model.embervlm import EmberVLM
@@ -52,7 +54,7 @@ def main() -> None:
         chains += answer(model, data.pictures, data.records[start : start + BATCH_SIZE], Decoding())
     asked = OwnSteps(data.records, chains, data.domains, num_samples=args.num_samples)
     done = {}
-    for task in asked.tasks(args.checkpoint, lambda model, records: see(model, data.pictures, records), Decoding()):
+    for task in asked.tasks(args.checkpoint, data.see, Decoding()):
         done[task.key] = task.run(model)
     found: dict[str, Any] = {
         "own_steps": asked.result(done),
@@ -75,7 +77,7 @@ def looks(model: EmberVLM, data: EvalData, chains: list[dict[str, Any]]) -> list
         records = data.records[start : start + BATCH_SIZE]
         steps = [chain["reasoning_steps"] for chain in chains[start : start + BATCH_SIZE]]
         questions = [record.instruction for record in records]
-        for record, found in zip(records, explain_chains(model, *see(model, data.pictures, records), questions, steps)):
+        for record, found in zip(records, explain_chains(model, *data.see(model, records), questions, steps)):
             sample = {**found, "boxes": known_boxes(record.metadata)}
             out.append(looked_at(sample, record.metadata.get("seen") or ()))
     return out

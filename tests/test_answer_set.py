@@ -10,7 +10,7 @@ from training_helpers import CPU, TINY, make_tokenizer, write_model_yaml
 
 from embervlm.config import ConfigError, TrainConfig
 from embervlm.data.store import prepare
-from embervlm.evaluation.evaluate import Evaluation
+from embervlm.evaluation.eval_data import Evaluation
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding
 from embervlm.run.stages import Run, model_settings, told_answers

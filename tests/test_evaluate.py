@@ -13,6 +13,7 @@ from embervlm.cli import main
 from embervlm.config import ConfigError
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
+from embervlm.evaluation import asked as asked_module
 from embervlm.evaluation import evaluate as evaluation_module
 from embervlm.evaluation.calibration import (
     MIN_SAMPLES,
@@ -21,7 +22,9 @@ from embervlm.evaluation.calibration import (
     fit_temperature,
     reliability_bins,
 )
-from embervlm.evaluation.evaluate import METRICS, Evaluation, evaluate, evaluate_checkpoint, gains
+from embervlm.evaluation.eval_data import Evaluation
+from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
+from embervlm.evaluation.result import METRICS, gains
 from embervlm.evaluation.sharing import Journal
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, set_confidence
@@ -139,14 +142,14 @@ def test_chains_that_cannot_be_read_score_0_and_are_counted(checkpoint):
 
 
 def test_a_score_that_is_no_number_counts_as_0_and_none_reaches_the_file(checkpoint, tmp_path, monkeypatch):
-    judged = evaluation_module._score
+    judged = evaluation_module.scored
 
     def without_a_number(record, *rest):
         sample = judged(record, *rest)
         sample["scores"] = {**sample["scores"], "logical_flow_score": float("nan")}
         return sample
 
-    monkeypatch.setattr(evaluation_module, "_score", without_a_number)
+    monkeypatch.setattr(evaluation_module, "scored", without_a_number)
     result, _ = evaluate(Evaluation(checkpoint=checkpoint, compare=False, **options(num_samples=3)))
     assert result["metrics"]["logical_flow_score"] == 0 and result["intervals"]["logical_flow_score"] == [0, 0]
     run_dir.write_json_atomic(tmp_path / "eval.json", result)
@@ -163,7 +166,7 @@ class Killed(BaseException):
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpoint, tmp_path, monkeypatch, capsys):
     straight = evaluated(checkpoint, tmp_path / "straight" / "eval.json")
     asked = []
-    answer, add = evaluation_module.answer, Journal.add
+    answer, add = asked_module.answer, Journal.add
 
     def counted(model, pictures, records, decoding):
         asked.append(len(records))
@@ -174,7 +177,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpo
         if len(journal.done) == tasks:
             raise Killed
 
-    monkeypatch.setattr(evaluation_module, "answer", counted)
+    monkeypatch.setattr(asked_module, "answer", counted)
     evaluated(checkpoint, tmp_path / "counted" / "eval.json")
     whole = len(asked)
     path = tmp_path / "killed" / "eval.json"
@@ -240,9 +243,9 @@ def test_an_error_of_one_process_ends_both_at_once(checkpoint, tmp_path):
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from embervlm.evaluation import evaluate as module
+from embervlm.evaluation import asked, evaluate as module
 from embervlm.run.evaluate import evaluating_processes
-answer = module.answer
+answer = asked.answer
 
 def fails_on_one(model, pictures, records, decoding):
     if world.rank == 1:
@@ -250,7 +253,7 @@ def fails_on_one(model, pictures, records, decoding):
     return answer(model, pictures, records, decoding)
 
 with evaluating_processes() as world:
-    module.answer = fails_on_one
+    asked.answer = fails_on_one
     module.evaluate(module.Evaluation(checkpoint=Path({str(checkpoint)!r}), split="train", progress=False, world=world))
 """)
     found = run_ranks(script, processes=2, timeout_s=90)
@@ -266,7 +269,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
 from embervlm.errors import UserError
 from embervlm.run.evaluate import evaluating_processes
-from embervlm.evaluation.evaluate import Evaluation, load_eval_data
+from embervlm.evaluation.eval_data import Evaluation, load_eval_data
 
 with evaluating_processes() as world:
     job = Evaluation(checkpoint=Path({str(checkpoint)!r}), split="train", world=world)
@@ -333,12 +336,12 @@ def test_the_temperature_of_val_is_kept_for_from_pretrained(
 ):
     prompts = [record.instruction for record in read_records(scene_data / "reasoning_data.json")[:3]]
     monkeypatch.setattr("embervlm.evaluation.calibration.MIN_SAMPLES", 1)
-    judged = evaluation_module.answer
+    judged = asked_module.answer
 
     def with_answers(*given):  # an untrained model gives none
         return [{**result, "answer_set": result.get("head_answer", [])} for result in judged(*given)]
 
-    monkeypatch.setattr(evaluation_module, "answer", with_answers)
+    monkeypatch.setattr(asked_module, "answer", with_answers)
     result, samples = evaluated(checkpoint, tmp_path / "eval.json", faithfulness_samples=0)
     fitted = result["calibration"]["temperature"]
     assert run_dir.read_json(run_dir.calibration_path(checkpoint))["temperature"] == fitted

@@ -14,7 +14,8 @@ from embervlm.cli import main
 from embervlm.config_file import load_train_config
 from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records
-from embervlm.evaluation.evaluate import refuse_long_questions, see
+from embervlm.evaluation.asked import refuse_long_questions
+from embervlm.evaluation.batches import see
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, summarise
 from embervlm.model.embervlm import EmberVLM, build_model

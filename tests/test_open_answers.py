@@ -14,7 +14,7 @@ from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, mes
 from embervlm.curate.teachers.collection import Question
 from embervlm.data.dataset import encode_reasoning
 from embervlm.data.records import ReasoningRecord, read_records, write_records
-from embervlm.evaluation.evaluate import _values
+from embervlm.evaluation.result import _values
 from embervlm.judge.metrics import is_right
 from embervlm.model.generation import Decoding, generate_from_visual, look
 from embervlm.words.chain_text import parse_answer

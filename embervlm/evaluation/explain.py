@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from embervlm.data.collate import validator_inputs
+from embervlm.data.collate import padded, validator_inputs
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.data.samples import boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import step_probabilities
-from embervlm.words.chain_text import CONCLUSION
 
 
 @torch.inference_mode()
@@ -31,18 +30,16 @@ def explain_chains(
     Args:
         visual, seen: As `see` gives them, one row for each chain.
     """
-    assert model.tokenizer is not None
     prompts = model.tokenizer.encode_many(list(instructions))
-    steps = [_step_ids(model, chain) for chain in chains]
+    steps = [model.tokenizer.step_ids(chain) for chain in chains]
     start = model.tokenizer.ids["<|reasoning_start|>"]
     rows = [[*prompt, start, *(t for step in own for t in step)] for prompt, own in zip(prompts, steps)]
     unread = [place for place, row in enumerate(rows) if model.text_room is not None and len(row) > model.text_room]
     for place in unread:
         rows[place], steps[place] = rows[place][:1], []
-    length = max(map(len, rows))
-    input_ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=visual.device)
+    input_ids = padded(rows, 0).to(visual.device)
     lengths = torch.tensor([len(row) for row in rows], device=visual.device)
-    text_mask = torch.arange(length, device=visual.device) < lengths[:, None]
+    text_mask = torch.arange(input_ids.shape[1], device=visual.device) < lengths[:, None]
     hidden = model.read(visual, seen, input_ids, text_mask)
     hidden, attention = model.refine(hidden, input_ids, visual, seen, want_attention=True)
     assert attention is not None
@@ -100,14 +97,6 @@ def attention_by_thing(chains: Sequence[Sequence[Mapping[str, Sequence[float]]] 
     }
 
 
-def _step_ids(model: EmberVLM, chain: Sequence[str]) -> list[list[int]]:
-    """Each step's ids with the token that opens it."""
-    assert model.tokenizer is not None
-    marks = [model.tokenizer.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in chain]
-    texts = model.tokenizer.encode_many([" " + step.removeprefix(CONCLUSION) for step in chain])
-    return [[mark, *text] for mark, text in zip(marks, texts)]
-
-
 def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: int) -> dict[str, Any]:
     steps = []
     for start, end in spans:
@@ -133,36 +122,26 @@ def _validator_scores(
     """
     if not steps:
         return []
-    question, chain_start = len(prompt), len(prompt)
     scores: list[float | None] = [None] * len(steps)
-    begun, limit = ids[chain_start:].tolist(), model.max_pair_tokens
-    texts = [(prompt, begun[: start - chain_start], step) for (start, _), step in zip(spans, steps)]
+    begun, limit = ids[len(prompt) :].tolist(), model.max_pair_tokens
+    texts = [(prompt, begun[: start - len(prompt)], step) for (start, _), step in zip(spans, steps)]
     whole = [index for index, text in enumerate(texts) if fit_pair(*text, limit) == text]
     if whole:
-        first = spans[0][0]
-        last = spans[whole[-1]][1]
+        pairs = {k: v.to(ids.device) for k, v in validator_inputs([texts[index] for index in whole], limit).items()}
+        segments, mask = pairs["pair_segments"], pairs["pair_mask"]
+        (first, _), (batch, last) = spans[0], segments.shape
         logits = model.token_logits(hidden[first - 1 : last - 1]).float()
-        surprise = F.cross_entropy(logits, ids[first:last], reduction="none")
-        batch = len(whole)
-        segments = torch.full((batch, last), PAIR_SEGMENTS.index("previous"), device=hidden.device)
-        segments[:, :question] = PAIR_SEGMENTS.index("question")
-        unexpected = hidden.new_zeros(batch, last)
-        mask = torch.zeros(batch, last, dtype=torch.bool, device=hidden.device)
-        for row, index in enumerate(whole):
-            start, end = spans[index]
-            segments[row, start:end] = PAIR_SEGMENTS.index("step")
-            unexpected[row, start:end] = surprise[start - first : end - first]
-            mask[row, :end] = True
+        surprise = F.pad(F.cross_entropy(logits, ids[first:last], reduction="none"), (first, 0))
         found = model.reasoning_module.step_validator(
             visual.expand(batch, -1, -1),
             seen.expand(batch),
             hidden[:last].expand(batch, -1, -1),
-            unexpected,
+            surprise * (segments == PAIR_SEGMENTS.index("step")),
             segments,
             mask,
         )
-        for index, logit in zip(whole, found.sigmoid().tolist()):
-            scores[index] = logit
+        for index, score in zip(whole, found.sigmoid().tolist()):
+            scores[index] = score
     if cut := [index for index in range(len(steps)) if scores[index] is None]:
         inputs = validator_inputs([texts[index] for index in cut], limit)
         found = model.judge_steps(
@@ -170,6 +149,6 @@ def _validator_scores(
             seen.expand(len(cut)),
             **{name: value.to(visual.device) for name, value in inputs.items()},
         )
-        for index, logit in zip(cut, found.sigmoid().tolist()):
-            scores[index] = logit
+        for index, score in zip(cut, found.sigmoid().tolist()):
+            scores[index] = score
     return [round(score, 4) for score in scores if score is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embervlm.data.collate import padded
 from embervlm.data.dataset import num_fact_steps, question_key, scene_key
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import step_texts
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
+from embervlm.evaluation.batches import See, alike, chunks, found_by, in_order, tasks_of
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.model.embervlm import EmberVLM
@@ -35,11 +37,7 @@ GAIN_SAMPLES = 32
 """Records of these whose information gain is measured: it reads every chain once for each of its steps."""
 FRACTIONS = (0.25, 0.5, 0.75)
 """Parts of its chain after which the model is made to conclude."""
-BATCH_SIZE = 64
 GAIN_BATCH = 16
-
-See = Callable[[EmberVLM, Sequence[ReasoningRecord]], tuple[Tensor, Tensor]]
-"""Visual tokens of the records' pictures, and which have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +64,28 @@ class Faithfulness:
         self._places = choose(len(records), num_samples)
         self._records, self._chains = records, chains
         self._probes, self._dropped = probes_of(records, chains, self._places)
-        self._batches = _in_batches(self._probes)
+        self._batches = alike(
+            (probe.concludes, len(probe.record.instruction) + sum(map(len, probe.steps))) for probe in self._probes
+        )
 
     def tasks(self, checkpoint: Path, see: See, decoding: Decoding) -> list[Task]:
-        def asking(batch: Sequence[int]) -> Callable[[EmberVLM], list[dict[str, Any]]]:
-            return lambda model: go_on(model, see, [self._probes[place] for place in batch], decoding)
+        def ask(batch: Sequence[int], model: EmberVLM) -> list[dict[str, Any]]:
+            return go_on(model, see, [self._probes[place] for place in batch], decoding)
 
-        def gaining(part: Sequence[int]) -> Callable[[EmberVLM], list[list[float]]]:
-            records, chains = [self._records[place] for place in part], [self._chains[place] for place in part]
-            return lambda model: answer_log_probs(model, see, records, chains)
+        def gain(batch: Sequence[int], model: EmberVLM) -> list[list[float]]:
+            records, chains = [self._records[place] for place in batch], [self._chains[place] for place in batch]
+            return answer_log_probs(model, see, records, chains)
 
         places = self._places[:: max(1, len(self._places) // GAIN_SAMPLES)][:GAIN_SAMPLES]
-        parts = [places[start : start + GAIN_BATCH] for start in range(0, len(places), GAIN_BATCH)]
         return [
-            *(
-                Task(name="probes", number=number, checkpoint=checkpoint, num_records=len(batch), run=asking(batch))
-                for number, batch in enumerate(self._batches)
-            ),
-            *(
-                Task(name="gains", number=number, checkpoint=checkpoint, num_records=0, run=gaining(part))
-                for number, part in enumerate(parts)
-            ),
+            *tasks_of("probes", checkpoint, self._batches, ask),
+            *tasks_of("gains", checkpoint, chunks(places, GAIN_BATCH), gain, counted=False),
         ]
 
     def result(self, done: Mapping[Key, Any]) -> dict[str, Any]:
         """The `faithfulness` block of the evaluation, without what the evaluation knows itself."""
-        answers: list[dict[str, Any]] = [{} for _ in self._probes]
-        for number, batch in enumerate(self._batches):
-            for place, answer in zip(batch, done["probes", number]):
-                answers[place] = answer
-        gained = sorted(key for key in done if key[0] == "gains")
-        log_probs = [row for key in gained for row in done[key]]
+        answers = in_order("probes", self._batches, done)
+        log_probs = [row for part in found_by("gains", done) for row in part]
         return {"num_samples": len(self._places), **summarise(self._probes, answers, log_probs, self._dropped)}
 
 
@@ -203,42 +192,27 @@ def _without_conclusion(steps: Sequence[str]) -> list[str]:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
-def _in_batches(probes: Sequence[Probe]) -> list[list[int]]:
-    """Places of the probes; those of like length are answered together."""
-
-    def length(place: int) -> int:
-        probe = probes[place]
-        return len(probe.record.instruction) + sum(map(len, probe.steps))
-
-    order = sorted(range(len(probes)), key=lambda place: (probes[place].concludes, length(place), place))
-    return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
-
-
 def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding) -> list[dict[str, Any]]:
     """The answers to which a batch of begun chains leads: the written one and the answer head's.
 
     `{"no_room": True}` for one that leaves the language model no room for an answer.
     """
-    tokenizer, room = _tokenizer(model), model.text_room
-    begun = [[*_chain(tokenizer, probe.steps), *_opening(tokenizer, probe.concludes)] for probe in probes]
+    tokenizer, room = model.tokenizer, model.text_room
+    begun = [_begun(tokenizer, probe.steps, probe.concludes) for probe in probes]
+    out: list[dict[str, Any]] = [{"no_room": True} for _ in probes]
+    fitting = list(range(len(probes)))
     if room is not None:  # a chain that is begun may leave none for an answer
         taken = [len(tokenizer.encode(probe.record.instruction)) + 1 + len(ids) for probe, ids in zip(probes, begun)]
-        fitting = [place for place, length in enumerate(taken) if length < room]
-        if len(fitting) < len(probes):
-            found = go_on(model, see, [probes[place] for place in fitting], decoding) if fitting else []
-            out: list[dict[str, Any]] = [{"no_room": True} for _ in probes]
-            for place, answer in zip(fitting, found):
-                out[place] = answer
-            return out
-    records = [probe.record for probe in probes]
+        fitting = [place for place in fitting if taken[place] < room]
+    if not fitting:
+        return out
+    records = [probes[place].record for place in fitting]
     own = [record.candidates for record in records]
-    visual, seen = see(model, records)
     texts = [record.instruction for record in records]
-    results = generate_from_visual(model, visual, seen, texts, decoding, own, begun)
-    return [
-        {"answer_set": r["answer_set"], "head_answer": r.get("head_answer", []), "cut_off": r["cut_off"]}
-        for r in results
-    ]
+    ids = [begun[place] for place in fitting]
+    for place, found in zip(fitting, generate_from_visual(model, *see(model, records), texts, decoding, own, ids)):
+        out[place] = {name: found.get(name, []) for name in ("answer_set", "head_answer", "cut_off")}
+    return out
 
 
 @torch.inference_mode()
@@ -249,8 +223,7 @@ def answer_log_probs(
 
     [] for one that the language model cannot read with them.
     """
-    tokenizer = _tokenizer(model)
-    device = model.projection.norm.weight.device
+    tokenizer, room = model.tokenizer, model.text_room
     visual, seen = see(model, records)
     rows: list[tuple[int, list[int], int]] = []  # record, text, where the scored part starts
     for place, (record, chain) in enumerate(zip(records, chains)):
@@ -260,48 +233,40 @@ def answer_log_probs(
         gold = [] if conclusion is None else tokenizer.encode(" " + conclusion)
         gold = [*gold, tokenizer.ids["<|reasoning_end|>"], tokenizer.ids["<|answer_start|>"]]
         gold += [*tokenizer.encode(" " + ", ".join(record.answer)), tokenizer.ids["<|answer_end|>"]]
-        for count in range(len(steps) + 1):
-            begun = [*prompt, *_chain(tokenizer, steps[:count]), *_opening(tokenizer, conclusion is not None)]
-            rows.append((place, [*begun, *gold], len(begun)))
-    if model.text_room is not None:
-        too_long = {place for place, ids, _ in rows if len(ids) > model.text_room}
-        rows = [row for row in rows if row[0] not in too_long]
+        starts = [[*prompt, *_begun(tokenizer, steps[:n], conclusion is not None)] for n in range(len(steps) + 1)]
+        if room is None or max(map(len, starts)) + len(gold) <= room:
+            rows += [(place, [*begun, *gold], len(begun)) for begun in starts]
     log_probs = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    for first in range(0, len(order), BATCH_SIZE):
-        part = order[first : first + BATCH_SIZE]
-        length = max(len(rows[row][1]) for row in part)
-        ids = torch.tensor([[*rows[row][1], *[0] * (length - len(rows[row][1]))] for row in part], device=device)
-        mask = torch.arange(length, device=device) < torch.tensor([[len(rows[row][1])] for row in part], device=device)
-        owner = torch.tensor([rows[row][0] for row in part], device=device)
-        index = [
-            at * length + position - 1
-            for at, row in enumerate(part)
-            for position in range(rows[row][2], len(rows[row][1]))
-        ]
-        scored = torch.tensor(index, device=device)
-        out = model(input_ids=ids, text_mask=mask, image_mask=seen[owner], visual=visual[owner], score_index=scored)
-        found = out.token_logits.float().log_softmax(-1).gather(1, ids.flatten()[scored + 1][:, None])[:, 0]
-        sums = torch.zeros(len(part), device=device).index_add(0, scored // length, found)
-        for row, value in zip(part, sums.tolist()):
+    for batch in alike(len(ids) for _, ids, _ in rows):
+        for row, value in zip(batch, _log_probs(model, visual, seen, [rows[row] for row in batch])):
             log_probs[row] = value
-    out_rows: list[list[float]] = [[] for _ in records]
+    out: list[list[float]] = [[] for _ in records]
     for (place, _, _), value in zip(rows, log_probs):
-        out_rows[place].append(value)
-    return out_rows
+        out[place].append(value)
+    return out
 
 
-def _chain(tokenizer: ReasoningTokenizer, steps: Sequence[str]) -> list[int]:
-    return tokenizer.chain_ids(tokenizer.encode_many([" " + step for step in steps]), None)[1:-1]
+def _log_probs(
+    model: EmberVLM, visual: Tensor, seen: Tensor, rows: Sequence[tuple[int, list[int], int]]
+) -> list[float]:
+    """Summed log-probability of each text from where its scored part starts; `rows` as in `answer_log_probs`."""
+    ids = padded([text for _, text, _ in rows], 0).to(visual.device)
+    batch, length = ids.shape
+    mask = torch.arange(length, device=ids.device) < torch.tensor(
+        [[len(text)] for _, text, _ in rows], device=ids.device
+    )
+    owner = torch.tensor([place for place, _, _ in rows], device=ids.device)
+    index = [at * length + i - 1 for at, (_, text, start) in enumerate(rows) for i in range(start, len(text))]
+    scored = torch.tensor(index, device=ids.device)
+    out = model(input_ids=ids, text_mask=mask, image_mask=seen[owner], visual=visual[owner], score_index=scored)
+    found = out.token_logits.float().log_softmax(-1).gather(1, ids.flatten()[scored + 1][:, None])[:, 0]
+    return torch.zeros(batch, device=ids.device).index_add(0, scored // length, found).tolist()  # type: ignore[no-any-return]
 
 
-def _opening(tokenizer: ReasoningTokenizer, concludes: bool) -> list[int]:
-    return [tokenizer.ids["<|conclusion|>"]] if concludes else []
-
-
-def _tokenizer(model: EmberVLM) -> ReasoningTokenizer:
-    assert model.tokenizer is not None
-    return model.tokenizer
+def _begun(tokenizer: ReasoningTokenizer, steps: Sequence[str], concludes: bool) -> list[int]:
+    """The ids of a chain's `steps`, and where it `concludes` of what opens the conclusion."""
+    opening = [tokenizer.ids["<|conclusion|>"]] if concludes else []
+    return [token for ids in (*tokenizer.step_ids(steps), opening) for token in ids]
 
 
 # -- what came out ---------------------------------------------------------------------------------------------------

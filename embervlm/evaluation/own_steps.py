@@ -6,7 +6,7 @@ the record (`judge_steps`); steps behind a chain's first wrong one are not asked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from embervlm.data.records import ReasoningRecord
+from embervlm.evaluation.batches import See, chunks, found_by, known_of, mean, tasks_of
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import balanced_accuracy, is_right
-from embervlm.judge.reading import ChainContext
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 
@@ -47,58 +47,39 @@ class OwnSteps:
         self._places = known[:: -(-len(known) // num_samples) or 1][:num_samples]
         self._records, self._chains, self._domains = records, chains, domains
 
-    def tasks(self, checkpoint: Path, see: Callable[..., Any], decoding: Decoding) -> list[Task]:
-        drawn = replace(decoding, temperature=TEMPERATURE, top_p=1.0)
+    def tasks(self, checkpoint: Path, see: See, decoding: Decoding) -> list[Task]:
+        batches = chunks(self._places, BATCH_SIZE)
 
-        def asking(number: int, places: Sequence[int]) -> Callable[[EmberVLM], dict[str, Any]]:
-            records = [self._records[place] for place in places]
-            greedy = [self._chains[place] for place in places]
-            settings = replace(drawn, seed=decoding.seed + number)
+        def ask(batch: Sequence[int], model: EmberVLM) -> dict[str, Any]:
+            records = [self._records[place] for place in batch]
+            seed = decoding.seed + batches.index(batch)
+            drawn = replace(decoding, temperature=TEMPERATURE, top_p=1.0, seed=seed)
+            visual, seen = see(model, records)
+            asked = [record.instruction for record in records]
+            own = [record.candidates for record in records]
+            found = generate_from_visual(model, visual, seen, asked, drawn, own)
+            out = {}
+            for name, chains in (("greedy", [self._chains[place] for place in batch]), ("drawn", found)):
+                scores = explain_chains(model, visual, seen, asked, [chain["reasoning_steps"] for chain in chains])
+                out[name] = [
+                    self._judged(record, chain, score["validator_scores"])
+                    for record, chain, score in zip(records, chains, scores)
+                ]
+            return out
 
-            def ask(model: EmberVLM) -> dict[str, Any]:
-                visual, seen = see(model, records)
-                asked = [record.instruction for record in records]
-                own = [record.candidates for record in records]
-                found = generate_from_visual(model, visual, seen, asked, settings, own)
-                out = {}
-                for name, chains in (("greedy", greedy), ("drawn", found)):
-                    steps = [chain["reasoning_steps"] for chain in chains]
-                    scores = explain_chains(model, visual, seen, asked, steps)
-                    out[name] = [
-                        self._judged(record, chain, score["validator_scores"])
-                        for record, chain, score in zip(records, chains, scores)
-                    ]
-                return out
-
-            return ask
-
-        parts = [self._places[start : start + BATCH_SIZE] for start in range(0, len(self._places), BATCH_SIZE)]
-        return [
-            Task(
-                name="own steps", number=number, checkpoint=checkpoint, num_records=len(part), run=asking(number, part)
-            )
-            for number, part in enumerate(parts)
-        ]
+        return tasks_of("own steps", checkpoint, batches, ask)
 
     def _judged(
         self, record: ReasoningRecord, chain: Mapping[str, Any], scores: Sequence[float]
     ) -> tuple[list[bool], list[float], bool]:
         """For each step whether it is right and its score, and whether the answer is right."""
-        context = ChainContext(
-            instruction=record.instruction,
-            facts=record.metadata.get("facts") or {},
-            domains=self._domains,
-            reference_steps=record.steps,
-            answer=frozenset(chain["answer_set"]),
-            gold_answer=frozenset(record.answer),
-            candidates=frozenset(record.candidates),
-        )
-        right = [fault.contradicted is None for fault in judge_steps(chain["reasoning_steps"], context)]
+        faults = judge_steps(chain["reasoning_steps"], known_of(record, self._domains, chain["answer_set"]))
+        right = [fault.contradicted is None for fault in faults]
         return right, list(scores), is_right(chain["answer_set"], record)
 
     def result(self, done: Mapping[Key, Any]) -> dict[str, Any] | None:
         """For greedy and drawn chains what `summarise` gives; None where no record has known facts."""
-        found = [done[key] for key in sorted(key for key in done if key[0] == "own steps")]
+        found = found_by("own steps", done)
         if not found:
             return None
         return {
@@ -128,9 +109,9 @@ def summarise(chains: Sequence[tuple[Sequence[bool], Sequence[float], bool]]) ->
         "balanced_accuracy": balanced_accuracy(labels, [score > VALID for score in scores]) if both else None,
         "auroc": auroc(labels, scores) if both else None,
         "right_chains": len(passed[True]),
-        "right_chains_passed": _mean(passed[True]),
+        "right_chains_passed": mean(passed[True]),
         "wrong_chains": len(passed[False]),
-        "wrong_chains_passed": _mean(passed[False]),
+        "wrong_chains_passed": mean(passed[False]),
     }
 
 
@@ -140,7 +121,3 @@ def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
     ranks = rankdata(scores)
     num = int(valid.sum())
     return float((ranks[valid].sum() - num * (num + 1) / 2) / (num * (len(valid) - num)))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None

@@ -27,10 +27,10 @@ from embervlm.curate.teachers.collection import (
 from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.shard import Shard
-from embervlm.evaluation.evaluate import BATCH_SIZE, cut_off_reasons, load_model, see
+from embervlm.evaluation.asked import load_model
+from embervlm.evaluation.batches import BATCH_SIZE, cut_off_reasons, known_of, see
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import is_right
-from embervlm.judge.reading import ChainContext
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
@@ -190,15 +190,7 @@ class _Writer:
                 return "steps: the text of one holds the beginning of another"
         except Rejected as error:
             return str(error)
-        context = ChainContext(
-            instruction=record.instruction,
-            facts=record.metadata.get("facts") or {},
-            domains=self.domains,
-            reference_steps=record.steps,
-            answer=frozenset(record.answer),
-            gold_answer=frozenset(record.answer),
-            candidates=frozenset(record.candidates),
-        )
+        context = known_of(record, self.domains, record.answer)
         for number, fault in enumerate(judge_steps(steps, context), 1):
             if found := fault.contradicted or fault.redundant or fault.unsupported:
                 return f"rules: step {number} {found}"

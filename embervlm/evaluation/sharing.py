@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,7 @@ def share_out(
     bar.total = (bar.total or 0) + sum(task.num_records for task in tasks)
     bar.update(sum(task.num_records for task in tasks if task.key in known))
     mine: dict[Key, Any] = {}
-    failed: Exception | None = None
-    try:
+    with failing_together(world):
         for turn, place in enumerate(range(0, len(left), world.size)):
             # Tasks of a kind grow longer one by one: dealt there and back, so that the last process gets no more
             own = place + (world.size - 1 - world.rank if turn % 2 else world.rank)
@@ -113,16 +113,19 @@ def share_out(
                 mine[task.key] = json.loads(json.dumps(task.run(load(task.checkpoint))))  # alike, read from disk or not
                 journal.add(task.key, mine[task.key])
             bar.update(sum(task.num_records for task in left[place : place + world.size]))
-    except Exception as error:
-        failed = error
-    raise_together(world, failed)
     for share in world.gather(mine):
         known |= share
     return known
 
 
-def raise_together(world: World, failed: Exception | None) -> None:
-    """Raise this process's error, or one that says what another met. Call it on every process."""
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """What goes wrong in here on one process is raised on all, so that none waits for it. Enter it on every process."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
     said = None if failed is None else (isinstance(failed, UserError), f"{type(failed).__name__}: {failed}")
     found = world.gather(said)
     if failed is not None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from embervlm import run_dir
 from embervlm.evaluation.analysis import analysis_text, sample_text, samples_verdict
-from embervlm.evaluation.evaluate import Evaluation, evaluate
+from embervlm.evaluation.eval_data import Evaluation
+from embervlm.evaluation.evaluate import evaluate
 from embervlm.evaluation.transition import check_transition, transition_text
 from embervlm.model.generation import Decoding
 from embervlm.options import chosen

@@ -12,7 +12,9 @@ from typing import Any
 from embervlm import run_dir
 from embervlm.config import ConfigError
 from embervlm.evaluation import evaluate as evaluation
-from embervlm.evaluation.evaluate import METRICS, Evaluation, keep_in_checkpoint
+from embervlm.evaluation.eval_data import Evaluation
+from embervlm.evaluation.evaluate import keep_in_checkpoint
+from embervlm.evaluation.result import METRICS
 from embervlm.model.generation import Decoding
 from embervlm.options import add_flag, chosen
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
@@ -130,7 +132,7 @@ def evaluate_to_file(
         checkpoint=checkpoint, split=split, explained=explain_samples if save_samples else 0, partial=partial, **options
     )
     result, samples = evaluation.evaluate(job)
-    if job.world is not None and job.world.rank > 0:
+    if job.world.rank > 0:
         return result
     whole = "all" in reasoning_metrics
     if not whole:

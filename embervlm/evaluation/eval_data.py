@@ -1,0 +1,171 @@
+"""What to evaluate, and its data: the records of a split, and what the metrics learn from the training split."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embervlm import run_dir
+from embervlm.config import ConfigError
+from embervlm.data.facts import fact_domains
+from embervlm.data.images import PictureCache
+from embervlm.data.records import ReasoningRecord, read_records
+from embervlm.data.sources import source_files
+from embervlm.data.splits import SPLITS
+from embervlm.data.store import RecordStore, prepare
+from embervlm.evaluation.batches import see
+from embervlm.evaluation.faithfulness import NUM_SAMPLES
+from embervlm.evaluation.sharing import failing_together
+from embervlm.judge.backends import EMBEDDED
+from embervlm.judge.metrics import ChainScorer
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.generation import Decoding
+from embervlm.world import World
+
+MAX_REFERENCE_RECORDS = 20_000
+"""Training records, evenly spaced, from which the metrics learn orders and facts."""
+CALIBRATION_RECORDS = 200
+"""Of the val split, to fit the temperature of `confidence` on."""
+
+
+def alone() -> World:
+    """This process without others, on the GPU where there is one."""
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What to evaluate, and where the data is. Everything left out comes from the checkpoint's own record."""
+
+    checkpoint: Path
+    split: str = "test"
+    num_samples: int | None = None
+    reasoning_data: str | None = None
+    image_root: str | None = None
+    allow_outside: bool | None = None
+    test_set: str | None = None
+    """A file of which all records are evaluated, whatever split they would fall into; `split` only names them then."""
+    decoding: Decoding = field(default_factory=Decoding)
+    compare: bool = True
+    """Also the baselines, no picture and the swapped picture, not only the chains."""
+    explained: int = 0
+    """Samples that also get their attention and the validator's scores."""
+    faithfulness_samples: int = NUM_SAMPLES
+    """Records of which it is also asked whether the answer comes from the chain; 0, or without `compare`: none."""
+    progress: bool = True
+    world: World = field(default_factory=alone)
+    """The processes that share the work."""
+    similarity: str = EMBEDDED
+    entailment: str = EMBEDDED
+    """Who judges the chains: `embedded`, or the id or folder of a model."""
+    partial: Path | None = None
+    """Folder that keeps finished batches until the evaluation is written."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ConfigError(f"--num_samples {self.num_samples}: there is nothing to evaluate; give at least 1")
+        if self.decoding.candidates:
+            raise ConfigError("decoding.candidates: an evaluation takes each record's own; write them into the records")
+        if self.explained < 0:
+            raise ConfigError(f"--explain_samples {self.explained}: give 0 or more")
+        if self.faithfulness_samples < 0:
+            raise ConfigError(f"--faithfulness_samples {self.faithfulness_samples}: give 0 or more")
+
+
+@dataclass(kw_only=True)
+class EvalData:
+    """Records of one split, and what the metrics learn from the training split."""
+
+    records: list[ReasoningRecord]
+    pictures: PictureCache
+    scorer: ChainScorer | None
+    """On process 0, which alone scores."""
+    domains: Mapping[str, frozenset[str]]
+    val: list[ReasoningRecord] = field(default_factory=list)
+    """Where the split is another one: records to calibrate on."""
+
+    def see(self, model: EmberVLM, records: Sequence[ReasoningRecord]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual tokens of the records' pictures, and which have one."""
+        return see(model, self.pictures, records)
+
+
+def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
+    """Records of the split, with what the metrics take from the training split."""
+    if job.split not in SPLITS:
+        raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
+    made_with = run_dir.trained_with(job.checkpoint)
+    path = named = job.reasoning_data or made_with.get("reasoning_data")
+    outside = bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside
+    if path and not all(file.exists() for file in source_files(path) or [Path(path)]):
+        path = None
+    if not path and job.test_set is None:
+        raise ConfigError(
+            f"{job.checkpoint}: its data {named or '(not recorded)'} is not there; name the file with --reasoning_data"
+        )
+    cache = Path(made_with["output_dir"]) / "cache" if made_with.get("output_dir") else None
+    root = (None if job.test_set else job.image_root) or made_with.get("image_root")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        store = prepare(path, elsewhere, ready_in=cache, image_root=root, allow_outside=outside) if path else None
+        return _eval_data(job, store, outside, job.test_set or path or "", image_size, elsewhere)
+
+
+def _eval_data(
+    job: Evaluation, store: RecordStore | None, outside: bool, path: str, image_size: int, unpack_dir: str
+) -> EvalData:
+    splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
+    train = splits["train"]
+    if job.test_set is not None:
+        splits[job.split] = _read_test_set(job, outside, known=train, unpack_dir=unpack_dir)
+    if not splits[job.split]:
+        raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
+    records = _some(splits[job.split], job.num_samples)
+    reference = list(train[:: -(-len(train) // MAX_REFERENCE_RECORDS)]) if train else records
+    domains = fact_domains([*reference, *records])
+    val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
+    return EvalData(
+        records=records,
+        pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
+        scorer=_scorer(job, reference, domains),
+        domains=domains,
+        val=val,
+    )
+
+
+def _scorer(
+    job: Evaluation, reference: Sequence[ReasoningRecord], domains: Mapping[str, frozenset[str]]
+) -> ChainScorer | None:
+    """The judge, fitted where it is needed: on process 0."""
+    with failing_together(job.world):
+        if job.world.rank > 0:
+            return None
+        chains = [record.steps for record in reference if record.steps]
+        return ChainScorer.fit(chains, domains, similarity=job.similarity, entailment=job.entailment)
+
+
+def _read_test_set(
+    job: Evaluation, outside: bool, known: Sequence[ReasoningRecord], unpack_dir: str
+) -> list[ReasoningRecord]:
+    """All records of the file, with a warning of those that were trained on."""
+    assert job.test_set is not None
+    if not Path(job.test_set).exists():
+        raise ConfigError(f"--test_set {job.test_set}: no such file")
+    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside, unpack_dir=unpack_dir))
+    asked = {(record.image, record.instruction, record.steps) for record in records}
+    seen = len({key for record in known if (key := (record.image, record.instruction, record.steps)) in asked})
+    if seen and job.world.rank == 0:
+        print(
+            f"{seen} of the {len(records)} records of {job.test_set} were trained on; they say nothing about new ones"
+        )
+    return records
+
+
+def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:
+    """At most `count`, the same ones every time."""
+    if count is None or count >= len(records):
+        return list(records)
+    return [records[int(index)] for index in sorted(np.random.default_rng(0).permutation(len(records))[:count])]
