@@ -74,7 +74,7 @@ def test_a_layer_keeps_34_s_b_h_bytes_for_its_backward_pass() -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from embervlm.run.plan import trace
+    from embervlm.run.plan_counts import trace
 
     batch, length, hidden = 4, 32, 64
     block = layer()
@@ -98,7 +98,7 @@ def test_a_transformers_step_takes_6_operations_per_parameter_and_token() -> Non
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from embervlm.run.plan import trace
+    from embervlm.run.plan_counts import trace
 
     block = layer()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -112,7 +112,7 @@ def test_a_transformers_step_takes_6_operations_per_parameter_and_token() -> Non
 @pytest.mark.parametrize("phase", [PhaseConfig(freeze_backbone=True), PHASE2], ids=["phase1", "phase2"])
 def test_fake_tensors_count_what_real_ones_cost(phase: PhaseConfig, tiny_settings: dict[str, Any]) -> None:
     from embervlm.model.embervlm import build_model
-    from embervlm.run.plan import count_micro_batch, micro_batch, prepare, step_on
+    from embervlm.run.plan_counts import count_micro_batch, micro_batch, prepare, step_on
 
     stage = StageConfig(batch_size=3)
     lengths: dict[str, Any] = {"question_tokens": 8, "chain_tokens": 24, "cached_pictures": phase.freeze_backbone}

@@ -140,7 +140,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 def _checked_as(*, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
     """What training with these flags would hold the data against."""
     from embervlm.curate.findings import CheckOptions
-    from embervlm.run.plan import empty_model
+    from embervlm.run.plan_counts import empty_model
 
     settings = model_preset(model)
     built, language = empty_model(settings), settings["language"]

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
-from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, StageConfig, TrainConfig
-from embervlm.config_file import load_train_config
+from embervlm.config import BACKBONE, REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, TrainConfig
+from embervlm.config_file import load_train_config, model_preset
+from embervlm.model.embervlm import EmberVLM
 from embervlm.progress import progress_bar
-
-if TYPE_CHECKING:
-    from embervlm.data.collate import Batch
-    from embervlm.model.embervlm import EmberVLM
-    from embervlm.training.module import TrainingModule
+from embervlm.run.plan_counts import MicroBatch, count_micro_batch, empty_model
+from embervlm.training.visual_cache import MAX_BYTES
 
 ZERO_STAGES = (0, 1, 2, 3)
 GB = 1e9
@@ -37,10 +34,8 @@ OPERATOR_S = 7e-6
 """Time that the host is assumed to need for one operator of eager PyTorch; a small micro-batch waits for it."""
 TRAIN_RATIO = 0.8
 """Share of the records that `embervlm.data.splits` gives to training."""
-ANSWER_TOKENS = 16
 QUESTION_TOKENS = 128
 """Of a question, where the run does not say."""
-"""Scored tokens of a record that is answered directly."""
 GUIDE_MINUTES = {"v100x1": (180, 360), "v100x2": (90, 210), "a100x4": (45, 90), "a100x8": (25, 45)}
 """Recipe -> (phase 1, phase 2): the guide's table of expected training times."""
 GUIDE_MEMORY_GB = (14.0, 20.0)
@@ -64,17 +59,6 @@ GPUS = {
     "v100": Gpu(memory_gb=16, flops={"fp32": 15.7e12, "fp16": 125e12}, link_bytes_per_s=150e9),
     "a100": Gpu(memory_gb=40, flops={"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12}, link_bytes_per_s=300e9),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """One micro-batch, forward and backward, on one GPU."""
-
-    flops: float
-    operators: int
-    """Calls of PyTorch operators."""
-    activation_bytes: int
-    """Most that is alive at once beside parameters; the logits and their gradient are the larger part of it."""
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------
@@ -117,193 +101,6 @@ def optimizer_steps(records: int, phase: PhaseConfig, global_batch: int) -> int:
     return -(-round(records * TRAIN_RATIO) // global_batch) * phase.epochs
 
 
-# -- counting --------------------------------------------------------------------------------------------------------
-
-
-def empty_model(settings: dict[str, Any]) -> EmberVLM:
-    """The model of a preset with shapes and no weights (PyTorch's meta device)."""
-    import torch
-
-    from embervlm.model.embervlm import build_model
-
-    with torch.device("meta"):
-        return build_model(settings, load_pretrained=False)
-
-
-def trace(run: Callable[[], Any]) -> MicroBatch:
-    """What `run` costs, on fake tensors or real ones."""
-    import torch
-    from torch.nn import functional as F
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    class OnGpu(TorchFunctionMode):
-        """Attention as a GPU's fused kernels compute it: no weights are kept, nor a mask of their dropout."""
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = dict(kwargs or {})
-            if func is F.scaled_dot_product_attention:
-                kwargs["dropout_p"] = 0.0
-            if func is torch.Tensor.nonzero:  # fake tensors have no contents; the validator reads a step in four tokens
-                return args[0].new_zeros(args[0].numel() // 4, 1, dtype=torch.int64)
-            return func(*args, **kwargs)
-
-    class Live(TorchDispatchMode):
-        """Bytes of the storages that are alive, and the most that ever were."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.bytes = self.peak = self.operators = 0
-            self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            self.operators += 1
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                    self._seen.add(storage)
-                    self.bytes += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage.nbytes())
-            self.peak = max(self.peak, self.bytes)
-            return out
-
-        def _free(self, num_bytes: int) -> None:
-            self.bytes -= num_bytes
-
-    aten: Any = torch.ops.aten
-    fused = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-    live, counter = Live(), FlopCounterMode(display=False, custom_mapping=fused)
-    with OnGpu(), counter, live:
-        run()
-    return MicroBatch(flops=counter.get_total_flops(), operators=live.operators, activation_bytes=live.peak)
-
-
-def micro_batch(
-    model: EmberVLM,
-    stage: StageConfig,
-    phase: PhaseConfig,
-    *,
-    question_tokens: int,
-    chain_tokens: int,
-    cached_pictures: bool,
-) -> Batch:
-    """Zeros in the shapes of a micro-batch: `stage.batch_size` chains of this length, and what is mixed in.
-
-    Args:
-        cached_pictures: Give visual tokens that were computed beforehand, as for a frozen encoder.
-    """
-    import torch
-
-    from embervlm.data.collate import OWN_MISTAKES_RATIO, Batch
-    from embervlm.data.negatives import MAX_PAIR_TOKENS, MAX_PREVIOUS_TOKENS
-    from embervlm.words.chain_text import ROBOTS
-
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int64)
-
-    def flags(*shape: int) -> torch.Tensor:
-        return torch.ones(shape, dtype=torch.bool)
-
-    chains = stage.batch_size
-    answered = chains + round(chains * phase.edited_facts_ratio)
-    direct = round(chains * phase.direct_records_ratio)
-    rows = answered + direct
-    length, chain_positions = question_tokens + chain_tokens, chains * chain_tokens
-    scored = answered * chain_tokens + direct * ANSWER_TOKENS
-    asked = chains * phase.validator_records_ratio
-    own = max(1, round(asked * OWN_MISTAKES_RATIO))
-    pairs = max(1, round(2 * asked) - own)
-    pair_length = min(
-        MAX_PAIR_TOKENS, question_tokens + min(chain_tokens // 2, MAX_PREVIOUS_TOKENS) + max(1, chain_tokens // 4)
-    )
-    inputs: dict[str, Any] = {
-        "input_ids": ids(rows, length),
-        "text_mask": flags(rows, length),
-        "image_mask": flags(rows),
-        "score_index": ids(scored),
-        "answer_index": ids(answered),
-        "candidate_ids": ids(len(ROBOTS), 4),
-        "pair_ids": ids(pairs, pair_length),
-        "pair_segments": ids(pairs, pair_length),
-        "pair_mask": flags(pairs, pair_length),
-        "pair_record": ids(pairs),
-        "own_record": ids(own),
-        "own_prompt": ids(own) + question_tokens,
-        "own_places": ids(own, 1, 4) + torch.tensor([0, 1, 1, min(length, MAX_PAIR_TOKENS)]),
-    }
-    targets = {
-        "labels": ids(scored),
-        "direct": flags(scored),
-        "answers": torch.zeros(answered, len(ROBOTS)),
-        "answers_real": torch.ones(answered, len(ROBOTS)),
-        "valid": torch.zeros(pairs + own),
-        "valid_weight": torch.ones(pairs + own),
-    }
-    if cached_pictures:
-        dtype = model.projection.norm.weight.dtype
-        inputs["visual"] = torch.zeros(rows, model.num_visual_tokens, model.language_model.hidden_size, dtype=dtype)
-    else:
-        side = model.config.image_size
-        inputs["pictures"] = torch.zeros(rows, side, side, 3, dtype=torch.uint8)
-    if phase.multimodal_loss_weight > 0:
-        inputs["ground_index"] = ids(chain_positions)
-        targets["ground"] = flags(chain_positions, model.num_visual_tokens)
-    if stage.scheduled_sampling.enabled:
-        sampled = 1 - stage.scheduled_sampling.final_teacher_forcing
-        inputs["sampled_index"] = 1 + ids(round(chain_positions * sampled))
-    return Batch(inputs=inputs, targets=targets, counts={}, picture_index=ids(rows))
-
-
-def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> TrainingModule:
-    """`model` frozen and wrapped for `phase`, as training does it; its vocabulary is used in full."""
-    from embervlm.engines.param_groups import build_param_groups
-    from embervlm.training.module import TrainingModule
-
-    model.attach_tokenizer(_full_vocabulary(model))
-    module = TrainingModule(model)
-    build_param_groups(module, phase)
-    module.train()
-    model.freeze_backbone(phase.freeze_backbone)
-    if stage.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return module
-
-
-def step_on(module: TrainingModule, batch: Batch) -> MicroBatch:
-    """What a forward and backward pass of `module` over `batch` costs."""
-    return trace(lambda: sum(module(batch).values()).backward())
-
-
-def count_micro_batch(
-    settings: dict[str, Any], stage: StageConfig, phase: PhaseConfig, *, precision: str, **lengths: Any
-) -> MicroBatch:
-    """`step_on` for a model of these settings on fake tensors; `lengths` as in `micro_batch`."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model = empty_model(settings).to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        return step_on(prepare(model, stage, phase), micro_batch(model, stage, phase, **lengths))
-
-
-def _full_vocabulary(model: EmberVLM) -> Any:
-    """A tokenizer that uses every row of the language model's embedding; the model asks it for nothing else."""
-
-    class Vocabulary:
-        base_vocab_size = model.language_model.vocab_size
-
-    return Vocabulary()
-
-
 # -- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -317,49 +114,28 @@ def make_plan(
     utilisation: float = UTILISATION,
 ) -> dict[str, Any]:
     """The plan of both phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
-    from embervlm.config import BACKBONE
-    from embervlm.config_file import model_preset
-    from embervlm.training.visual_cache import MAX_BYTES
-
-    recipe, stage = load_recipe(cluster), config.stage4
+    recipe, settings = load_recipe(cluster), model_preset(config.model)
     gpu = _gpu_of(recipe, cluster)
     if not 0 < utilisation <= 1:
         raise ConfigError(f"--utilisation: {utilisation} is not in (0, 1]")
-    settings = model_preset(config.model)
     model = empty_model(settings)
-    parts = model.parameter_counts()
-    picture_bytes = 4 * records * model.num_visual_tokens * model.language_model.hidden_size
+    parts, visual_tokens = model.parameter_counts(), model.num_visual_tokens
+    tokens = question_tokens + chain_tokens + visual_tokens
     phases = []
-    for number, phase in progress_bar([(1, stage.phase1), (2, stage.phase2)], desc="counting", unit="phase"):
-        learning = sum(
-            count
-            for name, count in parts.items()
-            if phase.multipliers[name if name in BACKBONE else "reasoning_module"] > 0
-        )
-        frozen_sight = phase.multipliers["vision_encoder"] == phase.multipliers["projection"] == 0
+    for number, phase in progress_bar(
+        [(1, config.stage4.phase1), (2, config.stage4.phase2)], desc="counting", unit="phase"
+    ):
         counted = count_micro_batch(
             settings,
-            stage,
+            config.stage4,
             phase,
             precision=recipe.precision,
             question_tokens=question_tokens,
             chain_tokens=chain_tokens,
-            cached_pictures=frozen_sight and picture_bytes <= MAX_BYTES,
+            cached_pictures=_caches_pictures(model, phase, records),
         )
-        phases.append(
-            {"phase": number}
-            | _plan_phase(
-                phase,
-                counted,
-                recipe,
-                gpu,
-                total=sum(parts.values()),
-                learning=learning,
-                records=records,
-                tokens=question_tokens + chain_tokens + model.num_visual_tokens,
-                utilisation=utilisation,
-            )
-        )
+        planned = _plan_phase(phase, counted, parts, recipe, gpu, records=records, utilisation=utilisation)
+        phases.append({"phase": number, **planned, "flops_6nd": 6 * sum(parts.values()) * recipe.global_batch * tokens})
     return {
         "cluster": cluster,
         "model": config.model,
@@ -368,19 +144,23 @@ def make_plan(
         "num_gpus": recipe.num_gpus,
         "gpu": recipe.gpu_type,
         "gpu_memory_gb": gpu.memory_gb,
-        "precision": recipe.precision,
-        "zero_stage": recipe.zero_stage,
-        "batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "global_batch": recipe.global_batch,
+        **{name: getattr(recipe, name) for name in ("precision", "zero_stage", "batch_size")},
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "records": records,
         "question_tokens": question_tokens,
         "chain_tokens": chain_tokens,
-        "visual_tokens": model.num_visual_tokens,
+        "visual_tokens": visual_tokens,
         "phases": phases,
         "assumptions": _assumptions(recipe, gpu, utilisation),
         "guide": _compare(cluster, recipe, phases, utilisation),
     }
+
+
+def _caches_pictures(model: EmberVLM, phase: PhaseConfig, records: int) -> bool:
+    """Whether training computes the visual tokens once and keeps them."""
+    frozen = phase.multipliers["vision_encoder"] == phase.multipliers["projection"] == 0
+    return frozen and 4 * records * model.num_visual_tokens * model.language_model.hidden_size <= MAX_BYTES
 
 
 def _gpu_of(recipe: ClusterRecipe, cluster: str) -> Gpu:
@@ -397,38 +177,27 @@ def _gpu_of(recipe: ClusterRecipe, cluster: str) -> Gpu:
 def _plan_phase(
     phase: PhaseConfig,
     counted: MicroBatch,
+    parts: Mapping[str, int],
     recipe: ClusterRecipe,
     gpu: Gpu,
     *,
-    total: int,
-    learning: int,
     records: int,
-    tokens: int,
     utilisation: float,
 ) -> dict[str, Any]:
+    """Memory per ZeRO stage, work and time of one phase. `parts`: parameters of each component."""
+    component = {name: name if name in BACKBONE else "reasoning_module" for name in parts}
+    learning = sum(count for name, count in parts.items() if phase.multipliers[component[name]] > 0)
+    total, accumulation = sum(parts.values()), recipe.gradient_accumulation_steps
+    on: dict[str, Any] = {"num_gpus": recipe.num_gpus, "precision": recipe.precision}
     memory = {}
     for zero_stage in ZERO_STAGES:
-        names = ("parameters", "gradients", "optimizer")
-        values = dict(
-            zip(
-                names,
-                state_bytes(
-                    total, learning, zero_stage=zero_stage, num_gpus=recipe.num_gpus, precision=recipe.precision
-                ),
-            )
-        )
+        state = state_bytes(total, learning, zero_stage=zero_stage, **on)
+        values = dict(zip(("parameters", "gradients", "optimizer"), state))
         values["activations"] = float(counted.activation_bytes)
         memory[str(zero_stage)] = values | {"total": sum(values.values())}
-    sent = bytes_sent(
-        total,
-        learning,
-        zero_stage=recipe.zero_stage,
-        num_gpus=recipe.num_gpus,
-        precision=recipe.precision,
-        accumulation=recipe.gradient_accumulation_steps,
-    )
-    compute_s = recipe.gradient_accumulation_steps * counted.flops / (gpu.flops[recipe.precision] * utilisation)
-    host_s = recipe.gradient_accumulation_steps * counted.operators * OPERATOR_S
+    sent = bytes_sent(total, learning, zero_stage=recipe.zero_stage, accumulation=accumulation, **on)
+    compute_s = accumulation * counted.flops / (gpu.flops[recipe.precision] * utilisation)
+    host_s = accumulation * counted.operators * OPERATOR_S
     communication_s = sent / (gpu.link_bytes_per_s if recipe.nodes == 1 else NETWORK_BYTES_PER_S)
     steps = optimizer_steps(records, phase, recipe.global_batch)
     step_s = max(compute_s, host_s) + communication_s
@@ -436,8 +205,7 @@ def _plan_phase(
         "learning_parameters": learning,
         "memory_bytes": memory,
         "steps": steps,
-        "flops_per_step": counted.flops * recipe.gradient_accumulation_steps * recipe.num_gpus,
-        "flops_6nd": 6 * total * recipe.global_batch * tokens,
+        "flops_per_step": counted.flops * accumulation * recipe.num_gpus,
         "bytes_sent_per_step": sent,
         "compute_s": compute_s,
         "host_s": host_s,
