@@ -77,8 +77,8 @@ def generate_by_teacher(
     Raises:
         DataError: some questions got no answer; what was answered is written.
     """
+    from embervlm.curate.teachers.asking import ask_endpoint
     from embervlm.curate.teachers.collection import Collection, need_input, read_questions
-    from embervlm.curate.teachers.endpoint import ask_endpoint
 
     part = Shard.parse(shard)
     check_output(output_file, num_samples)

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint: many questions at once, within a budget, losing nothing paid for."""
+"""A teacher behind an OpenAI-compatible endpoint: which one, what it costs, and one request to it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import asyncio
 import base64
 import mimetypes
 import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply, scene_text
-from embervlm.curate.teachers.collection import Answer, Collection, Question
+from embervlm.curate.teachers.answers import Reply, answer_schema, messages
+from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import DataError
-from embervlm.progress import progress_bar
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 SENT_AS_IT_IS = ("image/jpeg", "image/png", "image/webp")
 MALFORMED_TRIES = 3
 """Requests for one answer whose body is not what the protocol says."""
-MIN_FAILURES = 8
-"""Requests in a row, at least, that fail before the endpoint is taken to be down."""
 CHARACTERS_PER_TOKEN = 4
 """For the budget, where a server does not say how many tokens it has counted."""
 _REPLACEMENTS = {"response_format": None, "temperature": None, "max_tokens": "max_completion_tokens"}
@@ -104,244 +99,34 @@ class EndpointConfig:
         return (price + usage.get("completion_tokens", 0) * self.usd_per_million_output) / 1_000_000
 
 
-class _Unanswered(Exception):
+class Unanswered(Exception):
     """A request that was given up, with nothing to pay; the message has no secrets."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
+class Endpoint:
+    """Sends one request after the other, and remembers which fields the server refuses."""
 
-    num_accepted: int
-    unanswered: dict[str, str]
-    """Id of a question that got no answer -> why."""
-    stopped: str
-    """Why it ended before all questions were through; empty where they are."""
-
-
-def ask_endpoint(
-    config: EndpointConfig, questions: Sequence[Question], collection: Collection, *, num_samples: int
-) -> Outcome:
-    """Ask `questions` until `num_samples` answers are accepted in all; every answer is in `collection` at once.
-
-    Raises:
-        ConfigError: the endpoint refuses everything, or a question has a picture of which it can be told nothing.
-        DataError: the answers cannot be written.
-    """
-    check_pictures(config, questions)
-    run = _Run(config, questions, collection, num_samples)
-    asyncio.run(run.main())
-    if run.error is not None:
-        raise run.error
-    return Outcome(len(collection.accepted), run.unanswered, run.stopped)
-
-
-def check_pictures(config: EndpointConfig, questions: Sequence[Question]) -> None:
-    """DataError where a teacher that sees no pictures would have to guess."""
-    if not config.sees_pictures:
-        blind = [q.record for q in questions if q.record.image is not None and scene_text(q.record) is None]
-        if blind:
-            raise DataError.of(
-                [
-                    f"record {record.record_id}: has a picture, and metadata has neither scene nor facts to tell a "
-                    "teacher that does not see it; use --teacher_sees_pictures, or add metadata.scene"
-                    for record in blind
-                ]
-            )
-
-
-class _Run:
-    """One run's state. Everything happens on one event loop, so plain attributes are safe."""
-
-    def __init__(
-        self, config: EndpointConfig, questions: Sequence[Question], collection: Collection, num_samples: int
-    ) -> None:
-        self.config, self.collection, self.num_samples = config, collection, num_samples
-        self.unanswered: dict[str, str] = {}
-        self.stopped = ""
-        self.error: ConfigError | DataError | None = None
-        self._jobs = self._open_jobs(questions)
-        self._num_jobs = len(questions) * config.samples_per_record
-        self._num_given_up = 0
-        self._in_flight = 0
-        self._failures_in_a_row = 0
-        self._unsupported: set[str] = set()
-        self._workers: list[asyncio.Task[None]] = []
-        self._pending: list[Answer] = []
-        self._writing = asyncio.Lock()
-        self._key = config.key()
-
-    def _open_jobs(self, questions: Sequence[Question]) -> Iterator[tuple[Question, int]]:
-        """What is left to ask: every question once before any twice."""
-        for sample in range(self.config.samples_per_record):
-            for question in questions:
-                key = f"{question.key}:{sample}"
-                if key in self.collection.accepted:
-                    continue
-                if self.collection.num_rejected[key] >= self.config.attempts:
-                    self._num_given_up += 1
-                    continue
-                yield question, sample
-
-    async def main(self) -> None:
+    def __init__(self, config: EndpointConfig, tell: Callable[[str], None]) -> None:
+        """`tell` is called with what a user should know. Call it within a running event loop."""
         from httpx2 import Limits, Timeout
         from openai import AsyncOpenAI, DefaultAioHttpClient
 
-        config = self.config
+        self.config, self._tell, self._key = config, tell, config.key()
+        self._unsupported: set[str] = set()
         timeout = Timeout(config.request_timeout_s, pool=None)  # a worker may wait long for its turn
-        http_client = DefaultAioHttpClient(timeout=timeout, limits=Limits(max_connections=config.concurrency))
-        self._client = AsyncOpenAI(
+        self.client = AsyncOpenAI(
             base_url=config.url(),
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=config.max_retries,
-            http_client=http_client,
+            http_client=DefaultAioHttpClient(timeout=timeout, limits=Limits(max_connections=config.concurrency)),
         )
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
-                loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        self._bar = progress_bar(
-            total=min(self.num_samples, self._num_jobs),
-            initial=len(self.collection.accepted),
-            desc="answers",
-            unit="record",
-            miniters=0,
-        )
-        self._show()
-        try:
-            async with self._client:
-                if self._budgets and not self.collection.largest:  # nobody knows yet what an answer costs
-                    await self._work(once=True)
-                # The connections limit the requests in flight; the workers beyond them stand in for those that wait
-                # for the disk or pause before they ask again.
-                num_workers = config.concurrency + config.concurrency // 4
-                self._workers = [asyncio.create_task(self._work()) for _ in range(num_workers)]
-                for result in await asyncio.gather(*self._workers, return_exceptions=True):
-                    if isinstance(result, Exception):  # a fault of ours: everything that came in is on disk
-                        raise result
-        finally:
-            self._bar.close()
 
-    def _on_signal(self, name: str) -> None:
-        """The first lets the requests in flight come in, since they are paid for; the second does not."""
-        if self.stopped.startswith("SIG"):
-            for worker in self._workers:
-                worker.cancel()
-        self.stopped = f"{name}; a second one does not wait for the answers in flight"
-
-    # ---- one worker
-
-    async def _work(self, *, once: bool = False) -> None:
-        while (job := self._next_job()) is not None:
-            self._in_flight += 1
-            try:
-                await self._answer(*job)
-                self._failures_in_a_row = 0
-            except _Unanswered as error:
-                self.unanswered[job[0].record.record_id] = str(error)
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row >= max(MIN_FAILURES, self.config.concurrency):
-                    self._fail(
-                        ConfigError(
-                            f"--teacher_model {self.config.teacher_model}: the endpoint failed "
-                            f"{self._failures_in_a_row} times in a row, last: {error}; what was "
-                            "answered is kept, the same command goes on"
-                        )
-                    )
-            except (ConfigError, DataError) as error:
-                self._fail(error)
-            except Exception:
-                self.stopped = self.stopped or "error"
-                raise
-            finally:
-                self._in_flight -= 1
-                self._show()
-            if once:
-                return
-
-    def _fail(self, error: ConfigError | DataError) -> None:
-        """Stop asking; the answers in flight still come in."""
-        self.error = self.error or error
-        self.stopped = self.stopped or "error"
-
-    def _next_job(self) -> tuple[Question, int] | None:
-        if self.stopped or len(self.collection.accepted) + self._in_flight >= self.num_samples:
-            return None
-        if self._over_budget(self._in_flight + 1):
-            return None
-        return next(self._jobs, None)
-
-    @property
-    def _budgets(self) -> bool:
-        return self.config.max_tokens_total is not None or self.config.max_usd_total is not None
-
-    def _over_budget(self, in_flight: int) -> bool:
-        """Whether `in_flight` more answers, each as dear as the dearest so far, go beyond the budget."""
-        for spent, largest, limit, name in zip(
-            self._cost(self.collection.usage),
-            self._cost(self.collection.largest),
-            (self.config.max_tokens_total, self.config.max_usd_total),
-            ("max_tokens_total", "max_usd_total"),
-        ):
-            if limit is not None and (spent >= limit or spent + in_flight * largest > limit):
-                if in_flight == 1:  # else the answers in flight may turn out cheaper
-                    self.stopped = self.stopped or f"--{name} {limit:,}: {spent:,.6g} are spent"
-                return True
-        return False
-
-    def _cost(self, usage: Mapping[str, int]) -> tuple[int, float]:
-        """Tokens and dollars."""
-        return sum(usage.values()), self.config.usd(usage)
-
-    async def _answer(self, question: Question, sample: int) -> None:
-        """Ask until an answer is accepted or the attempts are used up, each answer on disk before the next request."""
-        key = f"{question.key}:{sample}"
-        while self.collection.num_rejected[key] < self.config.attempts:
-            reply, usage = await self._ask(question)
-            details: dict[str, Any] = {
-                "id": question.record.record_id,
-                "usage": usage,
-                "text": reply.content,
-                "thinking": reply.thinking,
-            }
-            try:
-                record = read_reply(reply, question, sample, teacher_model=self.config.teacher_model)
-                if not self.collection.is_new_chain(key, record.steps):
-                    raise Rejected("repeated: the question has this chain already")
-            except Rejected as error:
-                details |= {"instruction": question.record.instruction, "gold_answer": list(question.record.answer)}
-                await self._keep(Answer(key=key, reason=str(error), details=details))
-            else:
-                return await self._keep(Answer(key=key, record=record, details=details))
-            if self.stopped or self._over_budget(self._in_flight):
-                return
-        self._num_given_up += 1
-
-    async def _keep(self, answer: Answer) -> None:
-        """Return once `answer` is on disk. Answers that come in while the disk is busy are written together."""
-        self._pending.append(answer)
-        async with self._writing:
-            if self._pending:  # else another worker has written it
-                batch, self._pending = self._pending, []
-                self.collection.count(await asyncio.to_thread(self.collection.put_on_disk, batch))
-
-    def _show(self) -> None:
-        collection = self.collection
-        tokens, usd = self._cost(self.collection.usage)
-        accepted = len(collection.accepted)
-        self._bar.total = max(accepted, min(self.num_samples, self._num_jobs - self._num_given_up))
-        shown = {"rejected": collection.total_rejected, "tokens": f"{tokens:,}", "cost": f"${usd:.4f}"}
-        self._bar.set_postfix({**shown, "unanswered": len(self.unanswered)}, refresh=False)
-        self._bar.update(accepted - self._bar.n)
-
-    # ---- one request
-
-    async def _ask(self, question: Question) -> tuple[Reply, dict[str, int]]:
+    async def ask(self, question: Question) -> tuple[Reply, dict[str, int]]:
         """The teacher's reply and the tokens it took.
 
         Raises:
-            _Unanswered: nothing usable came, in spite of the client's retries.
+            Unanswered: nothing usable came, in spite of the client's retries.
             ConfigError: no request of this run can succeed.
         """
         from httpx2 import Response
@@ -356,7 +141,7 @@ class _Run:
             sent = self._without_unsupported(request)
             try:
                 # Not chat.completions.create(): its typed copies of request and answer cost more than all the rest.
-                response = await self._client.post("/chat/completions", body=sent, cast_to=Response)
+                response = await self.client.post("/chat/completions", body=sent, cast_to=Response)
                 return self._read_completion(response.json(), sent)
             except (ValueError, _Malformed) as error:
                 last = self._redact(f"not the protocol's JSON: {error}")
@@ -368,13 +153,13 @@ class _Run:
                         f"check the key, the model's name and the address"
                     ) from None
                 if not self._drop_unsupported(error, sent):
-                    raise _Unanswered(message[:300]) from None
+                    raise Unanswered(message[:300]) from None
                 last = message
             except APIConnectionError as error:
-                raise _Unanswered(self._redact(f"{error.message} {error.__cause__ or ''}")[:300]) from None
+                raise Unanswered(self._redact(f"{error.message} {error.__cause__ or ''}")[:300]) from None
             except (APIError, OpenAIError) as error:
                 last = self._redact(str(error))
-        raise _Unanswered(last[:300])
+        raise Unanswered(last[:300])
 
     def _request(self, question: Question, picture: str | None) -> dict[str, Any]:
         schema = {"name": "record", "strict": True, "schema": answer_schema(question.record.candidates)}
@@ -405,7 +190,7 @@ class _Run:
         if not named or not named & sent.keys():
             return False
         for name in named - self._unsupported:
-            self._bar.write(f"the endpoint does not take {name}; it is asked without")
+            self._tell(f"the endpoint does not take {name}; it is asked without")
         self._unsupported |= named
         return True
 
