@@ -25,6 +25,7 @@ from tiny_run import REPOSITORY
 from embervlm import run_dir
 from embervlm.data.records import read_records, write_records
 from embervlm.data.splits import split_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 METRICS = ("correct", "reasoning_consistency", "step_completeness", "logical_flow_score")
 RESAMPLES = 10_000
@@ -70,7 +71,9 @@ def choose_records(args: argparse.Namespace) -> Path:
     """A file with `--given` training records and all of the other splits, which a training run looks at as well."""
     path = args.work_dir / "seed.jsonl"
     if not path.exists():
-        splits = {str(name): records for name, records in split_records(read_records(args.data)).items()}
+        splits = {
+            str(name): records for name, records in split_records(read_records(args.data, candidates=ROBOTS)).items()
+        }
         chosen = random.Random(args.seed).sample(splits["train"], args.given)
         args.work_dir.mkdir(parents=True, exist_ok=True)
         write_records(path, [*chosen, *splits["val"], *splits["test"]], image_root=args.data.parent)

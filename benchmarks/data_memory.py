@@ -31,8 +31,8 @@ from embervlm.data.negatives import PairMaker
 from embervlm.data.store import RecordView
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.progress import progress_bar
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.stages import Run, load_data
-from embervlm.words.chain_text import ROBOTS
 from embervlm.world import World
 
 INTERVAL_S = 0.2
@@ -105,13 +105,7 @@ def time_of_batches(records: RecordView, output: Path) -> dict[int, float]:
     plan = EpochPlan(main=samples, global_batch=BATCH_SIZE, seed=0)
     pictures = PictureCache([], 72)
     collator = Collator(
-        records,
-        tokenizer,
-        pictures,
-        candidates=ROBOTS,
-        seed=0,
-        image_size=72,
-        pair_maker=PairMaker(records, samples, tokenizer),
+        records, tokenizer, pictures, seed=0, image_size=72, pair_maker=PairMaker(records, samples, tokenizer)
     )
     plan.batch(0)  # the order of the epoch
     found = {}

@@ -31,9 +31,9 @@ from embervlm.data.negatives import contradict  # noqa: E402
 from embervlm.judge.metrics import ChainScorer  # noqa: E402
 from embervlm.judge.reading import ChainContext  # noqa: E402
 from embervlm.robots.facts import all_facts  # noqa: E402
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS  # noqa: E402
 from embervlm.robots.rules import TASKS, claim_domains, teach  # noqa: E402
 from embervlm.robots.tasks import read_tasks  # noqa: E402
-from embervlm.words.chain_text import ROBOTS  # noqa: E402
 from embervlm.words.claims import ClaimReader, is_conclusion  # noqa: E402
 
 EVERYDAY = REPOSITORY / "tests" / "data" / "everyday_chains.jsonl"

@@ -29,6 +29,7 @@ from embervlm import run_dir
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.progress import progress_bar
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 MOST_STEPS_PER_LIFE = 8
 STARTING_RATIO = 0.2
@@ -80,7 +81,7 @@ class Soak:
         self.data = make_data(args.work_dir, 48)
         # a life gets half as far on average, so the run does not end before its last kill
         self.steps = (args.kills + 1) * MOST_STEPS_PER_LIFE
-        self.ids = [record.record_id for record in split_records(read_records(self.data))["train"]]
+        self.ids = [record.record_id for record in split_records(read_records(self.data, candidates=ROBOTS))["train"]]
         batches_per_epoch = -(-len(self.ids) // (BATCH * args.processes))
         self.config = write_run(
             args.work_dir,

@@ -370,6 +370,8 @@ class TrainConfig:
     """Where stage3/, stage4/ and results/ go."""
     reasoning_data: str = "data/stage4/reasoning_data.json"
     """Records: a JSON, JSONL or Parquet file, a folder of parts, or a pattern."""
+    domain: str = "robots"
+    """What the data are about, which has the answers of records that name none: robots, or none for own data."""
     image_root: str | None = None
     """Folder that picture paths are relative to; None is the data file's own folder."""
     allow_outside: bool = False

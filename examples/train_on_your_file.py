@@ -4,8 +4,8 @@
 
 A line of the file: {"instruction": "...", "reasoning": "Step 1: ...\\nStep 2: ...\\nConclusion: ...", "answer": "...",
 "image": "relative/path.jpg", "metadata": {"candidates": [...]}}. `image` may be left out, and so may `candidates`: the
-answer is then one of the five robots. docs/data.md has the other forms, and `embervlm data convert` makes records of
-ScienceQA, A-OKVQA, LLaVA and others.
+answer is then one of the five robots or, with `domain: none` in the YAML, open. docs/data.md has the other forms, and
+`embervlm data convert` makes records of ScienceQA, A-OKVQA, LLaVA and others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(records: str, output_dir: str, *flags: str) -> None:
     )
 
     model = EmberVLM.from_pretrained(checkpoint_path(phase_dir(output_dir, 2), None))
-    record = read_records(Path(records))[0]
+    record = read_records(Path(records), candidates=model.config.candidates)[0]
     result = model.generate_with_reasoning(record.image, record.instruction)
     print("\n".join([record.instruction, *result["reasoning_steps"]]))
     print(f"Answer: {result['answer']} (given: {', '.join(record.answer)})")

@@ -11,6 +11,8 @@ import signal
 import hypothesis
 import pytest
 
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the hub client: no test goes to the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost a tiny model more than they give
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: what a test starts would ignore it too
@@ -53,13 +55,12 @@ def scene_data(tmp_path_factory):
 def records(scene_data):
     from embervlm.data.records import read_records
 
-    return read_records(scene_data / "reasoning_data.json")
+    return read_records(scene_data / "reasoning_data.json", candidates=ROBOTS)
 
 
 @pytest.fixture(scope="session")
 def tiny_settings():
     """Settings of an `EmberVLMConfig` with about 0.1 million parameters and nine visual tokens."""
-    from embervlm.words.chain_text import ROBOTS
 
     return {
         "vision": {
@@ -170,10 +171,9 @@ def samples(records, tokenizer):
 def make_collator(records, tokenizer, pictures):
     """`make_collator(**options)`: a collator over the records as a run builds it."""
     from embervlm.data.collate import Collator
-    from embervlm.words.chain_text import ROBOTS
 
     def make(own_records=None, **options):
-        options = {"candidates": ROBOTS, "seed": 0, "image_size": 36, **options}
+        options = {"seed": 0, "image_size": 36, **options}
         return Collator(own_records or records, tokenizer, pictures, **options)
 
     return make

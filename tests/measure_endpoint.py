@@ -17,6 +17,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from embervlm.data.records import read_records  # noqa: E402
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN  # noqa: E402
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS  # noqa: E402
 
 
 def measure(folder: Path, *, num_questions: int, concurrency: int, delay_s: float, fault_rate: float) -> float:
@@ -40,13 +42,17 @@ def measure(folder: Path, *, num_questions: int, concurrency: int, delay_s: floa
 
         start, start_cpu = time.monotonic(), time.process_time()
         generate_by_teacher(
-            config, input_dataset=questions, output_file=folder / "out.jsonl", num_samples=num_questions
+            config,
+            input_dataset=questions,
+            output_file=folder / "out.jsonl",
+            num_samples=num_questions,
+            domain=ROBOTS_DOMAIN,
         )
         seconds, cpu_s = time.monotonic() - start, time.process_time() - start_cpu
     finally:
         server.terminate()
         server.wait()
-    assert len({record.record_id for record in read_records(folder / "out.jsonl")}) == num_questions
+    assert len({record.record_id for record in read_records(folder / "out.jsonl", candidates=ROBOTS)}) == num_questions
     rate, ideal = num_questions / seconds, concurrency / delay_s
     print(
         f"{num_questions} answers in {seconds:.1f} s: {rate:.0f} a second, {rate / ideal:.1%} of {ideal:.0f}; "

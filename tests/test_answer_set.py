@@ -13,8 +13,8 @@ from embervlm.data.store import prepare
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.stages import Run, model_settings, told_answers
-from embervlm.words.chain_text import ROBOTS
 from embervlm.world import World
 
 
@@ -47,13 +47,13 @@ def test_a_start_counts_the_records_by_what_their_answers_are_chosen_from(tmp_pa
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(values))
-    store = prepare(path, tmp_path / "cache")
-    assert store.answer_kinds == {"robots": 1, "own": 1, "open": 2}
+    store = prepare(path, tmp_path / "cache", candidates=ROBOTS)
+    assert store.answer_kinds == {"domain": 1, "own": 1, "open": 2}
     assert told_answers(store.answer_kinds) == (
-        "answers: 1 records choose among the five robots, 1 records among candidates of their own "
+        "answers: 1 records choose among the domain's candidates, 1 records among candidates of their own "
         "(metadata.candidates), 2 records are free text, which the answer head has no part in"
     )
-    assert told_answers({"robots": 7}) == ""
+    assert told_answers({"domain": 7}) == ""
 
 
 def test_an_evaluation_refuses_answers_that_would_not_be_the_records_own():

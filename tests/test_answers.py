@@ -10,13 +10,16 @@ from scripted_teacher import chain
 from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, messages, read_reply, scene_text
 from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import ReasoningRecord
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 FACTS = {"place": "cliff", "load": "heavy", "ground": "steep", "Drone": "suited", "Humanoid": "unsuited"}
 
 
 def question(answer=("Drone",), **fields):
     fields = {"image": None, "metadata": {}, "steps": (), **fields}
-    record = ReasoningRecord(record_id="q1", instruction="Film the roof.", answer=answer, **fields)
+    record = ReasoningRecord(
+        record_id="q1", instruction="Film the roof.", answer=answer, **fields, default_candidates=ROBOTS
+    )
     return Question(key="k", record=record)
 
 

@@ -21,6 +21,8 @@ from embervlm.curate.strategies import Origin, expand, fault_of, reorder, simpli
 from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, ReasoningRecord, read_records, write_records
 from embervlm.data.splits import split_records
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.words.chain_graph import ChainGraph
 from embervlm.words.claims import ClaimReader
 from embervlm.words.numbers import numbers_in
@@ -32,7 +34,13 @@ def record(*steps, answer=("Crane",), **metadata):
     """A record about anything but robots."""
     metadata = {"candidates": ["Crane", "Truck", "Boat"], **metadata}
     return ReasoningRecord(
-        record_id="r1", image=None, instruction="Which vehicle?", steps=steps, answer=answer, metadata=metadata
+        record_id="r1",
+        image=None,
+        instruction="Which vehicle?",
+        steps=steps,
+        answer=answer,
+        metadata=metadata,
+        default_candidates=ROBOTS,
     )
 
 
@@ -397,7 +405,7 @@ def test_the_command_writes_records_that_read_back_and_a_report(scene_data, suff
             "5",
         ]
     )
-    found = read_records(path)
+    found = read_records(path, candidates=ROBOTS)
     report = json.loads((scene_data / "augmented.augmentation.json").read_text())
     assert len(found) == 200 and report["made"] == 152
     assert f"distinct chains for training: {report['distinct_chains']}" in capsys.readouterr().out
@@ -410,14 +418,14 @@ def test_the_command_says_that_it_stopped_below_the_target(tmp_path, capsys):
     write_records(tmp_path / "in.jsonl", [one])
     main(["data", "augment", "--input", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl")])
     assert "stopped 49997 below --target_samples 50000" in capsys.readouterr().out
-    assert len(read_records(tmp_path / "out.jsonl")) == 3
+    assert len(read_records(tmp_path / "out.jsonl", candidates=ROBOTS)) == 3
 
 
 def test_the_command_says_what_is_wrong_with_its_flags(scene_data):
     from embervlm.curate.augment import augment_file
 
     with pytest.raises(ConfigError, match="must end in .json or .jsonl"):
-        augment_file(scene_data / "reasoning_data.json", scene_data / "out.csv", target_samples=9)
+        augment_file(scene_data / "reasoning_data.json", scene_data / "out.csv", target_samples=9, domain=ROBOTS_DOMAIN)
 
 
 def test_training_reads_from_the_cache_what_the_first_process_made(records, tmp_path):
@@ -518,6 +526,7 @@ def test_a_chain_that_calculates_keeps_each_sum_before_the_steps_that_use_its_re
         steps=steps,
         metadata={"candidates": []},
         answer=(steps[-1].removeprefix("Conclusion: ").rstrip("."),),
+        default_candidates=ROBOTS,
     )
     origin = origin_of(given)
     for seed in range(60):
@@ -533,7 +542,13 @@ def test_a_chain_that_calculates_keeps_each_sum_before_the_steps_that_use_its_re
 def test_steps_that_do_not_use_each_others_results_may_still_change_places():
     question, steps = next(iter(SUMS.items()))
     given = ReasoningRecord(
-        record_id="q", image=None, instruction=question, steps=steps, metadata={"candidates": []}, answer=("40",)
+        record_id="q",
+        image=None,
+        instruction=question,
+        steps=steps,
+        metadata={"candidates": []},
+        answer=("40",),
+        default_candidates=ROBOTS,
     )
     orders = {tuple(texts(reorder(origin_of(given), random.Random(seed)))) for seed in range(20)}
     assert orders == {(steps[0], steps[1], *steps[2:4]), (steps[1], steps[0], *steps[2:4])}

@@ -23,8 +23,8 @@ from embervlm.data.records import DataError, read_records, write_dataset, write_
 from embervlm.data.store import prepare
 from embervlm.data.tokenizer import SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
 from embervlm.robots.generate import generate_scenes
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run_dir import WriteError, write_json_atomic
-from embervlm.words.chain_text import ROBOTS
 
 GOOD = {"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}
 TOKENIZER = ReasoningTokenizer(train_tokenizer(["Which robot flies?", "Only the drone has rotors."] * 3, 300))
@@ -33,7 +33,7 @@ MEGABYTE = 1 << 20
 
 def read(folder, *values, **options):
     (folder / "data.json").write_text(json.dumps(list(values)))
-    return read_records(folder / "data.json", **options)
+    return read_records(folder / "data.json", **options, candidates=ROBOTS)
 
 
 def problems(folder, *values, **options):
@@ -51,7 +51,6 @@ def make_batch(records):
         records,
         TOKENIZER,
         PictureCache([], 12),
-        candidates=ROBOTS,
         seed=0,
         image_size=12,
         grounding=True,
@@ -163,13 +162,13 @@ def test_of_ten_thousand_fuzzed_records_each_is_accepted_or_reported(tmp_path):
     path.write_text("\n".join(lines))
     began = time.process_time()
     with pytest.raises(DataError) as caught:
-        read_records(path)
+        read_records(path, candidates=ROBOTS)
     assert time.process_time() - began < 20
     reported = {int(re.search(r" record (\d+): ", problem)[1]) for problem in caught.value.problems}
     accepted = [line for number, line in enumerate(lines, 1) if number not in reported]
     assert 1_000 < len(accepted) < 9_000
     path.write_text("\n".join(accepted))
-    records = read_records(path)
+    records = read_records(path, candidates=ROBOTS)
     assert len(records) == len(accepted)
     for start in range(0, len(records), 500):
         make_batch(records[start : start + 500])
@@ -270,7 +269,7 @@ def test_deep_nesting_is_read_or_reported(tmp_path, depth):
     text = json.dumps(GOOD)[:-1]
     (tmp_path / "data.json").write_text(f'[{text}, "metadata": {{"x": {deep}}}, "x": {deep}}}]')
     try:
-        records = read_records(tmp_path / "data.json")
+        records = read_records(tmp_path / "data.json", candidates=ROBOTS)
         write_dataset(tmp_path / "copy.json", [dict(record.metadata) for record in records])
     except DataError as error:
         assert "nested too deeply" in str(error)
@@ -332,7 +331,7 @@ def test_evaluate_takes_pictures_outside_only_with_the_flag(tmp_path, outside, c
 
     path = tmp_path / "data.json"
     path.write_text(json.dumps([GOOD | {"image": outside["absolute"], "split": "test"}]))
-    checkpoint = save_stage3(tmp_path / "stage3", TINY, read_records(path, allow_outside=True))
+    checkpoint = save_stage3(tmp_path / "stage3", TINY, read_records(path, allow_outside=True, candidates=ROBOTS))
     command = [
         "evaluate",
         "--checkpoint",
@@ -394,9 +393,9 @@ def test_a_full_disk_while_pictures_are_cached_is_said(tmp_path):
 def test_a_full_disk_while_records_are_prepared_is_said_and_leaves_nothing(tmp_path):
     (tmp_path / "d.jsonl").write_text((json.dumps(GOOD) + "\n") * 1000)
     with full_disk(50_000), pytest.raises(WriteError, match=r"records\.jsonl: not written .*is full"):
-        prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+        prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
     assert not list((tmp_path / "cache").iterdir())
-    assert len(prepare(tmp_path / "d.jsonl", tmp_path / "cache")) == 1000
+    assert len(prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)) == 1000
 
 
 def test_a_full_disk_while_scenes_are_drawn_is_said(tmp_path):

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embervlm.data.records import parse_answer, parse_reasoning_text
-from embervlm.words.chain_text import ROBOTS, format_reasoning
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.words.chain_text import format_reasoning
 
 # ---- chains as text
 

@@ -14,6 +14,7 @@ from training_helpers import TINY, make_data, save_stage3, unfinish, write_model
 from embervlm import run_dir
 from embervlm.config import TrainConfig
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.train import main
 from embervlm.select_best import main as select_best
 from embervlm.signals import STOP_SIGNALS
@@ -37,7 +38,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_steps=3,
         eval_samples=2,
     )
-    save_stage3(folder / "stage3", TINY, read_records(data))
+    save_stage3(folder / "stage3", TINY, read_records(data, candidates=ROBOTS))
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     main(flags(folder, folder / "finished"))
     for number, handler in before.items():

@@ -18,6 +18,8 @@ from embervlm.data.records import DataError, read_records
 from embervlm.data.splits import split_of, split_records
 from embervlm.judge.contradiction import opposite_steps
 from embervlm.report.validation import report_page, report_text, write_reports
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.words.chain_text import step_numbers
 from embervlm.words.claims import named_candidates
 
@@ -39,7 +41,10 @@ def check(tmp_path):
     def check(values, **options):
         path = tmp_path / "data.json"
         path.write_text(json.dumps(values), encoding="utf-8")
-        return {(found.kind, found.number) for found in check_file(path, CheckOptions(**options)).problems}
+        return {
+            (found.kind, found.number)
+            for found in check_file(path, CheckOptions(**options, domain=ROBOTS_DOMAIN)).problems
+        }
 
     return check
 
@@ -157,7 +162,7 @@ def test_a_picture_in_two_splits_is_found_by_its_content(scenes, tmp_path, check
     assert ("picture_leak", 2) in found
     path = tmp_path / "data.json"
     with pytest.raises(DataError, match="stands in train"):
-        split_records(read_records(path))  # what training would say
+        split_records(read_records(path, candidates=ROBOTS))  # what training would say
 
 
 def test_a_task_without_a_picture_in_two_splits_is_found_whatever_its_case(check):
@@ -210,7 +215,7 @@ def test_lengths_counted_with_a_tokenizer_are_those_training_refuses(records, to
     path.write_text(json.dumps(scenes), encoding="utf-8")
     lengths = [len(sample.target) for sample in encode_reasoning(records, tokenizer, grid=3, max_length=512)]
     limit = sorted(lengths)[len(lengths) // 2]
-    options = CheckOptions(tokenizer=str(tmp_path / "tokenizer"), max_reasoning_length=limit)
+    options = CheckOptions(tokenizer=str(tmp_path / "tokenizer"), max_reasoning_length=limit, domain=ROBOTS_DOMAIN)
     data = check_file(path, options)
     assert data.num_tokens == lengths
     too_long = {number for number, length in enumerate(lengths, 1) if length > limit}
@@ -240,19 +245,19 @@ def test_any_value_in_any_field_is_accepted_or_reported(fields, metadata, tmp_pa
     path = tmp_path / "data.json"
     value = sum_record(50)
     path.write_text(json.dumps([sum_record(3), value | {"metadata": value["metadata"] | metadata} | fields]))
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     assert report["num_records"] == 2
     assert report["num_stopping"] == len({f["number"] for f in report["problems"] if f["kind"] in STOPPING} - {0})
     report_page(report)
     report_text(report)
     if report["trains"]:
-        assert len(read_records(path)) == 2
+        assert len(read_records(path, candidates=ROBOTS)) == 2
 
 
 def test_half_a_surrogate_pair_is_found_and_can_be_reported(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sum_record(3), sum_record(50, instruction="Tom \ud800 red marbles")]))
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     assert [(f["kind"], f["number"], f["field"]) for f in report["problems"]] == [("schema", 2, "instruction")]
     for name in ("report.txt", "report.json"):
         write_reports(report, tmp_path / name)
@@ -298,7 +303,7 @@ def test_blind_guessers_of_a_hand_case():
 def test_the_report_says_what_is_in_the_data(scenes, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(scenes), encoding="utf-8")
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     assert report["trains"] and report["num_records"] == 48
     assert report["distinct"]["pictures"] == 16
     assert sum(report["splits"].values()) == sum(report["counts"]["answer"].values()) == 48
@@ -310,7 +315,7 @@ def test_every_finding_stands_in_the_text_with_record_field_and_fix(scenes, tmp_
     scenes[4]["answer"] = "Humaniod"
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([*map(json.dumps, scenes[:5]), "{broken"]), encoding="utf-8")
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     text = report_text(report)
     assert f'{path} record 5: answer: "Humaniod" is not one of' in text
     assert f"{path} record 6: " in text and "invalid JSON" in text
@@ -323,7 +328,7 @@ def test_the_page_escapes_the_data_and_needs_no_other_file(scenes, tmp_path):
     scenes[1] = {"id": attack, "image": attack, "instruction": [attack]}
     path = tmp_path / "data.json"
     path.write_text(json.dumps(scenes), encoding="utf-8")
-    page = report_page(validate(path, CheckOptions()))
+    page = report_page(validate(path, CheckOptions(domain=ROBOTS_DOMAIN)))
     assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
     assert 'src="data:image/jpeg;base64,' in page
     assert 'src="http' not in page and 'href="http' not in page and "url(" not in page
@@ -353,7 +358,7 @@ def test_the_command_exits_with_one_only_where_a_record_would_not_train(changes,
 def test_a_file_without_a_usable_record_still_gets_its_report(tmp_path):
     path = tmp_path / "data.json"
     path.write_text("[1, null, {}]", encoding="utf-8")
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     assert (report["num_records"], report["num_stopping"]) == (3, 3)
     assert "3 records would stop training" in report_text(report)
     assert "Record 2" in report_page(report)
@@ -366,7 +371,7 @@ def test_parquet_is_checked_like_json(tmp_path):
     values = [sum_record(3), sum_record(50, answer="fiive")]
     rows = [value | {"metadata": json.dumps(value["metadata"])} for value in values]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
-    data = check_file(tmp_path / "data.parquet", CheckOptions())
+    data = check_file(tmp_path / "data.parquet", CheckOptions(domain=ROBOTS_DOMAIN))
     assert [(found.kind, found.number) for found in data.problems] == [("unknown_answer", 2)]
 
 
@@ -376,7 +381,9 @@ def test_parquet_is_checked_like_json(tmp_path):
 def filtered(values, tmp_path, minimum=0.8, output="kept.json"):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(values), encoding="utf-8")
-    counts = filter_file(path, output=tmp_path / output, min_quality_score=minimum, options=CheckOptions())
+    counts = filter_file(
+        path, output=tmp_path / output, min_quality_score=minimum, options=CheckOptions(domain=ROBOTS_DOMAIN)
+    )
     return counts, tmp_path / output
 
 
@@ -414,7 +421,7 @@ def test_what_is_kept_and_what_is_not_make_up_the_file(scenes, tmp_path):
     values = [*scenes, 5, {"instruction": "What?"}, {**scenes[0], "id": "again"}]
     (kept, rejected), output = filtered(values, tmp_path, output="kept.jsonl")
     assert kept + rejected == len(values) and rejected >= 3
-    read_records(output)  # trains
+    read_records(output, candidates=ROBOTS)  # trains
     lines = output.with_name("kept.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert {49, 50, 51} <= {json.loads(line)["record"] for line in lines}
 

@@ -13,8 +13,8 @@ from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import boxes_to_mask
 from embervlm.model.reasoning import StepValidator
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.loop import deal
-from embervlm.words.chain_text import ROBOTS
 from embervlm.world import World
 
 
@@ -33,7 +33,7 @@ def record(**fields):
         "answer": ("Drone",),
         **fields,
     }
-    return ReasoningRecord(**fields)
+    return ReasoningRecord(**fields, default_candidates=ROBOTS)
 
 
 def texts_of(samples):

@@ -16,6 +16,8 @@ from embervlm.curate.convert import CONVERTERS, convert_file, skipped_path, summ
 from embervlm.curate.formats.shared import sentences
 from embervlm.data.curriculum import complexity_by_steps
 from embervlm.data.records import DataError, read_records
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run_dir import WriteError
 
 FLEET = (
@@ -144,7 +146,9 @@ def convert(folder, source, *values, **options):
     """What `values` in the format `source` give; ScienceQA's stand under their numbers, as published."""
     content = {str(n): value for n, value in enumerate(values, 1)} if source == "scienceqa" else list(values)
     (folder / "in.json").write_text(json.dumps(content))
-    return convert_file(folder / "in.json", folder / "out.json", source=source, progress=False, **options)
+    return convert_file(
+        folder / "in.json", folder / "out.json", source=source, progress=False, **options, domain=ROBOTS_DOMAIN
+    )
 
 
 def problems(folder, source, *values):
@@ -164,7 +168,7 @@ def test_every_format_has_a_sample_here():
 @pytest.mark.parametrize("source", CONVERTERS)
 def test_what_was_written_reads_back_equal(folder, source):
     made = convert(folder, source, *SAMPLES[source])
-    assert read_records(folder / "out.json") == made.records and not made.skipped
+    assert read_records(folder / "out.json", candidates=ROBOTS) == made.records and not made.skipped
 
 
 @pytest.mark.parametrize("source", CONVERTERS)
@@ -178,8 +182,8 @@ def test_every_record_has_a_complexity_and_as_many_step_types_as_steps_where_it_
 @pytest.mark.parametrize("source", CONVERTERS)
 def test_jsonl_out_holds_the_records_of_json_out(folder, source):
     made = convert(folder, source, *SAMPLES[source])
-    convert_file(folder / "in.json", folder / "out.jsonl", source=source, progress=False)
-    assert read_records(folder / "out.jsonl") == made.records
+    convert_file(folder / "in.json", folder / "out.jsonl", source=source, progress=False, domain=ROBOTS_DOMAIN)
+    assert read_records(folder / "out.jsonl", candidates=ROBOTS) == made.records
 
 
 def test_teacher_spelling_becomes_the_unified_one(folder):
@@ -280,7 +284,7 @@ def test_choices_that_differ_in_case_only_are_told_apart_by_their_letter(folder)
     (record,) = convert(folder, "scienceqa", value).records
     assert record.answer == ("(B) Dear Uncle Frank,",)
     assert record.instruction.endswith("Choices: (A) Dear uncle Frank, (B) Dear Uncle Frank,")
-    assert read_records(folder / "out.json") == [record]
+    assert read_records(folder / "out.json", candidates=ROBOTS) == [record]
 
 
 def test_a_picture_in_two_published_splits_goes_to_the_held_out_one(folder):
@@ -463,7 +467,7 @@ def test_two_records_of_one_id_are_named(folder):
 
 def test_skip_bad_writes_the_rest_and_lists_the_skipped(folder):
     made = convert(folder, "scienceqa", SCIENCE | {"answer": 9}, SCIENCE | {"image": None}, 3, skip_bad=True)
-    assert [record.record_id for record in read_records(folder / "out.json")] == ["scienceqa-2"]
+    assert [record.record_id for record in read_records(folder / "out.json", candidates=ROBOTS)] == ["scienceqa-2"]
     listed = [json.loads(line) for line in skipped_path(folder / "out.json").read_text().splitlines()]
     assert [(item["record"], item.get("id")) for item in listed] == [(1, "1"), (3, None)] and listed == made.skipped
     assert listed[0]["problems"] == ["answer: 9 is no index of 3 choices; count them from 0"]
@@ -471,7 +475,9 @@ def test_skip_bad_writes_the_rest_and_lists_the_skipped(folder):
 
 def test_skip_bad_lists_lines_that_are_no_json(folder):
     (folder / "in.jsonl").write_text(f"{json.dumps(UNIFIED)}\n{{oops\n")
-    made = convert_file(folder / "in.jsonl", folder / "out.json", source="unified", skip_bad=True, progress=False)
+    made = convert_file(
+        folder / "in.jsonl", folder / "out.json", source="unified", skip_bad=True, progress=False, domain=ROBOTS_DOMAIN
+    )
     assert len(made.records) == 1 and "in.jsonl line 2 column 2: invalid JSON" in made.skipped[0]["problems"][0]
 
 
@@ -517,7 +523,7 @@ def test_every_fuzzed_record_is_converted_or_reported(tmp_path_factory, source):
         except DataError as error:
             assert all("record " in problem for problem in error.problems)
             return
-        assert read_records(folder / "out.json") == made.records
+        assert read_records(folder / "out.json", candidates=ROBOTS) == made.records
         assert len(made.records) + len(made.skipped) >= len(values)
 
     check()
@@ -546,14 +552,14 @@ def test_the_command_says_what_it_wrote_and_where_the_pictures_are(folder, capsy
     assert f"{out}: 1 records, 1 with a picture, 1 to 1 steps (1 high)" in printed
     assert f"1 records skipped or cut short, listed in {skipped_path(out)}" in printed
     assert f"found with --image_root {folder}" in printed
-    assert len(read_records(out, image_root=folder)) == 1
+    assert len(read_records(out, image_root=folder, candidates=ROBOTS)) == 1
 
 
 def test_pictures_below_the_output_folder_need_no_image_root(folder, capsys):
     (folder / "pictures").mkdir()
     (folder / "a.png").rename(folder / "pictures" / "a.png")
     made = convert(folder, "unified", UNIFIED, image_root=folder / "pictures")
-    assert read_records(folder / "out.json") == made.records and "--image_root" not in summary(
+    assert read_records(folder / "out.json", candidates=ROBOTS) == made.records and "--image_root" not in summary(
         made, folder / "out.json"
     )
 
@@ -564,7 +570,7 @@ def test_a_picture_outside_the_image_root_is_refused_unless_allowed(folder, tmp_
     value = UNIFIED | {"image": str(outside)}
     assert "leaves" in problems(folder, "unified", value)
     made = convert(folder, "unified", value, allow_outside=True)
-    assert read_records(folder / "out.json", allow_outside=True) == made.records
+    assert read_records(folder / "out.json", allow_outside=True, candidates=ROBOTS) == made.records
 
 
 @pytest.mark.parametrize(
@@ -604,11 +610,11 @@ def full_disk(num_bytes):
 def test_a_full_disk_is_said_and_leaves_the_file_from_before(folder, name):
     convert_file_ = {"source": "unified", "progress": False}
     (folder / "in.json").write_text(json.dumps([UNIFIED]))
-    convert_file(folder / "in.json", folder / name, **convert_file_)
+    convert_file(folder / "in.json", folder / name, **convert_file_, domain=ROBOTS_DOMAIN)
     before = (folder / name).read_bytes()
     (folder / "in.json").write_text(json.dumps([UNIFIED] * 2000))
     with full_disk(100_000), pytest.raises(WriteError, match=f"{name}: not written .*the disk or its quota is full"):
-        convert_file(folder / "in.json", folder / name, **convert_file_)
+        convert_file(folder / "in.json", folder / name, **convert_file_, domain=ROBOTS_DOMAIN)
     assert (folder / name).read_bytes() == before
     assert not list(folder.glob(".tmp-*"))
 
@@ -627,7 +633,7 @@ def test_text_only_records_of_every_kind_of_candidates_train_in_both_phases_unde
         for n in range(24)
     ]
     convert(tmp_path, "scienceqa", *values)
-    records = read_records(tmp_path / "out.json")
+    records = read_records(tmp_path / "out.json", candidates=ROBOTS)
     config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), tmp_path / "out.json")
     start = save_stage3(tmp_path / "start" / "stage3", TINY, records)
     ok(train("ranks", "--config", config, "--stages", "4", "--resume_from", start, "--max_steps", "2"))
@@ -639,7 +645,6 @@ def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
     import torch
 
     from embervlm.model.generation import Decoding, generate_from_visual, look
-    from embervlm.words.chain_text import ROBOTS
 
     with torch.no_grad():
         visual, seen = look(tiny_model, [None, None])

@@ -22,6 +22,8 @@ from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, read_records
 from embervlm.data.samples import DIRECT, Sample
 from embervlm.data.splits import split_records
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.stages import load_data
 from embervlm.run.train import main
 from embervlm.training.loop import deal
@@ -217,7 +219,7 @@ CURRICULUM = {
 @pytest.mark.slow
 def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_both_phases(tmp_path):
     data = make_data(tmp_path)
-    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
+    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     config = write_run_yaml(
         tmp_path,
         write_model_yaml(tmp_path),
@@ -230,8 +232,8 @@ def test_a_run_on_two_processes_augments_once_and_follows_the_curriculum_over_bo
     counts = [int(number) for number in line.rpartition("epoch ")[2].split(", ")]
     assert counts[0] < counts[1] < counts[2] == 60
     (cache,) = (tmp_path / "outputs" / "cache").glob("augmented-*.jsonl")
-    given = len(split_records(read_records(data))["train"])
-    assert len(read_records(cache, allow_outside=True)) == 60 - given
+    given = len(split_records(read_records(data, candidates=ROBOTS))["train"])
+    assert len(read_records(cache, allow_outside=True, candidates=ROBOTS)) == 60 - given
     for phase, epochs in ((1, counts[:1]), (2, counts[1:])):
         lines = run_dir.metrics_log_path(run_dir.phase_dir(tmp_path / "outputs", phase)).read_text().splitlines()
         of_epoch = Counter(json.loads(line)["epoch"] for line in lines)
@@ -255,11 +257,11 @@ def test_an_empty_epoch_ends_the_run_before_stage_3_is_trained(tmp_path):
 def test_more_chains_are_no_more_questions(tmp_path):
     """A file of `embervlm data augment`: chains train on all of it, direct answers on what was given."""
     data = make_data(tmp_path)
-    augment_file(data, tmp_path / "augmented.json", target_samples=90)
+    augment_file(data, tmp_path / "augmented.json", target_samples=90, domain=ROBOTS_DOMAIN)
     config = from_mapping(
         TrainConfig, {"reasoning_data": str(tmp_path / "augmented.json"), "output_dir": str(tmp_path / "outputs")}
     )
     loaded = load_data(config, 36, World(rank=0, size=1, device=torch.device("cpu")))
-    given = split_records(read_records(data))["train"]
+    given = split_records(read_records(data, candidates=ROBOTS))["train"]
     assert [record.record_id for record in loaded.train] == [record.record_id for record in given]
     assert len(loaded.reasoning) == len(given) + 54 and list(loaded.reasoning)[: len(given)] == list(loaded.train)

@@ -19,6 +19,7 @@ from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.samples import CAPTION, DIRECT, EDITED, Sample, boxes_to_mask, step_texts
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
 from embervlm.robots.facts import SceneFacts
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.robots.rules import TASKS, teach
 from embervlm.training.loop import deal
 from embervlm.world import World
@@ -26,7 +27,7 @@ from embervlm.world import World
 
 def record(record_id="r1", steps=("Look.", "It is wet.", "Conclusion: Drone."), **fields):
     fields = {"image": None, "instruction": "Which robot?", "answer": ("Drone",), **fields}
-    return ReasoningRecord(record_id=record_id, steps=steps, **fields)
+    return ReasoningRecord(record_id=record_id, steps=steps, **fields, default_candidates=ROBOTS)
 
 
 def encode_one(tokenizer, **fields):

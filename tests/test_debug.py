@@ -13,7 +13,7 @@ from embervlm.config import ConfigError
 from embervlm.evaluation.analysis import analysis_text, common_faults, first_faults, sample_text, samples_verdict
 from embervlm.evaluation.transition import check_transition, compare_losses, transition_text
 from embervlm.model.embervlm import build_model
-from embervlm.words.chain_text import ROBOTS
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 # ---- the switch from phase 1 to phase 2
 

@@ -18,6 +18,7 @@ from scripted_teacher import Act, chain, serving
 
 from embervlm.cli import main
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -59,7 +60,7 @@ def command(teacher, tasks, *flags, output="out.json"):
 
 def generate(teacher, tasks, *flags, output="out.json"):
     main(command(teacher, tasks, *flags, output=output))
-    return read_records(tasks.parent / output)
+    return read_records(tasks.parent / output, candidates=ROBOTS)
 
 
 def lines(path):
@@ -94,7 +95,7 @@ def test_the_guides_script_takes_the_same_flags(tasks):
     with serving(good) as teacher:
         script = [sys.executable, str(REPOSITORY / "scripts" / "generate_reasoning_data.py")]
         subprocess.run([*script, *command(teacher, tasks, output="out.jsonl")[2:]], check=True, capture_output=True)
-    assert len(read_records(tasks.parent / "out.jsonl")) == 10
+    assert len(read_records(tasks.parent / "out.jsonl", candidates=ROBOTS)) == 10
 
 
 def test_no_more_are_asked_than_num_samples_needs(tasks):
@@ -127,7 +128,7 @@ def test_the_picture_is_sent_to_a_teacher_that_sees(scene_data, records, tmp_pat
                 teacher, data, "--teacher_sees_pictures", "--num_samples", 3, "--concurrency", 1, output="seen.json"
             )
         )
-    made = read_records(out)
+    made = read_records(out, candidates=ROBOTS)
     sent = [body["messages"][1]["content"][0]["image_url"]["url"] for body, _, _ in teacher.requests]
     pictures = {f"data:image/jpeg;base64,{base64.b64encode(Path(r.image).read_bytes()).decode()}" for r in made}
     assert pictures <= set(sent)
@@ -197,7 +198,7 @@ def test_a_question_without_an_answer_is_named_and_the_others_are_kept(tasks):
         pytest.raises(SystemExit, match=r"record task-000003: got no answer \(400.*too long"),
     ):
         generate(teacher, tasks)
-    assert len(read_records(tasks.parent / "out.json")) == 9
+    assert len(read_records(tasks.parent / "out.json", candidates=ROBOTS)) == 9
 
 
 def test_an_endpoint_that_is_down_stops_the_run(tasks):
@@ -402,7 +403,7 @@ def survive(folder, *, num_questions, kills, seed):
 
 
 def check_survival(tasks, requests, *, num_questions, kills):
-    records = read_records(tasks.parent / "out.json")
+    records = read_records(tasks.parent / "out.json", candidates=ROBOTS)
     assert [record.record_id for record in records] == [f"task-{index:06d}" for index in range(num_questions)]
     kept = lines(tasks.parent / "out.accepted.jsonl")
     assert len({row["key"] for row in kept}) == len(kept) == num_questions
@@ -434,7 +435,7 @@ def test_a_stop_by_signal_waits_for_the_answers_in_flight(tasks):
         process.send_signal(signal.SIGTERM)
         printed = process.communicate()[0]
     assert "stopped before the end: SIGTERM" in printed
-    assert len(read_records(tasks.parent / "out.json")) == len(teacher.requests) <= 3
+    assert len(read_records(tasks.parent / "out.json", candidates=ROBOTS)) == len(teacher.requests) <= 3
 
 
 # ---- shards
@@ -448,7 +449,7 @@ def test_shards_share_the_work_and_merge_into_the_whole(tasks, tmp_path, capsys)
     parts = [str(tmp_path / f"part{index}.json") for index in range(3)]
     main(["data", "merge", *parts, parts[0], "--output_file", str(tmp_path / "all.jsonl")])
     assert "10 records from 4 files, 4 that stood twice left out" in capsys.readouterr().out
-    assert len({record.record_id for record in read_records(tmp_path / "all.jsonl")}) == 10
+    assert len({record.record_id for record in read_records(tmp_path / "all.jsonl", candidates=ROBOTS)}) == 10
 
 
 def test_two_shards_cannot_share_an_output_file(tasks):
@@ -466,8 +467,8 @@ def test_the_shards_of_the_rules_are_the_whole_job(tmp_path):
     main(
         ["data", "merge", *(str(tmp_path / f"{i}.json") for i in range(2)), "--output_file", str(tmp_path / "all.json")]
     )
-    whole = {record.record_id: record for record in read_records(tmp_path / "whole.json")}
-    assert whole == {record.record_id: record for record in read_records(tmp_path / "all.json")}
+    whole = {record.record_id: record for record in read_records(tmp_path / "whole.json", candidates=ROBOTS)}
+    assert whole == {record.record_id: record for record in read_records(tmp_path / "all.json", candidates=ROBOTS)}
 
 
 def test_records_that_differ_under_one_id_are_not_merged(tmp_path):

@@ -31,6 +31,7 @@ from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.evaluation.evaluate import evaluate_checkpoint
 from embervlm.ranking import rank_checkpoints
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.eval_jobs import evaluation_command
 from embervlm.run.train import main
 from embervlm.slurm_commands import awaiting_evaluation, outside
@@ -49,7 +50,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run_yaml(
         folder, write_model_yaml(folder, vision=DROPPING), data, max_steps=STEPS, save_steps=2, eval_samples=3
     )
-    save_stage3(folder / "start" / "stage3", settings, read_records(data))
+    save_stage3(folder / "start" / "stage3", settings, read_records(data, candidates=ROBOTS))
     return folder
 
 
@@ -119,7 +120,10 @@ def test_a_training_with_evaluations_learns_bit_for_bit_what_one_without_learns(
 def test_an_evaluation_that_fails_is_said_and_does_not_end_the_training(bench: Path, tmp_path: Path) -> None:
     data = tmp_path / "only_train.json"
     raw = json.loads((bench / "reasoning_data.json").read_text())
-    kept = {record.record_id for record in split_records(read_records(bench / "reasoning_data.json"))["train"]}
+    kept = {
+        record.record_id
+        for record in split_records(read_records(bench / "reasoning_data.json", candidates=ROBOTS))["train"]
+    }
     data.write_text(json.dumps([item for item in raw if item["id"] in kept]))
     folder, said = trained(
         bench, tmp_path, "--eval_steps", "2", "--reasoning_data", data, "--set", f"image_root={bench}", processes=2

@@ -28,6 +28,7 @@ from embervlm.evaluation.result import METRICS, gains
 from embervlm.evaluation.sharing import Journal
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, set_confidence
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.evaluate import evaluate_to_file
 from embervlm.select_best import main as select_best
 
@@ -334,7 +335,7 @@ def test_too_few_answers_are_not_fitted():
 def test_the_temperature_of_val_is_kept_for_from_pretrained(
     lively_model, checkpoint, scene_data, tmp_path, monkeypatch
 ):
-    prompts = [record.instruction for record in read_records(scene_data / "reasoning_data.json")[:3]]
+    prompts = [record.instruction for record in read_records(scene_data / "reasoning_data.json", candidates=ROBOTS)[:3]]
     monkeypatch.setattr("embervlm.evaluation.calibration.MIN_SAMPLES", 1)
     judged = asked_module.answer
 
@@ -375,7 +376,9 @@ def test_nothing_to_evaluate_is_an_error(checkpoint, tmp_path, capsys):
 
 def test_an_empty_split_is_named(checkpoint, scene_data, tmp_path):
     raw = json.loads((scene_data / "reasoning_data.json").read_text())
-    kept = {r.record_id for r in split_records(read_records(scene_data / "reasoning_data.json"))["train"]}
+    kept = {
+        r.record_id for r in split_records(read_records(scene_data / "reasoning_data.json", candidates=ROBOTS))["train"]
+    }
     only_train = tmp_path / "train.json"
     only_train.write_text(json.dumps([item for item in raw if item["id"] in kept]))
     said = refused(checkpoint, tmp_path, "--reasoning_data", str(only_train), "--image_root", str(scene_data))
@@ -394,7 +397,7 @@ def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(ch
     path = scene_data / "reasoning_data.json"
     job = Evaluation(checkpoint=checkpoint, test_set=str(path), compare=False, **options(split="test"))
     result, _ = evaluate(job)
-    records = read_records(path)
+    records = read_records(path, candidates=ROBOTS)
     trained = len(split_records(records)["train"])
     assert result["num_samples"] == len(records)
     assert f"{trained} of the {len(records)} records of {path} were trained on" in capsys.readouterr().out

@@ -17,13 +17,15 @@ from embervlm.evaluation.faithfulness import (
     answer_log_probs,
     choose,
     force_facts,
-    plant_mistake,
     probes_of,
     summarise,
 )
 from embervlm.model.generation import Decoding, look
 from embervlm.report.table import faithfulness_lines
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.domain import plant_mistake
 from embervlm.robots.facts import SceneFacts
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.robots.rules import Task, teach
 
 FACTS = {"place": "field", "weather": "clear", "sky": "noon", "load": "light", "flag": "near"}
@@ -47,6 +49,7 @@ def scene_record(record_id="r", task=HAUL, image=None, **facts):
             "step_types": list(chain.step_types),
             "seen": [list(names) for names in chain.seen],
         },
+        default_candidates=ROBOTS,
     )
 
 
@@ -59,6 +62,7 @@ def free_record(record_id, answer, steps, **metadata):
         steps=steps,
         answer=(answer,),
         metadata=metadata,
+        default_candidates=ROBOTS,
     )
 
 
@@ -89,7 +93,7 @@ def test_forced_facts_are_those_of_another_scene_with_another_answer():
 
 def test_where_no_other_scene_has_another_answer_nothing_is_forced():
     records = [scene_record("mine"), scene_record("twin")]
-    probes, dropped = probes_of(records, [record.steps for record in records], [0, 1])
+    probes, dropped = probes_of(records, [record.steps for record in records], [0, 1], ROBOTS_DOMAIN)
     assert dropped == 2 and not [probe for probe in probes if probe.kind == "forced"]
 
 
@@ -153,7 +157,7 @@ def test_a_planted_mistake_is_the_first_wrong_step_and_changes_the_answer():
         *before, wrong = probe.steps
         assert tuple(before) == record.steps[: len(before)]
         assert wrong != record.steps[len(before)] and not wrong.startswith(CONCLUSION)
-        assert set(probe.follows) != set(record.answer)
+        assert set(probe.answer) != set(record.answer)
         kinds.add(len(before))
     assert len(kinds) >= 2
 
@@ -177,7 +181,7 @@ def test_chains_that_are_not_the_rules_own_get_no_mistake():
 def test_a_chain_is_cut_to_parts_of_the_models_own_and_made_to_conclude():
     record = scene_record()
     own = ("a", "b", "c", "d", "e", "Conclusion: Drone.")
-    cut = [probe for probe in probes_of([record], [own], [0])[0] if probe.kind.startswith("truncated")]
+    cut = [probe for probe in probes_of([record], [own], [0], ROBOTS_DOMAIN)[0] if probe.kind.startswith("truncated")]
     assert [probe.steps for probe in cut] == [("a",), ("a", "b"), ("a", "b", "c")]
     assert all(probe.concludes for probe in cut)
 
@@ -217,7 +221,7 @@ def test_per_step_is_what_each_step_adds_over_the_chains_that_have_it():
 
 
 def test_the_whole_block_is_measured_with_a_model(tiny_model, records):
-    asked = Faithfulness(records, [record.steps for record in records], num_samples=12)
+    asked = Faithfulness(records, [record.steps for record in records], ROBOTS_DOMAIN, num_samples=12)
     tasks = asked.tasks(Path("checkpoint"), see, Decoding(max_new_tokens=40))
     block = asked.result({task.key: task.run(tiny_model) for task in reversed(tasks)})
     forced = block["forced_prefix"]

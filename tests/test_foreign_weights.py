@@ -11,6 +11,7 @@ from embervlm.config import ConfigError
 from embervlm.data.records import read_records
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.storage import CheckpointError
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_damaged_or_missing_part_is_named(lively_model, checkpoint):
 @pytest.mark.slow
 def test_training_starts_from_weights_of_a_ddp_trainer_in_safetensors(scene_data, tmp_path):
     data = scene_data / "reasoning_data.json"
-    stage3 = save_stage3(tmp_path / "start", TINY, read_records(data))
+    stage3 = save_stage3(tmp_path / "start", TINY, read_records(data, candidates=ROBOTS))
     weights = torch.load(stage3 / "pytorch_model.bin")
     for name in ("pytorch_model.bin", "COMPLETE"):
         (stage3 / name).unlink()

@@ -18,6 +18,7 @@ from embervlm.robots.generate import (
     write_dataset,
 )
 from embervlm.robots.rules import ROBOT_ORDER, TASKS, teach
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.robots.tasks import is_task_file, read_tasks
 
 TASKS_OF_OTHERS = [
@@ -47,7 +48,7 @@ def planned():
 def for_tasks(tmp_path_factory):
     path = tmp_path_factory.mktemp("tasks") / "reasoning_data.json"
     generate_for_tasks(TASKS_OF_OTHERS, path)
-    return read_records(path)
+    return read_records(path, candidates=ROBOTS)
 
 
 def files_of(folder):
@@ -77,7 +78,7 @@ def test_another_seed_plans_other_scenes():
 
 def test_a_number_of_samples_that_does_not_divide_is_met_exactly(tmp_path):
     written = generate_scenes(tmp_path / "d.jsonl", num_samples=4, questions_per_picture=3, workers=1, progress=False)
-    assert len(written) == 4 == len(read_records(tmp_path / "d.jsonl"))
+    assert len(written) == 4 == len(read_records(tmp_path / "d.jsonl", candidates=ROBOTS))
 
 
 def test_generated_records_read_back_with_all_their_steps(scene_data, records):
@@ -273,7 +274,9 @@ def test_the_command_makes_records_for_the_tasks_of_others(tmp_path, capsys):
     tasks = tmp_path / "robot_selection.json"
     tasks.write_text(json.dumps([{"input": text, "output": ", ".join(gold)} for text, gold in TASKS_OF_OTHERS[:2]]))
     main(["data", "generate", "--input_dataset", str(tasks), "--output_file", str(tmp_path / "data.jsonl")])
-    assert [record.answer for record in read_records(tmp_path / "data.jsonl")] == [g for _, g in TASKS_OF_OTHERS[:2]]
+    assert [record.answer for record in read_records(tmp_path / "data.jsonl", candidates=ROBOTS)] == [
+        g for _, g in TASKS_OF_OTHERS[:2]
+    ]
     assert "2 records, 2 pictures" in capsys.readouterr().out
 
 

@@ -22,6 +22,8 @@ from embervlm.curate.quality import filter_file
 from embervlm.curate.validate import validate
 from embervlm.data.records import DataError, read_records, write_dataset
 from embervlm.data.store import RecordStore, prepare
+from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 
 def picture(shade: int = 0, form: str = "PNG") -> bytes:
@@ -51,13 +53,16 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
 def told(path: Path, folder: Path) -> set[str]:
     """What is wrong with the file by all of training, validate and filter, which must agree, without record and fix."""
     with pytest.raises(DataError) as caught:
-        prepare(path, folder / "cache")
+        prepare(path, folder / "cache", candidates=ROBOTS)
     trained = {problem.split(" record ", 1)[1].split(": ", 1)[1] for problem in caught.value.problems}
-    problems = check_file(path, CheckOptions(unpack_dir=str(folder / "unpacked"))).problems
+    problems = check_file(path, CheckOptions(unpack_dir=str(folder / "unpacked"), domain=ROBOTS_DOMAIN)).problems
     checked = {f"{p.field}: {p.what}; {p.fix}" for p in problems if p.stops_training}
     assert {text.replace('"', "") for text in checked} == {text.replace('"', "") for text in trained}
     kept, rejected = filter_file(
-        path, output=folder / "kept.jsonl", min_quality_score=0, options=CheckOptions(open_pictures=False)
+        path,
+        output=folder / "kept.jsonl",
+        min_quality_score=0,
+        options=CheckOptions(open_pictures=False, domain=ROBOTS_DOMAIN),
     )
     assert kept + rejected == len(path.read_text().splitlines()) and rejected >= 1
     return trained
@@ -81,9 +86,9 @@ def told(path: Path, folder: Path) -> set[str]:
 )
 def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, [record(1, **fields)])
-    (found,) = read_records(path)
+    (found,) = read_records(path, candidates=ROBOTS)
     assert found.image == str(tmp_path / "1.png")
-    assert validate(path, CheckOptions())["num_text_only"] == 0
+    assert validate(path, CheckOptions(domain=ROBOTS_DOMAIN))["num_text_only"] == 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,9 @@ def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(
 
 
 def test_the_place_of_the_picture_is_taken_out_of_the_question(tmp_path: Path) -> None:
-    (found,) = read_records(write(tmp_path, [record(1, image="1.png", instruction="<image>\nWho goes?")]))
+    (found,) = read_records(
+        write(tmp_path, [record(1, image="1.png", instruction="<image>\nWho goes?")]), candidates=ROBOTS
+    )
     assert found.instruction == "Who goes?"
 
 
@@ -120,12 +127,12 @@ def test_a_missing_field_that_is_there_under_another_name_is_pointed_at(tmp_path
     with pytest.raises(
         DataError, match=r'answer "yes" is not one of Drone.* \(there is "choices": call it candidates\)'
     ):
-        read_records(path)
+        read_records(path, candidates=ROBOTS)
 
 
 def test_fields_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, [record(n, image=f"{n}.png", rationale="Legs.", difficulty=3) for n in range(4)])
-    assert prepare(path, tmp_path / "cache").unused == {"rationale": 4, "difficulty": 4}
+    assert prepare(path, tmp_path / "cache", candidates=ROBOTS).unused == {"rationale": 4, "difficulty": 4}
     main(
         [
             "data",
@@ -155,13 +162,13 @@ def test_nan_and_fields_that_stand_twice_are_refused_with_their_record(tmp_path:
         "holds Infinity, which is no JSON; write null, or leave the field out",
     }
     with pytest.raises(DataError) as caught:
-        prepare(path, tmp_path / "cache")
+        prepare(path, tmp_path / "cache", candidates=ROBOTS)
     assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
-    report = validate(path, CheckOptions())
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
     assert [p["number"] for p in report["problems"] if p["kind"] == "schema"] == [1, 2, 3] and not report["trains"]
     (tmp_path / "data.json").write_text(f"[{','.join(lines)}]")
     with pytest.raises(DataError) as caught:
-        read_records(tmp_path / "data.json")
+        read_records(tmp_path / "data.json", candidates=ROBOTS)
     assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
     with pytest.raises(DataError, match="record r1: metadata: .*not JSON compliant"):
         write_dataset(tmp_path / "out.json", [record(1, score=float("nan"))])
@@ -186,7 +193,7 @@ def parquet(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
 
 
 def prepared(path: Path, folder: Path) -> RecordStore:
-    return prepare(path, folder / "cache")
+    return prepare(path, folder / "cache", candidates=ROBOTS)
 
 
 def test_the_nulls_that_a_table_gives_every_row_are_absent(scene_data: Path, tmp_path: Path) -> None:
@@ -195,11 +202,11 @@ def test_the_nulls_that_a_table_gives_every_row_are_absent(scene_data: Path, tmp
     path = parquet(tmp_path, rows)
     assert path.stat().st_size
     options = {"image_root": scene_data, "allow_outside": True}
-    wanted = read_records(scene_data / "reasoning_data.json", **options)
-    assert read_records(path, **options) == wanted
+    wanted = read_records(scene_data / "reasoning_data.json", **options, candidates=ROBOTS)
+    assert read_records(path, **options, candidates=ROBOTS) == wanted
     table = pyarrow.parquet.read_table(path).to_pylist()  # nulls and all, as `Dataset.to_json` writes them
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    assert read_records(tmp_path / "data.jsonl", **options) == wanted
+    assert read_records(tmp_path / "data.jsonl", **options, candidates=ROBOTS) == wanted
 
 
 def test_dates_and_decimals_are_text_and_numbers_for_every_command(tmp_path: Path) -> None:
@@ -209,8 +216,8 @@ def test_dates_and_decimals_are_text_and_numbers_for_every_command(tmp_path: Pat
     wanted = {"day": "2024-05-06", "at": "2024-05-06T07:08:00", "price": 2.5, "count": 7}
     metadata = prepared(path, tmp_path).all()[0].metadata
     assert {name: metadata[name] for name in extra} == wanted
-    assert validate(path, CheckOptions())["trains"]
-    filter_file(path, output=tmp_path / "kept.jsonl", min_quality_score=0, options=CheckOptions())
+    assert validate(path, CheckOptions(domain=ROBOTS_DOMAIN))["trains"]
+    filter_file(path, output=tmp_path / "kept.jsonl", min_quality_score=0, options=CheckOptions(domain=ROBOTS_DOMAIN))
     kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert len(kept) == 3 and {name: kept[0][name] for name in extra} == wanted
 
@@ -223,21 +230,23 @@ def test_pictures_in_the_table_are_read_checked_kept_and_trained_on(as_struct: b
     path = parquet(tmp_path, [record(n, image=held(n)) for n in range(3)])
     images = {found.image for found in prepared(path, tmp_path).all()}
     assert len(images) == 3 and all(Path(str(image)).stat().st_size for image in images)
-    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))
+    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked"), domain=ROBOTS_DOMAIN))
     assert report["trains"] and report["distinct"]["pictures"] == 3
-    filter_file(path, output=tmp_path / "out" / "kept.jsonl", min_quality_score=0, options=CheckOptions())
-    again = read_records(tmp_path / "out" / "kept.jsonl")
+    filter_file(
+        path, output=tmp_path / "out" / "kept.jsonl", min_quality_score=0, options=CheckOptions(domain=ROBOTS_DOMAIN)
+    )
+    again = read_records(tmp_path / "out" / "kept.jsonl", candidates=ROBOTS)
     assert {Path(str(found.image)).read_bytes() for found in again} == {picture(n) for n in range(3)}
 
 
 def test_a_picture_in_the_table_that_is_none_and_bytes_elsewhere_are_refused_alike(tmp_path: Path) -> None:
     path = parquet(tmp_path, [record(1, image=b"no picture"), record(2, image=picture(2))])
-    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))
+    report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked"), domain=ROBOTS_DOMAIN))
     assert [(p["kind"], p["number"]) for p in report["problems"] if p["kind"] == "picture"] == [("picture", 1)]
     path = parquet(tmp_path, [record(1, image=picture(1), thumbnail=b"123"), record(2)])
     with pytest.raises(DataError, match='record 1: "thumbnail": holds bytes; call the column image'):
         prepared(path, tmp_path)
-    assert not validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked")))["trains"]
+    assert not validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked"), domain=ROBOTS_DOMAIN))["trains"]
 
 
 # ---- shards
@@ -258,16 +267,19 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
 )
 def test_a_member_of_any_picture_format_is_the_records_picture(suffix: str, form: str, tmp_path: Path) -> None:
     members = {"0.json": json.dumps(record(1, file_name="elsewhere/0.jpg")).encode(), f"0.{suffix}": picture(9, form)}
-    (found,) = prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache").all()
+    (found,) = prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache", candidates=ROBOTS).all()
     assert Path(str(found.image)).read_bytes() == picture(9, form)
 
 
 def test_members_that_nothing_reads_are_counted_and_two_pictures_refused(tmp_path: Path) -> None:
     members = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.txt": b"?", "0.mask.png": picture(3)}
-    assert prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache").unused == {".txt": 1, ".mask.png": 1}
+    assert prepare(shard(tmp_path / "a.tar", members), tmp_path / "cache", candidates=ROBOTS).unused == {
+        ".txt": 1,
+        ".mask.png": 1,
+    }
     both = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.jpg": picture(form="JPEG")}
     with pytest.raises(DataError, match=r"record 0: image: 0\.(png|jpg) and 0\.(png|jpg) are pictures; keep one"):
-        prepare(shard(tmp_path / "b.tar", both), tmp_path / "cache")
+        prepare(shard(tmp_path / "b.tar", both), tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_validate_reads_whatever_training_reads_and_finds_what_it_refuses(
@@ -287,7 +299,7 @@ def test_validate_reads_whatever_training_reads_and_finds_what_it_refuses(
     bare = json.dumps(record(7, answer="Boat")).encode()
     shard(folder / "c.tar", {"seven.json": bare, "seven.png": b"no picture", "eight.png": picture()})
     with pytest.raises(DataError) as caught:
-        prepare(folder, tmp_path / "cache")
+        prepare(folder, tmp_path / "cache", candidates=ROBOTS)
     with pytest.raises(SystemExit):
         main([*arguments, str(tmp_path / "report.txt")])
     report = (tmp_path / "report.txt").read_text()

@@ -22,6 +22,7 @@ from embervlm import run_dir
 from embervlm.config_file import model_preset
 from embervlm.data.records import read_records
 from embervlm.engines.build import build_engine
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.module import TrainingModule
 from embervlm.world import World
 
@@ -102,7 +103,9 @@ def test_the_gpu_writes_the_chains_of_the_cpu(lively_model: Any, records: Any) -
 def test_a_full_size_preset_trains_in_both_phases(precision: str, data: Path, tmp_path: Path) -> None:
     """fp16 with a V100's config: the scale must settle, and the loss be finite in every step that counts."""
     steps = 12
-    start = save_stage3(tmp_path / "start" / "stage3", model_preset("embervlm-39m"), read_records(data))
+    start = save_stage3(
+        tmp_path / "start" / "stage3", model_preset("embervlm-39m"), read_records(data, candidates=ROBOTS)
+    )
     config = write_run_yaml(
         tmp_path, "embervlm-39m", data, precision=precision, stage4__batch_size=2, stage4__max_reasoning_length=350
     )

@@ -14,6 +14,7 @@ from embervlm import run_dir
 from embervlm.config import AUGMENTATION_STRATEGIES, COMPONENTS, ConfigError, TrainConfig
 from embervlm.config_file import from_mapping, load_train_config
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 BLOCKS = Path(__file__).resolve().parent / "guide_blocks.txt"
 GUIDE = REPOSITORY.parent / "shared" / "spec" / "stage4_guide.md"
@@ -151,7 +152,7 @@ def test_the_guides_augmentation_strategies_are_settings(tmp_path: Path) -> None
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
     write_model_yaml(folder)
-    save_stage3(folder / "stage3", TINY, read_records(make_data(folder)))
+    save_stage3(folder / "stage3", TINY, read_records(make_data(folder), candidates=ROBOTS))
     return folder
 
 

@@ -15,6 +15,7 @@ from training_helpers import REPOSITORY, free_port, ok, run
 
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 HERE = Path(__file__).resolve().parent
 GUIDE = REPOSITORY.parent / "shared" / "spec" / "stage4_guide.md"
@@ -39,7 +40,7 @@ def workplace(smoke: Smoke, tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     data = tmp_path / "data" / "stage4"
     shutil.copytree(smoke.output / "data", data)
-    records = read_records(data / "reasoning_data.json")
+    records = read_records(data / "reasoning_data.json", candidates=ROBOTS)
     test = {record.record_id for record in split_records(records)["test"][:6]}
     raw = json.loads((data / "reasoning_data.json").read_text())
     (data / "test.json").write_text(json.dumps([item for item in raw if item["id"] in test]))

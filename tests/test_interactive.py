@@ -9,6 +9,7 @@ from embervlm.config import ConfigError
 from embervlm.data.records import ReasoningRecord, read_records
 from embervlm.model import interactive
 from embervlm.model.interactive import TEMPLATES, Reasoning, as_reasoning, lay_out
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 CHAIN = ["Look at it. It is high.", "So it must fly.", "Drones fly.", "Conclusion: Drone."]
 
@@ -94,7 +95,7 @@ def test_reasoning_is_a_record_that_can_be_read_back(records, tmp_path):
     found = dataclasses.replace(reasoning(), image=records[0].image)
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(found.record()) + "\n")
-    (read,) = read_records(path, allow_outside=True)
+    (read,) = read_records(path, allow_outside=True, candidates=ROBOTS)
     assert isinstance(read, ReasoningRecord)
     assert list(read.steps) == CHAIN and read.answer == ("Drone",) and read.instruction == "Which?"
 
@@ -246,7 +247,7 @@ def test_kept_chains_are_records_with_their_picture_each_once(tmp_path, scene_da
     path = tmp_path / "kept" / "own.jsonl"
     for chain in (CHAIN, CHAIN, [CHAIN[0], *CHAIN[2:]]):
         save_to_dataset(reasoning(chain, image=picture), path)
-    first, second = read_records(path)
+    first, second = read_records(path, candidates=ROBOTS)
     assert list(first.steps) == CHAIN and first.answer == ("Drone",) and second.num_steps == 2
     assert first.metadata["source"] == "self_generated"
     assert open(first.image, "rb").read() == picture.read_bytes() and str(tmp_path / "kept") in first.image

@@ -17,6 +17,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import UNKNOWN_TOKENS, Decoding, generate_answers
 from embervlm.ranking import rank_checkpoints
 from embervlm.report.table import cut_off_lines
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 NUM_STEPS = 13
 SHELVES = [f"Shelf {letter}{number}: who empties it?" for letter in "ABCDEFGH" for number in range(5)]
@@ -41,7 +42,7 @@ def run_of_long_chains(tmp_path_factory):
         eval_steps=500,
         stage4__scheduled_sampling__enabled=False,
     )
-    save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     found = ok(
         train(
             "python",

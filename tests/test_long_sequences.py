@@ -20,8 +20,8 @@ from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, summarise
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.generation import Decoding
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.stages import Run
-from embervlm.words.chain_text import ROBOTS
 from embervlm.world import World
 from tests.training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
 
@@ -152,7 +152,7 @@ def test_validate_refuses_the_texts_that_training_refuses_and_names_the_same_tok
 def test_an_evaluation_asks_nothing_that_the_model_cannot_read(records: list[dict[str, Any]], tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
-    found = read_records(data, allow_outside=True)
+    found = read_records(data, allow_outside=True, candidates=ROBOTS)
     tokenizer = make_tokenizer(found)
     lengths = [
         len(tokenizer.encode(record.instruction)) + len(tokenizer.encode(" ".join(record.steps))) for record in found

@@ -29,8 +29,8 @@ from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding, candidate_ids, generate_answers, generate_from_visual
 from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.losses import loss_sums
-from embervlm.words.chain_text import ROBOTS
 
 BACKBONE = [name for name in COMPONENTS if name != "reasoning_module"]
 
@@ -943,7 +943,7 @@ def test_a_forward_pass_without_any_picture_input_is_refused(lively_model, batch
 
 
 def test_a_record_of_the_data_file_can_be_answered(lively_model, scene_data):
-    record = read_records(scene_data / "reasoning_data.json")[0]
+    record = read_records(scene_data / "reasoning_data.json", candidates=ROBOTS)[0]
     with Image.open(record.image) as image:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -10,6 +10,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMaker, contradict
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import step_texts
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,9 @@ def test_all_kinds_are_drawn_in_turn(maker, samples):
 
 def test_a_long_chain_is_read_from_its_end(tokenizer):
     steps = tuple(f"Step number {i} says {'so ' * 20}." for i in range(30))
-    record = ReasoningRecord(record_id="r", image=None, instruction="Q?", steps=steps, answer=("Drone",))
+    record = ReasoningRecord(
+        record_id="r", image=None, instruction="Q?", steps=steps, answer=("Drone",), default_candidates=ROBOTS
+    )
     (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=10**6)
     pairs = [PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(seed))[0] for seed in range(20)]
     assert max(len(pair.previous) for pair in pairs) == MAX_PREVIOUS_TOKENS
@@ -169,7 +172,14 @@ def test_a_long_chain_is_read_from_its_end(tokenizer):
 
 
 def test_a_record_alone_without_facts_gets_only_the_negatives_that_can_be_made(tokenizer):
-    record = ReasoningRecord(record_id="r", image=None, instruction="Q?", steps=("Look.", "Go."), answer=("Drone",))
+    record = ReasoningRecord(
+        record_id="r",
+        image=None,
+        instruction="Q?",
+        steps=("Look.", "Go."),
+        answer=("Drone",),
+        default_candidates=ROBOTS,
+    )
     (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
     maker = PairMaker([record], [sample], tokenizer)
     kinds = {p.kind for seed in range(20) for p in maker.pairs(sample, random.Random(seed), NEGATIVE_KINDS)}
@@ -177,7 +187,9 @@ def test_a_record_alone_without_facts_gets_only_the_negatives_that_can_be_made(t
 
 
 def test_a_chain_of_one_step_without_facts_has_a_valid_pair_only(tokenizer):
-    record = ReasoningRecord(record_id="r", image=None, instruction="Q?", steps=("Look.",), answer=("Drone",))
+    record = ReasoningRecord(
+        record_id="r", image=None, instruction="Q?", steps=("Look.",), answer=("Drone",), default_candidates=ROBOTS
+    )
     (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
     pairs = PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(0), NEGATIVE_KINDS)
     assert [pair.kind for pair in pairs] == ["valid"]

@@ -17,6 +17,7 @@ from embervlm.data.records import ReasoningRecord, read_records, write_records
 from embervlm.evaluation.result import _values
 from embervlm.judge.metrics import is_right
 from embervlm.model.generation import Decoding, generate_from_visual, look
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.words.chain_text import parse_answer
 from embervlm.words.open_answers import same_answers
 
@@ -79,6 +80,7 @@ def record(answer, candidates=(), **fields):
         steps=(),
         metadata={"candidates": list(candidates)},
         **fields,
+        default_candidates=ROBOTS,
     )
 
 
@@ -106,11 +108,11 @@ def test_records_of_today_and_of_older_converters_are_open_and_stay_so(tmp_path)
         for n, (answer, own) in enumerate(spelled)
     ]
     path.write_text(json.dumps(values))
-    first, old, closed = read_records(path)
+    first, old, closed = read_records(path, candidates=ROBOTS)
     assert first.answer == ("70,000 people, or so",) and old.answer == ("3 and 4",)
     assert first.candidates == old.candidates == () and closed.candidates == ("Yes", "No")
     write_records(tmp_path / "d.jsonl", [first, old, closed])
-    again = read_records(tmp_path / "d.jsonl")
+    again = read_records(tmp_path / "d.jsonl", candidates=ROBOTS)
     assert [(r.answer, r.candidates) for r in again] == [(r.answer, r.candidates) for r in (first, old, closed)]
 
 

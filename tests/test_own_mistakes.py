@@ -15,8 +15,9 @@ from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import build_model
 from embervlm.model.inputs import Inputs
 from embervlm.model.own_mistakes import own_mistakes
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.losses import loss_sums
-from embervlm.words.chain_text import ROBOTS, format_reasoning
+from embervlm.words.chain_text import format_reasoning
 
 NUM = 6
 
@@ -45,9 +46,7 @@ def model(tiny_settings, words):
 
 @pytest.fixture
 def collator(records, words, chains, pictures):
-    return Collator(
-        records, words, pictures, candidates=ROBOTS, seed=0, image_size=36, pair_maker=PairMaker(records, chains, words)
-    )
+    return Collator(records, words, pictures, seed=0, image_size=36, pair_maker=PairMaker(records, chains, words))
 
 
 def asked_of_own(collator, chains):
@@ -86,7 +85,7 @@ def test_records_without_facts_are_asked_nothing_of_their_own(words, pictures, r
     chains = encode_reasoning(bare, words, grid=3, max_length=512)
     maker = PairMaker(bare, chains, words)
     assert maker.value_places(chains[0]) == []
-    options = {"candidates": ROBOTS, "seed": 0, "image_size": 36, "pair_maker": maker}
+    options = {"seed": 0, "image_size": 36, "pair_maker": maker}
     assert "own_places" not in Collator(bare, words, pictures, **options)(chains, step=0).inputs
 
 

@@ -6,6 +6,7 @@ from embervlm.evaluation.explain import attention_by_thing, looked_at
 from embervlm.evaluation.own_steps import OwnSteps, auroc, summarise
 from embervlm.model.generation import Decoding
 from embervlm.report.table import own_steps_lines
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 RIGHT = ([True, True], [0.9, 0.8], True)
 
@@ -40,7 +41,9 @@ def test_without_a_wrong_step_nothing_is_said_of_accuracy():
 def test_records_without_facts_give_no_figure():
     from embervlm.data.records import ReasoningRecord
 
-    record = ReasoningRecord(record_id="a", image=None, instruction="Which?", steps=("Look.",), answer=("Drone",))
+    record = ReasoningRecord(
+        record_id="a", image=None, instruction="Which?", steps=("Look.",), answer=("Drone",), default_candidates=ROBOTS
+    )
     asked = OwnSteps([record], [{"reasoning_steps": [], "answer_set": []}], {})
     assert asked.tasks("folder", None, Decoding()) == [] and asked.result({}) is None
     assert own_steps_lines({"own_steps": None, "attention": {}}) == ""

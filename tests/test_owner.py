@@ -27,6 +27,7 @@ from training_helpers import (
 from embervlm import run_dir
 from embervlm.data.records import read_records
 from embervlm.data.store import prepare
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run import owner
 from embervlm.run.owner import OWNER, OwnedError, Owner, owning
 from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE, process_status
@@ -152,7 +153,7 @@ def test_of_runs_that_follow_a_dead_one_at_the_same_moment_one_gets_the_folder(t
 def prepare_once(data, cache, start, results):
     start.wait()
     try:
-        results.put(len(prepare(data, cache).all()))
+        results.put(len(prepare(data, cache, candidates=ROBOTS).all()))
     except BaseException as error:
         results.put(repr(error))
 
@@ -187,7 +188,7 @@ def test_what_a_killed_run_left_in_the_cache_is_deleted_once_it_is_old(tmp_path,
         (part / "records.jsonl").write_text("")
         for path in (part / "records.jsonl", part):
             os.utime(path, (time.time() - age_s,) * 2)
-    prepare(scene_data / "reasoning_data.json", tmp_path)
+    prepare(scene_data / "reasoning_data.json", tmp_path, candidates=ROBOTS)
     assert [path.name for path in tmp_path.glob(".tmp-*")] == [".tmp-records-new"]
 
 
@@ -198,7 +199,7 @@ def test_what_a_killed_run_left_in_the_cache_is_deleted_once_it_is_old(tmp_path,
 def flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("owned")
     data = make_data(folder)
-    stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     config = write_run_yaml(folder, write_model_yaml(folder), data, stage4__phase2__epochs=900, save_steps=20)
     return [
         "--config",

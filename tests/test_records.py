@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 TEACHER = {
     "image": "warehouse_scene.jpg",
@@ -55,7 +56,7 @@ def read(tmp_path):
 
     def read(*values, **options):
         (tmp_path / "train.json").write_text(json.dumps(list(values)))
-        return read_records(tmp_path / "train.json", **options)
+        return read_records(tmp_path / "train.json", **options, candidates=ROBOTS)
 
     return read
 
@@ -134,8 +135,8 @@ def test_jsonl_and_parquet_give_the_same_records_as_json(read, tmp_path):
     (tmp_path / "train.jsonl").write_text("\n\n".join(map(json.dumps, values)))
     values[1] = values[1] | {"reasoning": [GOOD["reasoning"]]}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "train.parquet")
-    assert read_records(tmp_path / "train.jsonl") == expected
-    assert read_records(tmp_path / "train.parquet") == expected
+    assert read_records(tmp_path / "train.jsonl", candidates=ROBOTS) == expected
+    assert read_records(tmp_path / "train.parquet", candidates=ROBOTS) == expected
 
 
 # ---- answers
@@ -275,7 +276,7 @@ def test_image_root_replaces_the_data_files_folder(read, tmp_path):
 def test_broken_file_is_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        read_records(tmp_path / name)
+        read_records(tmp_path / name, candidates=ROBOTS)
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -283,7 +284,7 @@ def test_broken_file_is_named_with_the_place(tmp_path, name, content, message):
 def test_file_that_cannot_be_opened_is_named(tmp_path, name):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(DataError, match=name):
-        read_records(tmp_path / name)
+        read_records(tmp_path / name, candidates=ROBOTS)
 
 
 fields = st.sampled_from(["id", "image", "instruction", "question", "reasoning", "answer", "confidence", "metadata"])
@@ -302,7 +303,7 @@ def test_any_json_gives_records_or_a_data_error(tmp_path, value, require_reasoni
         (tmp_path / "a.json").write_text(json.dumps(content))
         try:
             records = read_records(
-                tmp_path / "a.json", require_reasoning=require_reasoning, allow_outside=allow_outside
+                tmp_path / "a.json", require_reasoning=require_reasoning, allow_outside=allow_outside, candidates=ROBOTS
             )
         except DataError as error:
             assert str(error).encode()  # printable on any terminal
@@ -316,7 +317,7 @@ def test_any_json_gives_records_or_a_data_error(tmp_path, value, require_reasoni
 def test_written_records_read_back_equal(read, tmp_path):
     records = read(TEACHER, HUMAN, UNIFIED, GOOD)
     write_records(tmp_path / "copy.jsonl", records)
-    assert read_records(tmp_path / "copy.jsonl") == records
+    assert read_records(tmp_path / "copy.jsonl", candidates=ROBOTS) == records
     assert json.loads((tmp_path / "copy.jsonl").read_text().splitlines()[0])["image"] == "warehouse_scene.jpg"
 
 
@@ -334,14 +335,20 @@ def test_record_is_written_in_the_unified_spelling(read, tmp_path):
 def test_failed_write_leaves_the_old_file_and_no_other(read, tmp_path):
     (record,) = read(GOOD | {"id": "r1"})
     bad = ReasoningRecord(
-        record_id="r2", image=None, instruction="x", steps=(), answer=("Drone",), metadata={"scene": object()}
+        record_id="r2",
+        image=None,
+        instruction="x",
+        steps=(),
+        answer=("Drone",),
+        metadata={"scene": object()},
+        default_candidates=ROBOTS,
     )
     write_records(tmp_path / "copy.jsonl", [record])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"record r2: metadata: .*keep JSON values only"):
         write_records(tmp_path / "copy.jsonl", [record, bad])
     assert sorted(tmp_path.iterdir()) == before
-    assert read_records(tmp_path / "copy.jsonl") == [record]
+    assert read_records(tmp_path / "copy.jsonl", candidates=ROBOTS) == [record]
 
 
 # ---- cost
@@ -354,7 +361,7 @@ def test_reading_ten_thousand_records_takes_seconds_not_minutes(tmp_path):
     with open(tmp_path / "big.jsonl", "w") as file:
         file.writelines(json.dumps(TEACHER | {"image": f"images/{i // 10 * 10}.jpg"}) + "\n" for i in range(10_000))
     start = time.process_time()
-    assert len(read_records(tmp_path / "big.jsonl")) == 10_000
+    assert len(read_records(tmp_path / "big.jsonl", candidates=ROBOTS)) == 10_000
     assert time.process_time() - start < 5
 
 

@@ -27,6 +27,7 @@ from training_helpers import (
 
 from embervlm import run_dir
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.schedule import learning_rate_factor
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,7 @@ class Resumed:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     data = make_data(folder)
-    save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     write_run_yaml(
         folder,
         write_model_yaml(folder),

@@ -13,6 +13,7 @@ from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import read_records, write_records
 from embervlm.evaluation.self_generated import SelfGeneration, _Writer
 from embervlm.model.interactive import step_probabilities
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.losses import loss_sums
 
 
@@ -150,7 +151,7 @@ def test_a_model_that_has_learned_a_question_keeps_its_chain_once(
     data, output = scene_data / "one.jsonl", scene_data / "self_learned.jsonl"
     write_records(data, records[:1])
     generate(tmp_path / "checkpoint", data, output, "--samples_per_record", 3, "--temperature", 0.1)
-    (record,) = read_records(output)
+    (record,) = read_records(output, candidates=ROBOTS)
     assert record.steps == records[0].steps and record.metadata["source"] == "self_generated"
     assert record.metadata["split_group"] == records[0].metadata["split_group"]
     assert {row["reason"].partition(":")[0] for row in rejected(output)} == {"repeated"}

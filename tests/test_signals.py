@@ -26,6 +26,7 @@ from training_helpers import (
 
 from embervlm import run_dir
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.signals import EXIT_REQUEUE
 
 LISTENING = """
@@ -69,7 +70,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_same_command_ends
     tmp_path: Path,
 ) -> None:
     data = make_data(tmp_path)
-    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data))
+    stage3 = save_stage3(tmp_path / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     config = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, stage4__phase2__epochs=90)
     flags = [
         "--config",

@@ -29,6 +29,7 @@ from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config_file import read_yaml
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.submit import limit_minutes, result_of, slurm_parameters, submit_to_slurm, training_jobs
 from embervlm.slurm_commands import fields
 
@@ -59,7 +60,7 @@ class Bench:
         self.cluster, self.folder = cluster, folder
         data = make_data(folder)
         model = read_yaml(REPOSITORY / "configs" / "model" / "quickstart.yaml")
-        self.stage3 = save_stage3(folder / "start" / "stage3", model, read_records(data))
+        self.stage3 = save_stage3(folder / "start" / "stage3", model, read_records(data, candidates=ROBOTS))
         write_run_yaml(
             folder,
             "quickstart",
@@ -375,7 +376,7 @@ def an_element_of_a_data_array_that_failed_runs_again_alone(bench: Bench) -> Non
     bench.finish(f"{submit('1')}_1")
     shares = [output.with_name(f"reasoning_data-{element}.json") for element in range(3)]
     bench.cluster.run(sys.executable, "-m", "embervlm.cli", "data", "merge", *shares, "--output_file", output)
-    assert len(read_records(output)) == 30
+    assert len(read_records(output, candidates=ROBOTS)) == 30
 
 
 def a_stopped_element_of_a_sweep_is_requeued_alone(bench: Bench) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.splits import SPLITS, split_of, split_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 KEYS = [f"scene {i}" for i in range(2000)]
 
@@ -31,6 +32,7 @@ def record(record_id, image=None, instruction="Which robot?", **metadata):
         steps=("Look.",),
         answer=("Drone",),
         metadata=metadata,
+        default_candidates=ROBOTS,
     )
 
 

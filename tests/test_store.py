@@ -17,6 +17,7 @@ from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records, record_to_json
 from embervlm.data.splits import split_records
 from embervlm.data.store import MARKED, SPLITS, has_field, picture_hashes, picture_paths, prepare, question_hashes
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 GOOD = {"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}
 
@@ -41,17 +42,17 @@ def built(cache):
 
 def test_a_store_gives_the_records_of_the_reader_in_their_splits(scene_data, tmp_path):
     path = scene_data / "reasoning_data.json"
-    store = prepare(path, tmp_path)
-    assert {name: list(store.split(name)) for name in SPLITS} == split_records(read_records(path))
+    store = prepare(path, tmp_path, candidates=ROBOTS)
+    assert {name: list(store.split(name)) for name in SPLITS} == split_records(read_records(path, candidates=ROBOTS))
 
 
 def test_a_slice_of_a_view_is_the_same_part_of_the_records(scene_data, tmp_path):
-    view = prepare(scene_data / "reasoning_data.json", tmp_path).split("train")
+    view = prepare(scene_data / "reasoning_data.json", tmp_path, candidates=ROBOTS).split("train")
     assert list(view[2:9:3]) == list(view)[2:9:3] and view[-1] == list(view)[-1]
 
 
 def test_columns_of_a_view_are_what_its_records_say(scene_data, tmp_path):
-    view = prepare(scene_data / "reasoning_data.json", tmp_path).split("train")
+    view = prepare(scene_data / "reasoning_data.json", tmp_path, candidates=ROBOTS).split("train")
     some = list(view)
     assert (picture_hashes(view) == picture_hashes(some)).all()
     assert (question_hashes(view) == question_hashes(some)).all()
@@ -60,7 +61,7 @@ def test_columns_of_a_view_are_what_its_records_say(scene_data, tmp_path):
 
 
 def test_pictures_of_a_view_are_found_by_their_path(scene_data, tmp_path):
-    view = prepare(scene_data / "reasoning_data.json", tmp_path).split("train")
+    view = prepare(scene_data / "reasoning_data.json", tmp_path, candidates=ROBOTS).split("train")
     cache = PictureCache(picture_paths(view), 16)
     whole = PictureCache([record.image for record in view], 16)
     assert all((cache[record.image] == whole[record.image]).all() for record in view)
@@ -70,7 +71,7 @@ def test_every_problem_of_a_file_is_reported_and_nothing_is_kept(tmp_path):
     values = [GOOD, {**GOOD, "answer": "Boat"}, {**GOOD, "instruction": ""}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, values)))
     with pytest.raises(DataError) as caught:
-        prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+        prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         f"{tmp_path / 'd.jsonl'} record {number}" for number in (2, 3)
     ]
@@ -79,16 +80,16 @@ def test_every_problem_of_a_file_is_reported_and_nothing_is_kept(tmp_path):
 
 def test_an_unchanged_file_is_not_prepared_again(tmp_path):
     path = write_texts(tmp_path / "d.jsonl", 20)
-    prepare(path, tmp_path / "cache")
+    prepare(path, tmp_path / "cache", candidates=ROBOTS)
     before = built(tmp_path / "cache")
-    assert len(prepare(path, tmp_path / "cache")) == 20 and built(tmp_path / "cache") == before
+    assert len(prepare(path, tmp_path / "cache", candidates=ROBOTS)) == 20 and built(tmp_path / "cache") == before
 
 
 def test_a_changed_file_is_prepared_again(tmp_path):
     path = write_texts(tmp_path / "d.jsonl", 20)
-    prepare(path, tmp_path / "cache")
+    prepare(path, tmp_path / "cache", candidates=ROBOTS)
     write_texts(path, 21)
-    assert len(prepare(path, tmp_path / "cache")) == 21
+    assert len(prepare(path, tmp_path / "cache", candidates=ROBOTS)) == 21
 
 
 def test_a_changed_picture_is_split_anew(tmp_path):
@@ -96,23 +97,23 @@ def test_a_changed_picture_is_split_anew(tmp_path):
         Image.new("RGB", (4, 4), colour).save(tmp_path / name)
     values = [{**GOOD, "image": "a.png", "split": "test"}, {**GOOD, "image": "b.png", "split": "train"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, values)))
-    prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+    prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
     Image.new("RGB", (4, 4), "red").save(tmp_path / "b.png")
     touch(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"b.png: stands in test .* and in train"):
-        prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+        prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
 
 
 @pytest.mark.parametrize("name", ["offsets", "marks", "questions"])
 def test_a_damaged_store_is_built_again(name, tmp_path):
     path = write_texts(tmp_path / "d.jsonl", 20)
     (tmp_path / "cache").mkdir()
-    (prepare(path, tmp_path / "cache").folder / f"{name}.npy").write_bytes(b"cut")
-    assert len(list(prepare(path, tmp_path / "cache").all())) == 20
+    (prepare(path, tmp_path / "cache", candidates=ROBOTS).folder / f"{name}.npy").write_bytes(b"cut")
+    assert len(list(prepare(path, tmp_path / "cache", candidates=ROBOTS).all())) == 20
 
 
 def test_token_counts_are_kept_with_the_store(tmp_path, tokenizer):
-    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache").split("train")
+    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache", candidates=ROBOTS).split("train")
     sizes = encode_reasoning(view, tokenizer, grid=3, max_length=1000).sizes
     (kept,) = view.store.folder.glob("lengths-reasoning-*.npy")
     assert (np.load(kept)[:, :2] == sizes).all() and len(sizes) == len(view)
@@ -120,7 +121,7 @@ def test_token_counts_are_kept_with_the_store(tmp_path, tokenizer):
 
 
 def test_chains_that_are_too_long_are_reported_from_kept_counts_too(tmp_path, tokenizer):
-    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache").split("train")
+    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache", candidates=ROBOTS).split("train")
     encode_reasoning(view, tokenizer, grid=3, max_length=1000)
     with pytest.raises(DataError) as caught:
         encode_reasoning(view, tokenizer, grid=3, max_length=10)
@@ -128,7 +129,7 @@ def test_chains_that_are_too_long_are_reported_from_kept_counts_too(tmp_path, to
 
 
 def test_other_records_of_the_store_have_counts_of_their_own(tmp_path, tokenizer):
-    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache").split("train")
+    view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache", candidates=ROBOTS).split("train")
     assert len(encode_direct(view, tokenizer).sizes) == len(view)
     assert len(encode_direct(view[:5], tokenizer).sizes) == 5
 
@@ -139,7 +140,7 @@ def test_what_preparing_holds_does_not_grow_with_the_text(tmp_path):
     def peak(count):
         path = write_texts(tmp_path / f"{count}.jsonl", count)
         tracemalloc.start()
-        prepare(path, tmp_path / "cache")
+        prepare(path, tmp_path / "cache", candidates=ROBOTS)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
@@ -158,7 +159,9 @@ def test_reading_stops_nowhere_in_the_middle_of_a_parquet_file(tmp_path, monkeyp
     monkeypatch.setattr("embervlm.data.records.PARQUET_BATCH_ROWS", 3)
     rows = [{**GOOD, "id": str(number)} for number in range(10)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    assert [record.record_id for record in read_records(tmp_path / "d.parquet")] == [row["id"] for row in rows]
+    assert [record.record_id for record in read_records(tmp_path / "d.parquet", candidates=ROBOTS)] == [
+        row["id"] for row in rows
+    ]
 
 
 def write_shards(folder, records, *, size=10):
@@ -191,7 +194,7 @@ def shards(records, tmp_path):
 @pytest.mark.parametrize("pattern", ["", "*.tar", "robots-{000..002}.tar"])
 def test_shards_give_their_records_with_their_pictures(pattern, shards, tmp_path):
     some, _ = shards
-    found = prepare(f"{tmp_path}/shards/{pattern}".rstrip("/"), tmp_path / "cache").all()
+    found = prepare(f"{tmp_path}/shards/{pattern}".rstrip("/"), tmp_path / "cache", candidates=ROBOTS).all()
     assert [dataclasses.replace(record, image=None) for record in found] == [
         dataclasses.replace(record, image=None) for record in some
     ]
@@ -205,26 +208,26 @@ def test_shards_give_their_records_with_their_pictures(pattern, shards, tmp_path
 
 def test_a_shard_that_is_missing_from_braces_is_named(shards, tmp_path):
     with pytest.raises(DataError, match=r"robots-003\.tar: No such file"):
-        prepare(tmp_path / "shards" / "robots-{000..003}.tar", tmp_path / "cache")
+        prepare(tmp_path / "shards" / "robots-{000..003}.tar", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_a_pattern_that_finds_nothing_says_so(tmp_path):
     with pytest.raises(DataError, match=r"no\*\.tar: no file there"):
-        prepare(tmp_path / "no*.tar", tmp_path / "cache")
+        prepare(tmp_path / "no*.tar", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_a_shard_that_is_cut_off_is_named(shards, tmp_path):
     _, paths = shards
     paths[1].write_bytes(paths[1].read_bytes()[:1000])
     with pytest.raises(DataError, match=r"robots-001\.tar: .*; copy it again"):
-        prepare(tmp_path / "shards", tmp_path / "cache")
+        prepare(tmp_path / "shards", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_a_bad_record_of_a_shard_is_named_with_shard_and_key(records, tmp_path):
     bad = dataclasses.replace(records[1], answer=("Boat",))
     write_shards(tmp_path / "shards", [records[0], bad])
     with pytest.raises(DataError, match=r'robots-000\.tar record scenes/000001: answer "Boat" is not one of'):
-        prepare(tmp_path / "shards", tmp_path / "cache")
+        prepare(tmp_path / "shards", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_a_picture_without_a_record_is_reported(tmp_path):
@@ -232,7 +235,7 @@ def test_a_picture_without_a_record_is_reported(tmp_path):
     with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("key.png"), io.BytesIO())
     with pytest.raises(DataError, match=r"a\.tar record key: has no key\.json; add it"):
-        prepare(tmp_path / "shards", tmp_path / "cache")
+        prepare(tmp_path / "shards", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_a_shard_that_is_damaged_in_the_middle_is_named(shards, tmp_path):
@@ -243,16 +246,16 @@ def test_a_shard_that_is_damaged_in_the_middle_is_named(shards, tmp_path):
     content[start : start + 400] = b"\xff" * 400
     paths[1].write_bytes(content)
     with pytest.raises(DataError, match=r"robots-001\.tar: not readable as a shard .damaged or cut off at byte"):
-        prepare(tmp_path / "shards", tmp_path / "cache")
+        prepare(tmp_path / "shards", tmp_path / "cache", candidates=ROBOTS)
 
 
 def test_an_id_used_twice_is_reported_with_both_places(tmp_path):
     values = [{**GOOD, "id": name} for name in ("a", "b", "a", "c", "a")]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, values)))
     with pytest.raises(DataError) as caught:
-        prepare(tmp_path / "d.jsonl", tmp_path / "cache")
+        prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
     with pytest.raises(DataError) as of_reader:
-        read_records(tmp_path / "d.jsonl")
+        read_records(tmp_path / "d.jsonl", candidates=ROBOTS)
     assert caught.value.problems == of_reader.value.problems and len(caught.value.problems) == 2
 
 
@@ -265,7 +268,7 @@ def test_keys_may_start_anew_in_every_shard(records, tmp_path):
             entry.size = len(content := json.dumps(value).encode())
             tar.addfile(entry, io.BytesIO(content))
         folder.rename(tmp_path / f"{name}.tar")
-    found = prepare(tmp_path / "*.tar", tmp_path / "cache").all()
+    found = prepare(tmp_path / "*.tar", tmp_path / "cache", candidates=ROBOTS).all()
     assert [record.record_id for record in found] == ["a.tar:0", "b.tar:0"]
 
 
@@ -296,7 +299,7 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
             for number, part in enumerate(parts):
                 file = path if form == "parquet" else path / f"{number}.parquet"
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), file)
-    train = prepare(path, tmp_path / "cache", allow_outside=True).split("train")
+    train = prepare(path, tmp_path / "cache", allow_outside=True, candidates=ROBOTS).split("train")
     wanted = split_records(some)["train"]
     assert [dataclasses.replace(r, image=None) for r in train] == [dataclasses.replace(r, image=None) for r in wanted]
     plans = [
@@ -317,5 +320,5 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
 def test_lone_surrogates_and_large_numbers_come_back_from_the_store(tmp_path):
     value = {**GOOD, "id": "r", "metadata": {"text": "\ud800 \u00e9", "n": 10**30, "f": 0.1}}
     (tmp_path / "d.jsonl").write_text(json.dumps(value))
-    (record,) = prepare(tmp_path / "d.jsonl", tmp_path / "cache").all()
-    assert record == read_records(tmp_path / "d.jsonl")[0]
+    (record,) = prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS).all()
+    assert record == read_records(tmp_path / "d.jsonl", candidates=ROBOTS)[0]

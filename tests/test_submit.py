@@ -34,6 +34,7 @@ from embervlm import run_dir
 from embervlm.cluster import load_recipe
 from embervlm.config import ConfigError
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run import submit
 from embervlm.run.submit import Requeue, TrainingFailedError, TrainJob, result_of, run_locally, training_jobs
 
@@ -181,7 +182,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A recipe of two processes, and the flags of a phase 1 of the tiny model in 8 steps."""
     folder = tmp_path_factory.mktemp("submit")
     data = make_data(folder)
-    start = save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    start = save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     config = write_run_yaml(folder, write_model_yaml(folder), data)
     recipe = dataclasses.asdict(load_recipe("v100x2")) | {
         "precision": "fp32",

@@ -38,6 +38,7 @@ from training_helpers import (
 from embervlm import run_dir
 from embervlm.config_file import model_preset
 from embervlm.data.records import read_records
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.train import main
 from embervlm.signals import STOP_SIGNALS
 from embervlm.training.schedule import learning_rate_factor
@@ -52,7 +53,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     data = make_data(folder)
     write_run_yaml(folder, write_model_yaml(folder), data)
-    save_stage3(folder / "start" / "stage3", TINY, read_records(data))
+    save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
     return folder
 
 
@@ -347,7 +348,7 @@ def test_a_full_size_preset_does_three_real_steps_in_each_phase(preset: str, ben
     """Records of three pictures, one per process and step; in under 8 GiB for both processes."""
     settings = model_preset(preset)
     data = bench / "reasoning_data.json"
-    start = save_stage3(tmp_path / "start" / "stage3", settings, read_records(data))
+    start = save_stage3(tmp_path / "start" / "stage3", settings, read_records(data, candidates=ROBOTS))
     config = write_run_yaml(tmp_path, preset, data, stage4__batch_size=1, stage4__max_reasoning_length=350)
     output = tmp_path / "outputs"
     ok(

@@ -37,8 +37,9 @@ from embervlm.data.samples import Sample
 from embervlm.data.splits import split_records
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.loop import deal
-from embervlm.words.chain_text import ROBOTS, format_reasoning
+from embervlm.words.chain_text import format_reasoning
 from embervlm.world import World
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ class Bench:
             boxes: Where things are in the pictures is known.
         """
         torch.manual_seed(seed)
-        records = split_records(read_records(data))["train"]
+        records = split_records(read_records(data, candidates=ROBOTS))["train"]
         if text_only:
             records = [dataclasses.replace(record, image=None, metadata={}) for record in records]
         if not boxes:
@@ -247,7 +248,6 @@ class Bench:
             records,
             tokenizer,
             pictures,
-            candidates=ROBOTS,
             seed=0,
             image_size=model.config.image_size,
             pair_maker=PairMaker(records, chains, tokenizer) if draws else None,

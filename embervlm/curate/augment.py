@@ -18,6 +18,7 @@ from embervlm import run_dir
 from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
 from embervlm.curate.duplicates import ChainIndex
 from embervlm.curate.strategies import PARALLEL, STRATEGIES, Origin, Paraphrase, Row, fault_of, paraphraser
+from embervlm.data.domain import Domain
 from embervlm.data.facts import reader_of
 from embervlm.data.record_pictures import pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, write_records
@@ -240,7 +241,13 @@ class _Maker:
 
 
 def augment_file(
-    input: Path, output_file: Path, *, target_samples: int, validate_reasoning: bool = True, seed: int = 0
+    input: Path,
+    output_file: Path,
+    *,
+    domain: Domain,
+    target_samples: int,
+    validate_reasoning: bool = True,
+    seed: int = 0,
 ) -> AugmentationReport:
     """Write `input`'s records and new ones made from its train split, `target_samples` in all; print what they are.
 
@@ -251,7 +258,7 @@ def augment_file(
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
     if target_samples < 1:
         raise ConfigError(f"--target_samples {target_samples}: must be at least 1")
-    records = read_records(input, unpack_dir=pictures_beside(output_file))
+    records = read_records(input, candidates=domain.candidates, unpack_dir=pictures_beside(output_file))
     train = split_records(records)["train"]
     if not train:
         raise DataError(f"{input}: none of its {len(records)} records falls into the train split; add records")
@@ -303,7 +310,7 @@ def augment_cached(
     if not path.exists() or not path.stat().st_size:
         return records
     origins = {record.record_id: record.metadata for record in records}
-    new = read_records(path, allow_outside=True)
+    new = read_records(path, candidates=records[0].default_candidates, allow_outside=True)
     inherited = ({k: v for k, v in origins[r.metadata["origin"]].items() if k not in PARALLEL} for r in new)
     return [*records, *(replace(r, metadata={**base, **r.metadata}) for r, base in zip(new, inherited, strict=True))]
 

@@ -119,7 +119,12 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
     if not files or (options.unpack_dir is None and not one_file):
         raise DataError(f"{data.path}: no data file there; name one, a folder of shards, or a pattern of files")
     rules = source_rules(
-        data.path, files, options.unpack_dir, image_root=options.image_root, allow_outside=options.allow_outside
+        data.path,
+        files,
+        options.unpack_dir,
+        candidates=options.domain.candidates,
+        image_root=options.image_root,
+        allow_outside=options.allow_outside,
     )
 
     def values() -> Iterator[tuple[int, str, Any]]:
@@ -325,13 +330,12 @@ def _tokenizer(data: CheckedData, options: CheckOptions) -> ReasoningTokenizer |
     if options.tokenizer is None and options.vocab_size is None:
         return None
     from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
-    from embervlm.robots.rules import glossary
 
     if options.tokenizer is not None:
         return ReasoningTokenizer.from_folder(options.tokenizer)
     train = [record for record, split in zip(data.records, data.splits) if split == "train"]
     train.sort(key=lambda record: bool(record.metadata.get("augmentation")))  # as training has them
-    return tokenizer_of(train, options.vocab_size or 0, glossary()) if train else None
+    return tokenizer_of(train, options.vocab_size or 0, options.domain.glossary) if train else None
 
 
 def _counted(data: CheckedData, tokenizer: ReasoningTokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:

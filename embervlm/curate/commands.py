@@ -7,10 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embervlm.config import ConfigError
+from embervlm.data.domain import Domain
 from embervlm.data.records import DataError
 from embervlm.data.shard import Shard
 from embervlm.progress import progress_bar
@@ -66,6 +68,7 @@ def generate(
 def generate_by_teacher(
     endpoint: EndpointConfig,
     *,
+    domain: Domain,
     input_dataset: Path | None,
     output_file: Path,
     num_samples: int,
@@ -84,7 +87,7 @@ def generate_by_teacher(
     check_output(output_file, num_samples)
     endpoint.url(), endpoint.key()  # what is wrong with them is said before anything is read
     path = need_input(input_dataset, f"--teacher_model {endpoint.teacher_model}")
-    questions = read_questions(path, image_root=image_root, shard=part, need_answers=False)
+    questions = read_questions(path, domain, image_root=image_root, shard=part, need_answers=False)
     settings = {
         "--source": "teacher",
         "--teacher_model": endpoint.teacher_model,
@@ -115,6 +118,7 @@ def generate_by_teacher(
 
 def convert_annotations(
     *,
+    domain: Domain,
     input_dataset: Path | None,
     output_file: Path,
     num_samples: int,
@@ -130,14 +134,15 @@ def convert_annotations(
     check_output(output_file, num_samples)
     path = need_input(input_dataset, "--source human")
     unpack_dir = pictures_beside(output_file)
-    records = part.of(read_records(path, image_root=image_root, unpack_dir=unpack_dir)[:num_samples])
+    given = read_records(path, candidates=domain.candidates, image_root=image_root, unpack_dir=unpack_dir)
+    records = part.of(given[:num_samples])
     root = picture_root(output_file, records, image_root or path.parent)
     said = {"source": "human_annotated"}
     write_records(output_file, (replace(r, metadata={**r.metadata, **said}) for r in records), image_root=root)
     print(f"{output_file}: {len(records)} records")
 
 
-def merge(*, shards: Sequence[Path], output_file: Path, image_root: Path | None = None) -> None:
+def merge(*, domain: Domain, shards: Sequence[Path], output_file: Path, image_root: Path | None = None) -> None:
     """One data set from several, in their order; a record that stands twice counts once.
 
     Raises:
@@ -151,9 +156,10 @@ def merge(*, shards: Sequence[Path], output_file: Path, image_root: Path | None 
     merged: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     total = 0
+    read = partial(read_records, candidates=domain.candidates, image_root=image_root, require_reasoning=False)
     for path in progress_bar(shards, desc="merge", unit="shard"):
         unpack_dir = pictures_beside(output_file)
-        for record in read_records(path, image_root=image_root, require_reasoning=False, unpack_dir=unpack_dir):
+        for record in read(path, unpack_dir=unpack_dir):
             total += 1
             if record.image is not None and not is_inside(record.image, os.path.realpath(root)):
                 problems.append(

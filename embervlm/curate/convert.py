@@ -19,6 +19,7 @@ from embervlm.curate.formats.conversations import llava, llava_cot
 from embervlm.curate.formats.guide import human, robot_selection, teacher, unified
 from embervlm.curate.formats.shared import Source
 from embervlm.data.curriculum import complexity_by_steps
+from embervlm.data.domain import Domain
 from embervlm.data.record_fields import FieldRules, quote
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
@@ -58,6 +59,7 @@ def convert_file(
     output_file: Path,
     *,
     source: str,
+    domain: Domain,
     image_root: Path | None = None,
     skip_bad: bool = False,
     allow_outside: bool = False,
@@ -79,7 +81,12 @@ def convert_file(
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
         raise ConfigError(f"--image_root {image_root}: no such folder; name the one that picture paths are relative to")
-    rules = FieldRules(image_root=root, allow_outside=allow_outside, unpack_dir=str(pictures_beside(output_file)))
+    rules = FieldRules(
+        image_root=root,
+        candidates=domain.candidates,
+        allow_outside=allow_outside,
+        unpack_dir=str(pictures_beside(output_file)),
+    )
     records, skipped = _convert(path, source, rules, progress)
     if skipped and not (records and skip_bad):
         raise DataError.of([_told(path, item["record"], text) for item in skipped for text in item["problems"]])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embervlm.data.domain import NO_DOMAIN, Domain
 from embervlm.data.lengths import Limits
 from embervlm.data.records import ReasoningRecord
 
@@ -74,6 +75,8 @@ class Problem:
 class CheckOptions:
     """What a data set is checked against: the training flags of the same names."""
 
+    domain: Domain = NO_DOMAIN
+    """What the records are about: it says what an answer is chosen from where a record does not."""
     image_root: str | None = None
     """What image paths are relative to; None: the data file's folder."""
     allow_outside: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,6 @@ class Collator:
         tokenizer: ReasoningTokenizer,
         pictures: PictureCache,
         *,
-        candidates: Sequence[str],
         seed: int,
         image_size: int,
         pair_maker: PairMaker | None = None,
@@ -89,12 +89,12 @@ class Collator:
         max_pair_tokens: int = MAX_PAIR_TOKENS,
     ) -> None:
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
-        self.candidates, self.seed, self.image_size = list(candidates), seed, image_size
+        self.seed, self.image_size = seed, image_size
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
         self.grounding, self.use_reasoning = grounding, use_reasoning
         self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
-        self._candidates = padded(tokenizer.encode_many(self.candidates), -1) if self.candidates else None
+        self._names = lru_cache(maxsize=256)(self._encoded_names)
 
     def __call__(
         self,
@@ -175,23 +175,20 @@ class Collator:
         asked = [
             (row, s)
             for row, s in enumerate(samples)
-            if s.answer_position is not None and self._metadata(s).get("candidates") != []  # an open answer
+            if s.answer_position is not None and self.records[s.record].candidates  # else an open answer
         ]
         batch.counts["answer"] = 0.0
         unasked = not asked
         asked = asked or [(0, samples[0])]  # every process runs every part; see `Batch`
-        own = [tuple((not unasked and self._metadata(s).get("candidates")) or self.candidates) for _, s in asked]
+        own = [("nothing",) if unasked else self.records[s.record].candidates for _, s in asked]
         if any(names != own[0] for names in own):
-            ids = [self.tokenizer.encode_many(names) for names in own]
-            most, longest = max(map(len, ids)), max(len(name) for names in ids for name in names)
+            ids = [self._names(names) for names in own]
+            most, longest = (max(found.shape[side] for found in ids) for side in (0, 1))
             candidate_ids = torch.full((len(ids), most, longest), -1)
-            for place, encoded_names in enumerate(ids):
-                for number, encoded in enumerate(encoded_names):
-                    candidate_ids[place, number, : len(encoded)] = torch.tensor(encoded)
-        elif list(own[0]) == self.candidates and self._candidates is not None:
-            candidate_ids, most = self._candidates, len(self.candidates)
+            for place, found in enumerate(ids):
+                candidate_ids[place, : found.shape[0], : found.shape[1]] = found
         else:
-            candidate_ids, most = padded(self.tokenizer.encode_many(own[0]), -1), len(own[0])
+            candidate_ids, most = self._names(own[0]), len(own[0])
         right = torch.zeros(len(asked), most)
         real = torch.zeros(len(asked), most)
         for place, ((_, sample), names) in enumerate(zip(asked, own)):
@@ -204,6 +201,10 @@ class Collator:
         batch.inputs["candidate_ids"] = candidate_ids
         batch.targets["answers"], batch.targets["answers_real"] = right, real
         batch.counts["answer"] = float(real.sum())
+
+    def _encoded_names(self, names: tuple[str, ...]) -> Tensor:
+        """Ids of candidates, padded with -1."""
+        return padded(self.tokenizer.encode_many(names), -1)
 
     def _ask_validator(self, batch: Batch, samples: Sequence[Sample], rngs: Sequence[random.Random]) -> None:
         batch.counts["consistency"] = 0.0

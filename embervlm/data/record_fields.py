@@ -16,7 +16,6 @@ from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
-    ROBOTS,
     number_lines,
     parse_chain,
     strict_answer,
@@ -39,7 +38,8 @@ class FieldRules:
     """What all records of one file are checked against, and what was already looked up for it."""
 
     image_root: str = ""
-    candidates: tuple[str, ...] = ROBOTS
+    candidates: tuple[str, ...] = ()
+    """Of an answer whose record has no `metadata.candidates`; none: such an answer is open."""
     require_reasoning: bool = True
     require_answer: bool = True
     allow_outside: bool = False
@@ -294,7 +294,7 @@ def _read_answer(
         if not isinstance(own, list) or not all(isinstance(name, str) and name.strip() for name in own):
             report(
                 "metadata.candidates: must be a list of non-empty strings; name every choice, leave it out where the "
-                "robots are the choices, or write [] for an answer in free words"
+                "choices are the domain's, or write [] for an answer in free words"
             )
             return ()
         if len({name.strip().casefold() for name in own}) < len(own):

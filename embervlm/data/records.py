@@ -25,7 +25,6 @@ from embervlm.words.chain_text import (
     CONCLUSION,
     REASONING_END,
     REASONING_START,
-    ROBOTS,
     format_reasoning,
     parse_answer,
     parse_reasoning_text,
@@ -34,7 +33,6 @@ from embervlm.words.chain_text import (
 __all__ = [
     "REASONING_END",
     "REASONING_START",
-    "ROBOTS",
     "DataError",
     "Reading",
     "ReasoningRecord",
@@ -88,15 +86,17 @@ class ReasoningRecord:
     """In [0, 1], or None where the record gives none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Everything else the record holds; `num_steps` is not stored but computed."""
+    default_candidates: tuple[str, ...] = field(default=(), repr=False)
+    """The domain's, which count where `metadata.candidates` is not given."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """What the answer is chosen from: the record's own `metadata.candidates`, else `ROBOTS`; () for an open answer.
+        """What the answer is chosen from: its own `metadata.candidates`, else the domain's; () for an open answer.
 
         The record of an open answer, which is free text, has an empty list of candidates.
         """
         own = self.metadata.get("candidates")
-        return ROBOTS if own is None else tuple(own)
+        return self.default_candidates if own is None else tuple(own)
 
     @property
     def num_steps(self) -> int:
@@ -116,7 +116,7 @@ def read_records(
     path: str | os.PathLike[str],
     *,
     image_root: str | os.PathLike[str] | None = None,
-    candidates: Sequence[str] = ROBOTS,
+    candidates: Sequence[str] = (),
     require_reasoning: bool = True,
     require_answer: bool = True,
     allow_outside: bool = False,
@@ -128,7 +128,8 @@ def read_records(
     Args:
         image_root: what image paths are relative to; the data file's folder by default. A path that leaves it
             ("..", an absolute path elsewhere, a link) is refused unless `allow_outside`.
-        candidates: the answers a record may give, where it does not bring its own `metadata.candidates`.
+        candidates: the answers a record may give where it does not bring its own `metadata.candidates`, which are the
+            domain's; none: such an answer is open.
         require_reasoning: False admits direct-answer records, which have no chain; `steps` is then `()`.
         require_answer: False admits questions whose answer is not known; `answer` is then `()`.
         max_steps: the most numbered steps a chain may have.
@@ -217,7 +218,7 @@ def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) 
         found = [TOO_DEEP]
     for problem in found:
         report(problem)
-    return None if found else ReasoningRecord(**fields)
+    return None if found else ReasoningRecord(**fields, default_candidates=rules.candidates)
 
 
 def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iterator[tuple[int, Any]]:

@@ -65,6 +65,7 @@ def source_rules(
     files: Sequence[Path],
     unpack_dir: str | os.PathLike[str] | None,
     *,
+    candidates: Sequence[str],
     image_root: str | os.PathLike[str] | None,
     allow_outside: bool,
 ) -> FieldRules:
@@ -72,6 +73,7 @@ def source_rules(
     root = path / "any" if path.is_dir() else path
     return FieldRules(
         image_root=os.path.realpath(unpack_dir or "") if is_shard(files[0]) else folder_of_images(root, image_root),
+        candidates=tuple(candidates),
         allow_outside=allow_outside,
         unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
     )

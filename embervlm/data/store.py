@@ -46,7 +46,8 @@ class RecordStore:
     instruction), `marks` (a bit for each of `MARKED`), `splits`. `store.json` is written last.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, candidates: Sequence[str] | None = None) -> None:
+        """`candidates`: the domain's, of a store that is still being written; else they are read."""
         self.folder = folder
         offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._num_records, self._first_offset = len(offsets) - 1, offsets.offset
@@ -54,6 +55,8 @@ class RecordStore:
         self._file, self._offsets = (os.open(folder / name, os.O_RDONLY) for name in ("records.jsonl", "offsets.npy"))
         for file in (self._file, self._offsets):
             weakref.finalize(self, os.close, file)
+        kept = read_object(folder / "store.json")["candidates"] if candidates is None else candidates
+        self._candidates = tuple(kept)
         self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
 
     def __len__(self) -> int:
@@ -67,7 +70,7 @@ class RecordStore:
 
     @property
     def answer_kinds(self) -> dict[str, int]:
-        """Records by what their answer is: `robots`, `own` candidates, or `open`."""
+        """Records by what their answer is: of the `domain`'s candidates, of their `own`, or `open`."""
         counts: dict[str, int] = read_object(self.folder / "store.json")["answer_kinds"]
         return counts
 
@@ -84,7 +87,8 @@ class RecordStore:
             fields = json.loads(os.pread(self._file, end - start, start))
         except ValueError as error:
             raise DataError(f"{self.folder}: damaged at record {row + 1} ({error}); delete the folder") from error
-        return ReasoningRecord(**{**fields, "steps": tuple(fields["steps"]), "answer": tuple(fields["answer"])})
+        lists = {name: tuple(fields[name]) for name in ("steps", "answer")}
+        return ReasoningRecord(**{**fields, **lists}, default_candidates=self._candidates)
 
     def split(self, name: Split) -> RecordView:
         """The records of a split, in the order of the data set."""
@@ -95,9 +99,10 @@ class RecordStore:
 
 
 def answer_kind(record: ReasoningRecord) -> str:
-    """`robots`, `own` candidates, or `open`."""
-    own = record.metadata.get("candidates")
-    return "robots" if own is None else "own" if own else "open"
+    """`domain` candidates, `own` ones, or `open`."""
+    if not record.candidates:
+        return "open"
+    return "domain" if record.metadata.get("candidates") is None else "own"
 
 
 class RecordView(Lazy[ReasoningRecord]):
@@ -198,6 +203,7 @@ def prepare(
     cache_dir: str | os.PathLike[str],
     *,
     ready_in: str | os.PathLike[str] | None = None,
+    candidates: Sequence[str] = (),
     image_root: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> RecordStore:
@@ -207,6 +213,7 @@ def prepare(
     are what they were, by time and length. Several may prepare the same at a time: the first to end counts.
     Args:
         ready_in: a folder in which they may have been prepared already; nothing is written there.
+        candidates: see `read_records`.
     Raises:
         DataError: with every problem of the data, as `read_records`, or of their splits, as `split_records`.
         WriteError: the cache cannot be written.
@@ -215,19 +222,21 @@ def prepare(
     files = source_files(path)
     if not files:
         raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
-    digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside)
+    digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside, *candidates)
     folder, part = cache_dir / f"records-{digest}", cache_dir / f"{_PART}{digest}-{uuid4().hex[:12]}"
     for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
         if (store := _open(ready)) is not None:
             return store
     unpack_dir = cache_dir / f"pictures-{digest}"
-    rules = source_rules(path, files, unpack_dir, image_root=image_root, allow_outside=allow_outside)
+    rules = source_rules(
+        path, files, unpack_dir, candidates=candidates, image_root=image_root, allow_outside=allow_outside
+    )
     _delete_leftovers(cache_dir)
     unused: Counter[str] = Counter()
     try:
         with naming_unwritten(folder):
             part.mkdir(parents=True)
-        _write(path, part, partial(_records, files, unpack_dir, rules), unused)
+        _write(path, part, partial(_records, files, unpack_dir, rules), unused, rules.candidates)
         with naming_unwritten(folder):
             if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
                 return of_another
@@ -287,6 +296,7 @@ def _write(
     folder: Path,
     records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
     unused: Counter[str],
+    candidates: Sequence[str],
 ) -> None:
     """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others.
 
@@ -305,8 +315,9 @@ def _write(
             unused.update(unused_fields(record.metadata))
             answer_kinds[answer_kind(record)] += 1
             ids.append(text_hash(record.record_id))
+            own = {name: value for name, value in record.__dict__.items() if name != "default_candidates"}
             try:
-                line = json.dumps(record.__dict__, allow_nan=False).encode() + b"\n"
+                line = json.dumps(own, allow_nan=False).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
                 problems.append(f"{source} record {number}: metadata: {error}; keep JSON values only")
                 continue
@@ -325,13 +336,19 @@ def _write(
         for name, values in columns.items():
             np.save(folder / f"{name}.npy", np.frombuffer(values, _COLUMNS[name]))
         np.save(folder / "splits.npy", np.zeros(len(marks), np.uint8))  # the store is read to decide on them
-        store = RecordStore(folder).all()
+        store = RecordStore(folder, candidates).all()
         splits = table.assign(store, partial(readable_digest, problems=problems))
         if problems:
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(picture_paths(store))
-        about = {"format": STORE_FORMAT, "pictures": pictures, "unused": unused, "answer_kinds": answer_kinds}
+        about = {
+            "format": STORE_FORMAT,
+            "pictures": pictures,
+            "unused": unused,
+            "answer_kinds": answer_kinds,
+            "candidates": candidates,
+        }
         write_json_atomic(folder / "store.json", about)
 
 

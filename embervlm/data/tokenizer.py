@@ -19,7 +19,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.records import ReasoningRecord
 from embervlm.errors import UserError
 from embervlm.run_dir import closest_path, names_a_path
-from embervlm.words.chain_text import ROBOTS, format_reasoning
+from embervlm.words.chain_text import format_reasoning
 
 SPECIAL_TOKENS = (
     "<|reasoning_start|>",
@@ -79,7 +79,8 @@ def tokenizer_of(
         for text in (record.instruction, format_reasoning(record.steps), " " + ", ".join(record.answer))
     ]
     texts += [" " + record.metadata["caption"] for record in some if record.metadata.get("caption")]
-    atoms = {value for values in fact_domains(records).values() for value in values} | set(ROBOTS)
+    atoms = {value for values in fact_domains(records).values() for value in values}
+    atoms |= {name for record in some for name in record.default_candidates}
     return ReasoningTokenizer(train_tokenizer([*texts, *(list(glossary) * 5)], vocab_size, atoms))
 
 

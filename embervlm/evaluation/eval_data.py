@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError
+from embervlm.data.domain import Domain
 from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord, read_records
@@ -25,6 +27,7 @@ from embervlm.judge.backends import EMBEDDED
 from embervlm.judge.metrics import ChainScorer
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding
+from embervlm.robots.domain import domain_named
 from embervlm.world import World
 
 MAX_REFERENCE_RECORDS = 20_000
@@ -86,6 +89,7 @@ class EvalData:
     scorer: ChainScorer | None
     """On process 0, which alone scores."""
     domains: Mapping[str, frozenset[str]]
+    domain: Domain
     val: list[ReasoningRecord] = field(default_factory=list)
     """Where the split is another one: records to calibrate on."""
 
@@ -108,19 +112,27 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
             f"{job.checkpoint}: its data {named or '(not recorded)'} is not there; name the file with --reasoning_data"
         )
     cache = Path(made_with["output_dir"]) / "cache" if made_with.get("output_dir") else None
+    domain = domain_named(made_with.get("domain") or "robots")
     root = (None if job.test_set else job.image_root) or made_with.get("image_root")
     with tempfile.TemporaryDirectory() as elsewhere:
-        store = prepare(path, elsewhere, ready_in=cache, image_root=root, allow_outside=outside) if path else None
-        return _eval_data(job, store, outside, job.test_set or path or "", image_size, elsewhere)
+        read = partial(prepare, candidates=domain.candidates, image_root=root, allow_outside=outside)
+        store = read(path, elsewhere, ready_in=cache) if path else None
+        return _eval_data(job, store, domain, outside, job.test_set or path or "", image_size, elsewhere)
 
 
 def _eval_data(
-    job: Evaluation, store: RecordStore | None, outside: bool, path: str, image_size: int, unpack_dir: str
+    job: Evaluation,
+    store: RecordStore | None,
+    domain: Domain,
+    outside: bool,
+    path: str,
+    image_size: int,
+    unpack_dir: str,
 ) -> EvalData:
     splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
     train = splits["train"]
     if job.test_set is not None:
-        splits[job.split] = _read_test_set(job, outside, known=train, unpack_dir=unpack_dir)
+        splits[job.split] = _read_test_set(job, domain, outside, known=train, unpack_dir=unpack_dir)
     if not splits[job.split]:
         raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
     records = _some(splits[job.split], job.num_samples)
@@ -132,6 +144,7 @@ def _eval_data(
         pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
         scorer=_scorer(job, reference, domains),
         domains=domains,
+        domain=domain,
         val=val,
     )
 
@@ -148,13 +161,14 @@ def _scorer(
 
 
 def _read_test_set(
-    job: Evaluation, outside: bool, known: Sequence[ReasoningRecord], unpack_dir: str
+    job: Evaluation, domain: Domain, outside: bool, known: Sequence[ReasoningRecord], unpack_dir: str
 ) -> list[ReasoningRecord]:
     """All records of the file, with a warning of those that were trained on."""
     assert job.test_set is not None
     if not Path(job.test_set).exists():
         raise ConfigError(f"--test_set {job.test_set}: no such file")
-    records = list(read_records(job.test_set, image_root=job.image_root, allow_outside=outside, unpack_dir=unpack_dir))
+    read = partial(read_records, candidates=domain.candidates, image_root=job.image_root, allow_outside=outside)
+    records = list(read(job.test_set, unpack_dir=unpack_dir))
     asked = {(record.image, record.instruction, record.steps) for record in records}
     seen = len({key for record in known if (key := (record.image, record.instruction, record.steps)) in asked})
     if seen and job.world.rank == 0:

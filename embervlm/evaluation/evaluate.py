@@ -87,7 +87,9 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     own_steps = OwnSteps(data.records, chains, data.domains) if reasons and job.compare else None
     faithfulness = None
     if reasons and job.compare and job.faithfulness_samples:
-        faithfulness = Faithfulness(data.records, [c["reasoning_steps"] for c in chains], job.faithfulness_samples)
+        faithfulness = Faithfulness(
+            data.records, [c["reasoning_steps"] for c in chains], data.domain, job.faithfulness_samples
+        )
     later = _explain_tasks(job, data, chains) if reasons else []
     for questions in (own_steps, faithfulness):
         later += [] if questions is None else questions.tasks(job.checkpoint, data.see, job.decoding)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from embervlm.data.collate import padded
 from embervlm.data.dataset import num_fact_steps, question_key, scene_key
+from embervlm.data.domain import Domain
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import step_texts
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
@@ -28,8 +29,6 @@ from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
-from embervlm.robots import rules
-from embervlm.robots.facts import FACT_DOMAINS, SceneFacts
 
 NUM_SAMPLES = 200
 """Records that are asked about, by default."""
@@ -58,12 +57,16 @@ class Faithfulness:
     """What one evaluation asks, as tasks that any process can do, and what came of it."""
 
     def __init__(
-        self, records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], num_samples: int = NUM_SAMPLES
+        self,
+        records: Sequence[ReasoningRecord],
+        chains: Sequence[Sequence[str]],
+        domain: Domain,
+        num_samples: int = NUM_SAMPLES,
     ) -> None:
         """`records`: all of the evaluation; `chains`: the model's own chain of each."""
         self._places = choose(len(records), num_samples)
         self._records, self._chains = records, chains
-        self._probes, self._dropped = probes_of(records, chains, self._places)
+        self._probes, self._dropped = probes_of(records, chains, self._places, domain)
         self._batches = alike(
             (probe.concludes, len(probe.record.instruction) + sum(map(len, probe.steps))) for probe in self._probes
         )
@@ -98,7 +101,11 @@ def choose(num_records: int, num_samples: int, seed: int = 0) -> list[int]:
 
 
 def probes_of(
-    records: Sequence[ReasoningRecord], chains: Sequence[Sequence[str]], places: Sequence[int], seed: int = 0
+    records: Sequence[ReasoningRecord],
+    chains: Sequence[Sequence[str]],
+    places: Sequence[int],
+    domain: Domain,
+    seed: int = 0,
 ) -> tuple[list[Probe], int]:
     """Everything that is asked about the records at `places`, and how many found no other scene's facts to put in.
 
@@ -117,8 +124,8 @@ def probes_of(
         for fraction in FRACTIONS:
             steps = tuple(own[: int(fraction * len(own))])
             probes.append(Probe(kind=f"truncated {fraction}", record=record, steps=steps, concludes=True))
-        if (planted := plant_mistake(record, rng)) is not None:
-            probes.append(planted)
+        if (planted := domain.plant_mistake(record, rng)) is not None:
+            probes.append(Probe(kind="planted", record=record, steps=planted.steps, follows=planted.answer))
         forced = force_facts(record, same_question[question_key(record)], rng)
         dropped += forced is None
         if forced is not None:
@@ -154,35 +161,6 @@ def _fact_steps(record: ReasoningRecord) -> tuple[str, ...]:
     if not count and len(types) == len(record.steps) and "solution_selection" in types:
         count = list(types).index("solution_selection")
     return tuple(steps[: count or (len(steps) + 1) // 2])
-
-
-def plant_mistake(record: ReasoningRecord, rng: random.Random) -> Probe | None:
-    """The record's chain up to a derived step that says something else than follows, and changes the answer.
-
-    Only for chains of the embedded rules, which know what follows from the mistake.
-    """
-    scene, task = record.metadata.get("scene"), _rules_task(record)
-    if task is None or not isinstance(scene, Mapping) or set(scene) != set(FACT_DOMAINS):
-        return None
-    facts = SceneFacts(**scene)
-    right = rules.teach(facts, task)
-    if right.steps != record.steps:
-        return None
-    names = [name for name in rules.DERIVED_DOMAINS if name in right.claims and name != "need"]
-    for name in rng.sample(names, len(names)):
-        values = [value for value in rules.DERIVED_DOMAINS[name] if value != right.claims[name]]
-        for value in rng.sample(values, len(values)):
-            wrong = rules.teach(facts, task, {name: value})
-            if wrong.answer and set(wrong.answer) != set(right.answer):
-                first = next(i for i, step in enumerate(wrong.steps) if step != right.steps[i])
-                if wrong.step_types[first] != "conclusion":
-                    return Probe(kind="planted", record=record, steps=wrong.steps[: first + 1], follows=wrong.answer)
-    return None
-
-
-def _rules_task(record: ReasoningRecord) -> rules.Task | None:
-    kind, need = record.metadata.get("question_kind"), (record.metadata.get("facts") or {}).get("need")
-    return next((task for task in rules.TASKS if (task.kind, task.need) == (kind, need)), None)
 
 
 def _without_conclusion(steps: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from embervlm.curate.teachers.collection import (
     need_input,
     read_questions,
 )
+from embervlm.data.domain import Domain
 from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.shard import Shard
@@ -65,6 +66,7 @@ class SelfGeneration:
 def generate_by_itself(
     settings: SelfGeneration,
     *,
+    domain: Domain,
     input_dataset: Path | None,
     output_file: Path,
     num_samples: int,
@@ -75,7 +77,7 @@ def generate_by_itself(
     part = Shard.parse(shard)
     check_output(output_file, num_samples)
     path = need_input(input_dataset, "--source self")
-    questions = read_questions(path, image_root=image_root, shard=part, need_answers=True)
+    questions = read_questions(path, domain, image_root=image_root, shard=part, need_answers=True)
     assert settings.checkpoint is not None
     model = load_model(settings.checkpoint)
     if model.config.stage == STAGE3:

@@ -16,14 +16,7 @@ from embervlm.data.collate import validator_inputs
 from embervlm.model.config import STAGE3
 from embervlm.model.generation import Decoding, check_length, generate_from_visual, look
 from embervlm.model.network import EmberVLMNetwork
-from embervlm.words.chain_text import (
-    CONCLUSION,
-    REASONING_END,
-    REASONING_START,
-    ROBOTS,
-    format_reasoning,
-    parse_reasoning_text,
-)
+from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
 from embervlm.words.claims import conclusion_fault
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -53,8 +46,8 @@ class Reasoning:
     """Heading and text of a template."""
     kept_steps: int = 0
     """Steps that were taken over from the reasoning before."""
-    candidates: tuple[str, ...] = ()
-    """What the answer was chosen from."""
+    candidates: tuple[str, ...] | None = None
+    """What the answer was chosen from: () for an open answer, None where it is not known."""
     cut_off: str | None = None
     """`steps` or `tokens` where that limit cut the text off."""
 
@@ -66,8 +59,6 @@ class Reasoning:
     def record(self) -> dict[str, Any]:
         """As a record of the unified format. Its picture has to be a path."""
         image = None if self.image is None else str(self.image)
-        robots = {*self.candidates, *self.answer_set} <= set(ROBOTS)
-        own = {} if robots else {"candidates": list(self.candidates)}  # of an open answer none
         return {
             "image": image,
             "instruction": self.question,
@@ -77,7 +68,7 @@ class Reasoning:
             "metadata": {
                 "source": "self_generated",
                 "num_steps": sum(not step.startswith(CONCLUSION) for step in self.steps),
-                **own,
+                **({} if self.candidates is None else {"candidates": list(self.candidates)}),  # [] of an open answer
             },
         }
 
@@ -193,7 +184,7 @@ def as_reasoning(given: Any) -> Reasoning:
                 answer=str(given.get("answer", "")),
                 answer_set=answers,
                 confidence=float(given.get("confidence", 0)),
-                candidates=tuple(given.get("head_probabilities") or ()),
+                candidates=tuple(given["head_probabilities"] or ()) if "head_probabilities" in given else None,
                 cut_off=given.get("cut_off"),
             )
     if isinstance(given, str):
@@ -241,7 +232,7 @@ def form_faults(reasoning: Reasoning, candidates: Collection[str] = ()) -> Itera
     counts = Counter(" ".join(step.lower().split()) for step in steps)
     yield from (f"it says {count} times: {step[:80]}" for step, count in counts.items() if count > 1)
     if steps and steps[-1].startswith(CONCLUSION):
-        if fault := conclusion_fault(steps[-1], reasoning.answer_set, {*candidates, *reasoning.candidates}):
+        if fault := conclusion_fault(steps[-1], reasoning.answer_set, {*candidates, *(reasoning.candidates or ())}):
             yield f"the conclusion {fault}"
         elif missing := [name for name in reasoning.answer_set if name.lower() not in steps[-1].lower()]:
             yield from (f"the conclusion does not name {name}" for name in missing)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from embervlm.config import AugmentationConfig, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.options import add_flag, chosen
+from embervlm.robots.domain import domain_named
 
 if TYPE_CHECKING:
     from embervlm.curate.findings import CheckOptions
@@ -47,9 +48,10 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--no_teacher_sees_pictures", dest="sees_pictures", action="store_false", help="tell the facts (default)"
     )
+    _domain_option(parser)
 
 
-def generate(source: str, **options: Any) -> None:
+def generate(source: str, *, domain: str, **options: Any) -> None:
     """Chains by the rules, by a teacher behind an endpoint, by the model itself, or by people."""
     from embervlm.curate.commands import DEFAULT_SAMPLES, convert_annotations, generate, generate_by_teacher
     from embervlm.curate.teachers.endpoint import EndpointConfig
@@ -61,7 +63,7 @@ def generate(source: str, **options: Any) -> None:
         return generate(**{name: options[name] for name in names}, **common)
     if common["num_samples"] is None:
         common["num_samples"] = DEFAULT_SAMPLES
-    common["image_root"] = options["image_root"]
+    common |= {"image_root": options["image_root"], "domain": domain_named(domain)}
     if source == "human":
         return convert_annotations(**common)
     given = {name: value for name, value in options.items() if value is not None}
@@ -76,13 +78,14 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
     parser.add_argument("--output_file", type=Path, required=True)
     parser.add_argument("--image_root", type=Path, help="of the shards and of the output; default: each file's folder")
+    _domain_option(parser)
 
 
-def merge(**options: Any) -> None:
+def merge(domain: str, **options: Any) -> None:
     """One data set from the shards of a job."""
     from embervlm.curate.commands import merge
 
-    merge(**options)
+    merge(domain=domain_named(domain), **options)
 
 
 def validate_options(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +127,10 @@ def filter(input: Path, *, output: Path, min_quality_score: float, **options: An
         print(f"their pictures lie where they were: read {output} with --image_root {root}")
 
 
+def _domain_option(parser: argparse.ArgumentParser) -> None:
+    add_flag(parser, TrainConfig, "domain")
+
+
 def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
@@ -135,9 +142,10 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type="path", help="folder of the tokenizer that counts; default: the one a run would use"
     )
     parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
+    _domain_option(parser)
 
 
-def _checked_as(*, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
+def _checked_as(*, domain: str, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
     """What training with these flags would hold the data against."""
     from embervlm.curate.findings import CheckOptions
     from embervlm.run.plan_counts import empty_model
@@ -146,6 +154,7 @@ def _checked_as(*, model: str, tokenizer: str | None, **options: Any) -> CheckOp
     built, language = empty_model(settings), settings["language"]
     brings_own = language.get("pretrained") or (language.get("name_or_path") and not language.get("config"))
     return CheckOptions(
+        domain=domain_named(domain),
         positions=built.language_model.max_positions,
         num_visual_tokens=built.num_visual_tokens,
         tokenizer=tokenizer or (language["name_or_path"] if brings_own else None),
@@ -161,13 +170,14 @@ def augment_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, AugmentationConfig, "validate_reasoning")
     parser.add_argument("--no_validate_reasoning", action="store_false", dest="validate_reasoning")
     parser.add_argument("--seed", type=int, default=0)
+    _domain_option(parser)
 
 
-def augment(**options: Any) -> None:
+def augment(domain: str, **options: Any) -> None:
     """More chains from those of a file, each checked, none twice."""
     from embervlm.curate.augment import augment_file
 
-    augment_file(**options)
+    augment_file(domain=domain_named(domain), **options)
 
 
 def convert_options(parser: argparse.ArgumentParser) -> None:
@@ -181,10 +191,11 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip_bad", action="store_true", help="write the rest; list the skipped in a file beside")
     parser.add_argument("--allow_outside", action="store_true", help="pictures outside the image root")
+    _domain_option(parser)
 
 
-def convert(input: Path, *, output_file: Path, **options: Any) -> None:
+def convert(input: Path, *, output_file: Path, domain: str, **options: Any) -> None:
     """Other formats to the unified spelling."""
     from embervlm.curate.convert import convert_file, summary
 
-    print(summary(convert_file(input, output_file, **options), output_file))
+    print(summary(convert_file(input, output_file, domain=domain_named(domain), **options), output_file))

@@ -23,8 +23,9 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import DIRECT, EDITED, REASONING, Sample
 from embervlm.engines.param_groups import build_param_groups
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.robots.domain import ROBOTS
 from embervlm.training.module import TrainingModule
-from embervlm.words.chain_text import CONCLUSION, ROBOTS
+from embervlm.words.chain_text import CONCLUSION
 
 NUM_STEPS = 4
 """Steps of a made-up chain, its conclusion included."""
@@ -104,7 +105,6 @@ def micro_batch(
         RECORDS,
         tokenizer,
         _Pictures(model.config.image_size),  # type: ignore[arg-type]
-        candidates=ROBOTS,
         seed=0,
         image_size=model.config.image_size,
         pair_maker=PairMaker(RECORDS, [chain, replace(chain, record=1)], tokenizer),
@@ -135,7 +135,8 @@ RECORDS = [
         image=f"{value}.png",
         instruction="",
         steps=(*[f"place is {value}"] * (NUM_STEPS - 1), f"{CONCLUSION}place is {value}"),
-        answer=ROBOTS[:1],
+        answer=ROBOTS.candidates[:1],
+        default_candidates=ROBOTS.candidates,
         metadata={"facts": {"place": value}, "boxes": [{"kind": "place", "box": [0, 0, 1, 1]}]},
     )
     for value in ("indoors", "outdoors")

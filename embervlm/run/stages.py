@@ -36,13 +36,12 @@ from embervlm.errors import UserError
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
-from embervlm.robots.rules import glossary
+from embervlm.robots.domain import domain_named
 from embervlm.run.eval_jobs import submit_evaluation
 from embervlm.run.train_flags import known_to_harm
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.loop import PhaseJob, train_phase
 from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
-from embervlm.words.chain_text import ROBOTS
 from embervlm.world import World
 
 STAGES = ("3", "4", "baseline")
@@ -76,7 +75,14 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
         )
     cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
     store = first_on_rank_0(
-        world, lambda: prepare(path, cache, image_root=config.image_root, allow_outside=config.allow_outside)
+        world,
+        lambda: prepare(
+            path,
+            cache,
+            candidates=domain_named(config.domain).candidates,
+            image_root=config.image_root,
+            allow_outside=config.allow_outside,
+        ),
     )
     if world.rank == 0 and (unused := told_unused(store.unused)):
         print(f"{path}: {unused}")
@@ -113,26 +119,27 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
 
 
 def told_answers(kinds: Mapping[str, int]) -> str:
-    """What the answers are chosen from; "" where it is the robots everywhere."""
+    """What the answers are chosen from; "" where it is the domain's candidates everywhere."""
     spelled = {
-        "robots": "choose among the five robots",
+        "domain": "choose among the domain's candidates",
         "own": "among candidates of their own (metadata.candidates)",
         "open": "are free text, which the answer head has no part in",
     }
     found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
-    return f"answers: {', '.join(found)}" if set(kinds) - {"robots"} else ""
+    return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
 
 
 def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
     """The preset's settings; ConfigError where it names answers, which come from the records."""
     settings = model_preset(config.model)
-    own = tuple(settings.get("candidates") or ROBOTS)
-    if own != ROBOTS:
+    candidates = domain_named(config.domain).candidates
+    own = tuple(settings.get("candidates") or candidates)
+    if own != candidates:
         raise ConfigError(
             f"model {config.model}: candidates: {', '.join(own)[:200]} would not be used: a run takes its answers from "
             "the records. Write them into each record's metadata.candidates, and take the key out of the preset"
         )
-    return {**settings, "stage": stage, "candidates": ROBOTS}
+    return {**settings, "stage": stage, "candidates": candidates}
 
 
 def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
@@ -176,6 +183,7 @@ class Run:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         self.output = Path(config.output_dir)
+        self.domain = domain_named(config.domain)
         self._data: RunData | None = None
 
     # -- stages ------------------------------------------------------------------------------------------------------
@@ -416,8 +424,8 @@ class Run:
         return self._asked(encode_captions, model, data.train) if self.config.stage3.caption_records_ratio else []
 
     def _glossary(self, model: EmberVLM) -> list[Sample]:
-        samples = encode_glossary(glossary(), model.tokenizer)
-        longest, room = max(map(len, samples)), self._limits(model).room
+        samples = encode_glossary(self.domain.glossary, model.tokenizer)
+        longest, room = max(map(len, samples), default=0), self._limits(model).room
         if self.config.stage3.glossary_records_ratio and room is not None and longest > room:
             raise ConfigError(
                 f"stage3.glossary_records_ratio: its texts have up to {longest} tokens, and beside the picture the "
@@ -431,7 +439,7 @@ class Run:
         language = settings["language"]
         if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
             return ReasoningTokenizer.from_folder(language["name_or_path"])
-        return tokenizer_of(records, model.language_model.vocab_size, glossary())
+        return tokenizer_of(records, model.language_model.vocab_size, self.domain.glossary)
 
     def _start_from(self, checkpoint: Path, stage: int) -> EmberVLM:
         """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
@@ -459,11 +467,12 @@ class Run:
 
     def _say_what_was_chosen_from(self, checkpoint: Path) -> None:
         config = checkpoint / "config.json"
-        own = tuple(run_dir.read_object(config).get("candidates") or ROBOTS) if config.exists() else ROBOTS
-        if own != ROBOTS and self.world.rank == 0:
+        candidates = self.domain.candidates
+        own = tuple((run_dir.read_object(config).get("candidates") if config.exists() else None) or candidates)
+        if own != candidates and self.world.rank == 0:
             print(
                 f"{checkpoint}: its answers ({', '.join(map(str, own))[:200]}) are not taken over: this run's come "
-                "from each record's metadata.candidates, else they are the five robots"
+                f"from each record's metadata.candidates, else from the domain ({self.domain.name})"
             )
 
     def _collator(self, model: EmberVLM, data: RunData, **options: Any) -> Collator:
@@ -472,7 +481,6 @@ class Run:
             records,
             model.tokenizer,
             data.pictures,
-            candidates=ROBOTS,
             seed=self.config.seed,
             image_size=model.config.image_size,
             max_pair_tokens=model.max_pair_tokens,

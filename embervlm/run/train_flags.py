@@ -22,6 +22,7 @@ _OF_THE_RUN = (
     "model",
     "output_dir",
     "reasoning_data",
+    "domain",
     "image_root",
     "allow_outside",
     "resume_from",

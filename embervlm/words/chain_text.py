@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
-"""The default candidates of an answer; a record's own `metadata.candidates` go before them."""
 REASONING_START = "<|reasoning_start|>"
 REASONING_END = "<|reasoning_end|>"
 CONCLUSION = "Conclusion: "
@@ -184,7 +182,7 @@ def _name_patterns(candidates: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[s
     return tuple(patterns)
 
 
-def parse_answer(text: str, candidates: Sequence[str] = ROBOTS) -> tuple[str, ...]:
+def parse_answer(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
     """The candidates that `text` names, in the order of `candidates`; `()` where it names none. Never raises.
 
     Longest name first, so "Robot with Wheels" is not also a candidate "Robot". Case does not matter, nor do roles

@@ -9,7 +9,8 @@ from typing import Any
 
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, Source, chain_of, sentences
 from embervlm.data.record_fields import Report, kind
-from embervlm.words.chain_text import ROBOTS, parse_answer, strict_answer
+from embervlm.robots.domain import DOMAINS
+from embervlm.words.chain_text import parse_answer, strict_answer
 
 Reply = tuple[list[tuple[str, str]], str, dict[str, Any]]
 """Parts of the chain, the text that holds the answer, and metadata."""
@@ -131,13 +132,14 @@ def _given_answer(name: str, letters: Mapping[str, str], parts: list[tuple[str, 
 
 
 def _free_answer(text: str, parts: list[tuple[str, str]], **metadata: Any) -> Reply:
-    """An answer without choices: robots, yes or no, or else an open one."""
+    """An answer without choices: yes or no, some of a domain's candidates, or else an open one."""
     answer = _ANSWER_LEAD.sub("", text).strip().rstrip(".").strip() or text
     if answer.casefold() in ("yes", "no"):
         return parts, answer.capitalize(), {**metadata, "candidates": ["Yes", "No"]}
-    known, unknown = strict_answer(answer, ROBOTS)
-    if known and not unknown:
-        return parts, ", ".join(robot for robot in ROBOTS if robot in known), metadata
+    for domain in DOMAINS.values():
+        known, unknown = strict_answer(answer, domain.candidates)
+        if known and not unknown:
+            return parts, ", ".join(name for name in domain.candidates if name in known), metadata
     return parts, answer, {**metadata, "candidates": []}
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of
 from embervlm.data.record_fields import kind, quote
+from embervlm.robots.rules import ROBOT_ORDER
 from embervlm.robots.tasks import task_group
-from embervlm.words.chain_text import ROBOTS, strict_answer
+from embervlm.words.chain_text import strict_answer
 
 
 def teacher(at: Source) -> list[dict[str, Any]]:
@@ -50,16 +51,16 @@ def robot_selection(at: Source) -> list[dict[str, Any]]:
     if "subtasks" in at.value:
         parts, robots = _assignments(at)
     else:
-        robots, unknown = strict_answer(at.text("output"), ROBOTS)
+        robots, unknown = strict_answer(at.text("output"), ROBOT_ORDER)
         for name in unknown:
-            at.report(f"output: {quote(name)} is not one of {', '.join(ROBOTS)}; correct it or drop the record")
+            at.report(f"output: {quote(name)} is not one of {', '.join(ROBOT_ORDER)}; correct it or drop the record")
         described = {robot: _description(fleet, robot) for robot in robots}
         for robot in (robot for robot, text in described.items() if fleet and not text):
             at.report(f"instruction: does not describe {robot}, and there is no reasoning; add its capabilities")
         parts = [(CHECKING, text) for text in described.values()]
     if at.problems:
         return []
-    answer = ", ".join(robot for robot in ROBOTS if robot in robots)
+    answer = ", ".join(robot for robot in ROBOT_ORDER if robot in robots)
     metadata = at.metadata(
         "input instruction output subtasks", source="robot_selection", fleet=fleet, split_group=task_group(task)
     )
@@ -77,8 +78,8 @@ def _assignments(at: Source) -> tuple[list[tuple[str, str]], list[str]]:
         order = part.get("execution_order")
         if not isinstance(part.get("subtask"), str) or not part["subtask"].strip():
             at.report(f"subtasks[{number}].subtask: is missing or no text; write what is to be done")
-        if part.get("assigned_robot") not in ROBOTS:
-            at.report(f"subtasks[{number}].assigned_robot: is not one of {', '.join(ROBOTS)}; correct it")
+        if part.get("assigned_robot") not in ROBOT_ORDER:
+            at.report(f"subtasks[{number}].assigned_robot: is not one of {', '.join(ROBOT_ORDER)}; correct it")
         if isinstance(order, bool) or not isinstance(order, int):
             at.report(f"subtasks[{number}].execution_order: is {kind(order)}, not a whole number; number the subtasks")
     if not all(isinstance(part.get("execution_order"), int) for part in subtasks):

@@ -232,9 +232,9 @@ def checked(value: dict[str, Any], question: Question) -> ReasoningRecord:
     fields = read_fields(
         {**own, "instruction": question.record.instruction, "metadata": metadata},
         question.record.record_id,
-        FieldRules(),
+        FieldRules(candidates=question.record.default_candidates),
         problems.append,
     )
     if problems:
         raise Rejected("; ".join(problems))
-    return ReasoningRecord(**fields, image=None)
+    return ReasoningRecord(**fields, image=None, default_candidates=question.record.default_candidates)

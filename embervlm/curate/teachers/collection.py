@@ -19,6 +19,7 @@ from typing import Any
 
 from embervlm.config import ConfigError
 from embervlm.curate.teachers.journal import Journal
+from embervlm.data.domain import Domain
 from embervlm.data.record_pictures import is_inside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_dataset
 from embervlm.data.shard import Shard
@@ -54,7 +55,9 @@ class Answer:
     """What it was read from, and what it cost under `usage`. JSON values."""
 
 
-def read_questions(path: Path, *, image_root: Path | None, shard: Shard, need_answers: bool) -> list[Question]:
+def read_questions(
+    path: Path, domain: Domain, *, image_root: Path | None, shard: Shard, need_answers: bool
+) -> list[Question]:
     """The shard's questions of a task file or of a file of records in any spelling; one that stands twice counts once.
 
     Args:
@@ -71,10 +74,17 @@ def read_questions(path: Path, *, image_root: Path | None, shard: Shard, need_an
                 steps=(),
                 answer=gold,
                 metadata=metadata,
+                default_candidates=domain.candidates,
             )
             found.append((record, str(value.get("instruction", ""))))
     else:
-        records = read_records(path, image_root=image_root, require_reasoning=False, require_answer=need_answers)
+        records = read_records(
+            path,
+            candidates=domain.candidates,
+            image_root=image_root,
+            require_reasoning=False,
+            require_answer=need_answers,
+        )
         found = [(record, "") for record in records]
     questions: dict[str, Question] = {}
     root = path.parent if image_root is None else image_root

@@ -1,0 +1,94 @@
+"""General code asks the domain of its run; a run about own data has none."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from embervlm.config import ConfigError
+from embervlm.data.domain import NO_DOMAIN
+from embervlm.data.records import DataError, read_records
+from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.robots.domain import DOMAINS, ROBOTS, domain_named
+from embervlm.robots.rules import ROBOT_ORDER
+from tests.training_helpers import REPOSITORY, ok, train, write_model_yaml, write_run_yaml
+
+PACKAGE = REPOSITORY / "embervlm"
+ASKS_FOR_A_DOMAIN = {
+    "run/data.py": "--domain",
+    "curate/commands.py": "the rule teacher is one of the teachers",
+    "curate/formats/conversations.py": "which free answers a domain knows",
+    "curate/formats/guide.py": "robot_selection is one of the formats",
+    "curate/teachers/collection.py": "a file of robot tasks is one of the inputs",
+    "evaluation/eval_data.py": "the domain that the checkpoint was trained with",
+    "run/plan_counts.py": "a made-up batch has the answers of a scene",
+    "run/stages.py": "the domain of the run",
+}
+"""Files outside robots/ that may import it, and what for."""
+
+
+def own_data(folder: Path, num_records: int = 24) -> Path:
+    """Questions about plain pictures with answers in free words; nothing about robots, no candidates."""
+    colors = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+    records = []
+    for number in range(num_records):
+        color = list(colors)[number % 3]
+        Image.new("RGB", (36, 36), tuple(c + number % 7 for c in colors[color])).save(folder / f"{number}.png")
+        records.append(
+            {
+                "image": f"{number}.png",
+                "instruction": f"What color is card {number}?",
+                "reasoning": f"Step 1: The card is flat.\nStep 2: Its color is {color}.\nConclusion: {color}.",
+                "answer": color,
+            }
+        )
+    path = folder / "cards.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_only_files_with_a_reason_import_the_robots() -> None:
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if "robots" not in path.relative_to(PACKAGE).parts
+        and re.search(r"(from|import) embervlm\.robots", path.read_text(encoding="utf-8"))
+    }
+    assert found <= ASKS_FOR_A_DOMAIN.keys()
+
+
+def test_an_answer_without_candidates_is_the_domains_or_open(tmp_path: Path) -> None:
+    path = own_data(tmp_path, 3)
+    assert {record.candidates for record in read_records(path)} == {()}
+    with pytest.raises(DataError, match='answer "red" is not one of Drone'):
+        read_records(path, candidates=ROBOTS.candidates)
+    path.write_text(path.read_text().replace("red", "Drone").replace("green", "Humanoid").replace("blue", "Drone"))
+    assert {r.candidates for r in read_records(path, candidates=ROBOTS.candidates)} == {ROBOT_ORDER}
+
+
+def test_a_domain_is_found_by_its_name() -> None:
+    assert {name: domain_named(name) for name in ("robots", "none")} == DOMAINS == {"robots": ROBOTS, "none": NO_DOMAIN}
+    with pytest.raises(ConfigError, match="domain: 'cooking' is not one of robots, none"):
+        domain_named("cooking")
+
+
+@pytest.mark.slow
+def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> None:
+    data = own_data(tmp_path)
+    run = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch", domain="none", report=False)
+    told = ok(train("python", "--config", run, "--stages", "3", "4", processes=1)).stdout
+    assert "answers: 24 records are free text" in told
+    final = tmp_path / "outputs" / "stage4" / "phase2" / "checkpoint-final"
+    assert json.loads((final / "config.json").read_text())["candidates"] == []
+    vocabulary = "\n".join(ReasoningTokenizer.from_folder(final).hugging_face.get_vocab())
+    assert "Drone" not in vocabulary and "red" in vocabulary
+
+    from embervlm.evaluation.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(final, "train", num_samples=6, progress=False)
+    assert result["metrics"]["final_answer_accuracy"] is not None
+    assert result["metrics"]["head_accuracy"] is None
