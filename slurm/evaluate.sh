@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Metrics on one GPU: of a finished phase 2 on the test split, or of what flags of scripts/evaluate.py behind -- say:
+# Metrics on one GPU: of a finished phase 2 on the test split, or as given by flags of scripts/evaluate.py after --:
 #   sbatch slurm/evaluate.sh --cluster a100x4 [the flags of launch/train.py that the run had]
 #   sbatch slurm/evaluate.sh --cluster a100x4 -- --checkpoint DIR --split val --output_file FILE
 #SBATCH --job-name=embervlm-evaluate

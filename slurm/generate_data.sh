@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Reasoning data by an array of jobs, each a share of the records:
+# Reasoning data by an array of jobs, each making a share of the records:
 #   sbatch slurm/generate_data.sh --teacher_model rules --output_file data/stage4/reasoning_data.json
-# Share i goes to reasoning_data-<i>.json beside the output file; `embervlm data merge` joins them.
-# Again for share 3 alone: sbatch --array=3 ...; in 16 shares: EMBERVLM_SHARDS=16 sbatch --array=0-15 ...
+# Share i is written to reasoning_data-<i>.json beside the output file; `embervlm data merge` joins them.
+# To repeat share 3 alone: sbatch --array=3 ...; for 16 shares: EMBERVLM_SHARDS=16 sbatch --array=0-15 ...
 #SBATCH --job-name=embervlm-data
 #SBATCH --output=%x-%A_%a.log
 #SBATCH --open-mode=append

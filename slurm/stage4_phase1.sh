@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Phase 1 of Stage 4:  sbatch slurm/stage4_phase1.sh --cluster a100x4 [flags of launch/train.py]
-# Without a recipe, here or in site.env, it trains on what the job has: sbatch --gres=gpu:4 slurm/stage4_phase1.sh
-# In a small job, or in none, it submits itself on the recipe's nodes, with the options that sbatch was given.
+# Without a recipe, here or in site.env, it trains on what the job was given: sbatch --gres=gpu:4 slurm/stage4_phase1.sh
+# In a small job, or outside a job, it submits itself on the recipe's nodes, with the options given to sbatch.
 #SBATCH --job-name=embervlm-phase1
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append      # a requeued job keeps its log
