@@ -32,6 +32,220 @@ class NonFiniteLossError(UserError):
     """A loss term or gradient became NaN or infinite; no rank has updated anything."""
 
 
+class Engine(ABC):
+    """Runs steps on a module, which it wraps. `module` keeps its parameters' names."""
+
+    is_replicated = False
+    """Every process holds the whole state."""
+
+    def __init__(self, module: nn.Module, phase: PhaseConfig, world: World, precision: str) -> None:
+        self.module, self.world, self.precision = module, world, precision
+        self.overflowed = False
+        """Whether the last step updated nothing because an fp16 gradient was not finite; it is to be done again."""
+        self.keys = list(module.state_dict())
+        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = build_param_groups(module, phase)
+        self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in groups}
+        """Group name -> peak learning rate."""
+        self._groups = [
+            {"name": group["name"], "params": [first_name[id(parameter)] for parameter in group["params"]]}
+            for group in groups
+        ]
+        self.learning = set(self._learning_parameters())
+        self.names = {key: first_name[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
+        """Key of the state dict -> the parameter's first name: tied parameters have several."""
+        self.shapes = {name: p.shape for name, p in self._learning_parameters().items()}
+        unrounded = {name: p.detach().float() for name, p in module.named_parameters()}
+        buffers = {key: value.detach().clone() for key, value in module.named_buffers() if key in self.keys}
+        self._optimizer = self._wrap(phase)
+        # sharding code has unfrozen parameters before (torchtitan #4267)
+        if changed := self._learning_parameters().keys() ^ self.learning:
+            raise RuntimeError(f"wrapping changed what learns: {sorted(changed)[:5]}")
+        self._fragments = [
+            Fragment(name=name, kind=kind, start=start, values=values.detach().view(-1))
+            for name, start, kinds in self._pieces()
+            for kind, values in kinds.items()
+        ]
+        if precision != "fp32":  # wrapping may have rounded the weights that the optimizer works on
+            for fragment in self._fragments:
+                if fragment.kind == WEIGHT:
+                    _copy_piece(unrounded[fragment.name], fragment)
+        self.frozen: dict[str, Tensor] = {}
+        """Parameters that do not learn, unrounded; on rank 0."""
+        if world.rank == 0:
+            self.frozen = {name: value.cpu() for name, value in unrounded.items() if name not in self.learning}
+        wrapped = {key: value.clone() for key, value in module.named_buffers() if key in self.keys}
+        self._buffers = {key: (buffers[key].cpu(), value) for key, value in wrapped.items()}
+        self.saved = self._fragments if world.rank == 0 or not self.is_replicated else []
+        """What this process contributes to a checkpoint."""
+        own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self.saved]
+        self.layouts: list[list[tuple[str, str, int, int]]] = world.gather(own)
+        """By rank: name, kind, start and size of every fragment that it contributes to a checkpoint."""
+        # touched now, so that the first checkpoint does not wait for memory
+        self.share = torch.zeros(sum(size for *_, size in own), pin_memory=world.device.type == "cuda").fill_(0)
+        """Where `saved` is copied to, on the CPU."""
+        self._uncopied: Snapshot | None = None
+        self.copy_wait_s = 0.0
+        """Seconds that updates have waited for the copy of a snapshot so far."""
+
+    def train_step(
+        self, batches: Sequence[Batch], weights: Mapping[str, float], rates: Mapping[str, float], step: int
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer update over `batches`, this process's micro-batches; see `overflowed`.
+
+        Every term is divided by what is scored in the whole step, over all processes and micro-batches, so how the
+        samples were dealt out does not change the gradient.
+
+        Returns:
+            Mean of each loss term over the step, and its count.
+        """
+        counts = torch.tensor([[batch.counts.get(term, 0.0) for term in TERMS] for batch in batches]).sum(0)
+        totals = self.world.sum(counts.to(self.world.device))
+        scale = {term: weights.get(term, 0.0) / total if total else 0.0 for term, total in zip(TERMS, totals.tolist())}
+        sums = torch.zeros(len(TERMS), device=self.world.device)
+        for index, batch in enumerate(batches):
+            found = self._forward(batch.to(self.world.device))
+            loss = torch.stack([value * scale[term] for term, value in found.items()]).sum()
+            self._backward(loss, index == len(batches) - 1)
+            sums += _in_order(found, sums)
+        local = sums.clone()
+        means = (self.world.sum(sums) / totals.clamp_min(1)).tolist()  # the one wait for the device in a step
+        terms = dict(zip(TERMS, means))
+        if bad := [term for term, value in terms.items() if not math.isfinite(value)]:
+            mine = [] if bool(torch.isfinite(local).all()) else [name for b in batches for name in b.record_ids]
+            named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(mine)) if names]
+            raise NonFiniteLossError(
+                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of "
+                f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
+            )
+        self._wait_for_copy()
+        self.overflowed = not self._update(rates)
+        if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
+            hint = ", or use --precision bf16 or fp32" if self.loss_scale else ""
+            raise NonFiniteLossError(
+                f"step {step}: the gradient is not finite; nothing was updated. Lower the learning rate{hint}"
+            )
+        return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
+            zip(TERMS, totals.tolist())
+        )
+
+    def _wait_for_copy(self) -> None:
+        """Until the snapshot's values are copied, which the update is about to change."""
+        if self._uncopied is not None:
+            began = time.monotonic()
+            self._uncopied.copied.wait()
+            self.copy_wait_s += time.monotonic() - began
+            self._uncopied = None
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is now, to be collected in another thread or before the next step.
+
+        Not a collective; the snapshot before it must have been collected. No update takes place before it is copied.
+        """
+        buffers = {}
+        if self.world.rank == 0:
+            found = dict(self.module.named_buffers())
+            for key, (original, wrapped) in self._buffers.items():  # one that has not moved is saved unrounded
+                moved = not torch.equal(found[key], wrapped)
+                value = found[key].detach().cpu().clone() if moved else original
+                buffers[key] = value.float() if value.is_floating_point() else value
+        steps = [int(state["step"]) for state in self._torch_optimizer.state.values()]
+        optimizer: dict[str, Any] = {"updates": max(steps, default=0)}
+        if self.loss_scale is not None:
+            optimizer["loss_scale"] = self.loss_scale
+        self._uncopied = Snapshot(self, buffers, optimizer)
+        return self._uncopied
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Put `EngineState.optimizer` back, whichever engine and number of processes it came from.
+
+        Raises:
+            ConfigError: it is of other parameters than those that learn here.
+        """
+        if wrong := sorted(state["moments"].keys() ^ self.shapes.keys()):
+            raise ConfigError(
+                f"the checkpoint's optimizer is of other parameters than those that learn now ({', '.join(wrong[:3])}"
+                f"{', ...' if len(wrong) > 3 else ''}); set learning_rate_multipliers and freeze_backbone back, or "
+                f"start in another --output_dir"
+            )
+        for fragment in self._fragments:
+            if fragment.kind in MOMENTS:
+                _copy_piece(state["moments"][fragment.name][fragment.kind], fragment)
+        for held in self._torch_optimizer.state.values():
+            held["step"].fill_(state["updates"])
+        if self.loss_scale is not None and state.get("loss_scale"):
+            self._set_loss_scale(state["loss_scale"])
+
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it every process holds all parameters, so that the model can be used apart from training steps."""
+        return contextlib.nullcontext()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the module takes its floating-point inputs in."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Group name -> learning rate of the last update."""
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+    def _adamw(self, phase: PhaseConfig) -> torch.optim.AdamW:
+        """The optimizer of every engine, over the module's present parameters."""
+        named = dict(self.module.named_parameters())
+        groups = [{**group, "params": [named[name] for name in group["params"]]} for group in self._groups]
+        # the rate is 0 until the first update sets it: an engine may run a dry step to make its state
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
+
+    @staticmethod
+    def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+        """Fresh AdamW state for `parameters`, before the first update."""
+        for parameter in parameters:
+            moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def _set_rates(self, rates: Mapping[str, float]) -> None:
+        """Write the learning rate of every group."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+
+    def _learning_parameters(self) -> dict[str, Any]:
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside."""
+        return self._optimizer  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _wrap(self, phase: PhaseConfig) -> Any:
+        """Wrap the module for training; returns the optimizer, whose state exists."""
+
+    @abstractmethod
+    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        """What this process holds of every parameter that learns: its name, where the piece starts in the flattened
+        parameter, and the piece of the weights and of each moment."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, is_last: bool) -> None: ...
+
+    @abstractmethod
+    def _update(self, rates: Mapping[str, float]) -> bool:
+        """Clip and update with `rates` (group name -> learning rate). False where a gradient that is not finite kept it
+        from that."""
+
+    @property
+    @abstractmethod
+    def loss_scale(self) -> dict[str, float] | None:
+        """`scale` and `good_steps` of fp16's dynamic loss scaling."""
+
+    @abstractmethod
+    def _set_loss_scale(self, state: Mapping[str, float]) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
     """A piece of one tensor of the training state, as an engine holds it in this process."""
@@ -115,221 +329,6 @@ class Snapshot:
         moments = {name: {kind: whole[name, kind] for kind in MOMENTS} for name in engine.shapes}
         return EngineState(
             weights={key: weights[key] for key in engine.keys}, optimizer={"moments": moments, **self._optimizer}
-        )
-
-
-class Engine(ABC):
-    """Runs steps on a module, which it wraps. `module` keeps its parameters' names."""
-
-    is_replicated = False
-    """Every process holds the whole state."""
-
-    def __init__(self, module: nn.Module, phase: PhaseConfig, world: World, precision: str) -> None:
-        self.module, self.world, self.precision = module, world, precision
-        self.overflowed = False
-        """Whether the last step updated nothing because an fp16 gradient was not finite; it is to be done again."""
-        self.keys = list(module.state_dict())
-        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
-        groups = build_param_groups(module, phase)
-        self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in groups}
-        """Group name -> peak learning rate."""
-        self._groups = [
-            {"name": group["name"], "params": [first_name[id(parameter)] for parameter in group["params"]]}
-            for group in groups
-        ]
-        self.learning = set(self._learning_parameters())
-        self.names = {key: first_name[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
-        """Key of the state dict -> the parameter's first name: tied parameters have several."""
-        self.shapes = {name: p.shape for name, p in self._learning_parameters().items()}
-        unrounded = {name: p.detach().float() for name, p in module.named_parameters()}
-        buffers = {key: value.detach().clone() for key, value in module.named_buffers() if key in self.keys}
-        self._optimizer = self._wrap(phase)
-        if (
-            changed := self._learning_parameters().keys() ^ self.learning
-        ):  # sharding has unfrozen before: torchtitan #4267
-            raise RuntimeError(f"wrapping changed what learns: {sorted(changed)[:5]}")
-        self._fragments = [
-            Fragment(name=name, kind=kind, start=start, values=values.detach().view(-1))
-            for name, start, kinds in self._pieces()
-            for kind, values in kinds.items()
-        ]
-        if precision != "fp32":  # wrapping may have rounded the weights that the optimizer works on
-            for fragment in self._fragments:
-                if fragment.kind == WEIGHT:
-                    _copy_piece(unrounded[fragment.name], fragment)
-        self.frozen: dict[str, Tensor] = {}
-        """Parameters that do not learn, unrounded; on rank 0."""
-        if world.rank == 0:
-            self.frozen = {name: value.cpu() for name, value in unrounded.items() if name not in self.learning}
-        wrapped = {key: value.clone() for key, value in module.named_buffers() if key in self.keys}
-        self._buffers = {key: (buffers[key].cpu(), value) for key, value in wrapped.items()}
-        self.saved = self._fragments if world.rank == 0 or not self.is_replicated else []
-        """What this process contributes to a checkpoint."""
-        own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self.saved]
-        self.layouts: list[list[tuple[str, str, int, int]]] = world.gather(own)
-        """By rank: name, kind, start and size of every fragment that it contributes to a checkpoint."""
-        # touched now, so that the first checkpoint does not wait for memory
-        self.share = torch.zeros(sum(size for *_, size in own), pin_memory=world.device.type == "cuda").fill_(0)
-        """Where `saved` is copied to, on the CPU."""
-        self._uncopied: Snapshot | None = None
-        self.copy_wait_s = 0.0
-        """Seconds that updates have waited for the copy of a snapshot so far."""
-
-    def _learning_parameters(self) -> dict[str, Any]:
-        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-
-    def _adamw(self, phase: PhaseConfig) -> torch.optim.AdamW:
-        """The optimizer of every engine, over the module's present parameters."""
-        named = dict(self.module.named_parameters())
-        groups = [{**group, "params": [named[name] for name in group["params"]]} for group in self._groups]
-        # the rate is 0 until the first update sets it: an engine may run a dry step to make its state
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
-
-    @staticmethod
-    def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-        """Fresh AdamW state for `parameters`, before the first update."""
-        for parameter in parameters:
-            moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-    def _set_rates(self, rates: Mapping[str, float]) -> None:
-        """Write the learning rate of every group."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
-
-    @abstractmethod
-    def _wrap(self, phase: PhaseConfig) -> Any:
-        """Wrap the module for training; returns the optimizer, whose state exists."""
-
-    @abstractmethod
-    def _pieces(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
-        """What this process holds of every parameter that learns: its name, where the piece starts in the flattened
-        parameter, and the piece of the weights and of each moment."""
-
-    @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW inside."""
-        return self._optimizer  # type: ignore[no-any-return]
-
-    @abstractmethod
-    def _forward(self, batch: Batch) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def _backward(self, loss: Tensor, is_last: bool) -> None: ...
-
-    @abstractmethod
-    def _update(self, rates: Mapping[str, float]) -> bool:
-        """Clip and update with `rates` (group name -> learning rate). False where a gradient that is not finite kept it
-        from that."""
-
-    @property
-    @abstractmethod
-    def loss_scale(self) -> dict[str, float] | None:
-        """`scale` and `good_steps` of fp16's dynamic loss scaling."""
-
-    @abstractmethod
-    def _set_loss_scale(self, state: Mapping[str, float]) -> None: ...
-
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it every process holds all parameters, so that the model can be used apart from training steps."""
-        return contextlib.nullcontext()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the module takes its floating-point inputs in."""
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Group name -> learning rate of the last update."""
-        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
-
-    def snapshot(self) -> Snapshot:
-        """The state as it is now, to be collected in another thread or before the next step.
-
-        Not a collective; the snapshot before it must have been collected. No update takes place before it is copied.
-        """
-        buffers = {}
-        if self.world.rank == 0:
-            found = dict(self.module.named_buffers())
-            for key, (original, wrapped) in self._buffers.items():  # one that has not moved is saved unrounded
-                moved = not torch.equal(found[key], wrapped)
-                value = found[key].detach().cpu().clone() if moved else original
-                buffers[key] = value.float() if value.is_floating_point() else value
-        steps = [int(state["step"]) for state in self._torch_optimizer.state.values()]
-        optimizer: dict[str, Any] = {"updates": max(steps, default=0)}
-        if self.loss_scale is not None:
-            optimizer["loss_scale"] = self.loss_scale
-        self._uncopied = Snapshot(self, buffers, optimizer)
-        return self._uncopied
-
-    def _wait_for_copy(self) -> None:
-        """Until the snapshot's values are copied, which the update is about to change."""
-        if self._uncopied is not None:
-            began = time.monotonic()
-            self._uncopied.copied.wait()
-            self.copy_wait_s += time.monotonic() - began
-            self._uncopied = None
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Put `EngineState.optimizer` back, whichever engine and number of processes it came from.
-
-        Raises:
-            ConfigError: it is of other parameters than those that learn here.
-        """
-        if wrong := sorted(state["moments"].keys() ^ self.shapes.keys()):
-            raise ConfigError(
-                f"the checkpoint's optimizer is of other parameters than those that learn now ({', '.join(wrong[:3])}"
-                f"{', ...' if len(wrong) > 3 else ''}); set learning_rate_multipliers and freeze_backbone back, or "
-                f"start in another --output_dir"
-            )
-        for fragment in self._fragments:
-            if fragment.kind in MOMENTS:
-                _copy_piece(state["moments"][fragment.name][fragment.kind], fragment)
-        for held in self._torch_optimizer.state.values():
-            held["step"].fill_(state["updates"])
-        if self.loss_scale is not None and state.get("loss_scale"):
-            self._set_loss_scale(state["loss_scale"])
-
-    def train_step(
-        self, batches: Sequence[Batch], weights: Mapping[str, float], rates: Mapping[str, float], step: int
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """One optimizer update over `batches`, this process's micro-batches; see `overflowed`.
-
-        Every term is divided by what is scored in the whole step, over all processes and micro-batches, so how the
-        samples were dealt out does not change the gradient.
-
-        Returns:
-            Mean of each loss term over the step, and its count.
-        """
-        counts = torch.tensor([[batch.counts.get(term, 0.0) for term in TERMS] for batch in batches]).sum(0)
-        totals = self.world.sum(counts.to(self.world.device))
-        scale = {term: weights.get(term, 0.0) / total if total else 0.0 for term, total in zip(TERMS, totals.tolist())}
-        sums = torch.zeros(len(TERMS), device=self.world.device)
-        for index, batch in enumerate(batches):
-            found = self._forward(batch.to(self.world.device))
-            loss = torch.stack([value * scale[term] for term, value in found.items()]).sum()
-            self._backward(loss, index == len(batches) - 1)
-            sums += _in_order(found, sums)
-        local = sums.clone()
-        means = (self.world.sum(sums) / totals.clamp_min(1)).tolist()  # the one wait for the device in a step
-        terms = dict(zip(TERMS, means))
-        if bad := [term for term, value in terms.items() if not math.isfinite(value)]:
-            mine = [] if bool(torch.isfinite(local).all()) else [name for b in batches for name in b.record_ids]
-            named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(mine)) if names]
-            raise NonFiniteLossError(
-                f"step {step}: loss term {', '.join(bad)} is not finite; nothing was updated. Records of "
-                f"{'; '.join(named)[:600]}. Lower the learning rate, or look at these records"
-            )
-        self._wait_for_copy()
-        self.overflowed = not self._update(rates)
-        if self.overflowed and (self.loss_scale is None or self.loss_scale["scale"] <= 1):
-            hint = ", or use --precision bf16 or fp32" if self.loss_scale else ""
-            raise NonFiniteLossError(
-                f"step {step}: the gradient is not finite; nothing was updated. Lower the learning rate{hint}"
-            )
-        return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
-            zip(TERMS, totals.tolist())
         )
 
 

@@ -13,17 +13,6 @@ from embervlm.engines.plain import TorchEngine
 from embervlm.world import World
 
 
-def resolve_precision(precision: str, device: torch.device, engine: str) -> str:
-    """`fp32`, `bf16` or `fp16` on `device`; ConfigError for fp16 where it cannot run."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and device.type != "cuda" and engine == "deepspeed":
-        raise ConfigError(f"precision: DeepSpeed cannot train in fp16 on {device.type}; use fp32 or bf16 here")
-    return precision
-
-
 def build_engine(
     module: nn.Module, config: TrainConfig, phase: PhaseConfig, world: World, *, batch_size: int, accumulation: int
 ) -> Engine:
@@ -47,3 +36,14 @@ def build_engine(
 
     settings = deepspeed_settings(config, phase, precision, batch_size, accumulation, world.size)
     return DeepSpeedEngine(module, phase, world, precision, settings)
+
+
+def resolve_precision(precision: str, device: torch.device, engine: str) -> str:
+    """`fp32`, `bf16` or `fp16` on `device`; ConfigError for fp16 where it cannot run."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type != "cuda" and engine == "deepspeed":
+        raise ConfigError(f"precision: DeepSpeed cannot train in fp16 on {device.type}; use fp32 or bf16 here")
+    return precision

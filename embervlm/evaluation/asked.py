@@ -90,22 +90,6 @@ def _scene(record: ReasoningRecord) -> str:
     return str(record.metadata.get("split_group") or record.image)
 
 
-def digest_of(job: Evaluation, passes: Mapping[str, Pass]) -> str:
-    """Of all that the answers depend on: weights, records, pictures by name, decoding."""
-    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained, job.faithfulness_samples]
-    for name, asked in passes.items():
-        manifest = asked.checkpoint / run_dir.COMPLETE
-        files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
-        weights = (
-            manifest.read_text("utf-8")
-            if manifest.exists()
-            else [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        )
-        records = [(r.record_id, r.image, r.instruction, r.steps, r.answer) for r in asked.records]
-        about.append([name, str(asked.checkpoint), weights, records, dataclasses.asdict(asked.decoding)])
-    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
-
-
 def refuse_long_questions(model: EmberVLM, records: Sequence[ReasoningRecord]) -> None:
     """DataError with every record whose question leaves the language model no room for an answer."""
     room, tokenizer, visual = model.text_room, model.tokenizer, model.num_visual_tokens
@@ -120,6 +104,22 @@ def refuse_long_questions(model: EmberVLM, records: Sequence[ReasoningRecord]) -
     ]
     if problems:
         raise DataError.of(problems)
+
+
+def digest_of(job: Evaluation, passes: Mapping[str, Pass]) -> str:
+    """Of all that the answers depend on: weights, records, pictures by name, decoding."""
+    about: list[Any] = [run_dir.EVAL_FORMAT, __version__, BATCH_SIZE, job.explained, job.faithfulness_samples]
+    for name, asked in passes.items():
+        manifest = asked.checkpoint / run_dir.COMPLETE
+        files = sorted(path for path in asked.checkpoint.iterdir() if path.is_file())
+        weights = (
+            manifest.read_text("utf-8")
+            if manifest.exists()
+            else [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        )
+        records = [(r.record_id, r.image, r.instruction, r.steps, r.answer) for r in asked.records]
+        about.append([name, str(asked.checkpoint), weights, records, dataclasses.asdict(asked.decoding)])
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
 
 
 class Models:

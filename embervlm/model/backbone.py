@@ -22,115 +22,7 @@ from embervlm.model.config import EmberVLMConfig
 from embervlm.run_dir import closest_path, names_a_path
 
 _OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
-
 Logits = Callable[[Tensor], Tensor]
-
-
-def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
-    """The configuration that `spec` names: by id or local folder, or written out under `config`.
-
-    `built`, which a checkpoint carries, is that of the part as it was built, and needs neither.
-    """
-    if (built := spec.get("built")) and not pretrained:
-        found: PretrainedConfig = CONFIG_MAPPING[built["model_type"]].from_dict(dict(built))
-        return found
-    if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config", "built"}):
-        raise ConfigError(f"{part}: unknown keys {wrong}; there are name_or_path, pretrained and config")
-    name = spec.get("name_or_path")
-    if pretrained and not name:
-        raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; name a model id or a local folder")
-    if name and (pretrained or not spec.get("config")):
-        if names_a_path(name) and not Path(name).exists():
-            raise ConfigError(_not_found(part, name, f"no such folder{closest_path(name)}"))
-        with _said_clearly(part, name):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)  # asks on the terminal otherwise
-    settings = dict(spec.get("config") or {})
-    model_type = settings.pop("model_type", None)
-    if not model_type:
-        raise ConfigError(f"{part}: neither name_or_path nor config.model_type is given")
-    try:
-        known = AutoConfig.for_model(model_type)
-        config = AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
-        raise ConfigError(f"{part}: config.model_type {model_type!r}: {error}") from error
-    if wrong := sorted(set(settings) - set(known.to_dict()) - set(known.attribute_map)):
-        raise ConfigError(f"{part}: config has keys that {model_type} does not know: {wrong}")
-    return config
-
-
-def with_built_config(spec: dict[str, Any], backbone: Any) -> dict[str, Any]:
-    """`spec` of a part with the whole configuration it was built from, so that a checkpoint depends on no folder."""
-    whole = {key: value for key, value in backbone.config.to_dict().items() if key not in _OF_THE_FOLDER}
-    return {**spec, "built": whole}
-
-
-def _first_line(error: Exception | str) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _not_found(part: str, name: str, error: Exception | str) -> str:
-    return (
-        f"{part}: cannot get {name!r} ({_first_line(error)}). Without network or cache, download it elsewhere "
-        f"(`hf download {name} --local-dir DIR`) and set {part}.name_or_path to that folder, "
-        f"or set {part}.pretrained to false and write its config out"
-    )
-
-
-@contextmanager
-def _said_clearly(part: str, name: str) -> Iterator[None]:
-    """What goes wrong in Hugging Face's reading of `name` as a ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ImportError as error:
-        raise ConfigError(f"{part}: {name!r} needs a package that is not installed: {_first_line(error)}") from error
-    except UNREADABLE as error:
-        raise ConfigError(_not_found(part, name, error)) from error
-
-
-def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn.Module:
-    pretrained = bool(spec.get("pretrained")) and load_weights
-    config = hugging_face_config(part, spec, pretrained=pretrained)
-    name = spec.get("name_or_path") or config.model_type
-    if quantized := getattr(config, "quantization_config", None):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise ConfigError(
-            f"{part}: {name!r} is quantized ({method}), and such weights do not learn; name the model it was made from"
-        )
-    if part == "vision":
-        config = getattr(config, "vision_config", None) or config  # of CLIP and its kin the vision tower alone
-        if config.model_type.startswith("siglip2"):
-            raise ConfigError(
-                f"vision: {name!r} is a SigLIP 2 of the NaFlex kind, which reads patches of pictures of any shape; "
-                "name one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
-            )
-    with _said_clearly(part, name):
-        if pretrained:
-            return auto.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
-        try:
-            return auto.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            wanted = "picture encoder" if part == "vision" else "causal language model"
-            raise ConfigError(f"{part}: {config.model_type} is no {wanted} ({_first_line(error)[:200]})") from error
-
-
-class _BatchNorm2d(nn.BatchNorm2d):
-    """Takes its weights as wide as its statistics: engines round the one and not the other, which torch refuses."""
-
-    @classmethod
-    def put_into(cls, backbone: nn.Module) -> None:
-        for module in backbone.modules():
-            if type(module) is nn.BatchNorm2d and module.affine and module.running_mean is not None and module.momentum:
-                module.__class__ = cls
-
-    def forward(self, input: Tensor) -> Tensor:
-        mean, variance = self.running_mean, self.running_var
-        assert mean is not None and self.momentum is not None
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        return F.batch_norm(input, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
 
 class VisionEncoder(nn.Module):
@@ -249,32 +141,111 @@ class LanguageModel(nn.Module):
         return self._scaled(scores) if self._scaled else scores
 
 
-class _States:
-    """What a model gives its head: states, and None of everything else."""
+def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn.Module:
+    pretrained = bool(spec.get("pretrained")) and load_weights
+    config = hugging_face_config(part, spec, pretrained=pretrained)
+    name = spec.get("name_or_path") or config.model_type
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ConfigError(
+            f"{part}: {name!r} is quantized ({method}), and such weights do not learn; name the model it was made from"
+        )
+    if part == "vision":
+        config = getattr(config, "vision_config", None) or config  # of CLIP and its kin the vision tower alone
+        if config.model_type.startswith("siglip2"):
+            raise ConfigError(
+                f"vision: {name!r} is a SigLIP 2 of the NaFlex kind, which reads patches of pictures of any shape; "
+                "name one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
+            )
+    with _said_clearly(part, name):
+        if pretrained:
+            return auto.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
+        try:
+            return auto.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            wanted = "picture encoder" if part == "vision" else "causal language model"
+            raise ConfigError(f"{part}: {config.model_type} is no {wanted} ({_first_line(error)[:200]})") from error
 
-    def __init__(self, states: Tensor) -> None:
-        self.last_hidden_state = states
 
-    def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
+def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
+    """The configuration that `spec` names: by id or local folder, or written out under `config`.
 
-    def __getattr__(self, name: str) -> None:
-        return None
+    `built`, which a checkpoint carries, is that of the part as it was built, and needs neither.
+    """
+    if (built := spec.get("built")) and not pretrained:
+        found: PretrainedConfig = CONFIG_MAPPING[built["model_type"]].from_dict(dict(built))
+        return found
+    if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config", "built"}):
+        raise ConfigError(f"{part}: unknown keys {wrong}; there are name_or_path, pretrained and config")
+    name = spec.get("name_or_path")
+    if pretrained and not name:
+        raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; name a model id or a local folder")
+    if name and (pretrained or not spec.get("config")):
+        if names_a_path(name) and not Path(name).exists():
+            raise ConfigError(_not_found(part, name, f"no such folder{closest_path(name)}"))
+        with _said_clearly(part, name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)  # asks on the terminal otherwise
+    settings = dict(spec.get("config") or {})
+    model_type = settings.pop("model_type", None)
+    if not model_type:
+        raise ConfigError(f"{part}: neither name_or_path nor config.model_type is given")
+    try:
+        known = AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ConfigError(f"{part}: config.model_type {model_type!r}: {error}") from error
+    if wrong := sorted(set(settings) - set(known.to_dict()) - set(known.attribute_map)):
+        raise ConfigError(f"{part}: config has keys that {model_type} does not know: {wrong}")
+    return config
 
 
-class _Through(nn.Module):
-    """Stands in for a module, or for a part of it: gives back what it is given."""
+def _not_found(part: str, name: str, error: Exception | str) -> str:
+    return (
+        f"{part}: cannot get {name!r} ({_first_line(error)}). Without network or cache, download it elsewhere "
+        f"(`hf download {name} --local-dir DIR`) and set {part}.name_or_path to that folder, "
+        f"or set {part}.pretrained to false and write its config out"
+    )
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["module"] = module  # not a part of this one
 
-    def __getattr__(self, name: str) -> Any:  # some heads read a factor off the model
-        value = getattr(self.__dict__["module"], name)
-        return self if isinstance(value, nn.Module) else value
+@contextmanager
+def _said_clearly(part: str, name: str) -> Iterator[None]:
+    """What goes wrong in Hugging Face's reading of `name` as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{part}: {name!r} needs a package that is not installed: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise ConfigError(_not_found(part, name, error)) from error
 
-    def forward(self, given: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
-        return given if inputs_embeds is None else _States(inputs_embeds)
+
+def _first_line(error: Exception | str) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def with_built_config(spec: dict[str, Any], backbone: Any) -> dict[str, Any]:
+    """`spec` of a part with the whole configuration it was built from, so that a checkpoint depends on no folder."""
+    whole = {key: value for key, value in backbone.config.to_dict().items() if key not in _OF_THE_FOLDER}
+    return {**spec, "built": whole}
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    """Takes its weights as wide as its statistics: engines round the one and not the other, which torch refuses."""
+
+    @classmethod
+    def put_into(cls, backbone: nn.Module) -> None:
+        for module in backbone.modules():
+            if type(module) is nn.BatchNorm2d and module.affine and module.running_mean is not None and module.momentum:
+                module.__class__ = cls
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None and self.momentum is not None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(input, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
 
 def _without_modules(model: nn.Module, left_out: Sequence[nn.Module]) -> nn.Module:
@@ -292,3 +263,31 @@ def _logits(model: nn.Module, states: Tensor) -> Tensor:
     flat = states.reshape(1, -1, states.shape[-1])
     logits: Tensor = model.forward(inputs_embeds=flat, use_cache=False).logits
     return logits.view(*states.shape[:-1], -1)
+
+
+class _Through(nn.Module):
+    """Stands in for a module, or for a part of it: gives back what it is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # not a part of this one
+
+    def __getattr__(self, name: str) -> Any:  # some heads read a factor off the model
+        value = getattr(self.__dict__["module"], name)
+        return self if isinstance(value, nn.Module) else value
+
+    def forward(self, given: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
+        return given if inputs_embeds is None else _States(inputs_embeds)
+
+
+class _States:
+    """What a model gives its head: states, and None of everything else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -15,23 +15,14 @@ from embervlm.model.config import EmberVLMConfig
 from embervlm.model.layers import Block
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What a head's cross-attention needs of the pictures; the same for every token of a text."""
+class ReasoningModule(nn.Module):
+    """The three parts together; its weights alone are `reasoning_module.bin`."""
 
-    keys_values: list[tuple[Tensor, Tensor]]
-    """For each layer."""
-    visible: Tensor | None
-    """`[batch, 1, 1, 1 + num_visual_tokens]` bool; None where every record has a picture."""
-
-    def packed(self) -> Looked:
-        """In one piece each, which attention reads faster token for token."""
-        return Looked([(key.contiguous(), value.contiguous()) for key, value in self.keys_values], self.visible)
-
-    def rows(self, kept: Tensor) -> Looked:
-        """Of these rows of the batch."""
-        pairs = [(key[kept], value[kept]) for key, value in self.keys_values]
-        return Looked(pairs, None if self.visible is None else self.visible[kept])
+    def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
+        super().__init__()
+        self.reasoning_head = ReasoningHead(config, hidden_size)
+        self.step_validator = StepValidator(config, hidden_size, num_visual_tokens)
+        self.answer_head = AnswerHead(hidden_size)
 
 
 class ReasoningHead(nn.Module):
@@ -116,6 +107,25 @@ class ReasoningHead(nn.Module):
             visible = visual_mask[:, None].expand(batch, num_visual)
             visible = torch.cat([torch.ones_like(visible[:, :1]), visible], dim=1)[:, None, None, :]
         return Looked([layer.cross_attention.keys_values(seen) for layer in self.layers], visible)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a head's cross-attention needs of the pictures; the same for every token of a text."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    """For each layer."""
+    visible: Tensor | None
+    """`[batch, 1, 1, 1 + num_visual_tokens]` bool; None where every record has a picture."""
+
+    def packed(self) -> Looked:
+        """In one piece each, which attention reads faster token for token."""
+        return Looked([(key.contiguous(), value.contiguous()) for key, value in self.keys_values], self.visible)
+
+    def rows(self, kept: Tensor) -> Looked:
+        """Of these rows of the batch."""
+        pairs = [(key[kept], value[kept]) for key, value in self.keys_values]
+        return Looked(pairs, None if self.visible is None else self.visible[kept])
 
 
 class StepValidator(nn.Module):
@@ -212,13 +222,3 @@ class AnswerHead(nn.Module):
         if unit.dim() == 2:
             return (query @ unit.T + self.bias).float()
         return (torch.einsum("bh,bch->bc", query, unit) + self.bias).float()
-
-
-class ReasoningModule(nn.Module):
-    """The three parts together; its weights alone are `reasoning_module.bin`."""
-
-    def __init__(self, config: EmberVLMConfig, hidden_size: int, num_visual_tokens: int) -> None:
-        super().__init__()
-        self.reasoning_head = ReasoningHead(config, hidden_size)
-        self.step_validator = StepValidator(config, hidden_size, num_visual_tokens)
-        self.answer_head = AnswerHead(hidden_size)

@@ -38,26 +38,6 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
-    """The local folder of a checkpoint path or hub id. `revision` and `hub` are for `snapshot_download`."""
-    folder = Path(str(name))
-    if folder.is_dir():
-        if revision not in (None, "main"):
-            raise CheckpointError(f"{folder}: is a folder, which has no revision {revision!r}; leave revision out")
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: no config.json in it; name a checkpoint folder such as checkpoint-final")
-        return folder
-    if names_a_path(name) or "/" not in str(name):
-        raise CheckpointError(f"{folder}: no such checkpoint folder{closest_path(folder)}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), revision=revision, **hub))
-    except Exception as error:  # the hub client raises a family of unrelated types
-        hint = closest_path(folder)
-        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error}){hint}") from error
-
-
 def save_weights(state: Mapping[str, Tensor], folder: Path, with_reasoning: bool) -> None:
     """Write the whole model's weights, and the reasoning module's apart so that it fits onto a Stage 3 backbone."""
     reasoning = {key: value for key, value in state.items() if key.startswith(REASONING_PREFIX)}
@@ -69,78 +49,6 @@ def save_weights(state: Mapping[str, Tensor], folder: Path, with_reasoning: bool
         )
     else:
         torch.save({key: value for key, value in state.items() if key not in reasoning}, folder / WEIGHTS)
-
-
-def read_tensors(path: Path) -> Any:
-    """The object in a torch file; CheckpointError where it is missing, cut short, or holds anything but data."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        EOFError,
-        struct.error,
-        pickle.UnpicklingError,
-    ) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{path}: cut short or tampered with ({reason[:200]}); use another checkpoint")
-
-
-def _named_tensors(path: Path) -> dict[str, Tensor]:
-    """Names as the model has them -> tensors, of one file or of those that an index names."""
-    if path.name.endswith(INDEX):
-        files = run_dir.read_object(path, "weight_map")["weight_map"]
-        if not isinstance(files, dict):
-            raise CheckpointError(f"{path}: its weight_map is no JSON object; use another checkpoint")
-        shards = [_named_tensors(path.with_name(str(name))) for name in sorted(set(map(str, files.values())))]
-        return {key: value for shard in shards for key, value in shard.items()}
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
-    while isinstance(state, dict) and (
-        inside := [state[name] for name in _INSIDE if isinstance(state.get(name), dict)]
-    ):
-        state = inside[0]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: does not hold named tensors")
-    return _unwrapped(state)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    return found
-
-
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without what wrappers have put into the names."""
-    for wrapper in _WRAPPERS:
-        state = {key.replace(wrapper, ""): value for key, value in state.items()}
-    while state and (prefix := next((p for p in _AROUND if all(key.startswith(p) for key in state)), None)):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names."""
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), folder / WEIGHTS)
-    return path, _named_tensors(path)
 
 
 def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[str] | None = None) -> None:
@@ -172,3 +80,95 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequen
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(f"{path}: is of another model ({shown}); use the preset it was trained with")
     model.load_state_dict(dict(given), strict=False)
+
+
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), folder / WEIGHTS)
+    return path, _named_tensors(path)
+
+
+def _named_tensors(path: Path) -> dict[str, Tensor]:
+    """Names as the model has them -> tensors, of one file or of those that an index names."""
+    if path.name.endswith(INDEX):
+        files = run_dir.read_object(path, "weight_map")["weight_map"]
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{path}: its weight_map is no JSON object; use another checkpoint")
+        shards = [_named_tensors(path.with_name(str(name))) for name in sorted(set(map(str, files.values())))]
+        return {key: value for shard in shards for key, value in shard.items()}
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    while isinstance(state, dict) and (
+        inside := [state[name] for name in _INSIDE if isinstance(state.get(name), dict)]
+    ):
+        state = inside[0]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: does not hold named tensors")
+    return _unwrapped(state)
+
+
+def read_tensors(path: Path) -> Any:
+    """The object in a torch file; CheckpointError where it is missing, cut short, or holds anything but data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+        struct.error,
+        pickle.UnpicklingError,
+    ) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"{path}: cut short or tampered with ({reason[:200]}); use another checkpoint")
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without what wrappers have put into the names."""
+    for wrapper in _WRAPPERS:
+        state = {key.replace(wrapper, ""): value for key, value in state.items()}
+    while state and (prefix := next((p for p in _AROUND if all(key.startswith(p) for key in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
+    """The local folder of a checkpoint path or hub id. `revision` and `hub` are for `snapshot_download`."""
+    folder = Path(str(name))
+    if folder.is_dir():
+        if revision not in (None, "main"):
+            raise CheckpointError(f"{folder}: is a folder, which has no revision {revision!r}; leave revision out")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json in it; name a checkpoint folder such as checkpoint-final")
+        return folder
+    if names_a_path(name) or "/" not in str(name):
+        raise CheckpointError(f"{folder}: no such checkpoint folder{closest_path(folder)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision, **hub))
+    except Exception as error:  # the hub client raises a family of unrelated types
+        hint = closest_path(folder)
+        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error}){hint}") from error

@@ -11,55 +11,6 @@ from torch.nn import functional as F
 from embervlm.model.network import EmberVLMOutput
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token cross-entropy in nats, `[scored]`, computed in float32. `labels` `[scored]` are already shifted."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
-    """Summed `-log` of the attention that rests on the right patches.
-
-    Attention supervision: tokens of a step that reads something off the picture should look where it is.
-
-    Args:
-        attention: `[grounded, num_visual_tokens]`, at most 1 in sum.
-        target: the same shape, bool; a row without any is not counted.
-    """
-    inside = (attention * target).sum(-1)
-    return -(inside.clamp_min(1e-6).log() * target.any(-1)).sum()
-
-
-def contrastive_loss_sum(own: Tensor, other: Tensor, lengths: Tensor) -> Tensor:
-    """Summed `-log p(own picture)` of chains, each read behind its own picture and behind another one.
-
-    InfoNCE (van den Oord et al. 2018) of two pictures, scored with the chain's likelihood: with both equally likely
-    before, the chance that the chain is about its own is the sigmoid of the difference of its log-likelihoods. A chain
-    that does not depend on the picture costs log 2, and text alone has no gradient. Used where no boxes are known.
-
-    Args:
-        own, other: `[tokens]`, `-log p` of each token behind the one and the other picture, chain after chain.
-        lengths: `[chains]` int64, their tokens.
-    """
-    chain = torch.repeat_interleave(lengths, output_size=len(own))
-    margin = own.new_zeros(len(lengths)).index_add(0, chain, own - other)
-    return F.softplus(margin).sum()
-
-
-def dense_loss_sum(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
-    """Summed cross-entropy of what is in each patch.
-
-    Args:
-        logits: `[batch, num_visual_tokens, sum(sizes)]`, the classes of each kind side by side.
-        labels: `[batch, num_visual_tokens, len(sizes)]` int64; -1 is not scored.
-    """
-    parts = logits.float().split(sizes, dim=-1)
-    sums = [
-        F.cross_entropy(part.flatten(0, 1), labels[..., kind].flatten(), ignore_index=-1, reduction="sum")
-        for kind, part in enumerate(parts)
-    ]
-    return torch.stack(sums).sum()
-
-
 def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum of every loss term that the outputs allow, under the names of `embervlm.config.LOSS_TERMS`."""
     sums: dict[str, Tensor] = {}
@@ -82,3 +33,52 @@ def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, T
     if out.grounding_attention is not None:
         sums["multimodal"] = grounding_loss_sum(out.grounding_attention, targets["ground"])
     return sums
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy in nats, `[scored]`, computed in float32. `labels` `[scored]` are already shifted."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def contrastive_loss_sum(own: Tensor, other: Tensor, lengths: Tensor) -> Tensor:
+    """Summed `-log p(own picture)` of chains, each read behind its own picture and behind another one.
+
+    InfoNCE (van den Oord et al. 2018) of two pictures, scored with the chain's likelihood: with both equally likely
+    before, the chance that the chain is about its own is the sigmoid of the difference of its log-likelihoods. A chain
+    that does not depend on the picture costs log 2, and text alone has no gradient. Used where no boxes are known.
+
+    Args:
+        own, other: `[tokens]`, `-log p` of each token behind the one and the other picture, chain after chain.
+        lengths: `[chains]` int64, their tokens.
+    """
+    chain = torch.repeat_interleave(lengths, output_size=len(own))
+    margin = own.new_zeros(len(lengths)).index_add(0, chain, own - other)
+    return F.softplus(margin).sum()
+
+
+def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
+    """Summed `-log` of the attention that rests on the right patches.
+
+    Attention supervision: tokens of a step that reads something off the picture should look where it is.
+
+    Args:
+        attention: `[grounded, num_visual_tokens]`, at most 1 in sum.
+        target: the same shape, bool; a row without any is not counted.
+    """
+    inside = (attention * target).sum(-1)
+    return -(inside.clamp_min(1e-6).log() * target.any(-1)).sum()
+
+
+def dense_loss_sum(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+    """Summed cross-entropy of what is in each patch.
+
+    Args:
+        logits: `[batch, num_visual_tokens, sum(sizes)]`, the classes of each kind side by side.
+        labels: `[batch, num_visual_tokens, len(sizes)]` int64; -1 is not scored.
+    """
+    parts = logits.float().split(sizes, dim=-1)
+    sums = [
+        F.cross_entropy(part.flatten(0, 1), labels[..., kind].flatten(), ignore_index=-1, reduction="sum")
+        for kind, part in enumerate(parts)
+    ]
+    return torch.stack(sums).sum()

@@ -16,147 +16,10 @@ from embervlm.progress import progress_bar
 from embervlm.run_dir import eval_path, list_checkpoints, read_eval, write_text_atomic
 
 _log = logging.getLogger(__name__)
-
 RUN_ID_FILE = "wandb_run_id"
 """In the folder of a phase."""
-
 SERVICE_WAIT_S = 300
 """What W&B's own process may take to start; its 30 s are short on a node that has just booted."""
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinity for one that a killed run left unfinished."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _known_run_id(folder: Path) -> str | None:
-    path = folder / RUN_ID_FILE
-    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
-
-
-def wandb_mode() -> Literal["online", "offline", "disabled"]:
-    """What W&B would do by its own rules: WANDB_MODE and its settings files, where `wandb offline` writes.
-
-    A run without a key, of `wandb login` or WANDB_API_KEY, is kept offline: W&B itself would ask for one, and nobody
-    sits before a training. A warning says so where WANDB_MODE asks for more.
-    """
-    import wandb
-
-    said = wandb.setup().settings.mode
-    if said in ("offline", "dryrun"):
-        return "offline"
-    if said == "disabled":
-        return "disabled"
-    if _has_key():
-        return "online"
-    if asked := os.environ.get("WANDB_MODE"):
-        _log.warning(
-            "W&B: WANDB_MODE=%s, but it finds no key here, so the run is kept offline; `wandb login` gives one, and "
-            "`wandb sync` sends the run later",
-            asked,
-        )
-    return "offline"
-
-
-def _has_key() -> bool:
-    """Whether W&B finds credentials: in the environment, in the netrc file of `wandb login`, in its settings."""
-    import wandb
-
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except TypeError:  # a W&B that always prompts; there this tells without
-        return bool(wandb.api.api_key)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-        _log.warning("W&B: %s; the run is kept offline", " ".join(str(error).split()))
-        return False
-
-
-def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run `run_id`, new or resumed; offline by W&B's own rules, or where its server does not answer."""
-    import wandb
-
-    def opened(mode: Literal["online", "offline"]) -> Any:
-        return wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=dict(settings),
-            settings=wandb.Settings(x_service_wait=SERVICE_WAIT_S),
-        )
-
-    if wandb_mode() == "offline":
-        return opened("offline")
-    try:
-        return opened("online")
-    except wandb.errors.CommError as error:  # a run that was requeued at night must not end over its log
-        _log.warning("W&B: %s. Run %s is kept offline; `wandb sync`, run in %s, sends it", error, run_id, folder)
-        wandb.teardown()  # the failed attempt holds the id
-        return opened("offline")
-
-
-def evaluation_values(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """An evaluation's numbers under flat names."""
-    calibrated = result.get("calibration") or {}
-    flat = {**result["metrics"], "ece": calibrated.get("ece"), "temperature": calibrated.get("temperature")}
-    return {f"{prefix}/{name}": float(value) for name, value in flat.items() if isinstance(value, (int, float))}
-
-
-def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
-    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none."""
-    run_id = _known_run_id(folder)
-    if run_id is None or not figures or wandb_mode() == "disabled":
-        return False
-    _add_to_run(folder, run_id, figures, {}, prefix="report", project=project, name=run_name or folder.name)
-    return True
-
-
-def log_evaluation(
-    folder: Path, result: Mapping[str, Any], figures: Mapping[str, Path], *, project: str, run_name: str | None = None
-) -> bool:
-    """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run.
-
-    False where W&B is disabled.
-    """
-    if wandb_mode() == "disabled":
-        return False
-    run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
-    split = str(result["split"])
-    values = {f"{split}/step": result.get("step"), **evaluation_values(result, split)}
-    name = run_name or f"evaluate {result['checkpoint']}"
-    _add_to_run(folder, run_id, figures, values, prefix=split, project=project, name=name)
-    return True
-
-
-def _add_to_run(
-    folder: Path,
-    run_id: str,
-    figures: Mapping[str, Path],
-    values: Mapping[str, Any],
-    *,
-    prefix: str,
-    project: str,
-    name: str,
-) -> None:
-    """Behind the last step that was logged, since W&B drops what lies before it."""
-    import wandb
-
-    log = folder / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    last = max((step for line in lines if (step := _step_of(line)) != float("inf")), default=0.0)
-    run = _open_run(folder, project, name, run_id, {})
-    pictures = {f"{prefix}/{figure}": wandb.Image(str(path)) for figure, path in figures.items()}
-    run.log({**values, **pictures}, step=max(int(last) + 1, run.step))
-    run.finish()
-
-
-def _send_evaluation(of_step: int, path: Path, step: int, run: Any) -> None:
-    run.log({"val/step": of_step, **evaluation_values(read_eval(path), "val")}, step=step)
 
 
 class Tracker:
@@ -264,3 +127,138 @@ class Tracker:
         if self._active:
             self.bar.close()
             self._to_wandb(lambda run: run.finish())
+
+
+def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
+    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none."""
+    run_id = _known_run_id(folder)
+    if run_id is None or not figures or wandb_mode() == "disabled":
+        return False
+    _add_to_run(folder, run_id, figures, {}, prefix="report", project=project, name=run_name or folder.name)
+    return True
+
+
+def log_evaluation(
+    folder: Path, result: Mapping[str, Any], figures: Mapping[str, Path], *, project: str, run_name: str | None = None
+) -> bool:
+    """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run.
+
+    False where W&B is disabled.
+    """
+    if wandb_mode() == "disabled":
+        return False
+    run_id = _known_run_id(folder) or uuid.uuid4().hex[:8]
+    split = str(result["split"])
+    values = {f"{split}/step": result.get("step"), **evaluation_values(result, split)}
+    name = run_name or f"evaluate {result['checkpoint']}"
+    _add_to_run(folder, run_id, figures, values, prefix=split, project=project, name=name)
+    return True
+
+
+def _add_to_run(
+    folder: Path,
+    run_id: str,
+    figures: Mapping[str, Path],
+    values: Mapping[str, Any],
+    *,
+    prefix: str,
+    project: str,
+    name: str,
+) -> None:
+    """Behind the last step that was logged, since W&B drops what lies before it."""
+    import wandb
+
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    last = max((step for line in lines if (step := _step_of(line)) != float("inf")), default=0.0)
+    run = _open_run(folder, project, name, run_id, {})
+    pictures = {f"{prefix}/{figure}": wandb.Image(str(path)) for figure, path in figures.items()}
+    run.log({**values, **pictures}, step=max(int(last) + 1, run.step))
+    run.finish()
+
+
+def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
+    """The W&B run `run_id`, new or resumed; offline by W&B's own rules, or where its server does not answer."""
+    import wandb
+
+    def opened(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,
+            config=dict(settings),
+            settings=wandb.Settings(x_service_wait=SERVICE_WAIT_S),
+        )
+
+    if wandb_mode() == "offline":
+        return opened("offline")
+    try:
+        return opened("online")
+    except wandb.errors.CommError as error:  # a run that was requeued at night must not end over its log
+        _log.warning("W&B: %s. Run %s is kept offline; `wandb sync`, run in %s, sends it", error, run_id, folder)
+        wandb.teardown()  # the failed attempt holds the id
+        return opened("offline")
+
+
+def wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """What W&B would do by its own rules: WANDB_MODE and its settings files, where `wandb offline` writes.
+
+    A run without a key, of `wandb login` or WANDB_API_KEY, is kept offline: W&B itself would ask for one, and nobody
+    sits before a training. A warning says so where WANDB_MODE asks for more.
+    """
+    import wandb
+
+    said = wandb.setup().settings.mode
+    if said in ("offline", "dryrun"):
+        return "offline"
+    if said == "disabled":
+        return "disabled"
+    if _has_key():
+        return "online"
+    if asked := os.environ.get("WANDB_MODE"):
+        _log.warning(
+            "W&B: WANDB_MODE=%s, but it finds no key here, so the run is kept offline; `wandb login` gives one, and "
+            "`wandb sync` sends the run later",
+            asked,
+        )
+    return "offline"
+
+
+def _has_key() -> bool:
+    """Whether W&B finds credentials: in the environment, in the netrc file of `wandb login`, in its settings."""
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # a W&B that always prompts; there this tells without
+        return bool(wandb.api.api_key)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        _log.warning("W&B: %s; the run is kept offline", " ".join(str(error).split()))
+        return False
+
+
+def _known_run_id(folder: Path) -> str | None:
+    path = folder / RUN_ID_FILE
+    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinity for one that a killed run left unfinished."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def evaluation_values(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """An evaluation's numbers under flat names."""
+    calibrated = result.get("calibration") or {}
+    flat = {**result["metrics"], "ece": calibrated.get("ece"), "temperature": calibrated.get("temperature")}
+    return {f"{prefix}/{name}": float(value) for name, value in flat.items() if isinstance(value, (int, float))}
+
+
+def _send_evaluation(of_step: int, path: Path, step: int, run: Any) -> None:
+    run.log({"val/step": of_step, **evaluation_values(read_eval(path), "val")}, step=step)
