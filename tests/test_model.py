@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from embervlm import EmberVLM
 from embervlm.config import COMPONENTS, ConfigError, PhaseConfig
 from embervlm.config_file import model_preset
-from embervlm.data.collate import validator_inputs
+from embervlm.data.collate import padded, validator_inputs
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import ImageError
 from embervlm.data.negatives import PairMaker
@@ -26,7 +26,7 @@ from embervlm.model.cache import roomy_cache
 from embervlm.model.config import STAGE3, EmberVLMConfig
 from embervlm.model.decode import language_step
 from embervlm.model.embervlm import build_model
-from embervlm.model.generation import Decoding, candidate_ids, generate_answers, generate_from_visual
+from embervlm.model.generation import Decoding, generate_answers, generate_from_visual
 from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -277,7 +277,7 @@ def test_a_candidates_score_does_not_depend_on_the_others(lively_model, tokenize
     head, state, visual = lively_model.reasoning_module.answer_head, torch.randn(2, 32), torch.randn(2, 9, 32)
     scores = []
     for names in (["Drone", "Humanoid"], ["Robot with Wheels and a long name", "Drone"]):
-        embeds = lively_model.candidate_embeddings(candidate_ids(tokenizer.encode_many(names)))
+        embeds = lively_model.candidate_embeddings(padded(tokenizer.encode_many(names), -1))
         scores.append(head(state, visual, torch.tensor([True, False]), embeds)[:, names.index("Drone")])
     torch.testing.assert_close(*scores)
 
@@ -403,7 +403,7 @@ def test_a_chain_that_is_begun_goes_on_as_if_the_model_had_written_it(lively_mod
                 image_mask=torch.tensor([True]),
                 visual=visual[place : place + 1],
                 answer_index=torch.tensor([at_conclusion.shape[1] - 1]),
-                candidate_ids=candidate_ids(tokenizer.encode_many(ROBOTS)),
+                candidate_ids=padded(tokenizer.encode_many(ROBOTS), -1),
             ).answer_logits
             assert list(result["head_probabilities"].values()) == pytest.approx(logits[0].sigmoid().tolist(), abs=1e-4)
 
@@ -555,7 +555,7 @@ def test_the_answer_head_reads_a_chain_without_conclusion_at_its_end(lively_mode
             image_mask=torch.tensor([False]),
             visual=torch.zeros(1, 9, 32),
             answer_index=torch.tensor([ids.shape[1] - 1]),
-            candidate_ids=candidate_ids(tokenizer.encode_many(ROBOTS)),
+            candidate_ids=padded(tokenizer.encode_many(ROBOTS), -1),
         ).answer_logits
     assert list(result["head_probabilities"].values()) == pytest.approx(logits[0].sigmoid().tolist(), abs=1e-5)
 

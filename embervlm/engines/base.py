@@ -299,7 +299,7 @@ class Snapshot:
         return engine.share
 
     def collect(self) -> EngineState | None:
-        """The whole state on rank 0, None elsewhere. A collective beside which training goes on.
+        """The whole state on rank 0, None elsewhere. A collective, while training continues.
 
         The next snapshot overwrites this one.
         """

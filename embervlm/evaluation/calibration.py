@@ -1,4 +1,4 @@
-"""Is an answer right as often as its `confidence` says? Expected calibration error, and a temperature that mends it."""
+"""Is an answer right as often as its `confidence` says? Expected calibration error, and a temperature to correct it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from embervlm.data.collate import padded, validator_inputs
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.data.samples import boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.interactive import step_probabilities
+from embervlm.model.interactive import judge_texts, step_probabilities
 
 
 @torch.inference_mode()
@@ -23,7 +23,7 @@ def explain_chains(
 ) -> list[dict[str, Any]]:
     """For each chain `attention` (`{"grid", "steps"}`, or None without a picture) and `validator_scores`.
 
-    Of a chain that is longer in its usual tokens than the language model reads there is no attention.
+    A chain that is longer in its usual tokens than the language model reads has no attention.
 
     The chains are read once. Attention is the reasoning head's last layer, the one that learns to look, averaged over
     its heads and the step's tokens; the share that goes past the picture is left out, so that a step sums to 1.
@@ -62,7 +62,7 @@ def explain_chains(
 
 
 def looked_at(sample: Mapping[str, Any], seen: Sequence[Sequence[str]]) -> list[dict[str, list[float]]] | None:
-    """Of each step and thing that it reads: the share of its attention in the thing's box, and what the box covers.
+    """For each step and each thing that it reads: the share of attention in the thing's box, and what the box covers.
 
     None without attention or boxes, or where the chain has not the steps of the gold one, for which `seen` says what
     each reads.
@@ -118,7 +118,7 @@ def _validator_scores(
     """The step validator's probability of each step.
 
     It reads states of question, steps before and step. These are the beginning of the chain's own states, unless
-    something had to be cut off; such steps are read anew.
+    something had to be cut off; such steps are read again.
     """
     if not steps:
         return []
@@ -143,12 +143,8 @@ def _validator_scores(
         for index, score in zip(whole, found.sigmoid().tolist()):
             scores[index] = score
     if cut := [index for index in range(len(steps)) if scores[index] is None]:
-        inputs = validator_inputs([texts[index] for index in cut], limit)
-        found = model.judge_steps(
-            visual.expand(len(cut), -1, -1),
-            seen.expand(len(cut)),
-            **{name: value.to(visual.device) for name, value in inputs.items()},
-        )
+        some = [texts[index] for index in cut]
+        found = judge_texts(model, visual.expand(len(cut), -1, -1), seen.expand(len(cut)), some)
         for index, score in zip(cut, found.sigmoid().tolist()):
             scores[index] = score
     return [round(score, 4) for score in scores if score is not None]

@@ -1,4 +1,4 @@
-"""Does the answer come from the chain? Chains are begun for the model, which goes on (Lanham et al. 2023).
+"""Does the answer come from the chain? Chains are begun for the model, which continues (Lanham et al. 2023).
 
 A right chain before a right answer does not show that the one is the reason for the other: both may be read off the
 picture. So the chain is cut short, a mistake is planted in it, or it is begun with the facts of another scene, and what

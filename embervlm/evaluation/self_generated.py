@@ -29,7 +29,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.shard import Shard
 from embervlm.evaluation.asked import load_model
-from embervlm.evaluation.batches import BATCH_SIZE, cut_off_reasons, known_of, see
+from embervlm.evaluation.batches import BATCH_SIZE, chunks, cut_off_reasons, known_of, see
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import is_right
 from embervlm.model.config import STAGE3
@@ -105,75 +105,68 @@ class _Writer:
     def fill(self, collection: Collection, num_samples: int) -> None:
         """Sample for each question that has not been through, until `num_samples` chains are accepted."""
         bar = progress_bar(total=len(self.questions), desc="own chains", unit="record")
-        step = max(1, BATCH_SIZE // self.settings.samples_per_record)
-        samples = range(self.settings.samples_per_record)
-        for start in range(0, len(self.questions), step):
+        number = self.settings.samples_per_record
+        size = max(1, BATCH_SIZE // number)
+        for turn, part in enumerate(chunks(self.questions, size)):
             if len(collection.accepted) >= num_samples:
                 break
-            part = self.questions[start : start + step]
-            keys = [f"{question.key}:{sample}" for question in part for sample in samples]
-            is_open = [key not in collection.accepted and not collection.num_rejected[key] for key in keys]
-            if any(is_open):
+            rows = [(question, sample) for question in part for sample in range(number)]
+            keys = [f"{question.key}:{sample}" for question, sample in rows]
+            wanted = [key not in collection.accepted and not collection.num_rejected[key] for key in keys]
+            if any(wanted):
                 # The batch is drawn whole, so that a continued run draws what an uninterrupted one would have.
-                drawn = self._judged(part, keys, collection, is_open, seed=self.settings.seed + start)
-                collection.add(drawn)
+                drawn = self._draw(part, seed=self.settings.seed + turn * size)
+                collection.add(
+                    [
+                        self._judged(*row, *found, collection)
+                        for row, found, is_wanted in zip(rows, drawn, wanted)
+                        if is_wanted
+                    ]
+                )
             bar.update(len(part))
             bar.set_postfix(accepted=len(collection.accepted), rejected=collection.total_rejected)
         bar.close()
 
     @torch.inference_mode()
+    def _draw(self, questions: Sequence[Question], seed: int) -> list[tuple[dict[str, Any], list[float]]]:
+        """For each question its chains, each with the step validator's probabilities of its steps."""
+        settings, model, records = self.settings, self.model, [question.record for question in questions]
+        number, steps = settings.samples_per_record, settings.max_reasoning_steps
+        decoding = Decoding(temperature=settings.temperature, seed=seed, max_reasoning_steps=steps)
+        check_length(model, [record.instruction for record in records], decoding)
+        pictures = PictureCache([record.image for record in records if record.image], model.config.image_size)
+        visual, seen = (values.repeat_interleave(number, 0) for values in see(model, pictures, records))
+        texts = [record.instruction for record in records for _ in range(number)]
+        results = generate_from_visual(model, visual, seen, texts, decoding)
+        return [
+            (result, step_probabilities(model, visual[row, None], seen[row, None], text, result["reasoning_steps"]))
+            for row, (text, result) in enumerate(zip(texts, results))
+        ]
+
     def _judged(
         self,
-        questions: Sequence[Question],
-        keys: Sequence[str],
+        question: Question,
+        sample: int,
+        result: Mapping[str, Any],
+        followed: Sequence[float],
         collection: Collection,
-        is_open: Sequence[bool],
-        seed: int,
-    ) -> list[Answer]:
-        rows = [question for question in questions for _ in range(self.settings.samples_per_record)]
-        decoding = Decoding(
-            temperature=self.settings.temperature, seed=seed, max_reasoning_steps=self.settings.max_reasoning_steps
-        )
-        check_length(self.model, [question.record.instruction for question in questions], decoding)
-        records = [question.record for question in questions]
-        pictures = PictureCache([record.image for record in records if record.image], self.model.config.image_size)
-        visual, seen = see(self.model, pictures, records)
-        visual = visual.repeat_interleave(self.settings.samples_per_record, 0)
-        seen = seen.repeat_interleave(self.settings.samples_per_record, 0)
-        instructions = [question.record.instruction for question in rows]
-        results = generate_from_visual(self.model, visual, seen, instructions, decoding)
-        out = []
-        for row, (question, key, result) in enumerate(zip(rows, keys, results)):
-            if not is_open[row]:
-                continue
-            steps = result["reasoning_steps"]
-            followed = step_probabilities(
-                self.model, visual[row : row + 1], seen[row : row + 1], question.record.instruction, steps
+    ) -> Answer:
+        key, gold, steps = f"{question.key}:{sample}", question.record.answer, result["reasoning_steps"]
+        reason = self._fault(question, result, followed)
+        if not reason and not collection.is_new_chain(key, steps):
+            reason = "repeated: the question has this chain already"
+        record = None
+        if not reason:
+            record = finished_record(
+                question, sample, source="self_generated", steps=steps, answer=gold, confidence=result["confidence"]
             )
-            reason = self._fault(question, result, followed)
-            if not reason and not collection.is_new_chain(key, steps):
-                reason = "repeated: the question has this chain already"
-            sample = int(key.rpartition(":")[2])
-            record = (
-                None
-                if reason
-                else finished_record(
-                    question,
-                    sample,
-                    source="self_generated",
-                    steps=steps,
-                    answer=question.record.answer,
-                    confidence=result["confidence"],
-                )
-            )
-            details = {
-                "id": question.record.record_id,
-                "text": result["text"],
-                "steps": list(steps),
-                "gold_answer": list(question.record.answer),
-            }
-            out.append(Answer(key=key, record=record, reason=reason, details=details))
-        return out
+        about = {
+            "id": question.record.record_id,
+            "text": result["text"],
+            "steps": list(steps),
+            "gold_answer": list(gold),
+        }
+        return Answer(key=key, record=record, reason=reason, details=about)
 
     def _fault(self, question: Question, result: Mapping[str, Any], followed: Sequence[float]) -> str:
         """Why the chain is not kept; empty where it is."""

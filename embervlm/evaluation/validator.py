@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from embervlm.data.collate import validator_inputs
 from embervlm.data.dataset import encode_reasoning
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.samples import Sample
@@ -19,6 +18,7 @@ from embervlm.evaluation.sharing import Task
 from embervlm.judge.metrics import balanced_accuracy
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.interactive import judge_texts
 
 
 def validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: int = 0) -> list[Task]:
@@ -48,10 +48,7 @@ def _verdicts(
     out: dict[str, list[bool]] = {}
     for some in chunks(pairs):  # of like lengths, so that little is padding
         rows = torch.tensor([row for row, _, _ in some], device=visual.device)
-        inputs = validator_inputs([text for _, _, text in some], model.max_pair_tokens)
-        logits = model.judge_steps(
-            visual[rows], seen[rows], **{name: value.to(visual.device) for name, value in inputs.items()}
-        )
+        logits = judge_texts(model, visual[rows], seen[rows], [text for _, _, text in some])
         for (_, pair, _), logit in zip(some, logits.tolist()):
             out.setdefault(pair.kind, []).append(logit > 0)
     return out

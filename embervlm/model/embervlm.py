@@ -93,7 +93,7 @@ class EmberVLM(EmberVLMNetwork):
         """`{"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}` of a question or a follow-up.
 
         A follow-up is asked behind the question before. Of the reasoning before, the first steps that still hold by
-        the step validator begin the new chain; the model goes on from there.
+        the step validator begin the new chain, and the model continues it.
         """
         found = interactive.reason(self, image, question, previous_reasoning, None, Decoding(**decoding))
         return {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
+from embervlm.data.collate import padded
 from embervlm.data.images import load_image
 from embervlm.data.record_fields import MAX_STEPS
 from embervlm.data.tokenizer import DIRECT_PROMPT
@@ -34,7 +35,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     form: str = "reasoning"
-    """`reasoning`: chain and answer; `direct`: the answer alone; `text`: go on from the instruction as it stands."""
+    """`reasoning`: chain and answer; `direct`: the answer alone; `text`: continue the instruction as it stands."""
     candidates: tuple[str, ...] = ()
     """Answers to choose among; empty means those of the model's config."""
 
@@ -126,7 +127,7 @@ def generate_from_visual(
     Args:
         own_candidates: for each instruction the answers to choose among: none for an answer in free words, None for
             those of `decoding`.
-        begun: for each instruction the ids of a chain, behind its start, that the model goes on from; the results'
+        begun: for each instruction the ids of a chain, behind its start, that the model continues; the results'
             steps begin with it.
     """
     tokenizer = model.tokenizer
@@ -307,7 +308,7 @@ class _Writer:
             for names in choices
             for ids in [*self.model.tokenizer.encode_many(list(names)), *[[]] * (most - len(names))]
         ]
-        ids = candidate_ids(encoded).view(len(choices), most, -1).to(self.visual.device)
+        ids = padded(encoded, -1).view(len(choices), most, -1).to(self.visual.device)
         logits = self.model.reasoning_module.answer_head(
             self.conclusion_state, self.visual, self.image_mask, self.model.candidate_embeddings(ids)
         )
@@ -393,9 +394,3 @@ class _Writer:
             beyond = ordered.cumsum(-1) - ordered > self.decoding.top_p
             probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(beyond, 0))
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
-
-
-def candidate_ids(encoded: Sequence[Sequence[int]]) -> Tensor:
-    """`[candidates, longest]` int64, padded with -1."""
-    longest = max(map(len, encoded))
-    return torch.tensor([[*ids, *[-1] * (longest - len(ids))] for ids in encoded])

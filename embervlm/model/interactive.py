@@ -269,9 +269,14 @@ def step_probabilities(
     prompt, ids = model.tokenizer.encode(question), model.tokenizer.step_ids(steps)
     start = model.tokenizer.ids["<|reasoning_start|>"]
     previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
-    inputs = validator_inputs([(prompt, before, step) for before, step in zip(previous, ids)], model.max_pair_tokens)
-    logits = model.judge_steps(
-        visual.expand(len(ids), -1, -1), seen.expand(len(ids)), **{k: v.to(visual.device) for k, v in inputs.items()}
-    )
-    probabilities: list[float] = logits.float().sigmoid().tolist()
-    return probabilities
+    texts = [(prompt, before, step) for before, step in zip(previous, ids)]
+    logits = judge_texts(model, visual.expand(len(ids), -1, -1), seen.expand(len(ids)), texts)
+    return logits.sigmoid().tolist()  # type: ignore[no-any-return]
+
+
+def judge_texts(
+    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, texts: Sequence[tuple[list[int], list[int], list[int]]]
+) -> Tensor:
+    """The step validator's logits `[texts]`; a text is the ids of a question, of the steps before, and of the step."""
+    inputs = validator_inputs(texts, model.max_pair_tokens)
+    return model.judge_steps(visual, seen, **{name: value.to(visual.device) for name, value in inputs.items()})

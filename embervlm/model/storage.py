@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS
-from embervlm.errors import UserError
+from embervlm.errors import UNREADABLE, UserError
 from embervlm.run_dir import closest_path, names_a_path
 
 WEIGHTS = "pytorch_model.bin"
@@ -32,6 +32,8 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 """Of torch.compile, FSDP and activation checkpointing, anywhere in a name."""
 _AROUND = ("module.", "model.")
 """Of DDP, and of a module around the model; in front of every name."""
+_OF_TORCH = (RuntimeError, AssertionError, EOFError, struct.error, pickle.UnpicklingError)
+"""What `torch.load` raises of a damaged file besides `UNREADABLE`."""
 
 
 class CheckpointError(UserError):
@@ -112,18 +114,7 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        EOFError,
-        struct.error,
-        pickle.UnpicklingError,
-    ) as error:
+    except (*UNREADABLE, *_OF_TORCH) as error:
         raise _damaged(path, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Saving a phase while it goes on, and picking it up again on any engine and any number of processes.
+"""Saving a phase while it trains, and resuming it on any engine and any number of processes.
 
 A checkpoint's `training_state.pt`, read with `weights_only=True`, holds:
 
@@ -9,7 +9,7 @@ A checkpoint's `training_state.pt`, read with `weights_only=True`, holds:
     wandb_run_id  or None
 
 The step is the cursor of everything else: rates, teacher forcing and the samples of a batch are functions of it, and
-random numbers are drawn anew for every step from seed, step and rank. So there is no further state to lose.
+the random numbers of a step depend on seed, step and rank alone. So there is no further state to lose.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class CheckpointStore:
         """
         error = self._outcome()
         self._writing = None
-        if not self._world.any(error is not None):  # also a barrier: no process goes on before all are done
+        if not self._world.any(error is not None):  # also a barrier: no process continues before all are done
             return True
         first = next(text for text in self._world.gather(None if error is None else str(error)) if text is not None)
         if required or self._on_error == "stop":
@@ -261,10 +261,10 @@ def is_finished(folder: Path, world: World) -> bool:
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint of `folder` to go on from, whose files are those of its manifest.
+    """The newest checkpoint of `folder` that a phase can resume, whose files are those of its manifest.
 
-    Damaged ones are set aside, with a warning that names the file. One whose training state was deleted is none to go
-    on from; a warning names it where there is no other.
+    Damaged ones are renamed, with a warning that names the file. A phase cannot resume one whose training state was
+    deleted; a warning names it where there is no other.
     """
     weights_alone = []
     for found in reversed(run_dir.list_checkpoints(folder)):

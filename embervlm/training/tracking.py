@@ -25,7 +25,7 @@ SERVICE_WAIT_S = 300
 class Tracker:
     """Rank 0's log of one phase; on other ranks everything is a no-op.
 
-    W&B's own rules say whether its run is online, see `wandb_mode`. A resumed phase goes on under the same run id.
+    W&B's own rules say whether its run is online, see `wandb_mode`. A resumed phase continues under the same run id.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Tracker:
         settings: Mapping[str, Any] | None = None,
         wandb_run_id: str | None = None,
     ) -> None:
-        """`wandb_run_id` is that of the checkpoint the phase goes on from."""
+        """`wandb_run_id` is that of the checkpoint that the phase resumes."""
         self._active, self._folder = active, folder
         self._run: Any = None
         self._lines_missing = False

@@ -11,7 +11,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.world import World
 
 MAX_BYTES = 4 << 30
-"""Above this the pictures are seen anew at every step."""
+"""Above this the pictures are encoded again at every step."""
 
 
 class VisualCache:
