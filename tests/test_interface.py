@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +73,7 @@ def interface() -> list[str]:
     from embervlm.model.config import EmberVLMConfig
     from embervlm.run import submit
 
-    parameters = inspect.signature(EmberVLMConfig.__init__).parameters.values()
+    own = [one for one in dataclasses.fields(EmberVLMConfig) if one.name in EmberVLMConfig.__annotations__]
     lines = [
         *flags_of("launch/train.py", train_flags.parser()),
         *flags_of("launch/submit.py", submit.parser()),
@@ -83,9 +82,9 @@ def interface() -> list[str]:
         *(f"configs/training_stages.yaml: {line}" for line in keys_of(TrainConfig())),
         *(f"configs/cluster/: {field.name} | {field.type} | required" for field in dataclasses.fields(ClusterRecipe)),
         *(
-            f"configs/model/: {one.name} | {one.annotation} | default {shown(one.default)}"
-            for one in parameters
-            if one.name not in ("self", "kwargs")
+            f"configs/model/: {one.name} | {one.type} | default "
+            + ("{}" if one.default_factory is dict else shown(one.default))
+            for one in own
         ),
     ]
     return sorted(lines)

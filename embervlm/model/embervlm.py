@@ -206,8 +206,7 @@ def _device_of(given: Any) -> torch.device:
 
 def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) -> EmberVLM:
     """A new model from the settings of a preset; pretrained parts are loaded where they say so."""
-    known = set(EmberVLMConfig.__init__.__code__.co_varnames)
-    if wrong := sorted(set(settings) - known):
+    if wrong := sorted(set(settings) - set(EmberVLMConfig.__annotations__)):
         raise ConfigError(f"model: unknown keys {wrong}")
     return EmberVLM(EmberVLMConfig(**{"surprise_by_magnitude": True, **settings}), load_pretrained=load_pretrained)
 
