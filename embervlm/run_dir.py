@@ -151,7 +151,8 @@ def read_eval(path: str | Path) -> dict[str, Any]:
     if (found := evaluation.get("format", EVAL_FORMAT)) != EVAL_FORMAT:
         raise UserError(
             f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: its metrics are others under the "
-            "same names; delete it and evaluate again"
+            f"same names; delete it and evaluate again: `embervlm evaluate --checkpoint "
+            f"{evaluation.get('checkpoint', '...')} --output_file {path} --save_reasoning_samples`"
         )
     return evaluation
 
@@ -223,10 +224,13 @@ def atomic_text(path: str | Path) -> Iterator[TextIO]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parsed content of `path`. UserError names the file and the place when it is not JSON."""
+    """Parsed content of `path`; NaN and infinity, which are no measurement, read as null.
+
+    UserError names the file and the place where it is not JSON.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

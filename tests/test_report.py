@@ -21,7 +21,7 @@ from PIL import Image
 from report_run import METRICS, evaluation, sample, write_checkpoint, write_json, write_run
 
 from embervlm import run_dir
-from embervlm.report import figures
+from embervlm.report import drawing, figures
 from embervlm.report.build import Report, write_report
 from embervlm.report.pages import best_examples, failure_cases, index_page, samples_page
 from embervlm.report.pictures import file_name, overlay_png, relative_attention
@@ -255,7 +255,7 @@ def hostile_run(folder: Path) -> Path:
         accuracy_by_question_kind={HOSTILE: entry},
         impact_by_complexity={HOSTILE: entry},
         phase=HOSTILE,
-        faithfulness={HOSTILE: HOSTILE, "truncated": {HOSTILE: 0.5}},
+        faithfulness={HOSTILE: HOSTILE, "truncated": {"0.5": 0.5}},
     )
     for phase in (1, 2):
         log = run_dir.metrics_log_path(run_dir.phase_dir(folder, phase))
@@ -301,7 +301,9 @@ def test_a_very_long_text_is_cut(tmp_path: Path) -> None:
 def test_an_evaluation_of_an_older_version_says_evaluate_again(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_samples=2)
     edited(folder, "results/stage4_eval.json", format=1)
-    with pytest.raises(ReportError, match=r"stage4_eval.json: written in format 1.*evaluate again: `embervlm evaluate"):
+    with pytest.raises(
+        ReportError, match=r"stage4_eval.json: evaluation of format 1.*evaluate again: `embervlm evaluate"
+    ):
         read_run(folder)
 
 
@@ -390,7 +392,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, content: str, says: str) 
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "says"), [({}, "not a list"), ([1], "sample 0: not an object")])
+@pytest.mark.parametrize(("content", "says"), [({}, "not a list"), ([1], r"sample 0: damaged \(not an object")])
 def test_damaged_samples_are_named(tmp_path: Path, content: Any, says: str) -> None:
     write_json(tmp_path / "samples.json", content)
     with pytest.raises(ReportError, match=says):
@@ -414,21 +416,19 @@ def test_half_a_log_line_is_left_out(tmp_path: Path) -> None:
     assert len(record.curves[1]) == num_lines and any("1 unreadable line" in notice for notice in record.notices)
 
 
-def test_fields_of_the_wrong_type_become_empty() -> None:
-    wrong = as_sample(
-        {
-            "id": 7,
-            "reasoning_steps": "one step",
-            "gold_answer": None,
-            "scores": 3,
-            "attention": {"grid": [2, 2], "steps": [[1]]},
-            "validator_scores": "high",
-            "boxes": [{"kind": "x", "box": [0, 0, 9, 9]}, 3],
-            "confidence": True,
-        }
-    )
-    assert wrong.id == "7" and wrong.steps == ["one step"] and wrong.gold_answer == [] and wrong.scores == {}
-    assert wrong.attention is None and wrong.validator_scores == [] and wrong.boxes == [] and wrong.confidence is None
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"reasoning_steps": "one step"}, "reasoning_steps: not a list"),
+        ({"scores": 3}, "'int' object is not iterable"),
+        ({"attention": {"grid": [2, 2], "steps": [[1]]}}, "a step does not have 2 x 2 shares"),
+        ({"boxes": [3]}, "not subscriptable"),
+    ],
+)
+def test_a_damaged_sample_is_named(tmp_path: Path, damage: dict[str, Any], says: str) -> None:
+    write_json(tmp_path / "samples.json", [sample(0), {**sample(1), **damage}])
+    with pytest.raises(ReportError, match=rf"samples.json sample 1: damaged \(.*{says}.*evaluate again"):
+        read_samples(tmp_path / "samples.json")
 
 
 # ---- what is chosen and drawn
@@ -465,12 +465,12 @@ def test_a_fine_grid_is_averaged_and_keeps_its_place() -> None:
 
 
 def test_wilsons_interval_of_a_hand_worked_case() -> None:
-    assert figures.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert figures.wilson(1.0, 10)[1] == 1.0 and figures.wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-3)
+    assert drawing.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert drawing.wilson(1.0, 10)[1] == 1.0 and drawing.wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-3)
 
 
 def test_figures_are_told_apart_without_colour() -> None:
-    looks = [(str(dashes), marker) for _, dashes, marker in figures.SERIES]
+    looks = [(str(dashes), marker) for _, dashes, marker in drawing.SERIES]
     assert len(set(looks)) == len(looks) and len({marker for _, marker in looks}) == len(looks)
 
 

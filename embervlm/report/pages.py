@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from embervlm.report.pictures import overlay_png, picture_uris
-from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, mapping, number, numbers, text
+from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, part
 from embervlm.run_dir import write_text_atomic
 
 NUM_SAMPLES = 200
@@ -95,7 +95,7 @@ def samples_page(
         pictures={place: uris[s.image] for place, s in enumerate(shown) if s.image in uris},
         veils=[_veils(s) for s in shown],
         looked_at=[_looked_at(s) for s in shown],
-        validator_note=validator_note(mapping(result)),
+        validator_note=validator_note(result),
     )
     write_text_atomic(path, page)
     return Path(path)
@@ -143,12 +143,12 @@ def _looked_at(sample: Sample) -> list[str]:
     ]
 
 
-def validator_note(result: Mapping[Any, Any]) -> str:
+def validator_note(result: Mapping[str, Any] | None) -> str:
     """What the number beside a step is, and how far to trust it."""
     about = '"valid" beside a step is the model\'s step validator: its probability that the step is valid. '
-    drawn = mapping(mapping(result.get("own_steps")).get("drawn"))
-    accuracy, wrong, valid = (number(drawn.get(key)) for key in ("balanced_accuracy", "wrong", "valid"))
-    if accuracy is None or wrong is None or valid is None:
+    drawn = part(result, "own_steps", "drawn")
+    accuracy, wrong, valid = (drawn.get(key) for key in ("balanced_accuracy", "wrong", "valid"))
+    if accuracy is None:
         return about + "How well it finds the model's own mistakes was not measured."
     return about + (
         f"Of the model's own steps it tells {accuracy:.0%} right (balanced accuracy over {wrong:,.0f} wrong and "
@@ -201,7 +201,7 @@ def index_page(
     script = (_HERE / "viewer.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sets = _comparable(record, num_samples)
-    result = mapping(record.result)
+    result = record.result or {}
     page = _render(
         "index.jinja",
         title=f"{record.name}: EmberVLM report",
@@ -216,11 +216,11 @@ def index_page(
         svgs={name: Markup(svg) for name, svg in svgs.items()},
         captions=captions,
         missing=missing,
-        candidates=_candidates(result),
-        validator=numbers(result.get("validator")),
+        candidates={_short(name, 200): row for name, row in part(result, "per_candidate").items()},
+        validator=part(result, "validator"),
         validator_note=validator_note(result),
-        own_steps={name: numbers(mapping(result.get("own_steps")).get(name)) for name in ("greedy", "drawn")},
-        attention={str(kind): numbers(row) for kind, row in mapping(result.get("attention")).items()},
+        own_steps={name: part(result, "own_steps", name) for name in ("greedy", "drawn")},
+        attention=part(result, "attention"),
         faithfulness=_faithfulness(result),
         num_shown=len(shown),
         num_sets=len(sets),
@@ -283,24 +283,19 @@ def _comparable(record: RunRecord, num_samples: int) -> list[dict[str, Any]]:
 
 
 def _about(record: RunRecord) -> list[str]:
-    result = mapping(record.result)
+    result = record.result
     if not result:
         return ["not evaluated yet"]
-    backends = {text(mapping(b).get("name")) for b in mapping(result.get("backend")).values()} - {""}
-    count, step, version = (
-        number(result.get("num_samples")),
-        number(result.get("step")),
-        text(result.get("embervlm_version")),
-    )
-    parts = [
-        text(result.get("checkpoint")) and Path(text(result.get("checkpoint"))).name,
-        f"{text(result.get('phase'))}, step {step:,.0f}" if step is not None and result.get("phase") else "",
-        f"{text(result.get('split'))} split" if result.get("split") else "",
-        f"{count:,.0f} samples" if count is not None else "",
-        f"scored by {', '.join(sorted(backends))}" if backends else "",
-        f"EmberVLM {version}" if version else "",
+    backends = sorted({backend["name"] for backend in part(result, "backend").values()})
+    shown = [
+        Path(result.get("checkpoint") or "").name,
+        f"{result['phase']}, step {result['step']:,}" if result.get("phase") else "",
+        f"{result['split']} split" if result.get("split") else "",
+        f"{result['num_samples']:,} samples" if "num_samples" in result else "",
+        f"scored by {', '.join(backends)}" if backends else "",
+        f"EmberVLM {result['embervlm_version']}" if result.get("embervlm_version") else "",
     ]
-    return [_short(part, 200) for part in parts if part]
+    return [_short(text, 200) for text in shown if text]
 
 
 def _verdict(record: RunRecord) -> dict[str, Any] | None:
@@ -314,7 +309,7 @@ def _verdict(record: RunRecord) -> dict[str, Any] | None:
 
 def _goal(target: str) -> float | None:
     try:
-        return number(float(target.lstrip("<>= ")))
+        return float(target.lstrip("<>= "))
     except ValueError:
         return None
 
@@ -350,18 +345,11 @@ def _rows(record: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _candidates(result: Mapping[Any, Any]) -> dict[str, dict[str, float | None]]:
-    return {
-        _short(str(name), 200): {key: number(mapping(row).get(key)) for key in ("precision", "recall", "support")}
-        for name, row in mapping(result.get("per_candidate")).items()
-    }
-
-
-def _faithfulness(result: Mapping[Any, Any]) -> list[tuple[str, str]]:
+def _faithfulness(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every figure of the block, under a readable name."""
     return [
         (name.replace(".", ": ", 1).replace("_", " "), _short(value, 300))
-        for name, value in flat(mapping(result.get("faithfulness")))
+        for name, value in flat(part(result, "faithfulness"))
     ]
 
 
@@ -381,6 +369,6 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
     )
     out = [(name, _short(settings[key], 300)) for name, key in wanted if key in settings]
     for phase, lines in record.curves.items():
-        if lines and (seconds := number(lines[-1].get("elapsed_s"))) is not None:
+        if lines and (seconds := lines[-1].get("elapsed_s")) is not None:
             out.append((f"Phase {phase} took", f"{seconds / 60:.1f} min, {lines[-1]['step']:,} steps"))
     return out

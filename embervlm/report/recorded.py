@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
-from embervlm.errors import UserError
+from embervlm.errors import UNREADABLE, UserError
 from embervlm.ranking import rank_checkpoints
 
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
@@ -114,20 +114,33 @@ class RunRecord:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        return numbers((self.result or {}).get("metrics"))
+        return part(self.result, "metrics")
 
     @property
     def targets(self) -> dict[str, dict[str, Any]]:
-        """Metric -> `target` (text) and `met`; a metric that is not a number has met nothing."""
-        metrics, out = self.metrics, {}
-        for name, value in mapping((self.result or {}).get("targets")).items():
-            known = metrics.get(name) is not None and isinstance(mapping(value).get("met"), bool)
-            out[str(name)] = {"target": text(mapping(value).get("target")), "met": value["met"] if known else None}
-        return out
+        """Metric -> `target` (text) and `met`; a metric that was not measured has met nothing."""
+        known = {name for name, value in self.metrics.items() if value is not None}
+        return {
+            name: target if name in known else {**target, "met": None}
+            for name, target in part(self.result, "targets").items()
+        }
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        return intervals((self.result or {}).get("intervals"))
+        return intervals(part(self.result, "intervals"))
+
+
+def part(of: Mapping[str, Any] | None, *names: str) -> dict[str, Any]:
+    """The mapping at `names` in an evaluation, one inside the other; {} where it was not measured."""
+    found: Any = of
+    for name in names:
+        found = (found or {}).get(name)
+    return found or {}
+
+
+def intervals(found: Mapping[str, Sequence[float | None]]) -> dict[str, tuple[float, float]]:
+    """The pairs of which both ends are known."""
+    return {name: (low, high) for name, (low, high) in found.items() if low is not None and high is not None}
 
 
 def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRecord:
@@ -200,149 +213,88 @@ def samples_path(eval_file: Path) -> Path:
 
 def read_result(path: Path) -> dict[str, Any]:
     """An evaluation of `run_dir.EVAL_FORMAT`; ReportError for any other file."""
-    found = _read(path)
-    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
-        raise ReportError(f"{path}: not an evaluation, it has no 'metrics'; evaluate again with `embervlm evaluate`")
-    if found.get("format") != run_dir.EVAL_FORMAT:
-        raise ReportError(
-            f"{path}: written in format {found.get('format')!r}, this version reads {run_dir.EVAL_FORMAT}; evaluate "
-            f"again: `embervlm evaluate --checkpoint {found.get('checkpoint', '...')} --output_file {path} "
-            f"--save_reasoning_samples`"
-        )
-    return found
+    with _naming_damage(path):
+        return run_dir.read_eval(path)
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples in a file; ReportError when it is no list of objects."""
-    found = _read(path)
+    """The samples in a file; ReportError where it is damaged."""
+    with _naming_damage(path):
+        found = run_dir.read_json(path)
     if not isinstance(found, list):
         raise ReportError(f"{path}: not a list of samples; evaluate again with --save_reasoning_samples")
-    if wrong := [place for place, item in enumerate(found) if not isinstance(item, dict)]:
-        raise ReportError(f"{path} sample {wrong[0]}: not an object; evaluate again with --save_reasoning_samples")
-    return [as_sample(item) for item in found]
+    samples = []
+    for place, item in enumerate(found):
+        with _naming_damage(f"{path} sample {place}"):
+            samples.append(as_sample(item))
+    return samples
+
+
+@contextmanager
+def _naming_damage(where: object) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise ReportError(str(error)) from error
+    except UNREADABLE as error:
+        raise ReportError(f"{where}: damaged ({error}); evaluate again with --save_reasoning_samples") from error
 
 
 def as_sample(raw: Mapping[str, Any]) -> Sample:
-    """`raw` with every field of the type it should have; what is unusable becomes empty."""
-    scores = mapping(raw.get("scores"))
-    gold, answered = texts(raw.get("gold_answer")), texts(raw.get("answer_set"))
-    baseline = raw.get("without_reasoning")
-    if isinstance(baseline, Mapping):
-        baseline = {"answer_set": texts(baseline.get("answer_set")), "correct": bool(baseline.get("correct"))}
-    correct = raw.get("correct")
-    validator = raw.get("validator_scores")
+    """A sample as an evaluation writes it; those of an epoch know less. TypeError or ValueError where it is damaged."""
+    if not isinstance(raw, Mapping):
+        raise TypeError("not an object")
+    names = ("gold_steps", "gold_answer", "reasoning_steps", "answer_set", "head_answer", "validator_scores", "boxes")
+    lists = {name: raw.get(name) or [] for name in (*names, "looked_at")}
+    if wrong := [name for name, value in lists.items() if not isinstance(value, list)]:
+        raise TypeError(f"{wrong[0]}: not a list")
+    scores = dict(raw.get("scores") or {})
+    reasons, _ = scores.pop("reasons", []), scores.pop("parts", None)
+    right = _folded(lists["gold_answer"]) == _folded(lists["answer_set"])
     return Sample(
-        id=text(raw.get("id")),
-        image=text(raw["image"]) if raw.get("image") else None,
-        instruction=text(raw.get("instruction")),
-        complexity=text(raw.get("complexity")) or None,
-        question_kind=text(raw.get("question_kind")) or None,
-        gold_steps=texts(raw.get("gold_steps")),
-        gold_answer=gold,
-        steps=texts(raw.get("reasoning_steps")),
-        answer=text(raw.get("answer")),
-        answer_set=answered,
-        correct=correct if isinstance(correct, bool) else _folded(gold) == _folded(answered),
-        confidence=number(raw.get("confidence")),
-        head_answer=texts(raw.get("head_answer")),
-        scores=numbers(scores),
-        reasons=texts(scores.get("reasons")),
-        without_reasoning=baseline if isinstance(baseline, dict) else None,
-        completeness_by_type={
-            name: value for name, value in numbers(raw.get("completeness_by_type")).items() if value is not None
-        },
-        validator_scores=[number(value) for value in validator] if isinstance(validator, list) else [],
+        id=str(raw.get("id", "")),
+        image=raw.get("image"),
+        instruction=raw["instruction"],
+        complexity=_name(raw.get("complexity")),
+        question_kind=_name(raw.get("question_kind")),
+        gold_steps=lists["gold_steps"],
+        gold_answer=lists["gold_answer"],
+        steps=lists["reasoning_steps"],
+        answer=raw.get("answer", ""),
+        answer_set=lists["answer_set"],
+        correct=raw.get("correct", right),
+        confidence=raw.get("confidence"),
+        head_answer=lists["head_answer"],
+        scores=scores,
+        reasons=reasons,
+        without_reasoning=raw.get("without_reasoning"),
+        completeness_by_type=raw.get("completeness_by_type") or {},
+        validator_scores=lists["validator_scores"],
         attention=_attention(raw.get("attention")),
-        looked_at=_looked_at(raw.get("looked_at")),
-        boxes=_boxes(raw.get("boxes")),
+        looked_at=[intervals(step) for step in lists["looked_at"]],
+        boxes=[{"label": box["kind"], **box} for box in lists["boxes"]],
     )
 
 
-# ---- values of unknown origin
-
-
-def number(value: object) -> float | None:
-    """A finite number, else None: NaN and infinity are no measurement."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def numbers(value: object) -> dict[str, float | None]:
-    """The entries that are numbers, or would be if they were finite."""
-    return {
-        str(name): number(entry)
-        for name, entry in mapping(value).items()
-        if entry is None or (isinstance(entry, (int, float)) and not isinstance(entry, bool))
-    }
-
-
-def mapping(value: object) -> Mapping[Any, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else str(value)
-
-
-def texts(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [text(entry) for entry in value] if isinstance(value, (list, tuple)) else []
-
-
-def intervals(value: object) -> dict[str, tuple[float, float]]:
-    """The entries that are pairs of numbers."""
-    out = {}
-    for name, entry in mapping(value).items():
-        ends = [number(end) for end in entry] if isinstance(entry, (list, tuple)) else []
-        if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
-            out[str(name)] = (ends[0], ends[1])
-    return out
+def _name(value: object) -> str | None:
+    """What a record's own metadata names, which may be a number there."""
+    return None if value in (None, "") else str(value)
 
 
 def _folded(names: Iterable[str]) -> set[str]:
     return {name.strip().casefold() for name in names}
 
 
-def _attention(value: object) -> Attention | None:
-    grid, steps = mapping(value).get("grid"), mapping(value).get("steps")
-    if not (isinstance(grid, list) and len(grid) == 2 and isinstance(steps, list)):
+def _attention(found: Mapping[str, Any] | None) -> Attention | None:
+    if found is None:
         return None
-    if not all(isinstance(size, int) and 0 < size <= 1024 for size in grid):
-        return None
-    rows = [[number(share) for share in step] if isinstance(step, list) else [] for step in steps]
-    if any(len(row) != grid[0] * grid[1] or any(share is None or share < 0 for share in row) for row in rows):
-        return None
-    return Attention(grid=(grid[0], grid[1]), steps=[[share or 0.0 for share in row] for row in rows])
-
-
-def _looked_at(value: object) -> list[dict[str, tuple[float, float]]]:
-    return [intervals(step) for step in value] if isinstance(value, list) else []
-
-
-def _boxes(value: object) -> list[dict[str, Any]]:
-    """From `[{"kind", "label", "box"}, ...]`, or `{kind: box}`."""
-    if isinstance(value, Mapping):
-        value = [{"kind": kind, "box": box} for kind, box in value.items()]
-    out = []
-    for entry in value if isinstance(value, (list, tuple)) else ():
-        ends = mapping(entry).get("box")
-        ends = [number(end) for end in ends] if isinstance(ends, (list, tuple)) else []
-        if len(ends) == 4 and all(end is not None and 0 <= end <= 1 for end in ends):
-            kind = text(entry.get("kind"))
-            out.append({"kind": kind, "label": text(entry.get("label")) or kind, "box": ends})
-    return out
+    rows, columns = found["grid"]
+    if any(len(step) != rows * columns for step in found["steps"]):
+        raise ValueError(f"attention: a step does not have {rows} x {columns} shares")
+    return Attention(grid=(rows, columns), steps=found["steps"])
 
 
 # ---- files
-
-
-def _read(path: Path) -> Any:
-    try:
-        return run_dir.read_json(path)
-    except UserError as error:
-        raise ReportError(str(error)) from error
 
 
 def _read_log(path: Path, notices: list[str]) -> list[dict[str, Any]]:
@@ -355,7 +307,7 @@ def _read_log(path: Path, notices: list[str]) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if isinstance(entry, dict) and number(entry.get("step")) is not None:
+        if isinstance(entry, dict) and "step" in entry:
             lines.append(entry)
         else:
             bad += 1
@@ -380,9 +332,9 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
             phase=phase,
             name=checkpoint.path.name,
             step=checkpoint.step,
-            metrics=numbers(evaluation["metrics"]),
-            intervals=intervals(evaluation.get("intervals")),
-            num_samples=int(number(evaluation.get("num_samples")) or 0) or None,
+            metrics=evaluation["metrics"],
+            intervals=intervals(part(evaluation, "intervals")),
+            num_samples=evaluation.get("num_samples"),
         )
     if phase == 2 and found:
         try:
@@ -392,8 +344,8 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
             ranking = []
         for place, ranked in enumerate(ranking):
             if (of_step := found.get(ranked.step)) is not None:
-                values = {**vars(of_step), "selected": place == 0 and ranked.eligible, "reason": ranked.reason}
-                found[ranked.step] = CheckpointResult(**values)
+                selected = place == 0 and ranked.eligible
+                found[ranked.step] = replace(of_step, selected=selected, reason=ranked.reason)
     return [found[step] for step in sorted(found)]
 
 
@@ -401,9 +353,9 @@ def _read_config(folder: Path, notices: list[str]) -> dict[str, Any]:
     """The settings that the run's newest checkpoint was trained with."""
     for place in (run_dir.phase_dir(folder, 2), run_dir.phase_dir(folder, 1), run_dir.stage3_dir(folder)):
         for checkpoint in reversed(run_dir.list_checkpoints(place)):
-            path = checkpoint.path / "state.json"
-            if path.exists():
-                return dict(mapping(mapping(mapping(_read(path)).get("settings")).get("config")))
+            with _naming_damage(checkpoint.path):
+                if config := run_dir.trained_with(checkpoint.path):
+                    return config
     notices.append("No checkpoint with its settings was found, so the configuration is not shown.")
     return {}
 
@@ -427,8 +379,8 @@ def _read_sample_sets(folder: Path, record: RunRecord) -> None:
         except ReportError as error:
             record.notices.append(f"Left out: {error}")
     if record.samples:
-        of = Path(text((record.result or {}).get("checkpoint")) or "checkpoint").name
-        split = text((record.result or {}).get("split"))
+        result = record.result or {}
+        of, split = Path(result.get("checkpoint", "checkpoint")).name, result.get("split", "")
         record.sample_sets.append(SampleSet(name=f"Evaluation of {of} ({split})", samples=record.samples))
 
 
