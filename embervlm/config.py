@@ -372,6 +372,9 @@ class TrainConfig:
     """Records: a JSON, JSONL or Parquet file, a folder of parts, or a pattern."""
     domain: str = "robots"
     """What the data are about, which has the answers of records that name none: robots, or none for own data."""
+    max_closed_answers: int = 64
+    """Without a domain: the most distinct answers of the data that still are a set to choose from. More are free
+    text, which the model writes."""
     image_root: str | None = None
     """Folder that picture paths are relative to; None is the data file's own folder."""
     allow_outside: bool = False

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from embervlm.config import ConfigError
+from embervlm.data.answer_space import AnswerSpace
 from embervlm.data.domain import NO_DOMAIN
 from embervlm.data.records import DataError, read_records
+from embervlm.data.store import prepare
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.robots.domain import DOMAINS, ROBOTS, domain_named
 from embervlm.robots.rules import ROBOT_ORDER
@@ -81,9 +83,9 @@ def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> No
     data = own_data(tmp_path)
     run = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch", domain="none", report=False)
     told = ok(train("python", "--config", run, "--stages", "3", "4", processes=1)).stdout
-    assert "answers: 24 records are free text" in told
+    assert "answers: 24 records choose among the 3 answers of the data (blue, green, red)" in told
     final = tmp_path / "outputs" / "stage4" / "phase2" / "checkpoint-final"
-    assert json.loads((final / "config.json").read_text())["candidates"] == []
+    assert json.loads((final / "config.json").read_text())["candidates"] == ["blue", "green", "red"]
     vocabulary = "\n".join(ReasoningTokenizer.from_folder(final).hugging_face.get_vocab())
     assert "Drone" not in vocabulary and "red" in vocabulary
 
@@ -91,4 +93,47 @@ def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> No
 
     result = evaluate_checkpoint(final, "train", num_samples=6, progress=False)
     assert result["metrics"]["final_answer_accuracy"] is not None
-    assert result["metrics"]["head_accuracy"] is None
+    assert result["metrics"]["head_accuracy"] is not None
+
+
+def test_few_answers_are_a_set_in_the_commonest_spelling(tmp_path: Path) -> None:
+    space = AnswerSpace(limit=64)
+    for answers in [["red"], ["Red"], ["red "], ["blue"], ["blue"], ["blue", "red"], ["blue"]]:
+        space.add(answers)
+    assert space.closed() == ("blue", "red")
+    path = own_data(tmp_path, 12)
+    path.write_text(path.read_text().replace('"answer": "red"', '"answer": "RED"', 1))
+    store = prepare(path, tmp_path / "cache", max_closed_answers=3)
+    assert store.candidates == ("blue", "green", "red")
+    assert {answer for record in store.all() for answer in record.answer} == {"blue", "green", "red"}
+    assert {record.candidates for record in store.all()} == {store.candidates}
+
+
+@pytest.mark.parametrize(
+    ("limit", "answers"),
+    [
+        (0, ["yes", "no"] * 9),
+        (64, [f"{n}" for n in range(30)] * 2),
+        (8, [f"{n}" for n in range(9)] * 9),
+        (64, ["a"] * 9),
+    ],
+)
+def test_many_rare_or_equal_answers_are_no_set(limit: int, answers: list[str]) -> None:
+    space = AnswerSpace(limit)
+    for answer in answers:
+        space.add([answer])
+    assert space.closed() == ()
+
+
+def test_answers_stay_open_where_their_records_say_so(tmp_path: Path) -> None:
+    path = own_data(tmp_path, 12)
+    records = json.loads(path.read_text())
+    for record in records[:6]:
+        record["metadata"] = {"candidates": []}
+    path.write_text(json.dumps(records))
+    store = prepare(path, tmp_path / "cache", max_closed_answers=2)
+    assert store.candidates == () and store.answer_kinds == {"open": 12}
+    records += [{**record, "instruction": f"{record['instruction']} Again."} for record in records[6:]]
+    path.write_text(json.dumps(records))
+    store = prepare(path, tmp_path / "cache", max_closed_answers=3)
+    assert store.answer_kinds == {"open": 6, "closed": 12} and store.candidates == ("blue", "green", "red")

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from embervlm.data.answer_space import AnswerSpace, key
 from embervlm.data.images import files_digest
 from embervlm.data.lazy import Lazy
 from embervlm.data.record_fields import FieldRules, quote, unused_fields
@@ -56,7 +57,9 @@ class RecordStore:
         for file in (self._file, self._offsets):
             weakref.finalize(self, os.close, file)
         kept = read_object(folder / "store.json")["candidates"] if candidates is None else candidates
-        self._candidates = tuple(kept)
+        self.candidates: tuple[str, ...] = tuple(kept)
+        """What an answer is chosen from where its record does not say."""
+        self._spelled = {key(name): name for name in self.candidates}
         self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
 
     def __len__(self) -> int:
@@ -70,7 +73,8 @@ class RecordStore:
 
     @property
     def answer_kinds(self) -> dict[str, int]:
-        """Records by what their answer is: of the `domain`'s candidates, of their `own`, or `open`."""
+        """Records by what their answer is: of the `domain`'s candidates, of the `closed` set of the
+        data, of their `own`, or `open`."""
         counts: dict[str, int] = read_object(self.folder / "store.json")["answer_kinds"]
         return counts
 
@@ -88,7 +92,9 @@ class RecordStore:
         except ValueError as error:
             raise DataError(f"{self.folder}: damaged at record {row + 1} ({error}); delete the folder") from error
         lists = {name: tuple(fields[name]) for name in ("steps", "answer")}
-        return ReasoningRecord(**{**fields, **lists}, default_candidates=self._candidates)
+        if self._spelled and fields["metadata"].get("candidates") is None:
+            lists["answer"] = tuple(self._spelled.get(key(answer), answer) for answer in lists["answer"])
+        return ReasoningRecord(**{**fields, **lists}, default_candidates=self.candidates)
 
     def split(self, name: Split) -> RecordView:
         """The records of a split, in the order of the data set."""
@@ -204,6 +210,7 @@ def prepare(
     *,
     ready_in: str | os.PathLike[str] | None = None,
     candidates: Sequence[str] = (),
+    max_closed_answers: int = 0,
     image_root: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> RecordStore:
@@ -214,6 +221,8 @@ def prepare(
     Args:
         ready_in: a folder in which they may have been prepared already; nothing is written there.
         candidates: see `read_records`.
+        max_closed_answers: without `candidates`, the most distinct answers that are a set to choose from; see
+            `AnswerSpace`.
     Raises:
         DataError: with every problem of the data, as `read_records`, or of their splits, as `split_records`.
         WriteError: the cache cannot be written.
@@ -222,7 +231,9 @@ def prepare(
     files = source_files(path)
     if not files:
         raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
-    digest = _source_digest(files, image_root and os.path.realpath(image_root), allow_outside, *candidates)
+    digest = _source_digest(
+        files, image_root and os.path.realpath(image_root), allow_outside, max_closed_answers, *candidates
+    )
     folder, part = cache_dir / f"records-{digest}", cache_dir / f"{_PART}{digest}-{uuid4().hex[:12]}"
     for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
         if (store := _open(ready)) is not None:
@@ -236,7 +247,7 @@ def prepare(
     try:
         with naming_unwritten(folder):
             part.mkdir(parents=True)
-        _write(path, part, partial(_records, files, unpack_dir, rules), unused, rules.candidates)
+        _write(path, part, partial(_records, files, unpack_dir, rules), unused, rules.candidates, max_closed_answers)
         with naming_unwritten(folder):
             if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
                 return of_another
@@ -297,6 +308,7 @@ def _write(
     records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
     unused: Counter[str],
     candidates: Sequence[str],
+    max_closed_answers: int,
 ) -> None:
     """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others.
 
@@ -304,7 +316,7 @@ def _write(
     """
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
-    ids, answer_kinds = array("Q"), Counter[str]()
+    ids, answer_kinds, space = array("Q"), Counter[str](), AnswerSpace(max_closed_answers)
     with (
         naming_unwritten(folder / "records.jsonl"),
         open(folder / "records.jsonl", "wb") as file,
@@ -314,6 +326,8 @@ def _write(
             bar.update()
             unused.update(unused_fields(record.metadata))
             answer_kinds[answer_kind(record)] += 1
+            if not candidates and record.metadata.get("candidates") is None:
+                space.add(record.answer)
             ids.append(text_hash(record.record_id))
             own = {name: value for name, value in record.__dict__.items() if name != "default_candidates"}
             try:
@@ -342,12 +356,15 @@ def _write(
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(picture_paths(store))
+        if closed := space.closed():
+            answer_kinds["closed"] = space.num_records
+            answer_kinds["open"] -= space.num_records
         about = {
             "format": STORE_FORMAT,
             "pictures": pictures,
             "unused": unused,
             "answer_kinds": answer_kinds,
-            "candidates": candidates,
+            "candidates": candidates or closed,
         }
         write_json_atomic(folder / "store.json", about)
 

@@ -115,7 +115,10 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     domain = domain_named(made_with.get("domain") or "robots")
     root = (None if job.test_set else job.image_root) or made_with.get("image_root")
     with tempfile.TemporaryDirectory() as elsewhere:
-        read = partial(prepare, candidates=domain.candidates, image_root=root, allow_outside=outside)
+        closed = int(made_with.get("max_closed_answers") or 0)
+        read = partial(
+            prepare, candidates=domain.candidates, max_closed_answers=closed, image_root=root, allow_outside=outside
+        )
         store = read(path, elsewhere, ready_in=cache) if path else None
         return _eval_data(job, store, domain, outside, job.test_set or path or "", image_size, elsewhere)
 

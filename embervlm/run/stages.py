@@ -80,13 +80,14 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
             path,
             cache,
             candidates=domain_named(config.domain).candidates,
+            max_closed_answers=config.max_closed_answers,
             image_root=config.image_root,
             allow_outside=config.allow_outside,
         ),
     )
     if world.rank == 0 and (unused := told_unused(store.unused)):
         print(f"{path}: {unused}")
-    if world.rank == 0 and (told := told_answers(store.answer_kinds)):
+    if world.rank == 0 and (told := told_answers(store.answer_kinds, store.candidates)):
         print(f"{path}: {told}")
     train, val = store.split("train"), store.split("val")
     if not train:
@@ -118,15 +119,20 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     )
 
 
-def told_answers(kinds: Mapping[str, int]) -> str:
+def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> str:
     """What the answers are chosen from; "" where it is the domain's candidates everywhere."""
     spelled = {
         "domain": "choose among the domain's candidates",
+        "closed": f"choose among the {len(candidates)} answers of the data ({_listed(candidates)})",
         "own": "among candidates of their own (metadata.candidates)",
         "open": "are free text, which the answer head has no part in",
     }
     found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
     return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
@@ -367,6 +373,7 @@ class Run:
     def _load_data(self, model: EmberVLM) -> RunData:
         if self._data is None:
             self._data = load_data(self.config, model.config.image_size, self.world)
+        model.config.candidates = list(self._data.train.store.candidates)
         return self._data
 
     def _asked(
@@ -467,6 +474,8 @@ class Run:
 
     def _say_what_was_chosen_from(self, checkpoint: Path) -> None:
         config = checkpoint / "config.json"
+        if checkpoint.is_relative_to(self.output):  # of this run, with the same data
+            return
         candidates = self.domain.candidates
         own = tuple((run_dir.read_object(config).get("candidates") if config.exists() else None) or candidates)
         if own != candidates and self.world.rank == 0:
