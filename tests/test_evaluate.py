@@ -25,7 +25,7 @@ from embervlm.evaluation.calibration import (
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
 from embervlm.evaluation.result import METRICS, gains
-from embervlm.evaluation.sharing import Journal
+from embervlm.evaluation.sharing import TaskJournal
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, set_confidence
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -167,7 +167,7 @@ class Killed(BaseException):
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpoint, tmp_path, monkeypatch, capsys):
     straight = evaluated(checkpoint, tmp_path / "straight" / "eval.json")
     asked = []
-    answer, add = asked_module.answer, Journal.add
+    answer, add = asked_module.answer, TaskJournal.add
 
     def counted(model, pictures, records, decoding):
         asked.append(len(records))
@@ -183,7 +183,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpo
     whole = len(asked)
     path = tmp_path / "killed" / "eval.json"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Journal, "add", killing)
+        patch.setattr(TaskJournal, "add", killing)
         evaluated(checkpoint, path)
     assert not path.exists()
     (kept,) = path.with_name("eval.partial").glob("*.jsonl")

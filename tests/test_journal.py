@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from embervlm.config import ConfigError
-from embervlm.curate.teachers.journal import Journal
-from embervlm.data.records import DataError
+from embervlm.errors import UserError
+from embervlm.journal import Journal
 
 SETTINGS = {"--teacher_model": "a"}
 
@@ -65,8 +65,19 @@ def test_damage_in_the_middle_names_the_line(tmp_path):
     lines = path.read_text().splitlines()
     lines[2] = "rubbish"
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=r"j\.jsonl line 3: damaged"):
+    with pytest.raises(UserError, match=r"j\.jsonl line 3: damaged"):
         Journal(path, SETTINGS)
+
+
+def test_entries_without_settings_are_lists_and_have_no_head(tmp_path):
+    path = tmp_path / "j.jsonl"
+    for number in range(2):
+        with Journal(path) as journal:
+            journal.append([["chains", number]])
+        with path.open("a") as file:
+            file.write('["chai')  # killed in the middle of the next one
+    with Journal(path) as journal:
+        assert journal.take() == [["chains", 0], ["chains", 1]]
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -86,7 +97,7 @@ def test_a_file_of_someone_else_is_not_touched(tmp_path):
 def test_a_second_process_is_kept_out(tmp_path):
     path = tmp_path / "j.jsonl"
     code = (
-        "import sys; from pathlib import Path; from embervlm.curate.teachers.journal import Journal;"
+        "import sys; from pathlib import Path; from embervlm.journal import Journal;"
         "Journal(Path(sys.argv[1]), {'--teacher_model': 'a'})"
     )
     with Journal(path, SETTINGS):
@@ -98,13 +109,29 @@ def test_a_full_disk_leaves_what_stood_there(tmp_path):
     path = filled(tmp_path / "j.jsonl")
     before = path.read_bytes()
     code = (
-        "import resource, signal, sys; from pathlib import Path; from embervlm.curate.teachers.journal import Journal;"
+        "import resource, signal, sys; from pathlib import Path; from embervlm.journal import Journal;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"  # then a write past the limit fails instead
         "j = Journal(Path(sys.argv[1]), {'--teacher_model': 'a'});"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 20}, resource.RLIM_INFINITY));"
         "j.append([{'key': 'x' * 100}])"
     )
     found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert "DataError" in found.stderr and "what stood there before is whole" in found.stderr
+    assert "OSError" in found.stderr
     assert path.read_bytes() == before
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_answers_that_a_full_disk_refuses_are_an_error_that_says_what_to_do(tmp_path):
+    path = tmp_path / "data.rejected.jsonl"
+    code = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "from embervlm.curate.teachers.collection import Answer, Collection;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "c = Collection(Path(sys.argv[1]), [], image_root=Path('.'), settings={'--teacher_model': 'a'});"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (120, resource.RLIM_INFINITY));"
+        "c.add([Answer(key='q:0', reason='x' * 200, details={})])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "data.json")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "DataError" in found.stderr and "what stood there before is whole" in found.stderr
+    assert keys(path) == []

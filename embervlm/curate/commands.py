@@ -104,7 +104,7 @@ def generate_by_teacher(
         if collection.accepted or not (outcome.unanswered or outcome.stopped):
             print(f"{output_file}: {collection.write(wanted)} records")
     if outcome.stopped:
-        print(f"stopped before the end: {outcome.stopped}. The same command goes on")
+        print(f"stopped before the end: {outcome.stopped}. The same command continues")
     elif len(collection.accepted) < wanted and not outcome.unanswered:
         print(f"fewer than --num_samples {num_samples}: add questions, or raise --samples_per_record or --attempts")
     if outcome.unanswered:

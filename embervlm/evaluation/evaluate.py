@@ -15,7 +15,7 @@ from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import Faithfulness
 from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.evaluation.result import complete, result_of, scored
-from embervlm.evaluation.sharing import Journal, Key, Task, failing_together, share_out
+from embervlm.evaluation.sharing import Key, Task, TaskJournal, failing_together, share_out
 from embervlm.evaluation.validator import validator_tasks
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
@@ -72,7 +72,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     data = load_eval_data(job, model.config.image_size)
     refuse_long_questions(model, [*data.records, *data.val])
     passes = passes_of(job, data, reasons=reasons)
-    journal = Journal(job.partial, digest_of(job, passes), world)
+    journal = TaskJournal(job.partial, digest_of(job, passes), world)
 
     def shared(tasks: Sequence[Task], name: str) -> dict[Key, Any]:
         # a bar of its own: how much there is to ask of the chains is known only when they are written

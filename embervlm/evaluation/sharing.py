@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.errors import UserError
+from embervlm.journal import Journal
 from embervlm.model.embervlm import EmberVLM
 from embervlm.run_dir import naming_unwritten
 from embervlm.world import World
@@ -39,13 +40,13 @@ class Task:
         return self.name, self.number
 
 
-class Journal:
+class TaskJournal:
     """Results of finished tasks, in one file for each process of each run: `<folder>/<digest>-<rank>.jsonl`."""
 
     def __init__(self, folder: Path | None, digest: str, world: World) -> None:
         """`folder` None keeps nothing. `digest`: of all that the results depend on; those of others are left alone."""
         self._folder, self._digest, self._world = folder, digest, world
-        self._file: Any = None
+        self._file: Journal | None = None
         self.done: dict[Key, Any] = {}
         if folder is not None:
             found: Any = None
@@ -70,12 +71,11 @@ class Journal:
             if not path.name.startswith(f"{self._digest}-"):
                 path.unlink()  # of another checkpoint, data or decoding: the output file will be replaced as well
                 continue
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, number, value = json.loads(line)
-                except (ValueError, TypeError):
-                    break  # the line that was being written when the process was killed
-                done[name, number] = value
+            try:
+                with Journal(path) as journal:
+                    done |= {(name, number): value for name, number, value in journal.take()}
+            except ValueError:
+                path.unlink()  # damaged: its tasks are done again
         return done
 
     def add(self, key: Key, value: Any) -> None:
@@ -85,17 +85,12 @@ class Journal:
         path = self._folder / f"{self._digest}-{self._world.rank}.jsonl"
         with naming_unwritten(path):
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                begun = path.exists() and not path.read_bytes().endswith(b"\n")
-                self._file = path.open("a", encoding="utf-8")
-                if begun:
-                    self._file.write("\n")
-            self._file.write(json.dumps([*key, value]) + "\n")
-            self._file.flush()
+                self._file = Journal(path)
+            self._file.append([[*key, value]])
 
 
 def share_out(
-    tasks: Sequence[Task], load: Callable[[Path], EmberVLM], world: World, journal: Journal, bar: Any
+    tasks: Sequence[Task], load: Callable[[Path], EmberVLM], world: World, journal: TaskJournal, bar: Any
 ) -> dict[Key, Any]:
     """Every task's result, on every process. An error of one process is raised on all, so that none waits for it."""
     left = [task for task in tasks if task.key not in journal.done]

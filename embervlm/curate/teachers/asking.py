@@ -144,7 +144,7 @@ class _Run:
                         ConfigError(
                             f"--teacher_model {self.config.teacher_model}: the endpoint failed "
                             f"{self._failures_in_a_row} times in a row, last: {error}; what was "
-                            "answered is kept, the same command goes on"
+                            "answered is kept, the same command continues"
                         )
                     )
             except (ConfigError, DataError) as error:
@@ -175,7 +175,7 @@ class _Run:
         return self.config.max_tokens_total is not None or self.config.max_usd_total is not None
 
     def _over_budget(self, in_flight: int) -> bool:
-        """Whether `in_flight` more answers, each as dear as the dearest so far, go beyond the budget."""
+        """Whether `in_flight` more answers, each as expensive as the most expensive so far, exceed the budget."""
         for spent, largest, limit, name in zip(
             self._cost(self.collection.usage),
             self._cost(self.collection.largest),

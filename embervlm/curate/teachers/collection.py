@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.curate.teachers.journal import Journal
 from embervlm.data.domain import Domain
 from embervlm.data.record_pictures import is_inside
 from embervlm.data.records import DataError, ReasoningRecord, read_records, record_to_json, write_dataset
 from embervlm.data.shard import Shard
+from embervlm.journal import Journal
 from embervlm.robots.tasks import is_task_file, normalised_task, read_tasks
 from embervlm.words.chain_text import parse_reasoning_text
 
@@ -170,8 +170,12 @@ class Collection:
         self._reasons: Counter[str] = Counter()
         self._chains: set[tuple[str, tuple[str, ...]]] = set()
         with ExitStack() as stack:
-            self._accepted = stack.enter_context(Journal(output_file.with_suffix(".accepted.jsonl"), settings))
-            self._rejected = stack.enter_context(Journal(output_file.with_suffix(".rejected.jsonl"), settings))
+            try:
+                self._accepted = stack.enter_context(Journal(output_file.with_suffix(".accepted.jsonl"), settings))
+                self._rejected = stack.enter_context(Journal(output_file.with_suffix(".rejected.jsonl"), settings))
+            except OSError as error:
+                reason = f"{error.filename or output_file}: {error.strerror}"
+                raise ConfigError(f"{reason}; name an --output_file that can be written") from error
             self._journals = stack.pop_all()
         self.count(self._accepted.take())
         self.count(self._rejected.take())
@@ -196,8 +200,14 @@ class Collection:
             else:
                 rejected.append({"key": answer.key, "reason": answer.reason, **answer.details})
         for journal, entries in ((self._accepted, accepted), (self._rejected, rejected)):
-            if entries:
-                journal.append(entries)
+            try:
+                if entries:
+                    journal.append(entries)
+            except OSError as error:
+                raise DataError(
+                    f"{journal.path}: {error.strerror}; what stood there before is whole. Make room; the same command "
+                    "continues"
+                ) from error
         return [*accepted, *rejected]
 
     def count(self, entries: Sequence[dict[str, Any]]) -> None:

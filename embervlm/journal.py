@@ -1,4 +1,4 @@
-"""What was paid for, on disk before it is counted: an append-only file of JSON lines."""
+"""Results on disk before they count: an append-only file of JSON lines that survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.data.records import DataError
+from embervlm.errors import UserError
 
 FORMAT = 1
 
 
 class Journal:
-    """Entries that survive a kill at any moment: `append` returns once they are on disk.
+    """Entries, JSON lists or objects; `append` returns once they are on disk.
 
-    The first line holds `settings`, the choices that must be the same when a journal is continued. An entry counts
-    once its line is whole: a last line that a kill has cut short is dropped on opening. One process at a time.
+    An entry counts once its line is whole: a last line that a kill has cut short is dropped on opening. `settings` are
+    the choices that must be the same when a journal is continued: they stand in its first line, entries are objects,
+    and one process at a time may have the journal open.
 
     Raises:
         ConfigError: begun with other settings, or another process writes to it.
-        DataError: damaged before its last line, or the disk is full; what stood there before stays.
+        UserError: damaged before its last line.
+        OSError: it cannot be opened or written; what stood there before stays.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; name an --output_file that can be written") from error
-        try:
-            self._lock()
-            self._entries = self._read(dict(settings))
+            if settings is not None:
+                self._lock()
+            self._entries = self._read(list if settings is None else dict)
+            if settings is not None:
+                self._check_head(dict(settings))
         except BaseException:
             self.close()
             raise
@@ -46,34 +48,30 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Any]:
         """What the journal held when it was opened, once; it may be large."""
         entries, self._entries = self._entries, []
         return entries
 
-    def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, entries: Iterable[Any]) -> None:
         """Write `entries` and wait until they are on disk."""
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)  # ASCII: any line break is ours
-        length = os.fstat(self._file).st_size
+        length = os.fstat(self._file.fileno()).st_size
         try:
             left = memoryview(lines)
             while left:
-                left = left[os.write(self._file, left) :]
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, length)
-            raise DataError(
-                f"{self.path}: {error.strerror}; what stood there before is whole. Make room; the same command goes on"
-            ) from error
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(length)
+            raise
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        self._file.close()
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{self.path}: another process writes to it; wait for it, or give each --shard its own --output_file"
@@ -81,27 +79,30 @@ class Journal:
         except OSError:
             pass  # a file system without locks: then nobody can be kept out
 
-    def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
-        with open(self.path, "rb") as file:
-            lines = file.read().splitlines(keepends=True)
-        entries: list[dict[str, Any]] = []
+    def _read(self, kind: type) -> list[Any]:
+        self._file.seek(0)
+        lines = self._file.readall().splitlines(keepends=True)
+        entries: list[Any] = []
         good = 0
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 entry = None
-            if not isinstance(entry, dict):
+            if not isinstance(entry, kind):
                 if number < len(lines):
-                    raise DataError(f"{self.path} line {number}: damaged; correct the line or drop it")
-                os.ftruncate(self._file, good)
+                    raise UserError(f"{self.path} line {number}: damaged; correct the line or drop it")
+                self._file.truncate(good)
                 break
             entries.append(entry)
             good += len(line)
-        if not entries:
+        return entries
+
+    def _check_head(self, settings: dict[str, Any]) -> None:
+        if not self._entries:
             self.append([{"format": FORMAT, "settings": settings}])
-            return []
-        head = entries.pop(0)
+            return
+        head = self._entries.pop(0)
         begun = head.get("settings")
         if head.get("format") != FORMAT or not isinstance(begun, dict):
             raise ConfigError(f"{self.path}: not written by this command; name another --output_file, or move it away")
@@ -111,4 +112,3 @@ class Journal:
                     f"{self.path}: begun with {name} {begun.get(name)}, not {settings.get(name)}; name another "
                     "--output_file, or delete it and the files beside it to begin anew"
                 )
-        return entries
