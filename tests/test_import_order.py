@@ -145,7 +145,9 @@ def test_light_modules_import_where_torch_is_not_installed(name: str) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def test_no_file_in_launch_shadows_a_package() -> None:
-    """That folder comes first on `sys.path`."""
+@pytest.mark.parametrize("folder", ["launch", "scripts", "benchmarks", "examples"])
+def test_no_program_shadows_a_package(folder: str) -> None:
+    """Its folder comes first on `sys.path`."""
     taken = {"deepspeed", "submitit", "torch", "wandb", "transformers", "embervlm", "yaml", "numpy"}
-    assert not taken & {path.stem for path in (REPOSITORY / "launch").iterdir()}
+    found = {path.stem for path in (REPOSITORY / folder).glob("*.py")}
+    assert not (taken | sys.stdlib_module_names) & found

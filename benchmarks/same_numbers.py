@@ -1,7 +1,7 @@
 """Whether a change of the code changes any number: losses, the metrics of an evaluation, the scores of chains.
 
-    python benchmarks/numbers.py before.json                       # at the commit before
-    python benchmarks/numbers.py after.json --compare before.json  # at the commit after; exit 1 where they differ
+    python benchmarks/same_numbers.py before.json                       # at the commit before
+    python benchmarks/same_numbers.py after.json --compare before.json  # at the commit after; exit 1 where they differ
 
 Everything goes through the commands that users call, so the two commits may be laid out differently. `--tree` measures
 another checkout with the environment of this one. Takes about four minutes on two cores.
