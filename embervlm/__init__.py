@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return select_best_checkpoint
     if name in ("reasoning_validator", "save_to_dataset"):
-        from embervlm.model import own_chains
+        from embervlm.evaluation import own_chains
 
         return getattr(own_chains, name)
     raise AttributeError(f"module 'embervlm' has no attribute {name!r}")

@@ -233,7 +233,7 @@ def test_a_sound_chain_passes_the_validator_and_a_broken_one_does_not():
 
 def test_the_validator_asks_the_model_where_it_is_given(tiny_model, sure):
     from embervlm import reasoning_validator
-    from embervlm.model.own_chains import reasoning_problems
+    from embervlm.evaluation.own_chains import reasoning_problems
 
     sure(lambda step: 0.2 if "high" in step else 0.9)
     assert not reasoning_validator(reasoning(), model=tiny_model)
