@@ -12,7 +12,7 @@ from PIL import Image
 from embervlm.config import ConfigError
 from embervlm.data.answer_space import AnswerSpace
 from embervlm.data.domain import NO_DOMAIN
-from embervlm.data.records import DataError, read_records
+from embervlm.data.records import DataError, ReasoningRecord, read_records
 from embervlm.data.store import prepare
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.robots.domain import DOMAINS, ROBOTS, domain_named
@@ -51,6 +51,10 @@ def own_data(folder: Path, num_records: int = 24) -> Path:
     path = folder / "cards.json"
     path.write_text(json.dumps(records))
     return path
+
+
+def answered(*answers: str) -> ReasoningRecord:
+    return ReasoningRecord(record_id="1", image=None, instruction="?", steps=(), answer=answers)
 
 
 def test_only_files_with_a_reason_import_the_robots() -> None:
@@ -99,8 +103,8 @@ def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> No
 def test_few_answers_are_a_set_in_the_commonest_spelling(tmp_path: Path) -> None:
     space = AnswerSpace(limit=64)
     for answers in [["red"], ["Red"], ["red "], ["blue"], ["blue"], ["blue", "red"], ["blue"]]:
-        space.add(answers)
-    assert space.closed() == ("blue", "red")
+        space.add(answered(*answers))
+    assert space.closed == ("blue", "red")
     path = own_data(tmp_path, 12)
     path.write_text(path.read_text().replace('"answer": "red"', '"answer": "RED"', 1))
     store = prepare(path, tmp_path / "cache", max_closed_answers=3)
@@ -121,8 +125,8 @@ def test_few_answers_are_a_set_in_the_commonest_spelling(tmp_path: Path) -> None
 def test_many_rare_or_equal_answers_are_no_set(limit: int, answers: list[str]) -> None:
     space = AnswerSpace(limit)
     for answer in answers:
-        space.add([answer])
-    assert space.closed() == ()
+        space.add(answered(answer))
+    assert space.closed == ()
 
 
 def test_answers_stay_open_where_their_records_say_so(tmp_path: Path) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+
+from embervlm.data.records import ReasoningRecord
 
 MIN_REPEATS = 3
 """Records for each distinct answer, on average, below which the answers are free text and no set to choose from."""
 
 
+def answer_kind(record: ReasoningRecord) -> str:
+    """Whether a record's answer is one of the `domain`'s candidates, of its `own`, or `open`."""
+    if not record.candidates:
+        return "open"
+    return "domain" if record.metadata.get("candidates") is None else "own"
+
+
 class AnswerSpace:
-    """Counts answers, record by record, and says whether they are a closed set.
+    """Counts answers, record by record, and says whether those that nobody gives candidates for are a closed set.
 
     Answers that differ in case and spaces alone are one, spelled as most records do. Memory is bounded: beyond `limit`
     distinct answers nothing more is counted.
@@ -18,21 +26,34 @@ class AnswerSpace:
 
     def __init__(self, limit: int) -> None:
         """`limit`: most answers of a closed set; 0: every answer is open."""
-        self._limit, self.num_records = limit, 0
+        self._limit, self._num_records = limit, 0
+        self._kinds = Counter[str]()
         self._spellings: dict[str, Counter[str]] = {}
 
-    def add(self, answers: Iterable[str]) -> None:
-        self.num_records += 1
-        for answer in answers:
+    def add(self, record: ReasoningRecord) -> None:
+        self._kinds[answer_kind(record)] += 1
+        if record.default_candidates or record.metadata.get("candidates") is not None:
+            return
+        self._num_records += 1
+        for answer in record.answer:
             if len(self._spellings) <= self._limit:
                 self._spellings.setdefault(key(answer), Counter())[answer.strip()] += 1
 
+    @property
     def closed(self) -> tuple[str, ...]:
         """The answers in alphabetical order; () where they are too many or too rarely the same."""
         distinct = len(self._spellings)
-        if not 2 <= distinct <= self._limit or self.num_records < MIN_REPEATS * distinct:
+        if not 2 <= distinct <= self._limit or self._num_records < MIN_REPEATS * distinct:
             return ()
         return tuple(sorted(counts.most_common(1)[0][0] for counts in self._spellings.values()))
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Number of records by what their answer is: as `answer_kind` has it, or of the `closed` set of the data."""
+        if not self.closed:
+            return dict(self._kinds)
+        counts = self._kinds - Counter(open=self._num_records)
+        return {**counts, "closed": self._num_records}
 
 
 def key(answer: str) -> str:

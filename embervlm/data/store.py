@@ -104,13 +104,6 @@ class RecordStore:
         return RecordView(self, np.arange(len(self), dtype=np.int32))
 
 
-def answer_kind(record: ReasoningRecord) -> str:
-    """`domain` candidates, `own` ones, or `open`."""
-    if not record.candidates:
-        return "open"
-    return "domain" if record.metadata.get("candidates") is None else "own"
-
-
 class RecordView(Lazy[ReasoningRecord]):
     """Some records of a store, parsed when they are asked for."""
 
@@ -316,7 +309,7 @@ def _write(
     """
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
-    ids, answer_kinds, space = array("Q"), Counter[str](), AnswerSpace(max_closed_answers)
+    ids, space = array("Q"), AnswerSpace(max_closed_answers)
     with (
         naming_unwritten(folder / "records.jsonl"),
         open(folder / "records.jsonl", "wb") as file,
@@ -325,9 +318,7 @@ def _write(
         for source, number, record in records(problems, unused):
             bar.update()
             unused.update(unused_fields(record.metadata))
-            answer_kinds[answer_kind(record)] += 1
-            if not candidates and record.metadata.get("candidates") is None:
-                space.add(record.answer)
+            space.add(record)
             ids.append(text_hash(record.record_id))
             own = {name: value for name, value in record.__dict__.items() if name != "default_candidates"}
             try:
@@ -356,15 +347,12 @@ def _write(
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(picture_paths(store))
-        if closed := space.closed():
-            answer_kinds["closed"] = space.num_records
-            answer_kinds["open"] -= space.num_records
         about = {
             "format": STORE_FORMAT,
             "pictures": pictures,
             "unused": unused,
-            "answer_kinds": answer_kinds,
-            "candidates": candidates or closed,
+            "answer_kinds": space.kinds,
+            "candidates": candidates or space.closed,
         }
         write_json_atomic(folder / "store.json", about)
 
