@@ -135,6 +135,7 @@ def test_a_picture_that_is_cut_off_is_found_in_every_record_that_shows_it(scenes
     assert {number for kind, number in check(scenes) if kind == "picture"} == showing
 
 
+@pytest.mark.slow
 def test_pictures_are_opened_in_other_processes_as_in_this_one(scenes, tmp_path, check, monkeypatch):
     (tmp_path / scenes[0]["image"]).write_bytes(b"no picture")
     alone = check(scenes, workers=1)

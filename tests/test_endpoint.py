@@ -412,6 +412,7 @@ def check_survival(tasks, requests, *, num_questions, kills):
     assert requests <= num_questions + rejected + faults + 10 * kills  # a concurrency of 8 has 10 workers
 
 
+@pytest.mark.slow
 def test_kills_lose_and_double_no_record(tmp_path):
     check_survival(*survive(tmp_path, num_questions=60, kills=3, seed=0), num_questions=60, kills=3)
 

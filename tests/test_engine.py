@@ -567,6 +567,7 @@ def test_a_loss_scale_that_deepspeed_was_about_to_raise_grows_under_torch_too(da
     assert engine.loss_scale == {"scale": 128.0, "good_steps": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_gradient_that_stays_infinite_though_the_loss_is_not_is_an_error(precision: str, data: Path) -> None:
     phase = phase_config(PHASE2)

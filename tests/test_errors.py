@@ -60,13 +60,15 @@ def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["-m", "embervlm.cli", "describe", "--model", "none.yaml"],
+        pytest.param(["-m", "embervlm.cli", "describe", "--model", "none.yaml"], marks=pytest.mark.slow),
         ["-m", "embervlm.cli", "select-best", "--checkpoints_dir", "none"],
         ["launch/train.py", "--config", "none.yaml"],
         ["launch/submit.py", "--cluster", "none.yaml"],
         ["-m", "embervlm.run.slurm", "output_dir", "--config", "none.yaml"],
         ["-m", "embervlm.select_best", "--checkpoints_dir", "none"],
-        ["scripts/evaluate.py", "--checkpoint", "none", "--output_file", "none.json"],
+        pytest.param(
+            ["scripts/evaluate.py", "--checkpoint", "none", "--output_file", "none.json"], marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )

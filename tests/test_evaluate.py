@@ -163,6 +163,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpoint, tmp_path, monkeypatch, capsys):
     straight = evaluated(checkpoint, tmp_path / "straight" / "eval.json")
@@ -196,6 +197,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpo
     assert not path.with_name("eval.partial").exists()
 
 
+@pytest.mark.slow
 def test_batches_of_another_decoding_are_not_taken_over(checkpoint, tmp_path, capsys):
     path = tmp_path / "eval.json"
     partial = path.with_name("eval.partial")
@@ -408,6 +410,7 @@ def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(ch
 # ---- W&B
 
 
+@pytest.mark.slow
 def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_path, monkeypatch, capsys):
     from wandb_file import history
 

@@ -97,6 +97,7 @@ def test_one_picture_is_asked_each_question_once():
     assert all(len(set(plan.tasks)) == 3 for plan in plan_scenes(200, 3, seed=0))
 
 
+@pytest.mark.slow
 def test_fifty_thousand_scenes_can_be_planned():
     assert len(plan_scenes(50_000, 1, seed=0)) == 50_000
 

@@ -42,6 +42,7 @@ def runs(folder: Path, records: list[dict[str, Any]], *stages: str, **changes: A
     return folder / "outputs"
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_written_end_no_run_and_a_save_comes_before_them(
     records: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_every_text_that_is_too_long_is_refused_before_stage_3_trains(
     assert not list((tmp_path / "outputs").glob("stage*"))
 
 
+@pytest.mark.slow
 def test_a_text_of_just_the_models_length_trains_and_the_validator_reads_no_further(
     records: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_contrast_without_a_chain_costs_nothing() -> None:
     assert contrastive_loss_sum(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)).item() == 0
 
 
+@pytest.mark.slow
 def test_contrast_by_itself_teaches_to_look_at_the_picture(data) -> None:
     phase = phase_config(PHASE2)
     bench = Bench.make(data, phase, draws=False, boxes=False)

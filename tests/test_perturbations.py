@@ -13,6 +13,7 @@ from embervlm.robots.rules import claim_domains
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from perturbations import DAMAGES, INDEPENDENT, SCORES, everyday_chains, mean_scores, measure, scene_chains, told
 
+pytestmark = pytest.mark.slow
 PAIRS = 40
 ALL = [*DAMAGES, "harmless paraphrase"]
 

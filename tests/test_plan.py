@@ -134,6 +134,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     return make_plan("a100x8", config=config, records=1000, question_tokens=16, chain_tokens=64)
 
 
+@pytest.mark.slow
 def test_parameters_are_counted_from_the_built_model(plan: dict[str, Any], tiny_settings: dict[str, Any]) -> None:
     from embervlm.model.embervlm import build_model
 
