@@ -11,6 +11,7 @@ import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
@@ -242,13 +243,27 @@ def prepare(
             part.mkdir(parents=True)
         _write(path, part, partial(_records, files, unpack_dir, rules), unused, rules.candidates, max_closed_answers)
         with naming_unwritten(folder):
-            if (of_another := _open(folder)) is not None:  # prepared at the same time: it reads what is there
-                return of_another
-            remove_tree(folder)
-            os.rename(part, folder)
+            _put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return RecordStore(folder)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    """Rename `part` to `folder`, unless another run has prepared `folder` meanwhile and reads it already."""
+    aside = part.with_name(f"{part.name}-replaced")
+    while True:
+        try:
+            os.rename(part, folder)  # fails where a folder with files is: nobody's finished work is deleted unseen
+            return
+        except OSError:
+            if not os.path.lexists(folder):
+                raise
+        if _open(folder) is not None:
+            return
+        with suppress(FileNotFoundError):  # another run has just done this
+            os.rename(folder, aside)
+            remove_tree(aside)
 
 
 def _delete_leftovers(cache_dir: Path) -> None:
