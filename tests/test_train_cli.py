@@ -27,6 +27,7 @@ from training_helpers import (
     ok,
     phase_config,
     run,
+    run_ranks,
     save_stage3,
     train,
     unfinish,
@@ -168,40 +169,21 @@ def test_the_guides_commands_train_phase_1_then_phase_2_and_keep_the_wandb_run_o
     """`torchrun scripts/train_all.py`, with a YAML of a tiny model beside the guide's flags."""
     output = bench / "guide"
 
-    def start(phase: int, source: Path) -> str:
-        return ok(
-            run(
-                command(
-                    "torchrun",
-                    REPOSITORY / "scripts" / "train_all.py",
-                    "--stages",
-                    "4",
-                    "--phase",
-                    str(phase),
-                    "--resume_from",
-                    source,
-                    "--output_dir",
-                    output,
-                    "--reasoning_data",
-                    bench / "reasoning_data.json",
-                    "--wandb_project",
-                    "embervlm",
-                    "--wandb_run_name",
-                    f"stage4_phase{phase}",
-                    "--config",
-                    bench / "run.yaml",
-                    "--max_steps",
-                    "2",
-                    "--save_steps",
-                    "1",
-                ),
-                WANDB_MODE="offline",
-                WANDB_SILENT="true",
-            )
-        ).stdout
+    def start(phase: int, source: Path, *, launcher: str = "ranks") -> str:
+        script = REPOSITORY / "scripts" / "train_all.py"
+        flags: tuple[str | Path, ...] = (
+            *("--stages", "4", "--phase", str(phase), "--resume_from", source, "--output_dir", output),
+            *("--reasoning_data", bench / "reasoning_data.json", "--config", bench / "run.yaml"),
+            *("--wandb_project", "embervlm", "--wandb_run_name", f"stage4_phase{phase}"),
+            *("--max_steps", "2", "--save_steps", "1"),
+        )
+        wandb = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        if launcher == "torchrun":
+            return ok(run(command("torchrun", script, *flags), **wandb)).stdout
+        return ok(run_ranks(script, *flags, processes=2, **wandb)).stdout
 
     phase1 = run_dir.phase_dir(output, 1)
-    start(1, bench / "start" / "stage3" / "checkpoint-final")
+    start(1, bench / "start" / "stage3" / "checkpoint-final", launcher="torchrun")
     run_id = (phase1 / "wandb_run_id").read_text()
     unfinish(phase1, keep_step=1)
     (phase1 / "wandb_run_id").unlink()  # the checkpoint knows
