@@ -3,9 +3,8 @@
     python examples/train_on_your_file.py RECORDS.jsonl OUTPUT_DIR [flags of launch/train.py]
 
 A line of the file: {"instruction": "...", "reasoning": "Step 1: ...\\nStep 2: ...\\nConclusion: ...", "answer": "...",
-"image": "relative/path.jpg", "metadata": {"candidates": [...]}}. `image` may be left out, and so may `candidates`: the
-answer is then one of the five robots or, with `domain: none` in the YAML, open. docs/data.md has the other forms, and
-`embervlm data convert` makes records of ScienceQA, A-OKVQA, LLaVA and others.
+"image": "relative/path.jpg"}. `image` may be left out. docs/data.md has the other forms, and `embervlm data convert`
+makes records of ScienceQA, A-OKVQA, LLaVA and others.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ from embervlm.run.train import main as train
 from embervlm.run_dir import checkpoint_path, phase_dir
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+DOMAIN = ["--domain", "none"]  # the answers come from your file, not from the embedded robots
 
 
 def main(records: str, output_dir: str, *flags: str) -> None:
     # every problem in the file, with its line and what to do; ends here where one would stop training
     report = Path(output_dir) / "validation.txt"
-    embervlm(["data", "validate", "--data_file", records, "--output_report", str(report)])
+    embervlm(["data", "validate", "--data_file", records, "--output_report", str(report), *DOMAIN])
 
     # Stage 3 (perception and answers), then both phases of Stage 4; the same command again resumes
     train(
         ["--config", str(RECIPE), "--stages", "3", "4", "--engine", "torch", "--reasoning_data", records]
-        + ["--output_dir", output_dir, *flags]
+        + ["--output_dir", output_dir, *DOMAIN, *flags]
     )
 
     model = EmberVLM.from_pretrained(checkpoint_path(phase_dir(output_dir, 2), None))
