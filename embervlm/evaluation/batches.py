@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from embervlm.data.collate import padded
 from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.sharing import Key, Task
@@ -114,3 +115,25 @@ def known_of(record: ReasoningRecord, domains: Mapping[str, Collection[str]], an
 def mean(values: Sequence[float]) -> float | None:
     """None of nothing."""
     return float(np.mean(values)) if len(values) else None
+
+
+@torch.inference_mode()
+def text_log_probs(
+    model: EmberVLM, visual: torch.Tensor, seen: torch.Tensor, rows: Sequence[tuple[int, list[int], int]]
+) -> list[float]:
+    """Summed log-probability in nats of each text from where its scored part starts.
+
+    Args:
+        rows: the picture's place in `visual`, the text, and where the scored part starts.
+    """
+    ids = padded([text for _, text, _ in rows], 0).to(visual.device)
+    batch, length = ids.shape
+    mask = torch.arange(length, device=ids.device) < torch.tensor(
+        [[len(text)] for _, text, _ in rows], device=ids.device
+    )
+    owner = torch.tensor([place for place, _, _ in rows], device=ids.device)
+    index = [at * length + i - 1 for at, (_, text, start) in enumerate(rows) for i in range(start, len(text))]
+    scored = torch.tensor(index, device=ids.device)
+    out = model(input_ids=ids, text_mask=mask, image_mask=seen[owner], visual=visual[owner], score_index=scored)
+    found = out.token_logits.float().log_softmax(-1).gather(1, ids.flatten()[scored + 1][:, None])[:, 0]
+    return torch.zeros(batch, device=ids.device).index_add(0, scored // length, found).tolist()  # type: ignore[no-any-return]

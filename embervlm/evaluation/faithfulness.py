@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from embervlm.data.collate import padded
 from embervlm.data.dataset import num_fact_steps, question_key, scene_key
 from embervlm.data.domain import Domain
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import step_texts
 from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
-from embervlm.evaluation.batches import See, alike, chunks, found_by, in_order, tasks_of
+from embervlm.evaluation.batches import See, alike, chunks, found_by, in_order, tasks_of, text_log_probs
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.metrics import bootstrap_interval, final_answer_accuracy, is_right
 from embervlm.model.embervlm import EmberVLM
@@ -216,29 +214,12 @@ def answer_log_probs(
             rows += [(place, [*begun, *gold], len(begun)) for begun in starts]
     log_probs = [0.0] * len(rows)
     for batch in alike(len(ids) for _, ids, _ in rows):
-        for row, value in zip(batch, _log_probs(model, visual, seen, [rows[row] for row in batch])):
+        for row, value in zip(batch, text_log_probs(model, visual, seen, [rows[row] for row in batch])):
             log_probs[row] = value
     out: list[list[float]] = [[] for _ in records]
     for (place, _, _), value in zip(rows, log_probs):
         out[place].append(value)
     return out
-
-
-def _log_probs(
-    model: EmberVLM, visual: Tensor, seen: Tensor, rows: Sequence[tuple[int, list[int], int]]
-) -> list[float]:
-    """Summed log-probability of each text from where its scored part starts; `rows` as in `answer_log_probs`."""
-    ids = padded([text for _, text, _ in rows], 0).to(visual.device)
-    batch, length = ids.shape
-    mask = torch.arange(length, device=ids.device) < torch.tensor(
-        [[len(text)] for _, text, _ in rows], device=ids.device
-    )
-    owner = torch.tensor([place for place, _, _ in rows], device=ids.device)
-    index = [at * length + i - 1 for at, (_, text, start) in enumerate(rows) for i in range(start, len(text))]
-    scored = torch.tensor(index, device=ids.device)
-    out = model(input_ids=ids, text_mask=mask, image_mask=seen[owner], visual=visual[owner], score_index=scored)
-    found = out.token_logits.float().log_softmax(-1).gather(1, ids.flatten()[scored + 1][:, None])[:, 0]
-    return torch.zeros(batch, device=ids.device).index_add(0, scored // length, found).tolist()  # type: ignore[no-any-return]
 
 
 def _begun(tokenizer: ReasoningTokenizer, steps: Sequence[str], concludes: bool) -> list[int]:

@@ -33,6 +33,7 @@ from embervlm.data.sources import source_files
 from embervlm.data.store import RecordView, has_field, picture_paths, prepare
 from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
 from embervlm.errors import UserError
+from embervlm.evaluation.sight import sight
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
@@ -276,7 +277,9 @@ class Run:
             accumulation=stage.gradient_accumulation_steps,
             scheduled_sampling=stage.scheduled_sampling,
             gradient_checkpointing=stage.gradient_checkpointing,
-            after_epoch=lambda trained, epoch: self._after_epoch(trained, data, first_epoch + epoch),
+            after_epoch=lambda trained, epoch: self._after_epoch(
+                trained, data, first_epoch + epoch, f"phase {number}" if epoch == phase.epochs - 1 else None
+            ),
             after_save=self._evaluate,
             trained_with=wanted,
         )
@@ -497,17 +500,25 @@ class Run:
             **options,
         )
 
-    def _after_epoch(self, model: EmberVLM, data: RunData, epoch: int) -> None:
+    def _after_epoch(self, model: EmberVLM, data: RunData, epoch: int, ended: str | None) -> None:
         """Samples are a by-product: whatever goes wrong with them is only said, and training goes on.
+
+        `ended`: the phase whose last epoch this was; then it is also said whether the model looks at the picture.
 
         No process waits for another here, so it may go wrong on one alone.
         """
         try:
             self._write_samples(model, data, epoch)
+            if ended is not None and (found := sight(model, data.pictures, data.val or data.train)) is not None:
+                self._say(f"{ended}: {found}")
         except Exception as error:  # a device may be out of memory
             if self.world.rank == 0 or not isinstance(error, UserError):  # the latter is the same on every process
                 reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
                 _log.warning("epoch %d: no samples (%s); training goes on", epoch, reason)
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text)
 
     def _write_samples(self, model: EmberVLM, data: RunData, epoch: int) -> None:
         """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
