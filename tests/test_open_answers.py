@@ -153,10 +153,10 @@ def test_the_metrics_of_the_head_leave_open_answers_out():
     }
     free = {**closed, "is_open": True, "gold_answer": ["three"], "answer_set": ["3"]}
     del free["head_answer"]
-    values = _values([closed, free], {}, {})
+    values = _values([closed, free], {})
     assert values["head_accuracy"] == [0.0] and values["head_agreement"] == [0.0]
     assert values["final_answer_accuracy"] == [1.0, 1.0]
-    assert _values([free], {}, {})["head_accuracy"] == []
+    assert _values([free], {})["head_accuracy"] == []
 
 
 def test_a_teacher_of_an_open_question_is_not_told_the_answer_and_may_word_it_its_own_way():

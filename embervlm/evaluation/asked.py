@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,25 @@ from embervlm.data.tokenizer import DIRECT_PROMPT
 from embervlm.evaluation.batches import BATCH_SIZE, alike, answer, tasks_of
 from embervlm.evaluation.eval_data import EvalData, Evaluation
 from embervlm.evaluation.sharing import Task
+from embervlm.judge.metrics import is_right
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding
 from embervlm.version import __version__
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Pass:
     """One way of asking: which model, which records with which pictures, and for what."""
 
     checkpoint: Path
     records: Sequence[ReasoningRecord]
     decoding: Decoding
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """What the model answered to each record, once it has been asked."""
+
+    @property
+    def right(self) -> list[bool]:
+        return [is_right(result["answer_set"], record) for result, record in zip(self.results, self.records)]
 
     @property
     def batches(self) -> list[Sequence[int]]:

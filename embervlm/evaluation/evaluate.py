@@ -82,8 +82,9 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
     tasks = [task for name, asked in passes.items() for task in asked.tasks(name, data.pictures)]
     answers = shared([*tasks, *validator_tasks(model, job.checkpoint, data)], "evaluate")
-    results = {name: in_order(name, asked.batches, answers) for name, asked in passes.items()}
-    chains = results["chains"]
+    for name, asked in passes.items():
+        asked.results = in_order(name, asked.batches, answers)
+    chains = passes["chains"].results
     own_steps = OwnSteps(data.records, chains, data.domains) if reasons and job.compare else None
     faithfulness = None
     if reasons and job.compare and job.faithfulness_samples:
@@ -100,8 +101,8 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if world.rank == 0:
             samples = [scored(record, found, data) for record, found in zip(data.records, chains)]
             details = [detail for part in found_by("explained", explained) for detail in part]
-            complete(samples, data, results, details)
-            result = result_of(job, model, data, samples, results, passes, answers)
+            complete(samples, data, passes, details)
+            result = result_of(job, model, data, samples, passes, answers)
             result["own_steps"] = None if own_steps is None else own_steps.result(explained)
             if faithfulness is not None:
                 swapped = result["metrics"]["swapped_image_accuracy"]

@@ -69,15 +69,12 @@ def scored(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
 
 
 def complete(
-    samples: list[dict[str, Any]],
-    data: EvalData,
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-    details: Sequence[Mapping[str, Any]],
+    samples: list[dict[str, Any]], data: EvalData, passes: Mapping[str, Pass], details: Sequence[Mapping[str, Any]]
 ) -> None:
     """Beside each sample what the baseline answered, and for the first ones what the chain looked at."""
-    for sample, record, direct in zip(samples, data.records, results.get("same_samples", ())):
-        right = is_right(direct["answer_set"], record)
-        sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
+    if (baseline := passes.get("same_samples")) is not None:
+        for sample, direct, right in zip(samples, baseline.results, baseline.right):
+            sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
     for sample, record, detail in zip(samples, data.records, details):
         sample |= detail
         sample["looked_at"] = looked_at(sample, record.metadata.get("seen") or ())
@@ -88,14 +85,13 @@ def result_of(
     model: EmberVLM,
     data: EvalData,
     samples: list[dict[str, Any]],
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
     passes: Mapping[str, Pass],
     answers: Mapping[tuple[str, int], Any],
 ) -> dict[str, Any]:
-    values = _values(samples, results, passes)
+    values = _values(samples, passes)
     metrics = {name: mean(found) for name, found in values.items()}
     about = run_dir.read_state(job.checkpoint)
-    calibrated = _calibrate(job, data, samples, results)
+    calibrated = _calibrate(job, samples, passes)
     closed = [sample for sample in samples if not sample["is_open"]]
     return {
         "format": run_dir.EVAL_FORMAT,
@@ -117,7 +113,7 @@ def result_of(
         "per_candidate": per_candidate_precision_recall(
             [s["answer_set"] for s in closed], [s["gold_answer"] for s in closed]
         ),
-        "cut_off": {name: mean([float(bool(r["cut_off"])) for r in found]) for name, found in results.items()},
+        "cut_off": {name: mean([bool(found["cut_off"]) for found in asked.results]) for name, asked in passes.items()},
         "calibration": calibrated,
         "faithfulness": None,
         "validator": validator_accuracy(answers),
@@ -126,9 +122,7 @@ def result_of(
     }
 
 
-def _values(
-    samples: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, Any]]], passes: Mapping[str, Pass]
-) -> dict[str, list[float]]:
+def _values(samples: Sequence[Mapping[str, Any]], passes: Mapping[str, Pass]) -> dict[str, list[float]]:
     """Each metric's value for every record; [] where it was not measured."""
     values: dict[str, list[float]] = {name: [_finite(s["scores"][name]) for s in samples] for name in CHAIN_METRICS}
     values["final_answer_accuracy"] = [float(s["correct"]) for s in samples]
@@ -137,9 +131,7 @@ def _values(
     values["unparseable_share"] = [float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples]
     values["cut_off_share"] = [float(bool(s["cut_off"])) for s in samples]
     for name, metric in COMPARISONS.items():
-        asked = passes[name].records if name in passes else ()
-        found = results.get(name, ())
-        values[metric] = [float(is_right(r["answer_set"], record)) for r, record in zip(found, asked)]
+        values[metric] = [float(right) for right in passes[name].right] if name in passes else []
     return values
 
 
@@ -160,20 +152,15 @@ def gains(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _calibrate(
-    job: Evaluation, data: EvalData, samples: list[dict[str, Any]], results: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, Any] | None:
+def _calibrate(job: Evaluation, samples: list[dict[str, Any]], passes: Mapping[str, Pass]) -> dict[str, Any] | None:
     """Fit on val, and set the samples' `confidence`."""
-    if job.split == "val":
-        fitted_on, asked = results["chains"], data.records
-    elif "calibration" in results:
-        fitted_on, asked = results["calibration"], data.val
-    else:
+    chains = passes["chains"]
+    fitted = chains if job.split == "val" else passes.get("calibration")
+    if fitted is None:
         return None
-    right = [is_right(r["answer_set"], record) for r, record in zip(fitted_on, asked)]
-    found = calibration(fitted_on, right, results["chains"], [s["correct"] for s in samples])
+    found = calibration(fitted.results, fitted.right, chains.results, chains.right)
     if found is not None:
-        for sample, sure in zip(samples, confidences(results["chains"], found["temperature"])):
+        for sample, sure in zip(samples, confidences(chains.results, found["temperature"])):
             sample["confidence"] = sure
     return found
 

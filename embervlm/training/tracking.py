@@ -165,7 +165,7 @@ def _add_to_run(
     project: str,
     name: str,
 ) -> None:
-    """Behind the last step that was logged, since W&B drops what lies before it."""
+    """Log after the last step that was logged, since W&B drops earlier ones."""
     import wandb
 
     log = folder / "metrics.jsonl"
@@ -206,8 +206,8 @@ def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapp
 def wandb_mode() -> Literal["online", "offline", "disabled"]:
     """What W&B would do by its own rules: WANDB_MODE and its settings files, where `wandb offline` writes.
 
-    A run without a key, of `wandb login` or WANDB_API_KEY, is kept offline: W&B itself would ask for one, and nobody
-    sits before a training. A warning says so where WANDB_MODE asks for more.
+    A run without a key, of `wandb login` or WANDB_API_KEY, is kept offline: W&B itself would ask for one, and a
+    training runs unattended. A warning says so where WANDB_MODE asks for more.
     """
     import wandb
 
