@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from embervlm.data.record_fields import FieldRules, Report, kind, quote
@@ -58,7 +58,7 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
         return None
     name = next(name for name in ("image", *given) if name in given)
     found = _one_of(name, given[name], report)
-    if isinstance(found, _Refused):
+    if found is None:
         return None
     for other, item in given.items():
         if other != name and _base(_one_of(other, item, lambda _: None)) != _base(found):
@@ -66,11 +66,9 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
             return None
     if name != "image":
         metadata.pop(name, None)
-    return (
-        _read_bytes(name, found, rules, report)
-        if isinstance(found, Embedded)
-        else _read_path(name, found, rules, report)
-    )
+    if isinstance(found, Embedded):
+        return _read_bytes(name, found, rules, report)
+    return _read_path(name, found, rules, report)
 
 
 def pictures_beside(output_file: Path) -> Path:
@@ -90,15 +88,11 @@ def check_placeholders(instruction: str, image: str | None, report: Report) -> s
     return PLACEHOLDER.sub("", instruction).strip()
 
 
-class Embedded:
+class Embedded(NamedTuple):
     """A picture that stands in the record itself."""
 
-    def __init__(self, data: bytes, name: str) -> None:
-        self.data, self.name = data, name
-
-
-class _Refused:
-    """What was reported already."""
+    data: bytes
+    name: str
 
 
 def _names_picture(name: str, item: Any) -> bool:
@@ -122,12 +116,12 @@ def _looks_like_picture(item: Any) -> bool:
     return isinstance(item, bytes)
 
 
-def _one_of(name: str, item: Any, report: Report) -> str | Embedded | _Refused:
-    """The path or content that one field gives."""
+def _one_of(name: str, item: Any, report: Report) -> str | Embedded | None:
+    """The path or content that one field gives; None where something was reported."""
     if isinstance(item, list):
         if len(item) != 1:
             report(f"{name}: holds {len(item)} pictures; a record has one: make several records of it, or one picture")
-            return _Refused()
+            return None
         item = item[0]
     if isinstance(item, bytes):
         return Embedded(item, "")
@@ -138,12 +132,12 @@ def _one_of(name: str, item: Any, report: Report) -> str | Embedded | _Refused:
         item = path if isinstance(path, str) else item
     if not isinstance(item, str):
         report(f"{name}: is {kind(item)}, not a string; give the path of the picture, or leave the field out")
-        return _Refused()
+        return None
     return item
 
 
-def _base(found: str | Embedded | _Refused) -> str:
-    name = found.name if isinstance(found, Embedded) else found if isinstance(found, str) else ""
+def _base(found: str | Embedded | None) -> str:
+    name = found.name if isinstance(found, Embedded) else found or ""
     return name.rstrip("/").rpartition("/")[2]
 
 
