@@ -141,9 +141,6 @@ class Collator:
             self._dense(batch, samples)
         return batch
 
-    def _metadata(self, sample: Sample) -> Mapping[str, Any]:
-        return self.records[sample.record].metadata if sample.record >= 0 else {}
-
     def _row(self, sample: Sample) -> int:
         record = sample.record if sample.picture_of is None else sample.picture_of
         image = self.records[record].image if record >= 0 else None

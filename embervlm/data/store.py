@@ -10,8 +10,9 @@ import time
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
@@ -237,11 +238,11 @@ def prepare(
         path, files, unpack_dir, candidates=candidates, image_root=image_root, allow_outside=allow_outside
     )
     _delete_leftovers(cache_dir)
-    unused: Counter[str] = Counter()
+    source = _Source(path=path, files=files, unpack_dir=unpack_dir, rules=rules)
     try:
         with naming_unwritten(folder):
             part.mkdir(parents=True)
-        _write(path, part, partial(_records, files, unpack_dir, rules), unused, rules.candidates, max_closed_answers)
+        _write(source, part, max_closed_answers)
         with naming_unwritten(folder):
             _put_in_place(part, folder)
     finally:
@@ -297,40 +298,40 @@ def _open(folder: Path) -> RecordStore | None:
     return store if about["pictures"] == files_digest(picture_paths(store.all())) else None
 
 
-def _records(
-    files: Sequence[Path], unpack_dir: Path, rules: FieldRules, problems: list[str], unused: Counter[str]
-) -> Iterator[tuple[Path, int | str, ReasoningRecord]]:
-    """Every good record with its file and its number or key there; what is wrong with others goes to `problems`."""
-    for file in files:
-        for number, value in source_values(file, unpack_dir, problems, unused):
-            found: list[str] = []
-            record = read_record(value, f"{file.name}:{number}", rules, found.append)
-            problems += [f"{file} record {number}: {problem}" for problem in found]
-            if record is not None:
-                yield file, number, record
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a store is made from."""
+
+    path: Path
+    files: Sequence[Path]
+    unpack_dir: Path
+    rules: FieldRules
+
+    def records(self, problems: list[str], unused: Counter[str]) -> Iterator[tuple[Path, int | str, ReasoningRecord]]:
+        """Every good record with its file and its number or key there; what is wrong with others goes to `problems`.
+
+        Members of shards that nothing reads are counted in `unused`.
+        """
+        for file in self.files:
+            for number, value in source_values(file, self.unpack_dir, problems, unused):
+                found: list[str] = []
+                record = read_record(value, f"{file.name}:{number}", self.rules, found.append)
+                problems += [f"{file} record {number}: {problem}" for problem in found]
+                if record is not None:
+                    yield file, number, record
 
 
-def _write(
-    path: Path,
-    folder: Path,
-    records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, Any]]],
-    unused: Counter[str],
-    candidates: Sequence[str],
-    max_closed_answers: int,
-) -> None:
-    """Fill `folder` as `RecordStore` describes it; `records` gives them and takes what is wrong with others.
-
-    What nothing reads, fields of records and members of shards, is counted in `unused`.
-    """
+def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
+    """Fill `folder` as `RecordStore` describes it."""
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
-    ids, space = array("Q"), AnswerSpace(max_closed_answers)
+    ids, space, unused = array("Q"), AnswerSpace(max_closed_answers), Counter[str]()
     with (
         naming_unwritten(folder / "records.jsonl"),
         open(folder / "records.jsonl", "wb") as file,
-        progress_bar(desc=f"check {path.name}", unit="record", delay=2) as bar,
+        progress_bar(desc=f"check {source.path.name}", unit="record", delay=2) as bar,
     ):
-        for source, number, record in records(problems, unused):
+        for origin, number, record in source.records(problems, unused):
             bar.update()
             unused.update(unused_fields(record.metadata))
             space.add(record)
@@ -339,19 +340,21 @@ def _write(
             try:
                 line = json.dumps(own, allow_nan=False).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
-                problems.append(f"{source} record {number}: metadata: {error}; keep JSON values only")
+                problems.append(f"{origin} record {number}: metadata: {error}; keep JSON values only")
                 continue
             table.add(record)
             file.write(line)
             offsets.append(offsets[-1] + len(line))
             questions.append(text_hash(record.instruction))
             marks.append(sum(1 << bit for bit, name in enumerate(MARKED) if record.metadata.get(name)))
-    problems += _repeated_ids(np.frombuffer(ids, np.uint64), records)
+    problems += _repeated_ids(np.frombuffer(ids, np.uint64), source)
     if problems:
         raise DataError.of(problems)
     if not ids:
-        raise no_records(path)
+        raise no_records(source.path)
     columns: dict[str, Any] = {"offsets": offsets, "pictures": table.picture, "questions": questions, "marks": marks}
+    candidates = source.rules.candidates
+    about = {"unused": unused, "answer_kinds": space.kinds, "candidates": candidates or space.closed}
     with naming_unwritten(folder):
         for name, values in columns.items():
             np.save(folder / f"{name}.npy", np.frombuffer(values, _COLUMNS[name]))
@@ -362,25 +365,16 @@ def _write(
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
         pictures = files_digest(picture_paths(store))
-        about = {
-            "format": STORE_FORMAT,
-            "pictures": pictures,
-            "unused": unused,
-            "answer_kinds": space.kinds,
-            "candidates": candidates or space.closed,
-        }
-        write_json_atomic(folder / "store.json", about)
+        write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures, **about})
 
 
-def _repeated_ids(
-    ids: np.ndarray, records: Callable[[list[str], Counter[str]], Iterator[tuple[Path, int | str, ReasoningRecord]]]
-) -> list[str]:
+def _repeated_ids(ids: np.ndarray, source: _Source) -> list[str]:
     """What to say of each record whose id another has; the data are read once more only where there is one."""
     values, counts = np.unique(ids, return_counts=True)
     repeated = set(values[counts > 1].tolist())
     problems: list[str] = []
     firsts: dict[str, tuple[Path, int | str]] = {}
-    for file, number, record in records([], Counter()) if repeated else ():
+    for file, number, record in source.records([], Counter()) if repeated else ():
         if text_hash(record.record_id) not in repeated:
             continue
         first_file, first = firsts.setdefault(record.record_id, (file, number))
