@@ -32,7 +32,8 @@ from embervlm.data.store import RecordView
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.progress import progress_bar
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.run.stages import Run, load_data
+from embervlm.run.run_data import load_data
+from embervlm.run.stages import Run
 from embervlm.world import World
 
 INTERVAL_S = 0.2

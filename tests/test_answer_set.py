@@ -14,7 +14,8 @@ from embervlm.evaluation.eval_data import Evaluation
 from embervlm.model.embervlm import build_model
 from embervlm.model.generation import Decoding
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.run.stages import Run, model_settings, told_answers
+from embervlm.run.run_data import told_answers
+from embervlm.run.start import model_settings, start_from
 from embervlm.world import World
 
 
@@ -32,7 +33,7 @@ def test_a_run_says_that_it_does_not_take_over_the_answers_of_the_checkpoint(tmp
     model.attach_tokenizer(make_tokenizer(records))
     model.save_pretrained(tmp_path / "start")
     config = TrainConfig(model=str(write_model_yaml(tmp_path)), output_dir=str(tmp_path / "out"))
-    started = Run(config, World(0, 1, CPU))._start_from(tmp_path / "start", 4)
+    started = start_from(config, World(0, 1, CPU), tmp_path / "start", 4)
     assert ("its answers (Yes, No) are not taken over" in capsys.readouterr().out) is told
     assert tuple(started.config.candidates) == ROBOTS
 

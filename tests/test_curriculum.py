@@ -24,7 +24,7 @@ from embervlm.data.samples import DIRECT, Sample
 from embervlm.data.splits import split_records
 from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.run.stages import load_data
+from embervlm.run.run_data import load_data
 from embervlm.run.train import main
 from embervlm.training.loop import deal
 from embervlm.world import World

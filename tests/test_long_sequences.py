@@ -21,6 +21,7 @@ from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, sum
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.generation import Decoding
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.run import by_products
 from embervlm.run.stages import Run
 from embervlm.world import World
 from tests.training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
@@ -48,11 +49,13 @@ def test_samples_that_cannot_be_written_end_no_run_and_a_save_comes_before_them(
 ) -> None:
     saved = []
 
-    def fails(run: Run, model: Any, data: Any, epoch: int) -> None:
-        saved.append(run_dir.list_checkpoints(run_dir.phase_dir(run.output, 1 if epoch == 1 else 2))[-1].path.name)
+    def fails(config: Any, world: Any, model: Any, data: Any, epoch: int) -> None:
+        saved.append(
+            run_dir.list_checkpoints(run_dir.phase_dir(config.output_dir, 1 if epoch == 1 else 2))[-1].path.name
+        )
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(Run, "_write_samples", fails)
+    monkeypatch.setattr(by_products, "write_samples", fails)
     output = runs(tmp_path, records, "3", "4", max_steps=None, stage4__batch_size=32, background_saves=False)
     assert saved == ["checkpoint-final", "checkpoint-1", "checkpoint-final"]
     assert "epoch 3: no samples (MemoryError: out of memory); training goes on" in caplog.text

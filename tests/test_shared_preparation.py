@@ -9,7 +9,8 @@ from torch import distributed
 from embervlm.data.records import DataError
 from embervlm.data.store import prepare
 from embervlm.errors import UserError
-from embervlm.run.stages import first_on_rank_0
+from embervlm.robots.domain import ROBOTS
+from embervlm.run.run_data import first_on_rank_0
 from embervlm.world import World
 
 GOOD = '{"instruction": "Which robot flies?", "reasoning": "Step 1: Only the drone has rotors.", "answer": "Drone"}\n'
@@ -22,7 +23,8 @@ def prepare_on(rank, folder):
     seen = []
     for name in ("good", "bad"):
         try:
-            store = first_on_rank_0(world, partial(prepare, folder / f"{name}.jsonl", folder / f"cache-{name}"))
+            path, cache = folder / f"{name}.jsonl", folder / f"cache-{name}"
+            store = first_on_rank_0(world, partial(prepare, path, cache, candidates=ROBOTS.candidates))
             seen.append(f"{len(store)} {(store.folder / 'store.json').stat().st_ino}")
         except DataError as error:
             seen.append(str(error))

@@ -1,0 +1,75 @@
+"""What a training leaves besides checkpoints: chains after each epoch, and evaluations. No failure here ends it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from embervlm import run_dir
+from embervlm.config import TrainConfig
+from embervlm.errors import UserError
+from embervlm.evaluation.evaluate import evaluate_checkpoint
+from embervlm.evaluation.sight import sight
+from embervlm.model.embervlm import EmberVLM
+from embervlm.run.eval_jobs import submit_evaluation
+from embervlm.run.run_data import RunData
+from embervlm.world import World
+
+_log = logging.getLogger(__name__)
+
+
+def after_epoch(
+    config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int, ended: str | None
+) -> None:
+    """Write the chains of an epoch; whatever goes wrong with them is only said, and training continues.
+
+    `ended`: the phase whose last epoch this was; then it is also said whether the model looks at the picture.
+
+    No process waits for another here, so it may go wrong on one alone.
+    """
+    try:
+        write_samples(config, world, model, data, epoch)
+        if ended is not None and (found := sight(model, data.pictures, data.val or data.train)) is not None:
+            if world.rank == 0:
+                print(f"{ended}: {found}")
+    except Exception as error:  # a device may be out of memory
+        if world.rank == 0 or not isinstance(error, UserError):  # the latter is the same on every process
+            reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
+            _log.warning("epoch %d: no samples (%s); training goes on", epoch, reason)
+
+
+def write_samples(config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int) -> None:
+    """Chains of a few val records; every process computes them (ZeRO-3 needs all), one writes."""
+    records = (data.val or data.train)[: config.sample_records]
+    images = [data.pictures[record.image] if record.image else None for record in records]
+    results = model.generate_with_reasoning(images, [record.instruction for record in records])
+    if world.rank == 0:
+        samples = [
+            {
+                "id": record.record_id,
+                "image": record.image,
+                "instruction": record.instruction,
+                "gold_answer": list(record.answer),
+                "gold_steps": list(record.steps),
+                **result,
+            }
+            for record, result in zip(records, results)
+        ]
+        run_dir.write_json_atomic(run_dir.reasoning_samples_path(config.output_dir, epoch), samples)
+        if cut := sum(bool(result["cut_off"]) for result in results):
+            print(f"epoch {epoch}: {cut} of {len(results)} sample chains are cut off before their end")
+
+
+def evaluate_saved(config: TrainConfig, world: World, checkpoint: Path) -> None:
+    """What `select_best` reads: computed here by all processes, or by a job of its own.
+
+    Whatever goes wrong is only said: training continues, and `select_best` evaluates what has no evaluation.
+    """
+    try:
+        if config.eval_cluster is None:
+            evaluate_checkpoint(checkpoint, split="val", num_samples=config.eval_samples, progress=False, world=world)
+        elif world.rank == 0:
+            print(f"{checkpoint.name} is evaluated by job {submit_evaluation(checkpoint, config)}")
+    except Exception as error:  # the same one on every process
+        if world.rank == 0:
+            print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training goes on")

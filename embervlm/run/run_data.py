@@ -1,0 +1,251 @@
+"""The data of a run: its records, read once for all processes, and the forms of them that a model trains on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from embervlm.config import ConfigError, PhaseConfig, TrainConfig
+from embervlm.curate.augment import augment_cached
+from embervlm.data.curriculum import records_of_epochs
+from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.images import PictureCache
+from embervlm.data.lengths import Limits, refuse_too_long
+from embervlm.data.negatives import cut_for_validator
+from embervlm.data.record_fields import told_unused
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import Sample, Samples
+from embervlm.data.sources import source_files
+from embervlm.data.store import RecordView, has_field, picture_paths, prepare
+from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.errors import UserError
+from embervlm.model.embervlm import EmberVLM
+from embervlm.robots.domain import domain_named
+from embervlm.world import World
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(kw_only=True)
+class RunData:
+    """The records of a run and their pictures at the model's size."""
+
+    train: RecordView
+    """The given training records alone: augmentation makes more chains, but no more questions."""
+    val: RecordView
+    test: RecordView
+    """Not trained on; what an evaluation would refuse is refused before."""
+    pictures: PictureCache
+    reasoning: Sequence[ReasoningRecord]
+    """The given training records and, behind them, those that augmentation made."""
+    epochs: list[np.ndarray]
+    """For each epoch, over both phases, the `reasoning` records it trains on; [] without a curriculum."""
+
+
+def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
+    """Read, split and decode the data of a run; every problem of the file is reported before training."""
+    path = Path(config.reasoning_data)
+    if not all(file.exists() for file in source_files(path) or [path]):
+        raise ConfigError(
+            f"--reasoning_data {path}: no such file; make one with `embervlm data generate --teacher_model rules "
+            f"--output_file {path} --num_samples 50000`"
+        )
+    cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
+    store = first_on_rank_0(
+        world,
+        lambda: prepare(
+            path,
+            cache,
+            candidates=domain_named(config.domain).candidates,
+            max_closed_answers=config.max_closed_answers,
+            image_root=config.image_root,
+            allow_outside=config.allow_outside,
+        ),
+    )
+    if world.rank == 0 and (unused := told_unused(store.unused)):
+        print(f"{path}: {unused}")
+    if world.rank == 0 and (told := told_answers(store.answer_kinds, store.candidates)):
+        print(f"{path}: {told}")
+    train, val = store.split("train"), store.split("val")
+    if not train:
+        raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
+    shown = RecordView(store, np.concatenate([train.rows, val.rows]))
+    pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache))
+    # what a file holds of augmentations goes to the end, so that the given records have the same places in both
+    augmented = has_field(train, "augmentation")
+    train = train.take(np.argsort(augmented, kind="stable"))
+    reasoning: Sequence[ReasoningRecord] = train
+    if augmentation is not None:
+        reasoning = first_on_rank_0(
+            world, lambda: augment_cached(train, augmentation, cache, config.seed, make=world.rank == 0)
+        )
+    epochs = []
+    if config.curriculum is not None:
+        curriculum, num_epochs = config.curriculum, config.stage4.phase1.epochs + config.stage4.phase2.epochs
+        epochs = first_on_rank_0(world, lambda: records_of_epochs(reasoning, curriculum, num_epochs))
+        if world.rank == 0:
+            print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
+    num_given = len(train) - int(augmented.sum())
+    return RunData(
+        train=train[: num_given or None],
+        val=val,
+        test=store.split("test"),
+        pictures=pictures,
+        reasoning=reasoning,
+        epochs=epochs,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """The training records of a run as `model` reads them, in each of their forms."""
+
+    config: TrainConfig
+    world: World
+    model: EmberVLM
+    data: RunData
+
+    def chains(self) -> tuple[Samples, list[np.ndarray]]:
+        """The chains that both phases train on, and which of them each epoch does.
+
+        Raises:
+            DataError: every record of any split that is too long to be trained on or asked.
+        """
+        data, tokenizer, grid, limits = self.data, self.model.tokenizer, self.model.vision_encoder.grid, self._limits
+
+        def fitting() -> Samples:
+            chains = (data.reasoning, data.val, data.test)
+            asked = [(records, encode_reasoning(records, tokenizer, grid)) for records in chains]
+            asked += [(records, encode_direct(records, tokenizer)) for records in (data.train, data.val, data.test)]
+            refuse_too_long(asked, limits)
+            return encode_reasoning(data.reasoning, tokenizer, grid, limits=limits)
+
+        samples, epochs = first_on_rank_0(self.world, fitting), data.epochs
+        if len(samples) < len(data.reasoning):
+            epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
+        if not all(map(len, epochs)):
+            raise ConfigError("curriculum: an epoch has only augmented chains above --max_reasoning_length; raise it")
+        return samples, epochs
+
+    def direct(self) -> Samples:
+        """Question and answer, without a chain."""
+        return self._asked(encode_direct)
+
+    def captions(self) -> Samples | list[Sample]:
+        return self._asked(encode_captions) if self.config.stage3.caption_records_ratio else []
+
+    def glossary(self) -> list[Sample]:
+        samples = encode_glossary(domain_named(self.config.domain).glossary, self.model.tokenizer)
+        longest, room = max(map(len, samples), default=0), self._limits.room
+        if self.config.stage3.glossary_records_ratio and room is not None and longest > room:
+            raise ConfigError(
+                f"stage3.glossary_records_ratio: its texts have up to {longest} tokens, and beside the picture the "
+                f"language model reads {room}; set it to 0, or choose a model with more positions"
+            )
+        return samples
+
+    def edited(self, samples: Samples, number: int, phase: PhaseConfig) -> list[tuple[Samples, float]]:
+        """Chains with edited facts and how many per record, where asked for."""
+        if not phase.edited_facts_ratio:
+            return []
+        edited = edit_facts(self.data.reasoning, samples, self.config.seed + number)
+        if not edited and self.world.rank == 0:
+            print(
+                f"phase {number}: edited_facts_ratio does nothing: these records do not say which steps state facts "
+                "(metadata.seen), or ask each question about one picture only"
+            )
+        return [(edited, phase.edited_facts_ratio)]
+
+    def say_what_is_cut(self, samples: Samples, number: int) -> None:
+        if self.world.rank > 0:
+            return
+        if left_out := len(self.data.reasoning) - len(samples):
+            print(
+                f"phase {number}: {left_out} augmented records left out, longer than --max_reasoning_length or "
+                "than the language model reads"
+            )
+        if cut := cut_for_validator(samples.sizes, self.model.max_pair_tokens):
+            print(f"phase {number}: {cut}")
+
+    def _asked(self, encode: Callable[[RecordView, ReasoningTokenizer], Samples]) -> Samples:
+        """Samples whose lengths are counted, none longer than the model reads."""
+
+        def counted() -> Samples:
+            samples = encode(self.data.train, self.model.tokenizer)
+            refuse_too_long([(self.data.train, samples)], self._limits)
+            return samples
+
+        return first_on_rank_0(self.world, counted)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(
+            max_reasoning_length=self.config.stage4.max_reasoning_length,
+            num_visual_tokens=self.model.num_visual_tokens,
+            positions=self.model.language_model.max_positions,
+        )
+
+
+def note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = None) -> None:
+    """Leave in the model's configuration what its data need, from which generation takes its limits."""
+    model.config.longest_answer_tokens = int(direct.sizes[:, 1].max())
+    if chains is not None:
+        model.config.longest_chain_tokens = int(chains.sizes[:, 1].max())
+        model.config.longest_chain_steps = int(chains.num_steps.max())
+
+
+def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> str:
+    """What the answers are chosen from; "" where it is the domain's candidates everywhere."""
+    spelled = {
+        "domain": "choose among the domain's candidates",
+        "closed": f"choose among the {len(candidates)} answers of the data ({_listed(candidates)})",
+        "own": "among candidates of their own (metadata.candidates)",
+        "open": "are free text, which the answer head has no part in",
+    }
+    found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
+    return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
+    """`prepared()`, which leaves its work in the cache, on process 0 and then on the others; its error on all.
+
+    The others are told every minute that it is still going on: one collective call may last 30 minutes at most.
+    """
+    if world.size == 1:
+        return prepared()
+    error: Exception | None = None
+    if world.rank == 0:
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(prepared)
+            while not wait([work], timeout=60).done:
+                world.broadcast((False, None))
+        failed = work.exception()
+        error = failed if isinstance(failed, UserError) else None
+        world.broadcast((True, error))
+        return work.result()
+    done = False
+    while not done:
+        done, error = world.broadcast(None)
+    if error is not None:
+        raise error
+    try:
+        return prepared()
+    except UserError as own:  # process 0 had no trouble: a file that this node does not see, say
+        raise _of_this_process(own, world.rank) from own
+
+
+def _of_this_process(error: UserError, rank: int) -> UserError:
+    """`error` as one that this process alone meets, and therefore says."""
+    told = UserError(f"process {rank} on {socket.gethostname()} alone: {error}")
+    told.is_of_one_process = True
+    return told

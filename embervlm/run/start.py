@@ -1,0 +1,78 @@
+"""The model that a stage starts from: new, or with the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embervlm import run_dir
+from embervlm.config import ConfigError, TrainConfig
+from embervlm.config_file import model_preset
+from embervlm.data.records import ReasoningRecord
+from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
+from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.robots.domain import domain_named
+from embervlm.world import World
+
+
+def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) -> EmberVLM:
+    """The model of this run with the weights of `checkpoint`; a Stage 3 one gets a new reasoning module."""
+    gc.collect()  # engine and samples of the phase before refer to themselves, and would stay through this one
+    if not checkpoint.is_dir():
+        hint = (
+            "train a stand-in with `python launch/train.py --stages 3` (the same flags as here)"
+            if "stage3" in checkpoint.parts
+            else "train it first, or name another with --resume_from"
+        )
+        close = run_dir.closest_path(checkpoint)
+        raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
+    if (checkpoint / "COMPLETE").is_file():
+        run_dir.verify_checkpoint(checkpoint)
+    settings = model_settings(config, stage)
+    _say_what_was_chosen_from(config, world, checkpoint)
+    torch.manual_seed(config.seed)
+    model = build_model(settings, load_pretrained=False)
+    try:
+        load_checkpoint_into(model, checkpoint)
+    except CheckpointError as error:
+        raise ConfigError(f"{error} (this run's preset is {config.model!r}; choose with --model)") from error
+    model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
+    return model
+
+
+def _say_what_was_chosen_from(config: TrainConfig, world: World, checkpoint: Path) -> None:
+    path, domain = checkpoint / "config.json", domain_named(config.domain)
+    if checkpoint.is_relative_to(config.output_dir):  # of this run, with the same data
+        return
+    own = tuple((run_dir.read_object(path).get("candidates") if path.exists() else None) or domain.candidates)
+    if own != domain.candidates and world.rank == 0:
+        print(
+            f"{checkpoint}: its answers ({', '.join(map(str, own))[:200]}) are not taken over: this run's come "
+            f"from each record's metadata.candidates, else from the domain ({domain.name})"
+        )
+
+
+def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
+    """The preset's settings; ConfigError where it names answers, which come from the records."""
+    settings = model_preset(config.model)
+    candidates = domain_named(config.domain).candidates
+    own = tuple(settings.get("candidates") or candidates)
+    if own != candidates:
+        raise ConfigError(
+            f"model {config.model}: candidates: {', '.join(own)[:200]} would not be used: a run takes its answers from "
+            "the records. Write them into each record's metadata.candidates, and take the key out of the preset"
+        )
+    return {**settings, "stage": stage, "candidates": candidates}
+
+
+def new_tokenizer(config: TrainConfig, model: EmberVLM, records: Sequence[ReasoningRecord]) -> ReasoningTokenizer:
+    """The tokenizer of the preset's pretrained language model, else one trained on `records`."""
+    language = model_preset(config.model)["language"]
+    if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
+        return ReasoningTokenizer.from_folder(language["name_or_path"])
+    return tokenizer_of(records, model.language_model.vocab_size, domain_named(config.domain).glossary)
