@@ -10,7 +10,7 @@ import numpy as np
 from embervlm.config import COMPLEXITIES, ConfigError, CurriculumConfig
 from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, ReasoningRecord
-from embervlm.data.store import RecordView, save_array
+from embervlm.data.store import RecordView, kept_array
 from embervlm.words.claims import ClaimReader
 
 STEP_LIMITS = (3, 5)
@@ -86,10 +86,11 @@ def records_of_epochs(
 
 def _steps_and_levels(records: Sequence[ReasoningRecord]) -> np.ndarray:
     """Numbered steps of each record and the index of its complexity, `[records, 2]` uint8; kept beside a store."""
-    kept = records.file("complexity") if isinstance(records, RecordView) else None
-    if kept is not None and kept.exists():
-        found: np.ndarray = np.load(kept)
-        return found
+    file = records.file("complexity") if isinstance(records, RecordView) else None
+    return kept_array(file, lambda: _count_steps_and_levels(records))
+
+
+def _count_steps_and_levels(records: Sequence[ReasoningRecord]) -> np.ndarray:
     reader = reader_of(records)
     out, problems = np.zeros((len(records), 2), np.uint8), []
     for place, record in enumerate(records):
@@ -99,6 +100,4 @@ def _steps_and_levels(records: Sequence[ReasoningRecord]) -> np.ndarray:
             problems.append(str(error))
     if problems:
         raise DataError.of(problems)
-    if kept is not None:
-        save_array(kept, out)
     return out

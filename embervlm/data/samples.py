@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embervlm.data.lazy import Lazy
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.store import save_array
+from embervlm.data.store import kept_array
 from embervlm.data.tokenizer import CONCLUSION
 from embervlm.progress import progress_bar
 
@@ -106,12 +106,7 @@ class Samples(Lazy[Sample]):
 
     @property
     def _counts(self) -> np.ndarray:
-        if self._sizes_file is None:
-            return self._counted
-        if not self._sizes_file.exists():
-            save_array(self._sizes_file, self._count())
-        sizes: np.ndarray = np.load(self._sizes_file, mmap_mode="r")  # anew: pages that were read count as our memory
-        return sizes
+        return self._counted if self._sizes_file is None else kept_array(self._sizes_file, self._count)
 
     @cached_property
     def _counted(self) -> np.ndarray:

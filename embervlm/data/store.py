@@ -10,7 +10,7 @@ import time
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -141,7 +141,20 @@ class RecordView(Lazy[ReasoningRecord]):
         return self.store.folder / f"{name}-{digest.hexdigest()}.npy"
 
 
-def save_array(path: Path, values: np.ndarray) -> None:
+def kept_array(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """`make()`, kept in the file `path`, where there is one, and read from there again each time.
+
+    Do not hold on to it: pages of the file that were read count as this process's memory.
+    """
+    if path is None:
+        return make()
+    if not path.exists():
+        _save_array(path, make())
+    values: np.ndarray = np.load(path, mmap_mode="r")
+    return values
+
+
+def _save_array(path: Path, values: np.ndarray) -> None:
     """The file appears whole or not at all."""
     part = path.with_name(f".tmp-{uuid4().hex}.npy")
     try:
