@@ -37,7 +37,7 @@ print("listening", flush=True)
 sys.stdin.readline()
 print(len(signals._received), flush=True)
 """
-STEPS = 60
+STEPS = 30
 
 
 def listening() -> subprocess.Popen[str]:
