@@ -433,16 +433,8 @@ class TrainConfig:
     """Name of the run there."""
 
     def __post_init__(self) -> None:
-        paths = (
-            "model",
-            "output_dir",
-            "reasoning_data",
-            "image_root",
-            "resume_from",
-            "deepspeed_config",
-            "eval_cluster",
-        )
-        for name in paths:
+        of_data = ("output_dir", "reasoning_data", "image_root")
+        for name in ("model", *of_data, "resume_from", "deepspeed_config", "eval_cluster"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, filled_in(name, path))
         _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))

@@ -1,9 +1,13 @@
-"""Paths as people write them in a YAML or behind a flag, where no shell has filled in `~` and `$SCRATCH`."""
+"""Paths as people write them in a YAML or behind a flag: not filled in by a shell, misspelled, or ids of the hub."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class PathError(ValueError):
@@ -23,3 +27,22 @@ def expanded(text: str) -> str:
     if text.startswith("~") and out.startswith("~"):
         raise PathError(f"{text}: {text.partition('/')[0]} is no user's home; write ./{text} for a folder of that name")
     return out
+
+
+def names_a_path(name: str | Path) -> bool:
+    """Whether `name` is a path, there or not, and no id of the hub (`owner/model`, `model`)."""
+    text = str(name)
+    first, _, rest = text.partition("/")
+    return not _HUB_ID.fullmatch(text) or Path(text).exists() or bool(rest and Path(first).exists())
+
+
+def closest_path(path: str | Path) -> str:
+    """`; did you mean X?` for a path that is not there, where a name in its folder is much like it; else empty."""
+    path = Path(path)
+    there = next(parent for parent in (*path.parents, Path(".")) if parent.is_dir())
+    wanted = path.relative_to(there).parts[0] if path.parts else ""
+    close = difflib.get_close_matches(wanted, sorted(entry.name for entry in there.iterdir()), n=1)
+    if not close or close[0] == wanted:
+        return ""
+    meant = there.joinpath(close[0], *path.relative_to(there).parts[1:])
+    return f"; did you mean {meant if meant.exists() else there / close[0]}?"

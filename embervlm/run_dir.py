@@ -12,7 +12,6 @@ a killed run; no reader looks at them. `evals/` is written after publishing and 
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import json
@@ -46,7 +45,6 @@ _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
 _DAMAGED = "damaged-"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(?:(\d+)|final)")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _log = logging.getLogger(__name__)
 
 
@@ -111,25 +109,6 @@ def eval_job_path(checkpoint: str | Path, split: str) -> Path:
 def calibration_path(checkpoint: str | Path) -> Path:
     """Temperature of the checkpoint's `confidence`, fitted by its last evaluation."""
     return Path(checkpoint) / EVALS / "calibration.json"
-
-
-def names_a_path(name: str | Path) -> bool:
-    """Whether `name` is a path, there or not, and no id of the hub (`owner/model`, `model`)."""
-    text = str(name)
-    first, _, rest = text.partition("/")
-    return not _HUB_ID.fullmatch(text) or Path(text).exists() or bool(rest and Path(first).exists())
-
-
-def closest_path(path: str | Path) -> str:
-    """`; did you mean X?` for a path that is not there, where a name in its folder is much like it; else empty."""
-    path = Path(path)
-    there = next(parent for parent in (*path.parents, Path(".")) if parent.is_dir())
-    wanted = path.relative_to(there).parts[0] if path.parts else ""
-    close = difflib.get_close_matches(wanted, sorted(entry.name for entry in there.iterdir()), n=1)
-    if not close or close[0] == wanted:
-        return ""
-    meant = there.joinpath(close[0], *path.relative_to(there).parts[1:])
-    return f"; did you mean {meant if meant.exists() else there / close[0]}?"
 
 
 def read_temperature(checkpoint: str | Path) -> float:

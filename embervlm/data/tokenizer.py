@@ -18,7 +18,7 @@ from embervlm.config import ConfigError
 from embervlm.data.facts import fact_domains
 from embervlm.data.records import ReasoningRecord
 from embervlm.errors import UserError
-from embervlm.run_dir import closest_path, names_a_path
+from embervlm.paths import closest_path, names_a_path
 from embervlm.words.chain_text import format_reasoning
 
 SPECIAL_TOKENS = (

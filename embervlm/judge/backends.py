@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from embervlm.config import ConfigError
 from embervlm.errors import UNREADABLE
-from embervlm.run_dir import closest_path, names_a_path, read_object
+from embervlm.paths import closest_path, names_a_path
+from embervlm.run_dir import read_object
 from embervlm.words.wording import Rarity, Reading, ramp
 
 EMBEDDED = "embedded"

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 from embervlm.config import ConfigError
 from embervlm.errors import UNREADABLE
 from embervlm.model.config import EmberVLMConfig
-from embervlm.run_dir import closest_path, names_a_path
+from embervlm.paths import closest_path, names_a_path
 
 _OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
 Logits = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS
 from embervlm.errors import UNREADABLE, UserError
-from embervlm.run_dir import closest_path, names_a_path
+from embervlm.paths import closest_path, names_a_path
 
 WEIGHTS = "pytorch_model.bin"
 REASONING_WEIGHTS = "reasoning_module.bin"

@@ -16,6 +16,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.paths import closest_path
 from embervlm.robots.domain import domain_named
 from embervlm.world import World
 
@@ -29,7 +30,7 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
             if "stage3" in checkpoint.parts
             else "train it first, or name another with --resume_from"
         )
-        close = run_dir.closest_path(checkpoint)
+        close = closest_path(checkpoint)
         raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
     if (checkpoint / "COMPLETE").is_file():
         run_dir.verify_checkpoint(checkpoint)
