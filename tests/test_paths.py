@@ -64,7 +64,7 @@ def test_every_path_of_a_run_is_filled_in_from_the_yaml_and_from_its_flag(name: 
 
 def test_no_path_of_a_run_is_forgotten() -> None:
     """Text settings of a run that are no paths; a new one belongs here or among the paths."""
-    other = {"resume", "engine", "precision", "on_save_error", "wandb_project", "wandb_run_name"}
+    other = {"domain", "resume", "engine", "precision", "on_save_error", "wandb_project", "wandb_run_name"}
     texts = {name for name, kind in TrainConfig.__annotations__.items() if kind.startswith("str")}
     assert texts - other == set(SETTINGS)
 
