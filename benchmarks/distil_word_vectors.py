@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-OUTPUT = Path(__file__).resolve().parent.parent / "embervlm" / "evaluation" / "word_vectors.npz"
+OUTPUT = Path(__file__).resolve().parent.parent / "embervlm" / "words" / "word_vectors.npz"
 DIMENSIONS = 64
 
 

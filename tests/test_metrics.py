@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from embervlm.judge.completeness import identify_step_types
 from embervlm.judge.metrics import (
     TARGETS,
     ChainScorer,
@@ -15,7 +16,6 @@ from embervlm.judge.metrics import (
     bootstrap_interval,
     compare_with_targets,
     final_answer_accuracy,
-    identify_step_types,
     per_candidate_precision_recall,
 )
 from embervlm.judge.reading import ChainContext

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
 
-from embervlm.words.chain_graph import SENTENCE_BREAK
-from embervlm.words.claims import STOP_WORDS, ClaimReader
+from embervlm.words.claims import ClaimReader
+from embervlm.words.english import MEANING_WORDS, REASON_WORDS, RESULT_WORDS, STOP_WORDS, any_of, sentences
 
 Wording = Callable[[random.Random], str]
 
@@ -79,8 +79,8 @@ _CONSEQUENCE = (
     re.compile(r"(?:Because|Given that) (?P<p>[^,]+), (?P<c>.+)"),  # not Since, which may speak of time
 )
 _CLAIMS_WITH_VERDICT = re.compile(r"(?P<p>[^:]+): (?P<c>[^:]+)")
-_RESULT = re.compile(r"(?:So|Therefore|Thus|Hence|Consequently|As a result),? (?P<c>.+)")
-_CONNECTIVE = re.compile(r"\b(?:so|because|since|therefore|thus|hence|which means)\b|\bgiven that\b", re.IGNORECASE)
+_RESULT = re.compile(rf"{any_of(*RESULT_WORDS)},? (?P<c>.+)", re.IGNORECASE)
+_CONNECTIVE = re.compile(any_of(*RESULT_WORDS, *REASON_WORDS, *MEANING_WORDS), re.IGNORECASE)
 _STATEMENT = re.compile(r"\b(?:is|are|was|were|has|have|can|cannot|must|will|should|does|do)\b")
 _SUBJECT = re.compile(
     r"(?:the|a|an|this|these|those|it|they|he|she|we|you|there|each|every|all|both|some|no|any|its|their|his|her|our) ",
@@ -117,8 +117,8 @@ class RuleParaphraser:
         for line in step.split("\n"):
             bullet = _BULLET.match(line)
             start = bullet.end() if bullet else 0
-            sentences = SENTENCE_BREAK.split(line[start:])
-            lines.append(line[:start] + " ".join(self._sentence(sentence, rng, keep) for sentence in sentences))
+            found = sentences(line[start:])
+            lines.append(line[:start] + " ".join(self._sentence(sentence, rng, keep) for sentence in found))
         return "\n".join(lines)
 
     def _sentence(self, sentence: str, rng: random.Random, keep: Collection[str]) -> str:

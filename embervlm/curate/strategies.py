@@ -17,7 +17,7 @@ from embervlm.data.facts import known_facts
 from embervlm.data.records import ReasoningRecord
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.reading import ChainContext
-from embervlm.words.chain_graph import POINTS_BACK, ChainGraph, join_units
+from embervlm.words.chain_graph import ChainGraph, join_units, points_back
 from embervlm.words.chain_text import CONCLUSION
 from embervlm.words.claims import ClaimReader, named_candidates
 
@@ -182,7 +182,7 @@ def expand(origin: Origin, rng: random.Random) -> list[Row] | str:
         names = added[step]
         boxed = [name for name in names if name in origin.boxed]
         stated = " ".join(sentences[name] for name in names)
-        if not names or POINTS_BACK.match(text):
+        if not names or points_back(text):
             rows.append((text, extra))
         elif room > 0:
             room -= 1

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
-from embervlm.judge.equations import MEASURES, Equation, Side, Value, equations
-from embervlm.words.wording import SUPPOSES
+from embervlm.judge.equations import Equation, Side, Value, equations
+from embervlm.words.claims import statements
+from embervlm.words.english import CONNECTIVES, SUPPOSES, any_of
+from embervlm.words.numbers import COUNTS, MEASURES, number, numbers_in, unit_name
 
 _SIGNS = "-+*/x\u00d7\u00f7"
-_ANY_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-
-_SPELLED = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13)))
-_VALUE = rf"(?:\$?\d+(?:,\d{{3}})*(?:\.\d+)?%?|\b(?:{'|'.join(_SPELLED)})\b)"
+_VALUE = rf"(?:\$?\d+(?:,\d{{3}})*(?:\.\d+)?%?|{any_of(*sorted(COUNTS))})"
 _MORE = frozenset("more greater larger bigger higher longer taller wider heavier later above over".split())
 _LESS = frozenset("less fewer smaller lower shorter narrower lighter cheaper earlier below under".split())
 _COMPARISON = re.compile(
@@ -30,17 +30,16 @@ _DENIED_AFTER = re.compile(r"\W*(?:is|was|would be)\s+(?:not|wrong|incorrect|fal
 _CLOCK = frozenset(("am", "pm", "o'clock", "oclock"))
 _FACTORS = (7, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 1440, 3600)
 """From one unit of time, length, weight or money to another."""
-_END = re.compile(r"[.;]")
-_CLAUSE_START = re.compile(
-    r"(?:^|[.;:,(=]|\b(?:since|because|as|so|but|that|only|therefore|thus|hence))\s*$", re.IGNORECASE
-)
+_CLAUSE_START = re.compile(rf"(?:^|[.;:,(=]|{any_of(*CONNECTIVES, 'as', 'that', 'only')})\s*$", re.IGNORECASE)
 _PREPOSITION = re.compile(
     rf"(?:\b(?:of|by|times|plus|minus|and|to|at|on|in|for|from|with|after|before|until)|[{_SIGNS}])\s*$", re.IGNORECASE
 )
 _MOST_BEFORE = 200
 """Characters before a comparison that are looked at: a text without an end must not take for ever."""
-_SCALES = frozenset("hundred thousand million billion dozen time plu minu percent and to or half quarter".split())
-"""Words behind a number that make it another one, without an "s" at the end."""
+_SCALES = frozenset(
+    map(unit_name, "hundred thousand million billion dozen times plus minus percent and to or half quarter".split())
+)
+"""Words behind a number that make it another one."""
 
 
 def wrong_arithmetic(text: str) -> str | None:
@@ -115,25 +114,23 @@ def _wrong_comparison(text: str) -> str | None:
         return None
     for match in _COMPARISON.finditer(text):
         before = text[max(0, match.start() - _MOST_BEFORE) : match.start()]
-        unit, other = _unit(match["unit"]), _unit(match["other"])
+        unit, other = unit_name(match["unit"]), unit_name(match["other"])
         starts = _CLAUSE_START.search(before) is not None if not match["which"] else not _PREPOSITION.search(before)
-        named = match["a"].casefold() in _SPELLED and not unit  # "this one is more than 5 years old"
+        named = match["a"].casefold() in COUNTS and not unit  # "this one is more than 5 years old"
         like = match["a"].endswith("%") == match["b"].endswith("%") and (not unit or not other or unit == other)
-        if not starts or named or not like or {unit, other} & _SCALES or SUPPOSES.search(_END.split(before)[-1]):
+        if (
+            not starts
+            or named
+            or not like
+            or {unit, other} & _SCALES
+            or SUPPOSES.search(statements(before + match[0])[-1])
+        ):
             continue
-        a, b = _value(match["a"]), _value(match["b"])
+        a, b = (number(match[name].strip("$%")) or 0 for name in ("a", "b"))
         holds = a > b if match["how"].casefold() in _MORE else a < b
         if holds == bool(match["denied"]):
             return match[0].strip()
     return None
-
-
-def _unit(text: str) -> str:
-    return text.strip().casefold().removesuffix("s")
-
-
-def _value(text: str) -> float:
-    return float(_SPELLED.get(text.casefold()) or text.strip("$%").replace(",", ""))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -142,6 +139,5 @@ def _sums(text: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1 << 14)
-def _numbers(text: str) -> frozenset[str]:
-    spelled = {str(_SPELLED[word]) for word in re.findall(r"[a-z]+", text.casefold()) if word in _SPELLED}
-    return frozenset(_ANY_NUMBER.findall(text)) | spelled
+def _numbers(text: str) -> frozenset[Fraction]:
+    return frozenset().union(*numbers_in(text))

@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,
 from embervlm.judge.reading import ANSWER, FIRST_STEP, KNOWN, QUESTION, ChainContext, ChainReading, ReadStep, read_steps
 from embervlm.words.chain_text import STEP_TYPES
 from embervlm.words.claims import all_words, content_words, is_conclusion, named_candidates
+from embervlm.words.english import REASON_WORDS, any_of
 from embervlm.words.wording import clauses_of, ramp
 
 MIN_WORDS_OF_A_TYPE = 4
@@ -27,8 +28,8 @@ _TYPE_KEYWORDS = {
         r"|needs?|needed|given|involves?|observ\w*|shows?)\b"
     ),
     "constraint_checking": re.compile(
-        r"\b(?:constraints?|limit\w*|conditions?|cannot|can't|must|only|because|since|so|unless|if|unable|able|too"
-        r"|enough|capab\w*|evaluat\w*|check\w*|verif\w*|requires?|depends?|safe\w*|risks?)\b"
+        rf"{any_of(*REASON_WORDS, 'so', 'unless', 'if')}|\b(?:constraints?|limit\w*|conditions?|cannot|can't|must|only"
+        r"|unable|able|too|enough|capab\w*|evaluat\w*|check\w*|verif\w*|requires?|depends?|safe\w*|risks?)\b"
     ),
     "solution_selection": re.compile(
         r"\b(?:select\w*|choos\w*|choice|chosen|best|better|suit\w*|unsuit\w*|fits?|options?|alternatives?|compar\w*"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from embervlm.judge.arithmetic import wrong_arithmetic
 from embervlm.judge.reading import FAULT, FIRST_STEP, ChainContext, ChainReading, Fault, ReadStep
 from embervlm.judge.replaced import replaced_details
-from embervlm.words.claims import NEGATION, SENTENCE_END, Claim, content_words, named_candidates
+from embervlm.words.claims import Claim, content_words, named_candidates, statements
+from embervlm.words.english import NEGATION, is_negation
 from embervlm.words.wording import Array, ramp
 
 MIN_SHARED_OF_REPLACED = 0.3
@@ -115,20 +115,17 @@ def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
     Needs neither facts nor domains: "The wall is too high." and "The wall is not too high." in any subject.
     """
     text = "\n".join(steps).casefold()
-    if not (NEGATION.search(text) or "cannot" in text):
+    if not NEGATION.search(text):
         return None
     said: dict[tuple[str, ...], tuple[int, bool]] = {}
     for number, step in enumerate(steps, 1):
-        for sentence in SENTENCE_END.split(step):
-            words = content_words(sentence)
-            bare = tuple(word for word in words if not _NEGATIVE.fullmatch(word))
-            if len(bare) < 2 or sentence.rstrip().endswith("?"):
+        for statement in statements(step):
+            words = content_words(statement)
+            bare = tuple(word for word in words if not (is_negation(word) or word == "without"))
+            if len(bare) < 2 or statement.endswith("?"):
                 continue
             negated = (len(words) - len(bare)) % 2 == 1
             first, other = said.setdefault(bare, (number, negated))
             if other != negated:
                 return first, number
     return None
-
-
-_NEGATIVE = re.compile(r"not|no|never|cannot|without|.*n['\u2019]t")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from embervlm.words.numbers import DIGITS
+from embervlm.words.numbers import CURRENCIES, DIGITS, MOST_UNIT_WORDS, NO_UNITS, unit_name
 
 Value = Fraction | float
 _TOKEN = re.compile(
@@ -50,13 +50,6 @@ _OPERATORS = {
     "x": "*",
 }
 _PARTS = frozenset(("num", "cur", "pct", "op", "square", "root", "open", "close"))
-_MOST_UNIT_WORDS = 4
-_NO_UNIT = frozenset(
-    """of and or than more less fewer is are was were if so then by times plus minus to at not half twice double
-    triple dozen hundred thousand million billion tens ones hundreds thousands quarter third squared cubed over
-    equal each a an the he she it they we you i which that this but because when while""".split()
-)
-"""Words that make of a number something else than an amount of a thing."""
 _HALF_SAID = frozenset("times plus minus half twice double triple third quarter squared over percent".split())
 _OTHER_NUMBER = _HALF_SAID | frozenset("dozen hundred thousand million billion cubed".split())
 """Words that make of the number before them another one."""
@@ -65,13 +58,6 @@ _LABELS = frozenset(
 )
 _SKIPPED = frozenset("exactly only just a total of".split())
 _ABOUT = frozenset("about approximately roughly around nearly almost approx over".split())
-_CURRENCIES = {"$": "dollar", "US$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen", "\u20b9": "rupee"}
-MEASURES = frozenset(
-    """second minute hour day week month year s min h hr sec cent dollar euro pound penny pence quarter dime nickel km m
-    cm mm meter metre centimeter kilometer mile foot feet ft inch in yard gram kilogram kg g ounce oz lb ton liter litre
-    ml l gallon quart pint cup tablespoon teaspoon dozen degree""".split()
-)
-"""Units of which one can be worked out in another: `1 hour + 30 minutes = 90 minutes`."""
 _MOST_TOKENS = 120
 """Of one side."""
 _MOST_DIGITS, _MOST_EXPONENT, _LARGEST = 30, 64, 10**30
@@ -209,7 +195,7 @@ def _units_before(tokens: Sequence[Token], end: int) -> int | None:
     while start > 0 and tokens[start - 1].kind == "word":
         start -= 1
     words = {token.text.casefold() for token in tokens[start:end]}
-    fits = end - start <= _MOST_UNIT_WORDS and not words & _NO_UNIT
+    fits = end - start <= MOST_UNIT_WORDS and not words & NO_UNITS
     return start if fits and start > 0 and tokens[start - 1].kind in ("num", "pct", "close", "square") else None
 
 
@@ -292,7 +278,7 @@ def _right_of(tokens: Sequence[Token], start: int) -> Side | None:
             return None
         if unit == "and" and end + 1 < len(tokens) and tokens[end + 1].text.casefold() in ("a", "one", "half"):
             return None  # "3 and a half"
-        unit = "" if unit in _NO_UNIT else unit
+        unit = "" if unit in NO_UNITS else unit
     return _side(tokens, start, end, unit, about)
 
 
@@ -302,14 +288,14 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
     if not part or not any(token.kind == "num" for token in part):
         return None
     source: list[str] = []
-    units, words = {_singular(unit)} if unit else set(), list[str]()
+    units, words = {unit_name(unit)} if unit else set(), list[str]()
     numbers: list[str] = []
     for place, token in enumerate(part):
         if token.kind == "word" and not _is_of(tokens, start + place):
             words.append(token.text.casefold())
             continue
         if words:
-            units.add(_singular(" ".join(words)))
+            units.add(unit_name(" ".join(words)))
             words = []
         written = _written(part, place, source)
         if written is None:
@@ -317,10 +303,10 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
         if token.kind == "num":
             numbers.append(token.text)
         if token.kind == "cur":
-            units.add(_CURRENCIES.get(token.text.lstrip("\\").upper(), "money"))
+            units.add(CURRENCIES.get(token.text.lstrip("\\").upper(), "money"))
         source.append(written)
     if words:
-        units.add(_singular(" ".join(words)))
+        units.add(unit_name(" ".join(words)))
     text = re.sub(r"(\d+)&(\d+/\d+)", r"(\1+\2)", "".join(source))
     value = _value(text)
     if value is None:
@@ -370,10 +356,6 @@ def _written(part: Sequence[Token], place: int, source: Sequence[str]) -> str | 
 
 def _plain(digits: str) -> str:
     return digits.lstrip("0") if digits.lstrip("0")[:1].isdigit() else f"0{digits.lstrip('0')}"
-
-
-def _singular(unit: str) -> str:
-    return unit[:-1] if len(unit) > 3 and unit.endswith("s") and not unit.endswith("ss") else unit
 
 
 # ---- values

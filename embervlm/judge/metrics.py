@@ -16,29 +16,11 @@ import numpy as np
 from embervlm.data.records import ReasoningRecord
 from embervlm.judge import completeness
 from embervlm.judge.backends import EMBEDDED, Backends, EmbeddedBackend, make_backends
-from embervlm.judge.completeness import identify_step_types
 from embervlm.judge.faults import StepJudgment, judge_chain
 from embervlm.judge.flow import conclusion_follows, conclusion_of, final_answer_accuracy, is_gold, wrong_conclusion
 from embervlm.judge.order import OrderScorer
 from embervlm.judge.reading import FAULT, ChainContext, ChainReading
 from embervlm.judge.support import relevance
-from embervlm.words.chain_text import STEP_TYPES
-
-__all__ = [
-    "MARGINS",
-    "STEP_TYPES",
-    "TARGETS",
-    "ChainContext",
-    "ChainScorer",
-    "OrderScorer",
-    "balanced_accuracy",
-    "bootstrap_interval",
-    "compare_with_targets",
-    "final_answer_accuracy",
-    "identify_step_types",
-    "is_right",
-    "per_candidate_precision_recall",
-]
 
 TARGETS = {
     "reasoning_consistency": 0.85,

@@ -20,8 +20,23 @@ from math import factorial
 import numpy as np
 from numpy.typing import NDArray
 
-from embervlm.words.claims import ClaimReader, content_words, is_conclusion, strip_numbering
-from embervlm.words.wording import VACUOUS, Rarity, stem
+from embervlm.words.claims import ClaimReader, content_words, is_conclusion
+from embervlm.words.english import (
+    DEFINITE,
+    INDEFINITE,
+    MEANING_WORDS,
+    POINTS_BACK,
+    REASON_WORDS,
+    RESULT,
+    RESULT_WORDS,
+    TOKEN,
+    VACUOUS,
+    any_of,
+    is_number,
+    stem,
+    strip_numbering,
+)
+from embervlm.words.wording import Rarity
 
 NUM_PERMUTATIONS = 120
 MAX_STEPS = 64
@@ -46,23 +61,10 @@ LEARNED_WEIGHT = 0.5
 KNOWN_WEIGHT = 2.0
 """Of the order in the gold chain, where there is one."""
 
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][^\W\d_]+)*|=")
-_POINTS_BACK = re.compile(
-    r"(?:so|thus|therefore|hence|consequently|accordingly|as a result|this|that|these|those|it|its|they|their|he|she"
-    r"|his|her|him|which|such|both|also|but|however|instead|otherwise|moreover|then|now|finally|lastly|since then)\b",
-    re.IGNORECASE,
-)
-_RESULT = re.compile(
-    r"\b(?:so|thus|therefore|hence|consequently|accordingly|as a result|means that|it follows|total|altogether|overall"
-    r"|in all|must|finally)\b",
-    re.IGNORECASE,
-)
-_CONSEQUENCE = re.compile(
-    r"[,;.:]?\s*\b(?:so|thus|therefore|hence|consequently|which means|meaning|it follows that|as a result)\b|=|->"
-)
-_REASON = re.compile(r"\b(?:because|since|as|given that|due to)\b", re.IGNORECASE)
-_DEFINITE = frozenset(("the", "this", "that", "these", "those", "its", "their", "his", "her"))
-_INDEFINITE = frozenset(("a", "an", "some", "another", "one"))
+_TOKEN = re.compile(rf"{TOKEN.pattern}|=")
+_TOTAL = re.compile(any_of("total", "altogether", "overall", "in all", "must", "finally"), re.IGNORECASE)
+_CONSEQUENCE = re.compile(rf"[,;.:]?\s*{any_of(*RESULT_WORDS, *MEANING_WORDS, 'meaning')}|=|->", re.IGNORECASE)
+_REASON = re.compile(any_of(*REASON_WORDS, "as"), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,21 @@ def shape_of(step: str) -> StepShape:
         if token == "=":
             before = "="
             continue
-        if token[0].isdigit():
+        if is_number(token):
             number = token.replace(",", "").rstrip(".")
             numbers.add(number)
             if before == "=":
                 results.add(number)
             word = number
         elif token in VACUOUS:
-            if token in _DEFINITE or token in _INDEFINITE:
+            if token in DEFINITE or token in INDEFINITE:
                 before = token
             continue
         else:
             word = stem(token)
-            if before in _DEFINITE:
+            if before in DEFINITE:
                 definite.add(word)
-            elif before in _INDEFINITE:
+            elif before in INDEFINITE:
                 indefinite.add(word)
         at = match.start()
         if flipped:  # "C because P": the premise, at the end, is what is given
@@ -133,9 +135,9 @@ def shape_of(step: str) -> StepShape:
         frozenset(indefinite),
         frozenset(numbers),
         frozenset(results),
-        _POINTS_BACK.match(text) is not None,
+        POINTS_BACK.match(text) is not None,
         is_conclusion(step),
-        _RESULT.search(text) is not None,
+        bool(RESULT.search(text) or _TOTAL.search(text)),
     )
 
 

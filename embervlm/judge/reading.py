@@ -14,7 +14,8 @@ import numpy as np
 
 from embervlm.judge.backends import Backends, EmbeddedBackend
 from embervlm.words.claims import Claim, ClaimReader, content_words, is_conclusion
-from embervlm.words.wording import Array, Reading, sentences
+from embervlm.words.english import sentences
+from embervlm.words.wording import Array, Reading
 
 SUITABLE_VALUES = frozenset({"yes", "suited", "suitable", "true"})
 """Values with which a chain says 'this candidate fits'; `ChainContext.suitable_values` overrides them."""

@@ -56,8 +56,10 @@ def _adds(reading: ChainReading, j: int, i: int) -> float:
     words, places = reading.words, reading.places(j)
     if not places:
         return 0.0
+    own = reading.steps[j].words
+    others = [n for n, step in enumerate(reading.steps) if n != i and step.words != own]  # a repeat of j adds nothing
     elsewhere = np.zeros(len(words.words), dtype=bool)
-    for row in {QUESTION, ANSWER, *range(FIRST_STEP, reading.end)} - {FIRST_STEP + i, FIRST_STEP + j}:
+    for row in (QUESTION, ANSWER, *(FIRST_STEP + n for n in others)):
         elsewhere[words.text_places[row]] = True
     new = (1 - words.text_cover[2][places, FIRST_STEP + i]) * elsewhere[places]
     return float(ramp(new @ words.weights[places] / words.weights[places].sum(), *ADDS))

@@ -9,10 +9,11 @@ from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
-from embervlm.words.claims import strip_numbering
-from embervlm.words.wording import NUMBER_WORDS, VACUOUS, stem
+from embervlm.words.english import RESULT_WORDS, TOKEN, VACUOUS, is_number, stem, strip_numbering
+from embervlm.words.numbers import NUMBER_WORDS, ORDINALS
 
-_TOKEN = re.compile(r"\d+(?:[.,:]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_TOKEN = re.compile(rf"\d+:\d+|{TOKEN.pattern}")
+"""A time is one detail."""
 _OPPOSITES = """
     before/after earlier/later early/late more/less most/least many/few above/below over/under up/down on/off
     in/out inside/outside left/right front/back top/bottom north/south east/west northern/southern eastern/western
@@ -37,7 +38,7 @@ _CLASSES = (
 _EXCLUDES = {frozenset(pair.split("/")) for pair in _OPPOSITES.split()} | {
     frozenset(pair) for words in _CLASSES for pair in combinations(words.split(), 2)
 }
-_ADVERBS = frozenset("only also just still then even too so now exactly about therefore thus hence and but".split())
+_ADVERBS = {*RESULT_WORDS, *"only also just still then even too now exactly about and but".split()}
 _MOST_TOKENS = 80
 """A longer text is not one statement, and comparing two of them takes the product of their lengths."""
 _MOST_REPLACED = 0.4
@@ -86,12 +87,12 @@ class _Token(NamedTuple):
 
     @property
     def is_number(self) -> bool:
-        return self.text[0].isdigit() or self.text in NUMBER_WORDS
+        return is_number(self.text) or self.text in NUMBER_WORDS | ORDINALS
 
     @property
     def compared(self) -> str:
         """One number stands for all others, so that numbers are compared in their order."""
-        return "0" if self.text[0].isdigit() else self.text
+        return "0" if is_number(self.text) else self.text
 
 
 def _exclude(one: _Token, other: _Token, names: bool) -> bool:

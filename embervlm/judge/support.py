@@ -10,7 +10,8 @@ import numpy as np
 
 from embervlm.judge.reading import FAULT, FIRST_STEP, QUESTION, ChainContext, ChainReading, Fault, ReadStep
 from embervlm.words.claims import content_words
-from embervlm.words.wording import SYNONYM, Array, Reading, clauses_of, ramp, sentences
+from embervlm.words.english import CONNECTIVES, any_of, sentences
+from embervlm.words.wording import SYNONYM, Array, Reading, clauses_of, ramp
 
 MIN_CONTEXT_SHARE = 0.5
 """With known facts, a step without claims needs this share of its content words in the context."""
@@ -144,6 +145,6 @@ def _says_of(name: str) -> re.Pattern[str]:
     """Matches "NAME is WORDS" up to the clause's end."""
     return re.compile(
         rf"(?<!\w){re.escape(name)}\s+(?:is|are|was|were)\s+([^,.;:!?]{{1,40}}?)"
-        r"(?=[,.;:!?]|\s+(?:and|so|but|or|because|since|which|while|when|if|for|to|than)\b|$)",
+        rf"(?=[,.;:!?]|\s+{any_of(*CONNECTIVES, 'and', 'or', 'which', 'for', 'to', 'than')}|$)",
         re.IGNORECASE,
     )

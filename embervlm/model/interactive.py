@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from embervlm.model.generation import Decoding, check_length, generate_from_visu
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
 from embervlm.words.claims import conclusion_fault
+from embervlm.words.english import sentences
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "analysis": ("Problem Analysis:", "Constraints:", "Available Options:", "Selection Criteria:"),
@@ -89,8 +89,7 @@ def lay_out(steps: Sequence[str], headings: Sequence[str]) -> list[tuple[str, st
     if any("{i}" in heading for heading in headings):
         out = []
         for number, step in enumerate(body, 1):
-            sentences = re.split(r"(?<=[.!?])\s+", step)
-            out += _fill(sentences, [heading.replace("{i}", str(number)) for heading in headings])
+            out += _fill(sentences(step), [heading.replace("{i}", str(number)) for heading in headings])
         return [*out, *((CONCLUSION.strip(), text) for text in conclusion)]
     own = {step: heading for step in body for heading in headings if step.lower().startswith(heading.lower())}
     if own:

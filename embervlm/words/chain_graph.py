@@ -16,15 +16,10 @@ from fractions import Fraction
 from functools import cached_property
 
 from embervlm.words.claims import ClaimReader, content_words, named_candidates
+from embervlm.words.english import POINTS_BACK, sentences, strip_numbering
 from embervlm.words.numbers import numbers_in
 
-SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _BULLET = re.compile(r"\s*[-*\u2022]\s")
-POINTS_BACK = re.compile(
-    r"(?:[-*\u2022]\s+)?(?:so|thus|therefore|hence|consequently|accordingly|as a result|this|that|these|those|it|they|"
-    r"he|she|which|such|its|their|both|also|but|however|instead|otherwise|moreover|in addition|still|yet|likewise)\b",
-    re.IGNORECASE,
-)
 _COUNTS_ALOUD = re.compile(
     r"^(?:[-*\u2022]\s+)?(?:first|second|third|fourth|fifth|next|then|after that|afterwards|finally|last)(?:ly)?\b"
     r"|\bsteps?\s+(?:\d|one\b|two\b|three\b|four\b|above\b|before\b)|\b(?:previous|next|last|earlier) step\b",
@@ -34,7 +29,12 @@ _COUNTS_ALOUD = re.compile(
 
 def split_units(step: str) -> tuple[str, ...]:
     """The lines of a step of several lines, else its sentences."""
-    return tuple(step.split("\n")) if "\n" in step else tuple(SENTENCE_BREAK.split(step))
+    return tuple(step.split("\n")) if "\n" in step else sentences(step)
+
+
+def points_back(unit: str) -> bool:
+    """Whether `unit` opens with a word such as "so" or "this"."""
+    return POINTS_BACK.match(strip_numbering(unit)) is not None
 
 
 def join_units(units: Sequence[str], step: str) -> str:
@@ -86,7 +86,7 @@ class ChainGraph:
                 needs |= {first_word[word] for word in words - own if word in first_word}
                 numbers = numbers_in(unit)
                 needs |= self._computes(numbers[0])
-                glued = number > 0 and POINTS_BACK.match(unit) is not None
+                glued = number > 0 and points_back(unit)
                 if glued:
                     needs.add(number - 1)
                 if place and _BULLET.match(unit):

@@ -1,7 +1,6 @@
-"""What the steps of a chain say: content words, claims about named facts, and the faults of each step.
+"""What the steps of a chain say: content words, and claims about named facts.
 
-Nothing here knows robots. Names and values come from the data set (`ChainContext.domains`); the only word lists are
-English function words.
+Names and values come from the data set (`ChainContext.domains`).
 """
 
 from __future__ import annotations
@@ -12,28 +11,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from embervlm.words.chain_text import number_edges
+from embervlm.words.english import NEGATION, STOP_WORDS, sentences, stem, strip_numbering, tokens
 
-STOP_WORDS = frozenset(
-    """a an the is are was were be been being am of to in on at for with by from as and or so that this these those it
-    its then than thus therefore hence there here has have had do does did will would can could should may might i we
-    you they he she which who what into also just very""".split()
-)
-"""Function words. Words that turn a statement around (not, no, never, cannot, without) are content."""
-
-
-_WORD = re.compile(r"(?:(?<=\s)-)?\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-_NUMBERING = re.compile(
-    r"^\s*(?:[-*]\s+|step\s*\d+\s*[:.)-]?\s*|\d+\s*[:.)]\s+|(?:first|second|third|next|then|finally|lastly)(?:ly)?\s*[:,]\s*)+",
-    re.IGNORECASE,
-)
 _CONCLUSION = re.compile(
     r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*(?:[:,]|\bis\b))",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
-SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_SEMICOLON = re.compile(r";\s+")
 _LINK = re.compile(r"[\s:=]*(?:(?:is|are|was|were|be|being|not|a|an|the)\s+)*", re.IGNORECASE)
-NEGATION = re.compile(r"\b(?:not|never|no|without)\b|n['\u2019]t\b", re.IGNORECASE)
 _EXCLUDED = re.compile(
     r"\b(?:not|no|never|without|except|excluding|than|instead of)\s+(?:(?:the|a|an)\s+)?$", re.IGNORECASE
 )
@@ -84,7 +70,7 @@ class ClaimReader:
     def _read(self, step: str) -> tuple[Claim, ...]:
         if self._names is None:
             return ()
-        return tuple(claim for sentence in SENTENCE_END.split(step) for claim in self._read_sentence(sentence))
+        return tuple(claim for part in statements(step) for claim in self._read_sentence(part))
 
     def _read_sentence(self, sentence: str) -> Iterable[Claim]:
         assert self._names is not None
@@ -134,22 +120,21 @@ def is_conclusion(step: str) -> bool:
     return _CONCLUSION.match(strip_numbering(step)) is not None
 
 
-def strip_numbering(step: str) -> str:
-    """`step` without "Step 3:", "3.", "-" or "First," in front."""
-    return _NUMBERING.sub("", step, count=1)
+def statements(text: str) -> list[str]:
+    """The sentences of `text`, cut at semicolons too."""
+    return [part for sentence in sentences(text) for part in _SEMICOLON.split(sentence)]
 
 
 @lru_cache(maxsize=1 << 16)
 def all_words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(strip_numbering(text).casefold()))
+    return tuple(tokens(text))
 
 
 @lru_cache(maxsize=1 << 16)
 def content_words(text: str) -> tuple[str, ...]:
-    """Lower-case words in order, without numbering, the word "Conclusion", function words and a plural s."""
-    stripped = strip_numbering(text)
-    stripped = _CONCLUSION.sub("", stripped, count=1)
-    return tuple(_singular(word) for word in _WORD.findall(stripped.casefold()) if word not in STOP_WORDS)
+    """Stems of the words in order, without numbering, the word "Conclusion" and function words."""
+    stripped = _CONCLUSION.sub("", strip_numbering(text), count=1)
+    return tuple(stem(word) for word in tokens(stripped) if word not in STOP_WORDS)
 
 
 def named_candidates(conclusion: str, candidates: Collection[str]) -> frozenset[str]:
@@ -163,10 +148,6 @@ def conclusion_fault(conclusion: str, answer: Collection[str], candidates: Colle
     if not answer or not named or {name.casefold() for name in named} == {name.casefold() for name in answer}:
         return None
     return f"names {', '.join(sorted(named))}, the answer is {', '.join(sorted(answer))}"
-
-
-def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
 def _alternatives(phrases: Collection[str], units: Iterable[str] = ()) -> re.Pattern[str] | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
+
+from embervlm.words.english import stem
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 """A number without its sign; a comma stands in it only before each three digits."""
@@ -28,7 +31,10 @@ _TENS = {
     word: 20 + 10 * place for place, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())
 }
 _SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
-NUMBER_WORDS = frozenset((*_SMALL, *_TENS, *_SCALES))
+COUNTS = frozenset((*_SMALL, *_TENS))
+NUMBER_WORDS = COUNTS | frozenset(_SCALES)
+ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth tenth half twice".split())
+"""And other words that count."""
 _NUMBER = re.compile(rf"[-+]?\s*(?:{DIGITS})")
 _RATIO = re.compile(rf"(?:(?P<whole>\d+)\s+)?(?P<over>{DIGITS})\s*/\s*(?P<under>{DIGITS})")
 
@@ -101,3 +107,39 @@ def spelled(text: str) -> Fraction | None:
         else:
             return None
     return total + current if seen else None
+
+
+# ---- units
+
+CURRENCIES = {"$": "dollar", "US$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen", "\u20b9": "rupee"}
+_SPELLINGS = """
+    percent %; kilometre kilometer km kms; metre meter m; centimetre centimeter cm; millimetre millimeter mm; kilogram
+    kg kgs; gram g; hour h hr hrs; minute min mins; second s sec secs; dollar usd buck; euro eur; litre liter l; foot ft
+    feet; pound lb lbs; ounce oz; inch in
+"""
+"""Units, each with its other spellings."""
+_NAMES = {stem(word): words.split()[0] for words in _SPELLINGS.split(";") for word in words.split()}
+NO_UNITS = frozenset(
+    """not no nor of and or than more less fewer is are was were if so then by times plus minus to at from between half
+    twice double triple dozen hundred thousand million billion tens ones hundreds thousands quarter third squared cubed
+    over equal each a an the he she it they we you i which that this but because when while""".split()
+)
+"""Words that make of a number something else than an amount of a thing."""
+MOST_UNIT_WORDS = 4
+
+
+@lru_cache(maxsize=1 << 12)
+def unit_name(text: str) -> str:
+    """`text`, a unit, in one spelling and number: "kms" is "kilometre"; of other things the stems."""
+    stems = [stem(word) for word in text.casefold().replace("per cent", "percent").split()]
+    return " ".join(_NAMES.get(word, word) for word in stems)
+
+
+MEASURES = frozenset(_NAMES.values()) - {"percent"} | frozenset(
+    map(
+        unit_name,
+        """day week month year cent penny pence quarter dime nickel mile yard ton ml gallon quart pint cup tablespoon
+        teaspoon dozen degree""".split(),
+    )
+)
+"""Units of which one can be worked out in another: `1 hour + 30 minutes = 90 minutes`."""

@@ -11,52 +11,20 @@ from collections.abc import Collection
 from fractions import Fraction
 from functools import lru_cache
 
-from embervlm.words.numbers import DIGITS, NUMBER_WORDS, number, plain
+from embervlm.words.english import ARTICLES, RESULT_WORDS, any_of
+from embervlm.words.numbers import CURRENCIES, DIGITS, MOST_UNIT_WORDS, NO_UNITS, NUMBER_WORDS, number, plain, unit_name
 
 LIST_SEPARATOR = re.compile(r"\s*(?:;|(?<!\d),|,(?!\d{3}(?!\d))|\band\b|&|\n)\s*", re.IGNORECASE)
 """Between the parts of a list; a comma before three digits belongs to a number."""
 _LEAD = re.compile(
-    r"(?:(?:so|therefore|thus|hence)\W+)?(?:(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)|it(?:\s+is|'s)\b"
+    rf"(?:{any_of(*RESULT_WORDS)}\W+)?(?:(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)|it(?:\s+is|'s)\b"
     r"|there\s+(?:is|are)\b)[\s:]*",
     re.IGNORECASE,
 )
-_CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen"}
-_UNITS = {
-    "%": "percent",
-    "per cent": "percent",
-    "km": "kilometre",
-    "kilometer": "kilometre",
-    "m": "metre",
-    "meter": "metre",
-    "cm": "centimetre",
-    "centimeter": "centimetre",
-    "mm": "millimetre",
-    "millimeter": "millimetre",
-    "kg": "kilogram",
-    "g": "gram",
-    "h": "hour",
-    "hr": "hour",
-    "min": "minute",
-    "s": "second",
-    "sec": "second",
-    "usd": "dollar",
-    "buck": "dollar",
-    "eur": "euro",
-    "l": "litre",
-    "liter": "litre",
-    "ft": "foot",
-    "feet": "foot",
-    "lb": "pound",
-}
 _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$\u20ac\u00a3\u00a5]?)\s*(?P<value>[-+]?(?:(?:\d+\s+)?(?:{DIGITS})\s*/\s*(?:{DIGITS})|{DIGITS}))"
     r"\s*(?P<unit>%|[^\W\d_][^\d,;:!?]*)?"
 )
-_NO_UNIT = frozenset(
-    "not no nor or and but is are was were to than more less fewer of if minus plus times from between".split()
-)
-_ARTICLES = frozenset(("a", "an", "the"))
-_MOST_UNIT_WORDS = 3
 _WORD = re.compile(rf"-?(?:{DIGITS})|\w+(?:['\u2019]\w+)*|[^\w\s]")
 
 
@@ -95,9 +63,9 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
         scale = unit.split()[0].casefold() if unit else ""
         if value is not None and scale in NUMBER_WORDS:  # "3 million"
             value, unit = number(f"{match['value']} {scale}"), unit[len(scale) :].strip()
-        if value is None or (match["currency"] and unit and unit != _CURRENCIES[match["currency"]]):
+        if value is None or (match["currency"] and unit and unit_name(unit) != CURRENCIES[match["currency"]]):
             return None
-        return _with_unit(-value if match["sign"] == "-" else value, _CURRENCIES.get(match["currency"], unit))
+        return _with_unit(-value if match["sign"] == "-" else value, CURRENCIES.get(match["currency"], unit))
     words = text.split()
     for end in range(len(words), 0, -1):  # "three hundred boxes"
         if (value := number(" ".join(words[:end]))) is not None:
@@ -107,13 +75,7 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
 
 def _with_unit(value: Fraction, unit: str) -> tuple[Fraction, str] | None:
     words = unit.casefold().split()
-    if len(words) > _MOST_UNIT_WORDS or _NO_UNIT & set(words):
-        return None
-    name = " ".join(words)
-    name = _UNITS.get(name, name)
-    if len(name) > 3 and name.endswith("s") and not name.endswith("ss"):
-        name = name[:-1]
-    return value, _UNITS.get(name, name)
+    return None if len(words) > MOST_UNIT_WORDS or NO_UNITS & set(words) else (value, unit_name(unit))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -121,6 +83,6 @@ def _words(text: str) -> tuple[str, ...]:
     """Words without case, articles and punctuation, number words as digits; of an article alone, itself."""
     tokens = _WORD.findall(plain(text).casefold().replace("\u2019", "'"))
     words = [token for token in tokens if re.search(r"\w", token)]
-    out = [word for word in words if word not in _ARTICLES] or words
+    out = [word for word in words if word not in ARTICLES] or words
     values = [number(word) for word in out]
     return tuple(word if value is None else str(value) for word, value in zip(out, values)) or tuple(tokens)

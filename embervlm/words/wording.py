@@ -1,8 +1,7 @@
 """Texts as weighted words: clauses, negations, what one text says of another. Free of any subject.
 
 Words are compared by stem and by small word vectors that ship with the package: `word_vectors.npz` holds what
-all-MiniLM-L6-v2 (Apache-2.0) says of each word, reduced by `benchmarks/distil_word_vectors.py`. The only word lists are
-English function words, negations and connectives.
+all-MiniLM-L6-v2 (Apache-2.0) says of each word, reduced by `benchmarks/distil_word_vectors.py`.
 """
 
 from __future__ import annotations
@@ -19,38 +18,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embervlm.words.claims import STOP_WORDS, strip_numbering
+from embervlm.words.english import (
+    CONNECTIVES,
+    RESULT,
+    SUPPOSES,
+    TOKEN,
+    VACUOUS,
+    any_of,
+    is_negation,
+    is_number,
+    sentences,
+    stem,
+    strip_numbering,
+)
+from embervlm.words.numbers import NUMBER_WORDS, ORDINALS
 
 Array = NDArray[np.float32]
-
-NEGATIONS = frozenset(
-    "not no never cannot neither nor none nobody nothing nowhere hardly scarcely false untrue incorrect".split()
-)
-NUMBER_WORDS = frozenset(
-    """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand first second third fourth
-    fifth sixth seventh eighth ninth tenth half twice""".split()
-)
-VACUOUS = STOP_WORDS | frozenset(
-    """let me my us our your how why when where while if each every all any some both such same other another one more
-    most much many few less least only even still yet again already because since although though but however while
-    whereas which about up out over then next first finally after before during between until both either or than too
-    make makes made get gets go goes use uses need needs now here step conclusion answer""".split()
-)
-"""Function words and the most general verbs: they carry nothing of what a clause is about."""
 
 UNKNOWN_COSINE, SAME_COSINE = 0.45, 0.85
 """Cosine of word vectors at which words begin to be alike, and at which they mean the same."""
 SYNONYM = 0.9
 """Likeness of two different words at `SAME_COSINE`."""
 
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _NAME = re.compile(r"(?<=[\w,;)] )([A-Z][^\W\d_]+)")
-_SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
 _CLAUSE_BREAK = re.compile(
-    r"(?<=[;:])\s+|,\s+(?=\S)|\s+(?=(?:so|because|since|but|while|whereas|although|though|therefore|thus|hence|which|when|if|unless)\b)"
-    r"|\s+and\s+(?=(?:the|a|an|it|they|this|that|these|those|there|he|she|we|so|is|are|was|were|do|does|did|can|cannot"
-    r"|has|have|had|will|must|may)\b)",
+    rf"(?<=[.!?;:])\s+|,\s+(?=\S)|\s+(?={any_of(*CONNECTIVES, 'which')})"
+    r"|\s+that\s+(?=no\b)|\s+and\s+(?=(?:the|a|an|it|they|this|that|these|those|there|he|she|we|so|is|are|was|were"
+    r"|do|does|did|can|cannot|has|have|had|will|must|may)\b)",
     re.IGNORECASE,
 )
 _OPENING_ANSWER = re.compile(r"^\s*(?:conclusion:\s*|the answer is\s+|so\s+)*(?:yes|no)\s*(?=[,.;!]|$)", re.IGNORECASE)
@@ -60,22 +54,12 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _NO_DENIAL = re.compile(r"\b(?:no|not) (?:more|less|fewer|later|sooner|longer|only|just|merely)\b", re.IGNORECASE)
-SUPPOSES = re.compile(
-    r"\b(?:if|unless|would|whether|when|whenever|until|as long as|may|might|perhaps|maybe|possibly|or"
-    r"|only\b.*\b(?:while|where|as))\b",
-    re.IGNORECASE,
-)
-_RESULT = re.compile(r"^(?:so|therefore|thus|hence|consequently|it follows|this means|which means|as a result)\b", re.I)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|dis|non)(?=\w{4})")
 
 
 def ramp(value: Any, low: float, high: float) -> Any:
     """0 up to `low`, 1 from `high` on, a straight line between; of a number or an array."""
     return np.clip((value - low) / (high - low), 0, 1)
-
-
-def sentences(text: str) -> list[str]:
-    return [part for part in _SENTENCE_BREAK.split(text.strip()) if part]
 
 
 @dataclass(frozen=True)
@@ -95,16 +79,15 @@ class Clause:
 def clauses_of(text: str) -> tuple[Clause, ...]:
     """Statements of `text`. Of a part without a content word a "so" and a denial are kept, for the next one."""
     out: list[Clause] = []
-    for sentence in _SENTENCE_BREAK.split(strip_numbering(text)):
+    for sentence in sentences(strip_numbering(text)):
         supposed = SUPPOSES.search(sentence) is not None
         result, denied = False, 0
         sentence = _DENIAL.sub("not ", _NO_DENIAL.sub("", _OPENING_ANSWER.sub("", sentence)))
         for part in _CLAUSE_BREAK.split(sentence):
-            result = result or _RESULT.match(part) is not None
+            result = result or RESULT.match(part) is not None
             negations, words = denied, []
-            for token in _TOKEN.findall(part.casefold()):
-                token = token.replace("\u2019", "'")
-                if token in NEGATIONS or token.endswith("n't"):
+            for token in TOKEN.findall(part.casefold().replace("\u2019", "'")):
+                if is_negation(token):
                     negations += 1
                 elif token not in VACUOUS:
                     negated, word = _stem_of(token)
@@ -135,25 +118,7 @@ def _stem_of(token: str) -> tuple[bool, str]:
     return False, stem(token)
 
 
-def stem(word: str) -> str:
-    """`word` without plural, tense and adverb endings; crude, but the same for all forms of a regular word."""
-    word = word.removesuffix("'s").replace("'", "")
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        word = word[:-2] if word.endswith(("ches", "shes", "xes", "sses")) else word[:-1]
-    for ending in ("ing", "ed"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3 and re.search("[aeiouy]", word[: -len(ending)]):
-            word = word[: -len(ending)]
-            if word[-1] == word[-2] and word[-1] not in "lsz":
-                word = word[:-1]
-            break
-    if len(word) > 5 and word.endswith("ly"):
-        word = word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("e") else word
-
-
-_NUMBER_STEMS = frozenset(map(stem, NUMBER_WORDS))
+_NUMBER_STEMS = frozenset(map(stem, NUMBER_WORDS | ORDINALS))
 
 
 class WordVectors:
@@ -183,7 +148,7 @@ class WordVectors:
 
     def rarity(self, word: str) -> float:
         """From 0.3 for the most common word to 1 for one that is not known; a number is 0.8."""
-        if word[0].isdigit():
+        if is_number(word):
             return 0.8
         place = self._index.get(word)
         return 1.0 if place is None else max(0.3, log(2 + place) / log(2 + self._num))
@@ -247,7 +212,7 @@ class Reading:
         cosine = vectors @ vectors.T
         out = np.clip((cosine - UNKNOWN_COSINE) / (SAME_COSINE - UNKNOWN_COSINE), 0, 1) * SYNONYM
         names = frozenset[str]().union(*(names_of(text) for text in self.texts))
-        numbers = [place for place, word in enumerate(self.words) if word[0].isdigit() or word in _NUMBER_STEMS]
+        numbers = [place for place, word in enumerate(self.words) if is_number(word) or word in _NUMBER_STEMS]
         named = [place for place, word in enumerate(self.words) if word in names]
         out[numbers, :] = 0
         out[:, numbers] = 0

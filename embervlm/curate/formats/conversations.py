@@ -11,6 +11,7 @@ from embervlm.curate.formats.shared import ANALYSIS, CHECKING, Source, chain_of,
 from embervlm.data.record_fields import Report, kind
 from embervlm.robots.domain import DOMAINS
 from embervlm.words.chain_text import parse_answer, strict_answer
+from embervlm.words.english import RESULT_WORDS, any_of
 
 Reply = tuple[list[tuple[str, str]], str, dict[str, Any]]
 """Parts of the chain, the text that holds the answer, and metadata."""
@@ -144,7 +145,7 @@ def _free_answer(text: str, parts: list[tuple[str, str]], **metadata: Any) -> Re
 
 
 _ANSWER_LEAD = re.compile(
-    r"(?:(?:so|therefore|thus|hence)\W+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE
+    rf"(?:{any_of(*RESULT_WORDS)}\W+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE
 )
 _LETTER_ALONE = re.compile(r"\(?([A-Z])\)?[.:]?")
 _LETTER_NAMED = re.compile(r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\)?\s*(?:[.,:;]|$)", re.IGNORECASE)

@@ -11,6 +11,7 @@ from typing import Any
 
 from embervlm.data.record_fields import kind, quote
 from embervlm.data.splits import SPLITS
+from embervlm.words import english
 from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning
 
 ANALYSIS, CHECKING, SELECTION, CONCLUDING = (
@@ -98,20 +99,12 @@ class Source:
 
 def sentences(text: str) -> list[str]:
     """`text` cut into sentences, without list marks and step headings; lines without any letter are left out."""
-    out = []
+    out: list[str] = []
     for line in text.splitlines():
-        line = _LIST_MARK.sub("", line.strip()).strip()
-        start = 0
-        for end in _SENTENCE_END.finditer(line):
-            if not _NO_END.search(line[max(start, end.start() - 10) : end.start() + 1]):
-                out.append(line[start : end.end()])
-                start = end.end()
-        out.append(line[start:])
+        out += english.sentences(_LIST_MARK.sub("", line.strip()))
     return [" ".join(sentence.split()) for sentence in out if re.search(r"\w", sentence)]
 
 
-_SENTENCE_END = re.compile("[.!?][\"')\\]]*(?=\\s+[\"'(\\[]*[A-Z0-9])|[\\u3002\\uff01\\uff1f\\u0964]")
-_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|etc|e\.g|i\.e|[A-Z])|^\s*\d+)\.$")
 _LIST_MARK = re.compile(
     r"^(?:[-*\u2022]\s+|#{1,6}\s+|\d+[.)]\s+|\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*)+",
     re.IGNORECASE,
