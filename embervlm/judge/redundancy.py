@@ -57,7 +57,8 @@ def _adds(reading: ChainReading, j: int, i: int) -> float:
     if not places:
         return 0.0
     own = reading.steps[j].words
-    others = [n for n, step in enumerate(reading.steps) if n != i and step.words != own]  # a repeat of j adds nothing
+    # A repeat of j makes nothing new, unless it is the conclusion.
+    others = [n for n, step in enumerate(reading.steps) if n != i and n != j and (step.words != own or step.concludes)]
     elsewhere = np.zeros(len(words.words), dtype=bool)
     for row in (QUESTION, ANSWER, *(FIRST_STEP + n for n in others)):
         elsewhere[words.text_places[row]] = True
