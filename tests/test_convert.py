@@ -15,6 +15,7 @@ from embervlm.config import ConfigError
 from embervlm.curate.convert import CONVERTERS, convert_file, skipped_path, summary
 from embervlm.curate.formats.shared import sentences
 from embervlm.data.curriculum import complexity_by_steps
+from embervlm.data.domain import NO_DOMAIN
 from embervlm.data.records import DataError, read_records
 from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -120,6 +121,40 @@ LLAVA_COT = {
         },
     ],
 }
+THOUGHT = {
+    "id": 7,
+    "image": "a.png",
+    "conversations": [
+        {
+            "from": "human",
+            "value": "<image>\nWhat made the block move?\nOptions:\n(A) Gravity\n(B) Collision\nOutput the thinking "
+            "process in <think> </think> and final answer in <answer> </answer> tags.",
+        },
+        {
+            "from": "gpt",
+            "value": "<think>A ball rolls in. It hits the block.\n\nSo they collide.</think> "
+            "<answer>(B) Collision</answer>",
+        },
+    ],
+}
+SHAREGPT = {
+    "messages": [
+        {"role": "system", "content": "You are careful."},
+        {"role": "user", "content": "<image>\u4ed6\u5728\u505a\u4ec0\u4e48\uff1f"},
+        {"role": "assistant", "content": "\u4ed6\u62ff\u7740\u7403\u3002\u4ed6\u5728\u8e22\u7403\u3002"},
+        {"role": "user", "content": [{"type": "text", "text": "Is it a game?"}]},
+        {"role": "assistant", "content": "A crowd looks on. Both teams are there. Yes."},
+    ],
+    "images": ["a.png"],
+}
+ALPACA = {
+    "instruction": "How many lemons are there?",
+    "input": "Count those on the table, too.",
+    "output": "Two lemons lie in the bowl. One lies on the table.\n\\boxed{3}",
+    "system": "You count.",
+    "history": [["What is it?", "A bowl of fruit."]],
+    "images": ["a.png"],
+}
 SAMPLES = {
     "teacher": [TEACHER],
     "human": [HUMAN],
@@ -127,8 +162,10 @@ SAMPLES = {
     "robot_selection": [SINGLE, MULTI],
     "scienceqa": [SCIENCE, SCIENCE | {"image": None, "hint": "A map hangs here."}],
     "aokvqa": [AOKVQA],
-    "llava": [LLAVA],
+    "llava": [LLAVA, THOUGHT],
     "llava_cot": [LLAVA_COT],
+    "sharegpt": [SHAREGPT],
+    "alpaca": [ALPACA],
 }
 
 
@@ -370,6 +407,127 @@ def test_llava_cot_sections_become_typed_steps_and_a_caption(folder):
     ]
 
 
+def said(folder, question, reply, **options):
+    """The one record of a conversation of one turn in LLaVA's format."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+    (record,) = convert(folder, "llava", LLAVA | {"conversations": turns}, **options).records
+    return record
+
+
+def test_a_thought_in_tags_becomes_the_steps_and_what_the_answer_tag_holds_the_answer(folder):
+    (record,) = convert(folder, "llava", THOUGHT).records
+    assert record.steps == ("A ball rolls in.", "It hits the block.", "So they collide.", "Conclusion: Collision.")
+    assert record.answer == ("Collision",) and record.metadata["candidates"] == ["Gravity", "Collision"]
+    assert record.instruction.endswith("(B) Collision"), "the sentence that asks for tags is left out"
+
+
+@pytest.mark.parametrize(
+    ("reply", "steps", "answer"),
+    [
+        ("<think>I look. I count.</think>\n\nThere are many. The answer is 3.", 3, "3"),
+        ("I look. I count.\n</think>\n\\boxed{3}", 2, "3"),
+        ("<caption>A bowl.</caption><thinking>I count.</thinking><answer>$\\boxed{\\text{3 cm}}$</answer>", 2, "3 cm"),
+        ("<THINK>\nI look.\n\nI count.\n</THINK>\nYes", 2, "Yes"),
+    ],
+)
+def test_ways_to_write_a_thought(folder, reply, steps, answer):
+    record = said(folder, "How many?", reply)
+    assert record.num_steps == steps and record.answer == (answer,) and "<" not in " ".join(record.steps)
+    assert record.metadata.get("caption") == ("A bowl." if "caption" in reply else None)
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "answer", "candidates"),
+    [
+        ("\u00bfEs rojo?", "Lo veo. La respuesta es s\u00ed.", "s\u00ed", ["s\u00ed", "no"]),
+        ("\u00bfEs rojo?", "Lo veo. No.", "No", ["S\u00ed", "No"]),
+        ("Ist es rot?", "Ich sehe es. Die Antwort lautet: Nein.", "Nein", ["Ja", "Nein"]),
+        ("Est-ce rouge ?", "Je regarde. R\u00e9ponse : oui", "oui", ["oui", "non"]),
+        (
+            "\u042d\u0442\u043e?",
+            "\u0412\u0438\u0436\u0443. \u0414\u0430.",
+            "\u0414\u0430",
+            ["\u0414\u0430", "\u041d\u0435\u0442"],
+        ),
+        ("\u662f\u5417\uff1f", "\u6211\u770b\u3002\u7b54\u6848\u662f\u5426\u3002", "\u5426", ["\u662f", "\u5426"]),
+        ("Is it?", "I look.\nno", "No", ["Yes", "No"]),
+    ],
+)
+def test_yes_and_no_are_closed_answers_in_the_spelling_given(folder, question, reply, answer, candidates):
+    record = said(folder, question, reply)
+    assert record.answer == (answer,) and record.metadata["candidates"] == candidates
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "\u9009\uff1a\uff08A\uff09\u732b\uff08B\uff09\u72d7\u3002",
+        "\u9009\u3002A\uff0e\u732b B\uff0e\u72d7",
+        "\u9009\uff1a\nA\u3001\u732b\nB\u3001\u72d7",
+        "\u9009\uff1a\n\uff21.\u732b\n\uff22.\u72d7",
+        "\u9009\u3002 A. \u732b\uff0cB. \u72d7",
+    ],
+)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "B",
+        "\uff08B\uff09",
+        "\u7b54\u6848\u662fB\u3002",
+        "\u6545\u9009\uff1aB",
+        "\u72d7\u3002",
+        "B\u3001\u72d7",
+        "\u7b54\u6848\uff1a\uff22",
+    ],
+)
+def test_choices_may_be_marked_as_in_chinese(folder, question, reply):
+    record = said(folder, question, f"\u6211\u770b\u3002\u6211\u6bd4\u3002\n{reply}")
+    assert record.answer == ("\u72d7",) and record.metadata["candidates"] == ["\u732b", "\u72d7"]
+
+
+def test_without_a_domain_a_free_answer_is_left_to_the_data_to_close(folder):
+    (folder / "in.json").write_text(json.dumps([SHAREGPT]))
+    made = convert_file(folder / "in.json", folder / "out.json", source="sharegpt", progress=False, domain=NO_DOMAIN)
+    assert [record.metadata.get("candidates") for record in made.records] == [None, ["Yes", "No"]]
+    assert convert(folder, "sharegpt", SHAREGPT).records[0].metadata["candidates"] == [], "robots are no answer to it"
+
+
+# ---- LLaMA-Factory
+
+
+def test_sharegpt_takes_either_spelling_and_keeps_the_system_turn(folder):
+    first, second = convert(folder, "sharegpt", SHAREGPT).records
+    assert first.image.endswith("a.png") and first.metadata["system"] == "You are careful."
+    assert first.steps[0] == "\u4ed6\u62ff\u7740\u7403\u3002" and "<image>" not in first.instruction
+    assert second.instruction.endswith("Is it a game?") and second.answer == ("Yes",)
+    assert convert(folder, "sharegpt", LLAVA).records[0].answer == ("No",)
+
+
+def test_alpaca_joins_instruction_and_input_behind_the_history(folder):
+    (record,) = convert(folder, "alpaca", ALPACA).records
+    assert record.instruction == (
+        "Question: What is it?\nAnswer: A bowl of fruit.\nHow many lemons are there?\nCount those on the table, too."
+    )
+    assert record.steps == ("Two lemons lie in the bowl.", "One lies on the table.", "Conclusion: 3.")
+    assert record.answer == ("3",) and record.metadata["system"] == "You count." and record.image.endswith("a.png")
+
+
+@pytest.mark.parametrize("names", ["query response", "query content", "problem solution", "prompt completion"])
+def test_alpaca_takes_other_names_of_question_and_reply(folder, names):
+    asked, reply = names.split()
+    (record,) = convert(
+        folder, "alpaca", {asked: "Is it day?", reply: "The sky is blue. Yes.", "images": ["a.png"]}
+    ).records
+    assert record.instruction == "Is it day?" and record.steps[0] == "The sky is blue." and record.answer == ("Yes",)
+
+
+def test_with_an_answer_of_its_own_all_of_the_reply_is_reasoning(folder):
+    (record,) = convert(
+        folder, "alpaca", {"problem": "What is x?", "solution": "Add 2. That is 5.", "answer": "5"}
+    ).records
+    assert record.steps == ("Add 2.", "That is 5.", "Conclusion: 5.") and record.answer == ("5",)
+
+
 # ---- sentences
 
 
@@ -385,6 +543,20 @@ def test_llava_cot_sections_become_typed_steps_and_a_caption(folder):
             "\u5929\u7a7a\u662f\u84dd\u8272\u3002\u98de\u5427\u3002",
             ["\u5929\u7a7a\u662f\u84dd\u8272\u3002", "\u98de\u5427\u3002"],
         ),
+        (
+            "\u4ed6\u8bf4\uff1a\u201c\u597d\uff01\u201d\u8d70\u4e86\uff1f\u8d70\u3002",
+            ["\u4ed6\u8bf4\uff1a\u201c\u597d\uff01\u201d", "\u8d70\u4e86\uff1f", "\u8d70\u3002"],
+        ),
+        ("Das Dach ist rot. \u00dcber ihm ist es blau.", ["Das Dach ist rot.", "\u00dcber ihm ist es blau."]),
+        ("Der Zug hat Nr. 5 und ca. 20 Wagen.", ["Der Zug hat Nr. 5 und ca. 20 Wagen."]),
+        (
+            "\u041d\u0435\u0431\u043e \u0441\u0438\u043d\u0435\u0435. \u042d\u0442\u043e \u0434\u0435\u043d\u044c.",
+            [
+                "\u041d\u0435\u0431\u043e \u0441\u0438\u043d\u0435\u0435.",
+                "\u042d\u0442\u043e \u0434\u0435\u043d\u044c.",
+            ],
+        ),
+        ("Es rojo. \u00bfEs grande? S\u00ed.", ["Es rojo.", "\u00bfEs grande?", "S\u00ed."]),
     ],
 )
 def test_sentences_are_cut_where_they_end(text, expected):
@@ -446,6 +618,30 @@ def test_a_step_heading_inside_a_sentence_starts_no_step(folder):
             LLAVA | {"conversations": [LLAVA["conversations"][2], {"from": "gpt", "value": "It is. It was."}]},
             "conversations[1]: neither its last nor its first sentence names one of the choices",
         ),
+        (
+            "llava",
+            json.loads(json.dumps(THOUGHT).replace("</think> <answer>", "")),
+            "conversations[1]: <think> do not enclose one thought; write <think>...</think> once",
+        ),
+        (
+            "llava",
+            json.loads(json.dumps(THOUGHT).replace("(B) Collision</", "</")),
+            "<answer> behind </think> is missing",
+        ),
+        ("llava", json.loads(json.dumps(THOUGHT).replace("(B) Collision</", "Wind</")), "names none of the choices"),
+        ("sharegpt", SHAREGPT | {"messages": SHAREGPT["messages"][:2]}, "messages: is not a list of turns in pairs"),
+        (
+            "sharegpt",
+            {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]},
+            'messages[1]: is not {"role": "assistant", "content": text}',
+        ),
+        ("sharegpt", SHAREGPT | {"videos": ["a.mp4"]}, "videos: is no picture; take a frame of it"),
+        (
+            "alpaca",
+            {"instruction": "x", "images": ["a.png"]},
+            "output: is missing or empty (also looked for: response,",
+        ),
+        ("alpaca", ALPACA | {"history": ["x"]}, "history: is not a list of [question, reply]"),
         ("llava_cot", LLAVA, "conversations[1]: is not <SUMMARY>...</SUMMARY>"),
         ("llava_cot", json.loads(json.dumps(LLAVA_COT).replace("> B <", "> A and B <")), "CONCLUSION names none"),
         ("llava_cot", json.loads(json.dumps(LLAVA_COT).replace("> B <", "> <")), "CONCLUSION is empty"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from embervlm.config import ConfigError
 from embervlm.curate.formats.choices import aokvqa, scienceqa
-from embervlm.curate.formats.conversations import llava, llava_cot
+from embervlm.curate.formats.conversations import alpaca, llava, llava_cot, sharegpt
 from embervlm.curate.formats.guide import human, robot_selection, teacher, unified
 from embervlm.curate.formats.shared import Source
 from embervlm.data.curriculum import complexity_by_steps
@@ -35,6 +35,8 @@ CONVERTERS: dict[str, Callable[[Source], list[dict[str, Any]]]] = {
     "aokvqa": aokvqa,
     "llava": llava,
     "llava_cot": llava_cot,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
 }
 """What `--from` names -> one value of the file to records in one of the guide's spellings. What gives none has been
 reported."""
@@ -113,7 +115,7 @@ def _convert(
     numbers: dict[str, int] = {}
     values = file_values(path, line_problems, keyed=source == "scienceqa")
     for number, value in progress_bar(values, desc=f"convert {path.name}", unit="record", disable=not progress):
-        at = Source(value=value, number=number, image_root=rules.image_root)
+        at = Source(value=value, number=number, image_root=rules.image_root, candidates=rules.candidates)
         for item in CONVERTERS[source](at) if isinstance(value, dict) else [value]:
             record = read_record(item, f"{path.name}:{number}", rules, at.report)
             if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:

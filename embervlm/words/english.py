@@ -96,8 +96,14 @@ SUPPOSES = re.compile(
 TOKEN = re.compile(r"(?:(?<=\s)-)?\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 """A number, or a word."""
 _LINE_END = re.compile(r"\n+")
-_SENTENCE_END = re.compile("[.!?][\"')\\]]*(?=\\s+[\"'(\\[]*[A-Z0-9])|[\\u3002\\uff01\\uff1f\\u0964]")
-_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|No|Fig|approx|vs|etc|e\.g|i\.e|[A-Z])|^\s*\d+)\.$")
+_SENTENCE_END = re.compile(
+    "[.!?][\"')\\]»”“]*(?=\\s+[\"'(\\[«„“¿¡]*([^\\W_]))"  # before a word, whose first letter is group 1
+    "|[。！？।][”’」』）]*"  # noqa: RUF001
+)
+_NO_END = re.compile(
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Fig|approx|vs|etc|e\.g|i\.e|bzw|ca|Sr|Sra|Dra|г|ул|им|[A-ZÄÖÜА-Я])|^\s*\d+)\.$"  # noqa: RUF001
+)
+_NO_END_BEFORE_NUMBER = re.compile(r"\b(?:No|Nr)\.$")
 _NUMBERING = re.compile(
     r"^\s*(?:[-*]\s+|step\s*\d+\s*[:.)-]?\s*|\d+\s*[:.)]\s+"
     r"|(?:first|second|third|next|then|finally|lastly)(?:ly)?\s*[:,]\s*)+",
@@ -107,12 +113,17 @@ _NUMBERING = re.compile(
 
 @lru_cache(maxsize=1 << 15)
 def sentences(text: str) -> tuple[str, ...]:
-    """The sentences of `text`, each on one line; "Dr. Lee" and "3.5 m" are not cut."""
+    """The sentences of `text`, each on one line; "Dr. Lee" and "3.5 m" are not cut.
+
+    Ends of other languages count as well: sentences that begin with an umlaut, in Cyrillic, Chinese or Hindi.
+    """
     out = []
     for line in _LINE_END.split(text):
         start = 0
         for end in _SENTENCE_END.finditer(line):
-            if not _NO_END.search(line[max(start, end.start() - 10) : end.start() + 1]):
+            before, first = line[max(start, end.start() - 10) : end.start() + 1], end[1] or ""
+            numbered = first.isdigit() and _NO_END_BEFORE_NUMBER.search(before)
+            if not first.islower() and not numbered and not _NO_END.search(before):
                 out.append(line[start : end.end()])
                 start = end.end()
         out.append(line[start:])

@@ -1,172 +1,245 @@
-"""Conversations of human and gpt about a picture: LLaVA, and LLaVA-CoT with its tags."""
+"""Conversations about a picture: LLaVA, LLaVA-CoT, replies in <think> and <answer>, and LLaMA-Factory's two formats."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from string import ascii_uppercase
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from embervlm.curate.formats.shared import ANALYSIS, CHECKING, Source, chain_of, sentences
-from embervlm.data.record_fields import Report, kind
-from embervlm.robots.domain import DOMAINS
-from embervlm.words.chain_text import parse_answer, strict_answer
-from embervlm.words.english import RESULT_WORDS, any_of
+from embervlm.curate.formats.answers import Answer, answer_in
+from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of, sentences
+from embervlm.data.record_fields import kind, quote
 
-Reply = tuple[list[tuple[str, str]], str, dict[str, Any]]
-"""Parts of the chain, the text that holds the answer, and metadata."""
+Turn = tuple[str, str, str]
+"""Question, reply, and the name of the reply's place in the record."""
+Parts = list[tuple[str, str]]
+"""Step type and text."""
+Reader = Callable[[Source, Turn], tuple[Parts, Answer] | None]
+"""Reads a reply; what is wrong with one is reported, and gives None."""
 
 
 def llava(at: Source) -> list[dict[str, Any]]:
     """`id`, `image`, `conversations` of human and gpt in turn; one record for each reply that reasons.
 
-    The reply's last sentence is the answer, or its first where only that names a choice; the others are the steps.
+    A reply with <think> is read as `read_thought` has it. Of another the last sentence is the answer, or the first
+    where only that names a choice; the others are the steps.
     """
-    return _conversation(at, "llava", _read_plain)
+    return _records(at, "llava", _turns(at), read_reply)
 
 
 def llava_cot(at: Source) -> list[dict[str, Any]]:
     """The same with replies as `<SUMMARY> <CAPTION> <REASONING> <CONCLUSION>`, each with its end tag."""
-    return _conversation(at, "llava_cot", _read_tagged)
+    return _records(at, "llava_cot", _turns(at), _read_tagged)
 
 
-def _conversation(
-    at: Source, source: str, read_reply: Callable[[str, Mapping[str, str], str, Report], Reply | None]
+def sharegpt(at: Source) -> list[dict[str, Any]]:
+    """LLaMA-Factory's `sharegpt` (its `data/README.md`): `conversations` or OpenAI's `messages`, and `images`.
+
+    A turn is `from` and `value`, or `role` and `content`; a system turn may come first and stays in the metadata.
+    """
+    return _records(at, "sharegpt", _turns(at), read_reply)
+
+
+def alpaca(at: Source) -> list[dict[str, Any]]:
+    """LLaMA-Factory's `alpaca` (its `data/README.md`): `instruction`, `input`, `output`, `images`, `history`.
+
+    The question may also be called `query` (as ms-swift does), `prompt`, `question` or `problem`, the reply `response`,
+    `content`, `completion` or `solution`. Where there is an `answer` beside it, all of the reply is reasoning.
+    """
+    asked, reply = at.one_of(_ASKED), at.one_of(" ".join(_REPLIES))
+    more, history = at.text("input", required=False), at.value.get("history") or []
+    answer = at.text("answer", required=False)
+    if not isinstance(history, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        at.report("history: is not a list of [question, reply]; write both texts of every earlier turn")
+    if at.problems:
+        return []
+    if answer and not _THOUGHT.search(reply):
+        reply = f"<think>{reply}</think><answer>{answer}</answer>"
+    name = next(name for name in _REPLIES if at.value.get(name))
+    turns = [(question, text, f"history[{number}]") for number, (question, text) in enumerate(history)]
+    question = "\n".join(filter(None, (asked, more)))
+    return _records(at, "alpaca", [*turns, (question, reply, name)], read_reply, required=(name,))
+
+
+_REPLIES = ("output", "response", "content", "completion", "solution")
+_ASKED = "instruction query prompt question problem"
+_USED = f"id image images conversations messages {_ASKED} input history answer {' '.join(_REPLIES)}"
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+
+
+def _records(
+    at: Source, source: str, turns: Sequence[Turn], read: Reader, required: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    turns = at.value.get("conversations")
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        at.report("conversations: is not a list of turns in pairs; write human and gpt in turn")
-        return []
-    for number, turn in enumerate(turns):
-        speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            at.report(f'conversations[{number}]: is not {{"from": "{speaker}", "value": text}}; correct the turn')
-            return []
-    image, identity = at.value.get("image"), at.value.get("id", source)
-    if any("<image>" in turn["value"] for turn in turns) and image is None:
+    """A record for each reply that reasons, behind the turns before it.
+
+    With `required`, a reply that stands elsewhere than in one of these fields need not reason.
+    """
+    images, identity = at.value.get("image"), at.value.get("id", source)
+    images = at.value.get("images") if images is None else images
+    if any("<image>" in question + reply for question, reply, _ in turns) and not images:
         at.report("image: is missing, but a turn says <image>; name the picture, or take <image> out")
-        return []
+    for name in _OTHER_MEDIA:
+        if at.value.get(name):
+            at.report(f"{name}: is no picture; take a frame of it as the image, or drop the record")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         at.report(f"id: is {kind(identity)}; give a string or a number, or leave the field out")
+    if at.problems:
         return []
     records, earlier = [], ""
-    for number in range(0, len(turns), 2):
-        question, reply = (turn["value"].replace("<image>", "").strip() for turn in turns[number : number + 2])
-        where = f"conversations[{number + 1}]"
-        letters = _lettered_choices(question)
-        read = read_reply(reply, letters, where, at.report)
-        if read is not None:
-            parts, answer, about = read
-            metadata = at.metadata("id image conversations", source=source, **about)
+    for number, (question, reply, where) in enumerate(turns, 1):
+        question, reply = (text.replace("<image>", "").strip() for text in (question, reply))
+        question = _TAGS_ASKED_FOR.sub("", question).strip()
+        problems = len(at.problems)
+        found = read(at, (question, reply, where))
+        if required and where not in required:
+            del at.problems[problems:]
+        if found is not None:
+            parts, (answer, about) = found
             # ids of pictures are used more than once, hence the record's number
-            turn_id = f"{identity}-{at.number}" + (f"-{number // 2 + 1}" if len(turns) > 2 else "")
-            records.append(
-                {
-                    "id": turn_id,
-                    "instruction": earlier + question,
-                    "answer": answer,
-                    "image": image,
-                    **chain_of(parts, answer, metadata),
-                }
-            )
+            turn_id = f"{identity}-{at.number}" + (f"-{number}" if len(turns) > 1 else "")
+            chain = chain_of(parts, answer, at.metadata(_USED, source=source, **about))
+            pictured = {} if images is None else {"image": images}
+            records.append({"id": turn_id, "instruction": earlier + question, "answer": answer, **pictured, **chain})
         earlier += f"Question: {question}\nAnswer: {reply}\n"
     return records
 
 
-def _lettered_choices(question: str) -> dict[str, str]:
-    """Letter -> choice of "(A) hard (B) yellow", or of lines "A. hard"; {} where the question offers none."""
-    for pattern in (r"(?:^|\s)\(([A-Z])\)\s*", r"(?m)^\s*([A-Z])[.):]\s+"):
-        marks = list(re.finditer(pattern, question))
-        start = next((i for i, mark in enumerate(marks) if mark[1] == "A"), len(marks))
-        run = [mark for letter, mark in zip(ascii_uppercase, marks[start:]) if mark[1] == letter]
-        if len(run) > 1:
-            ends = [mark.start() for mark in run[1:]] + [len(question)]
-            texts = [question[mark.end() : end].split("\n")[0].strip(" ,;") for mark, end in zip(run, ends)]
-            if all(texts):
-                return {mark[1]: " ".join(text.split()) for mark, text in zip(run, texts)}
-    return {}
+_TAGS_ASKED_FOR = re.compile(r"[^.!?\n]*<(?:think|answer)>[^\n]*?(?:[.!?](?=\s|$)|$)", re.IGNORECASE | re.MULTILINE)
+"""A sentence of a question that asks for tags, which no chain has here."""
+_SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 
 
-def _read_plain(reply: str, letters: Mapping[str, str], where: str, report: Report) -> Reply | None:
+def _turns(at: Source) -> list[Turn]:
+    """Of `conversations` or `messages`; [] where something was reported."""
+    field = next((name for name in ("conversations", "messages") if at.value.get(name) is not None), "conversations")
+    given = at.value.get(field)
+    spelled = ("from", "value") if field == "conversations" else ("role", "content")
+    pair = " and ".join(("human", "gpt") if field == "conversations" else ("user", "assistant"))
+    first = 0
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        first = int(given[0].get("from", given[0].get("role")) == "system")
+    if not isinstance(given, list) or len(given) == first or (len(given) - first) % 2:
+        at.report(f"{field}: is not a list of turns in pairs; write {pair} in turn")
+        return []
+    texts = []
+    for number, turn in enumerate(given[first:]):
+        speaker = pair.split(" and ")[number % 2]
+        turn = turn if isinstance(turn, dict) else {}
+        said, text = turn.get("from", turn.get("role")), _text_of(turn.get("value", turn.get("content")))
+        if text is None or not isinstance(said, str) or _SPEAKERS.get(said) != number % 2:
+            wanted = f'{{"{spelled[0]}": "{speaker}", "{spelled[1]}": text}}'
+            at.report(f"{field}[{number + first}]: is not {wanted}; correct the turn")
+            return []
+        texts.append(text)
+    if first:
+        at.value.setdefault("system", _text_of(given[0].get("value", given[0].get("content"))))
+    return [(texts[i], texts[i + 1], f"{field}[{i + 1 + first}]") for i in range(0, len(texts), 2)]
+
+
+def _text_of(content: Any) -> str | None:
+    """The text of a turn, which may be a list of parts as OpenAI has it; None where it is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+# ---- replies
+
+
+def read_reply(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
+    """Of a reply in <think> and <answer>, or in sentences of which one answers."""
+    question, reply, where = turn
+    if _THOUGHT.search(reply):
+        return _read_thought(at, turn)
     lines = sentences(reply)
     if len(lines) < 2:
-        report(f"{where}: holds no reasoning, only an answer; add the steps, or drop the turn")
+        at.report(f"{where}: holds no reasoning, only an answer; add the steps, or drop the turn")
         return None
     for index in (-1, 0):
-        rest = lines[:-1] if index else lines[1:]
-        parts = [(CHECKING, sentence) for sentence in rest]
-        if not letters:
-            return _free_answer(lines[-1], parts)
-        if name := _named_choice(lines[index], letters):
-            return _given_answer(name, letters, parts)
-    report(f"{where}: neither its last nor its first sentence names one of the choices; end with the answer")
+        if found := answer_in(lines[index], question, at.candidates):
+            return [(CHECKING, sentence) for sentence in (lines[:-1] if index else lines[1:])], found
+    at.report(f"{where}: neither its last nor its first sentence names one of the choices; end with the answer")
     return None
+
+
+_THINK = "think(?:ing)?|thought|reasoning"
+_THOUGHT = re.compile(rf"</?(?:{_THINK})>", re.IGNORECASE)
+_THOUGHT_WHOLE = re.compile(
+    rf"(?P<before>.*?)<(?P<tag>{_THINK})>(?P<thought>.*?)</(?P=tag)>(?P<behind>.*)", re.IGNORECASE | re.DOTALL
+)
+_ANSWERED = re.compile(r"<answer>(?P<answer>.*?)(?:</answer>|$)", re.IGNORECASE | re.DOTALL)
+_CAPTION = re.compile(r"<(caption|description)>(?P<caption>.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"</?[a-z_]+>", re.IGNORECASE)
+
+
+def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
+    """`<think>...</think><answer>...</answer>`, or the answer in the last sentence behind `</think>` (DeepSeek-R1).
+
+    The opening tag may be missing, as where a chat template writes it. Text before it and a `<caption>` come first.
+    """
+    question, reply, where = turn
+    tags = [tag.lower() for tag in _THOUGHT.findall(reply)]
+    if len(tags) == 1 and tags[0].startswith("</"):
+        reply, tags = f"<{tags[0][2:]}{reply}", [tags[0].replace("/", ""), *tags]
+    match = _THOUGHT_WHOLE.fullmatch(reply) if len(tags) == 2 else None
+    if match is None:
+        at.report(f"{where}: {_quoted(tags)} do not enclose one thought; write <think>...</think> once")
+        return None
+    thought = match["thought"]
+    answered = _ANSWERED.search(match["behind"])
+    behind = _TAG.sub("", match["behind"][: answered.start()] if answered else match["behind"])
+    said = sentences(behind)
+    final = answered["answer"].strip() if answered else " ".join(said[-1:])
+    if not sentences(thought) or not re.search(r"\w", final):
+        lacking = f"<answer> behind </{match['tag']}>" if sentences(thought) else f"<{match['tag']}>"
+        at.report(f"{where}: {lacking} is missing or empty; write it, or drop the turn")
+        return None
+    found = answer_in(final, question, at.candidates) or (
+        None if answered else answer_in(behind, question, at.candidates)
+    )
+    if found is None:
+        at.report(f"{where}: the answer behind </{match['tag']}> names none of the choices, or several; name one")
+        return None
+    caption = _CAPTION.search(reply)
+    seen = " ".join(caption["caption"].split()) if caption else ""
+    parts = [
+        (ANALYSIS, _TAG.sub("\n", match["before"])),
+        (CHECKING, _TAG.sub("\n", thought)),
+        (SELECTION, "\n".join(said if answered else said[:-1])),
+    ]
+    answer, about = found
+    return [(name, text) for name, text in parts if text], (answer, {**({"caption": seen} if seen else {}), **about})
+
+
+def _quoted(tags: Sequence[str]) -> str:
+    return quote(" ".join(tags[:4]) + (" ..." if len(tags) > 4 else ""))[1:-1]
 
 
 _TAGS = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 
 
-def _read_tagged(reply: str, letters: Mapping[str, str], where: str, report: Report) -> Reply | None:
+def _read_tagged(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
+    question, reply, where = turn
     once = all(reply.count(f"<{tag}>") == reply.count(f"</{tag}>") == 1 for tag in _TAGS)
     pattern = r"\s*".join(rf"<{tag}>(?P<{tag}>.*?)</{tag}>" for tag in _TAGS)
     match = re.fullmatch(pattern, reply.strip(), re.DOTALL) if once else None
     if match is None:
-        report(f"{where}: is not {' '.join(f'<{tag}>...</{tag}>' for tag in _TAGS)}; write each once, in this order")
+        at.report(f"{where}: is not {' '.join(f'<{tag}>...</{tag}>' for tag in _TAGS)}; write each once, in this order")
         return None
     summary, caption, reasoning, conclusion = (" ".join(text.split()) for text in match.groups())
     for tag, text in (("REASONING", reasoning), ("CONCLUSION", conclusion)):
         if not re.search(r"\w", text):
-            report(f"{where}: {tag} is empty; write it, or drop the turn")
+            at.report(f"{where}: {tag} is empty; write it, or drop the turn")
             return None
+    found = answer_in(conclusion, question, at.candidates)
+    if found is None:
+        at.report(f"{where}: CONCLUSION names none of the choices, or several; name one")
+        return None
     parts = [(ANALYSIS, summary), (ANALYSIS, caption), (CHECKING, match["REASONING"])]
-    about = {"caption": caption} if caption else {}
-    if not letters:
-        return _free_answer(conclusion, parts, **about)
-    if name := _named_choice(conclusion, letters):
-        return _given_answer(name, letters, parts, **about)
-    report(f"{where}: CONCLUSION names none of the choices, or several; name one")
-    return None
-
-
-def _given_answer(name: str, letters: Mapping[str, str], parts: list[tuple[str, str]], **metadata: Any) -> Reply:
-    return parts, name, {**metadata, "candidates": list(letters.values())}
-
-
-def _free_answer(text: str, parts: list[tuple[str, str]], **metadata: Any) -> Reply:
-    """An answer without choices: yes or no, some of a domain's candidates, or else an open one."""
-    answer = _ANSWER_LEAD.sub("", text).strip().rstrip(".").strip() or text
-    if answer.casefold() in ("yes", "no"):
-        return parts, answer.capitalize(), {**metadata, "candidates": ["Yes", "No"]}
-    for domain in DOMAINS.values():
-        known, unknown = strict_answer(answer, domain.candidates)
-        if known and not unknown:
-            return parts, ", ".join(name for name in domain.candidates if name in known), metadata
-    return parts, answer, {**metadata, "candidates": []}
-
-
-_ANSWER_LEAD = re.compile(
-    rf"(?:{any_of(*RESULT_WORDS)}\W+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE
-)
-_LETTER_ALONE = re.compile(r"\(?([A-Z])\)?[.:]?")
-_LETTER_NAMED = re.compile(r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\)?\s*(?:[.,:;]|$)", re.IGNORECASE)
-_LETTER_FIRST = re.compile(r"\(?([A-Z])[.):]\)?\s*(.+)", re.DOTALL)
-
-
-def _named_choice(text: str, letters: Mapping[str, str]) -> str:
-    """The one choice that `text` names, by its letter or its own words; "" where it names none or several."""
-    text = text.strip()
-    by_text = {name.casefold().rstrip("."): name for name in letters.values()}
-    bare = _ANSWER_LEAD.sub("", text).strip()
-    if (own := by_text.get(bare.casefold().rstrip("."))) is not None:
-        return own
-    if match := _LETTER_ALONE.fullmatch(bare):
-        return letters.get(match[1], "")
-    if (match := _LETTER_FIRST.fullmatch(bare)) and by_text.get(match[2].casefold().rstrip(".")) == letters.get(
-        match[1]
-    ):
-        return letters.get(match[1], "")
-    named = {match[1] for match in _LETTER_NAMED.finditer(text)}
-    if len(named) == 1:
-        return letters.get(named.pop(), "")
-    found = parse_answer(text, tuple(letters.values()))
-    return found[0] if len(found) == 1 else ""
+    return parts, (found[0], {**({"caption": caption} if caption else {}), **found[1]})

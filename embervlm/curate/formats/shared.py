@@ -32,6 +32,8 @@ class Source:
     """Of the record in its file, from 1."""
     image_root: str
     """Resolved folder that picture paths are relative to."""
+    candidates: tuple[str, ...] = ()
+    """Of the domain; none where the records are a user's own."""
     problems: list[str] = field(default_factory=list)
 
     def report(self, problem: str) -> None:
@@ -48,6 +50,15 @@ class Source:
         if required and not text.strip():
             self.report(f"{name}: is empty; write it")
         return text.strip()
+
+    def one_of(self, names: str) -> str:
+        """The text of the first of these fields that says anything; "" where none does, which is reported."""
+        first, *others = names.split()
+        name = next((name for name in names.split() if self.value.get(name) not in (None, "")), None)
+        if name is not None:
+            return self.text(name)
+        self.report(f"{first}: is missing or empty (also looked for: {', '.join(others)}); write it as text")
+        return ""
 
     def choices(self) -> list[str]:
         """The names of `choices`, with their letters in front where some differ in case only; [] if reported."""
