@@ -248,8 +248,8 @@ def as_sample(raw: Mapping[str, Any]) -> Sample:
     lists = {name: raw.get(name) or [] for name in (*names, "looked_at")}
     if wrong := [name for name, value in lists.items() if not isinstance(value, list)]:
         raise TypeError(f"{wrong[0]}: not a list")
-    scores = dict(raw.get("scores") or {})
-    reasons, _ = scores.pop("reasons", []), scores.pop("parts", None)
+    judged = dict(raw.get("scores") or {})
+    scores = {name: value for name, value in judged.items() if value is None or isinstance(value, (int, float))}
     right = _folded(lists["gold_answer"]) == _folded(lists["answer_set"])
     return Sample(
         id=str(raw.get("id", "")),
@@ -266,7 +266,7 @@ def as_sample(raw: Mapping[str, Any]) -> Sample:
         confidence=raw.get("confidence"),
         head_answer=lists["head_answer"],
         scores=scores,
-        reasons=reasons,
+        reasons=judged.get("reasons") or [],
         without_reasoning=raw.get("without_reasoning"),
         completeness_by_type=raw.get("completeness_by_type") or {},
         validator_scores=lists["validator_scores"],
