@@ -151,3 +151,14 @@ def test_no_program_shadows_a_package(folder: str) -> None:
     taken = {"deepspeed", "submitit", "torch", "wandb", "transformers", "embervlm", "yaml", "numpy"}
     found = {path.stem for path in (REPOSITORY / folder).glob("*.py")}
     assert not (taken | sys.stdlib_module_names) & found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_file_is_longer_than_450_lines_and_no_function_than_60(name: str) -> None:
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 450, f"{name}: split it by purpose"
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    long = {f.name: lines for f in functions if (lines := (f.end_lineno or 0) - f.lineno + 1) > 60}
+    assert not long, f"{name}: split {long}"
