@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from format_samples import CLEVR, VISUAL_COT, VISUAL_COT_TURNS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -166,6 +167,8 @@ SAMPLES = {
     "llava_cot": [LLAVA_COT],
     "sharegpt": [SHAREGPT],
     "alpaca": [ALPACA],
+    "visual_cot": [VISUAL_COT, VISUAL_COT_TURNS],
+    "clevr": [CLEVR],
 }
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 from embervlm.config import ConfigError
 from embervlm.curate.formats.choices import aokvqa, scienceqa
+from embervlm.curate.formats.clevr import clevr
 from embervlm.curate.formats.conversations import alpaca, llava, llava_cot, sharegpt
 from embervlm.curate.formats.guide import human, robot_selection, teacher, unified
 from embervlm.curate.formats.shared import Source
+from embervlm.curate.formats.visual_cot import visual_cot
 from embervlm.data.curriculum import complexity_by_steps
 from embervlm.data.domain import Domain
 from embervlm.data.record_fields import FieldRules, quote
@@ -37,9 +39,15 @@ CONVERTERS: dict[str, Callable[[Source], list[dict[str, Any]]]] = {
     "llava_cot": llava_cot,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
+    "visual_cot": visual_cot,
+    "clevr": clevr,
 }
 """What `--from` names -> one value of the file to records in one of the guide's spellings. What gives none has been
 reported."""
+
+
+LISTS = {"clevr": "questions"}
+"""Format -> the list of an object that holds its records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +121,15 @@ def _convert(
     skipped: list[dict[str, Any]] = []
     records: list[ReasoningRecord] = []
     numbers: dict[str, int] = {}
-    values = file_values(path, line_problems, keyed=source == "scienceqa")
+    values = file_values(path, line_problems, keyed=source == "scienceqa", inside=LISTS.get(source, ""))
     for number, value in progress_bar(values, desc=f"convert {path.name}", unit="record", disable=not progress):
-        at = Source(value=value, number=number, image_root=rules.image_root, candidates=rules.candidates)
+        at = Source(
+            value=value,
+            number=number,
+            image_root=rules.image_root,
+            folder=str(path.parent),
+            candidates=rules.candidates,
+        )
         for item in CONVERTERS[source](at) if isinstance(value, dict) else [value]:
             record = read_record(item, f"{path.name}:{number}", rules, at.report)
             if record is not None and (first := numbers.setdefault(record.record_id, number)) != number:

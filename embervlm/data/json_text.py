@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 PIECE_BYTES = 1 << 20
@@ -101,23 +102,51 @@ class JsonText:
         Raises:
             json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValueError: as `json.loads`.
         """
-        if is_list := self.peek() == "[":
-            self._at += len("[")
-        closed = self.peek() == "]" if is_list else not self.peek()
-        while not closed:
+        if self.peek() == "[":
+            yield from self._items("]", self._value)
+        elif self.peek():
             yield self._value()
-            if not is_list:
-                break
-            if (separator := self.peek()) not in (",", "]"):
-                raise self._error("Expecting ',' delimiter", self._at)
-            closed = separator == "]"
-            if not closed:
-                self._at += len(",")
-                if self.peek() == "]":
-                    raise self._error("Expecting value", self._at)
-        self._at += len("]") if is_list else 0
         if self.peek():
             raise self._error("Extra data", self._at)
+
+    def values_in(self, name: str) -> Iterator[Any]:
+        """The values of the list `name` of the object that starts here; its other members are read and left.
+
+        Raises:
+            as `values`.
+        """
+        for found in self._items("}", partial(self._member, name)):
+            yield from found
+        if self.peek():
+            raise self._error("Extra data", self._at)
+
+    def _member(self, name: str) -> Iterator[Any]:
+        """The values of the next member of an object, where it is the list `name`; else it is read."""
+        if self.peek() != '"':
+            raise self._error("Expecting property name enclosed in double quotes", self._at)
+        key = self._value()
+        if self.peek() != ":":
+            raise self._error("Expecting ':' delimiter", self._at)
+        self._at += len(":")
+        if key == name and self.peek() == "[":
+            return self._items("]", self._value)
+        self._value()
+        return iter(())
+
+    def _items(self, end: str, read: Callable[[], Any]) -> Iterator[Any]:
+        """What `read` gives for each item of the list or object that starts here, up to its `end`."""
+        self._at += 1
+        closed = self.peek() == end
+        while not closed:
+            yield read()
+            if (separator := self.peek()) not in (",", end):
+                raise self._error("Expecting ',' delimiter", self._at)
+            closed = separator == end
+            if not closed:
+                self._at += len(",")
+                if self.peek() == end:
+                    raise self._error("Expecting value", self._at)
+        self._at += 1
 
     def _value(self) -> Any:
         while True:

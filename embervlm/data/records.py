@@ -221,11 +221,12 @@ def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) 
     return None if found else ReasoningRecord(**fields, default_candidates=rules.candidates)
 
 
-def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iterator[tuple[int, Any]]:
+def file_values(path: Path, problems: list[str], *, keyed: bool = False, inside: str = "") -> Iterator[tuple[int, Any]]:
     """Each value of the file with its number, counted from 1; in JSONL that is the line. One is in memory at a time.
 
     Text that is no JSON goes to `problems`; a file that cannot be read at all is a DataError. With `keyed` the records
-    of a `.json` file may also be the values of one object, whose keys become their `id`.
+    of a `.json` file may also be the values of one object, whose keys become their `id`; with `inside` they may be the
+    list of that name in one object.
     """
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl", ".parquet"):
@@ -240,8 +241,10 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False) -> Iter
         with open(path, "rb") as file:
             if file.peek(3).startswith(BYTE_ORDER_MARK):
                 file.read(len(BYTE_ORDER_MARK))
-            values = _jsonl_values if suffix == ".jsonl" else _json_values
-            yield from values(path, file, problems, keyed)
+            if suffix == ".jsonl":
+                yield from _jsonl_values(path, file, problems)
+            else:
+                yield from _json_values(path, file, problems, keyed, inside)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and that it can be read") from error
 
@@ -256,7 +259,7 @@ def _empty(path: Path) -> DataError:
     return DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
 
 
-def _jsonl_values(path: Path, file: BinaryIO, problems: list[str], _: bool) -> Iterator[tuple[int, Any]]:
+def _jsonl_values(path: Path, file: BinaryIO, problems: list[str]) -> Iterator[tuple[int, Any]]:
     empty, decoder = True, Decoder()
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -276,15 +279,19 @@ def _jsonl_values(path: Path, file: BinaryIO, problems: list[str], _: bool) -> I
         raise _empty(path)
 
 
-def _json_values(path: Path, file: BinaryIO, problems: list[str], keyed: bool) -> Iterator[tuple[int, Any]]:
+def _json_values(
+    path: Path, file: BinaryIO, problems: list[str], keyed: bool, inside: str
+) -> Iterator[tuple[int, Any]]:
     text = JsonText(file)
     whole: Any = None
     try:
         first = text.peek()
-        for number, value in enumerate(text.values(), start=1):
+        listed = first == "[" or (first == "{" and bool(inside))
+        values = text.values_in(inside) if listed and first == "{" else text.values()
+        for number, value in enumerate(values, start=1):
             if _told(path, number, text.lost(), problems):
                 continue
-            if first == "[":
+            if listed:
                 yield number, value
             else:
                 whole = value
@@ -294,7 +301,7 @@ def _json_values(path: Path, file: BinaryIO, problems: list[str], keyed: bool) -
         return
     if not first:
         raise _empty(path)
-    if first == "[" or problems:
+    if listed or problems:
         return
     if not keyed or not isinstance(whole, dict):
         raise DataError(f"{path}: holds {kind(whole)}, not a list of records; put the records between [ and ]")

@@ -32,6 +32,8 @@ class Source:
     """Of the record in its file, from 1."""
     image_root: str
     """Resolved folder that picture paths are relative to."""
+    folder: str = ""
+    """Of the input file."""
     candidates: tuple[str, ...] = ()
     """Of the domain; none where the records are a user's own."""
     problems: list[str] = field(default_factory=list)
@@ -102,6 +104,18 @@ class Source:
         taken = {*own, "step_types", "complexity"}
         rest = {key: item for key, item in self.value.items() if key not in used.split() and item not in ("", None)}
         return {f"original_{key}" if key in taken else key: item for key, item in rest.items()} | own
+
+    def picture_size(self, path: str) -> tuple[int, int] | None:
+        """Width and height in pixels of a picture below `image_root`; None where it is reported."""
+        from PIL import Image  # here: few formats open pictures
+
+        try:
+            with Image.open(os.path.join(self.image_root, path)) as picture:
+                return picture.size
+        except (OSError, ValueError, Image.DecompressionBombError):
+            advice = "correct the path, or set image_root: its size is needed for the boxes"
+            self.report(f"image: {quote(path)} is no picture in {self.image_root}; {advice}")
+            return None
 
     def first_there(self, *paths: str) -> str:
         """The first of `paths` that is there below `image_root`, else the first: the reader then reports it."""

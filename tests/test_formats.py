@@ -1,0 +1,223 @@
+"""Formats of published data sets: what of their boxes, captions and programs becomes of the records."""
+
+import json
+
+import pytest
+from format_samples import CLEVR, CLEVR_SCENES, VISUAL_COT, VISUAL_COT_TURNS, clevr_program
+from PIL import Image
+
+from embervlm.curate.convert import convert_file
+from embervlm.data.domain import NO_DOMAIN
+from embervlm.data.records import DataError, read_records
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def convert(folder, source, content, **options):
+    """The records that `content`, a list of values or a whole file, gives without a domain."""
+    (folder / "in.json").write_text(json.dumps(content))
+    made = convert_file(
+        folder / "in.json", folder / "out.json", source=source, progress=False, domain=NO_DOMAIN, **options
+    )
+    assert read_records(folder / "out.json") == made.records
+    return made.records
+
+
+def problem(folder, source, content):
+    with pytest.raises(DataError) as caught:
+        convert(folder, source, content)
+    return str(caught.value)
+
+
+# ---- Visual-CoT
+
+
+def test_visual_cot_boxes_are_kept_and_each_step_is_about_them(folder):
+    (record,) = convert(folder, "visual_cot", [VISUAL_COT])
+    assert record.metadata["boxes"] == [
+        {"kind": "region", "box": [0.5373, 0.2656, 0.62, 0.3561]},
+        {"kind": "region", "box": [0.0, 0.565, 0.5, 1.0]},
+    ], "in shares of the picture, and cut off at its edge"
+    assert record.steps == (
+        "Look at the upper center of the picture, from (0.54, 0.27) to (0.62, 0.36).",
+        "Look at the lower left of the picture, from (0.00, 0.56) to (0.50, 1.00).",
+        "The tv is across from the truck.",
+        "Conclusion: tv.",
+    )
+    assert record.metadata["seen"] == [["region"]] * 3 + [[]]
+    assert record.answer == ("tv",) and "candidates" not in record.metadata, "the data decide"
+
+
+def test_visual_cot_turns_give_the_region_in_pixels_of_the_picture(folder):
+    (record,) = convert(folder, "visual_cot", [VISUAL_COT_TURNS])
+    assert record.record_id == "visual_cot-138460" and record.instruction == "What is the share of lemons?"
+    assert record.metadata["boxes"] == [{"kind": "region", "box": [0.125, 0.25, 0.625, 0.5]}]
+    assert record.answer == ("8%",) and record.num_steps == 1
+
+
+def test_a_box_of_a_turn_alone_is_of_the_picture_padded_to_a_square(folder):
+    Image.new("RGB", (100, 50)).save(folder / "wide.png")
+    value = json.loads(json.dumps(VISUAL_COT_TURNS | {"image": ["wide.png"]}))
+    value["conversations"][1]["value"] = "[0.500, 0.250, 1.000, 0.500]"
+    (record,) = convert(folder, "visual_cot", [value])
+    assert record.metadata["boxes"] == [{"kind": "region", "box": [0.5, 0.0, 1.0, 0.5]}]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (VISUAL_COT | {"bboxs": []}, "bboxs: is not a list of boxes; write [[left, top, right, bottom], ...]"),
+        (VISUAL_COT | {"bboxs": [[9, 9, 2, 2]]}, "bboxs[0]: is no box [left, top, right, bottom] in pixels"),
+        (VISUAL_COT | {"width": None}, "width: is null; give the picture's width in pixels"),
+        (VISUAL_COT_TURNS | {"image": "a.png"}, 'image: is not [path, "path###[left, top, right, bottom]"]'),
+        (VISUAL_COT_TURNS | {"image": ["b.png"]}, 'image: "b.png" is no picture in'),
+        (
+            VISUAL_COT_TURNS | {"conversations": VISUAL_COT_TURNS["conversations"][2:]},
+            "conversations: is not question, box, <image>, answer; records without a box are read with --from llava",
+        ),
+    ],
+)
+def test_visual_cot_without_usable_boxes_is_named(folder, value, message):
+    assert message in problem(folder, "visual_cot", [value])
+
+
+# ---- CLEVR
+
+
+def test_clevr_functions_become_steps_in_words(folder):
+    (record,) = convert(folder, "clevr", {"info": {"split": "train"}, "questions": [CLEVR]})
+    assert record.steps == (
+        "Look at all things.",
+        "Find the large things.",
+        "Find the large metal things.",
+        "There is one large metal thing.",
+        "Look at the things right of the large metal thing.",
+        "Find the spheres right of the large metal thing.",
+        "Count the spheres right of the large metal thing.",
+        "Conclusion: 2.",
+    )
+    assert record.answer == ("2",) and record.metadata["candidates"] == [str(n) for n in range(11)]
+    assert "caption" not in record.metadata and record.metadata["question_family_index"] == 12
+
+
+def test_with_clevrs_scenes_each_step_says_its_result_and_the_things_are_the_caption(folder):
+    (folder / "scenes").mkdir()
+    (folder / "scenes" / "CLEVR_train_scenes.json").write_text(json.dumps(CLEVR_SCENES))
+    (record,) = convert(folder, "clevr", {"questions": [CLEVR]})
+    assert record.steps == (
+        "Look at all things: there are 3.",
+        "Find the large things: there is 1.",
+        "Find the large metal things: there is 1.",
+        "The large metal thing is a large gray metal cube.",
+        "Look at the things right of the large metal thing: there are 2.",
+        "Find the spheres right of the large metal thing: there are 2.",
+        "Count the spheres right of the large metal thing: 2.",
+        "Conclusion: 2.",
+    )
+    assert record.metadata["caption"] == ("large gray metal cube, small red metal sphere, small red rubber sphere.")
+
+
+SPHERES = [("scene", [], []), ("filter_material", [0], ["metal"]), ("filter_shape", [1], ["sphere"])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "answer", "last"),
+    [
+        ([*SPHERES, ("exist", [2], [])], "yes", "Check whether there are metal spheres: yes."),
+        ([*SPHERES, ("unique", [2], []), ("query_color", [3], [])], "red", "Read the color of the metal sphere: red."),
+        (
+            [*SPHERES, ("unique", [2], []), ("same_color", [3], []), ("count", [4], [])],
+            "1",
+            "Count the things of the same color as the metal sphere: 1.",
+        ),
+        (
+            [*SPHERES, ("count", [2], []), ("count", [0], []), ("less_than", [3, 4], [])],
+            "yes",
+            "Check whether the number of metal spheres is less than the number of things, given 1 and 3: yes.",
+        ),
+        (
+            [
+                *SPHERES,
+                ("unique", [2], []),
+                ("query_size", [3], []),
+                ("filter_shape", [0], ["cube"]),
+                ("unique", [5], []),
+                ("query_size", [6], []),
+                ("equal_size", [4, 7], []),
+            ],
+            "no",
+            "Check whether the size of the metal sphere equals the size of the cube, given small and large: no.",
+        ),
+        (
+            [*SPHERES, ("filter_shape", [0], ["cube"]), ("union", [2, 3], []), ("count", [4], [])],
+            "2",
+            "Count the things among the metal spheres or the cubes: 2.",
+        ),
+        (
+            [*SPHERES, ("filter_color", [0], ["red"]), ("intersect", [2, 3], []), ("count", [4], [])],
+            "1",
+            "Count the things among the metal spheres and the red things: 1.",
+        ),
+    ],
+)
+def test_clevr_programs_are_run_on_the_scene(folder, nodes, answer, last):
+    (folder / "CLEVR_train_scenes.json").write_text(json.dumps(CLEVR_SCENES))
+    value = CLEVR | {"program": clevr_program(*nodes), "answer": answer}
+    (record,) = convert(folder, "clevr", {"questions": [value]})
+    assert record.steps[-2] == last and record.answer == (answer,) and answer in record.metadata["candidates"]
+
+
+def test_clevrs_published_layout_is_found_from_the_image_root(folder):
+    for name in ("images/train", "questions", "scenes"):
+        (folder / name).mkdir(parents=True)
+    (folder / "a.png").rename(folder / "images" / "train" / "a.png")
+    (folder / "scenes" / "CLEVR_train_scenes.json").write_text(json.dumps(CLEVR_SCENES))
+    path = folder / "questions" / "CLEVR_train_questions.json"
+    path.write_text(json.dumps({"questions": [CLEVR]}))
+    options = {"image_root": folder, "progress": False, "domain": NO_DOMAIN}
+    (record,) = convert_file(path, folder / "out.json", source="clevr", **options).records
+    assert record.image.endswith("images/train/a.png") and "caption" in record.metadata
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (CLEVR | {"program": None}, "program: is missing or no list (test sets have none)"),
+        (CLEVR | {"program": clevr_program(("paint", [], []))}, 'program: "paint" is no function of CLEVR'),
+        (CLEVR | {"program": clevr_program(("filter_mood", [], []))}, '"filter_mood" is no function of CLEVR'),
+        (CLEVR | {"program": clevr_program(("count", [], []))}, "program: count does not fit what it is given"),
+        (CLEVR | {"program": clevr_program(("count", [3], []))}, "program[0]: is not {function, inputs: earlier nodes"),
+        (CLEVR | {"answer": "3"}, 'answer: is "3", but the program gives "2" for the scene'),
+        (CLEVR | {"image_filename": "b.png"}, 'image_filename: "b.png" is not in'),
+    ],
+)
+def test_a_clevr_question_that_does_not_fit_is_named(folder, value, message):
+    (folder / "CLEVR_train_scenes.json").write_text(json.dumps(CLEVR_SCENES))
+    found = problem(folder, "clevr", {"questions": [value]})
+    assert found.startswith(f"{folder / 'in.json'} record 1: ") and message in found
+
+
+def test_a_broken_scene_is_named_in_its_own_file(folder):
+    (folder / "CLEVR_train_scenes.json").write_text(json.dumps({"scenes": [{"objects": []}]}))
+    assert "CLEVR_train_scenes.json record 1: is no scene of CLEVR" in problem(folder, "clevr", [CLEVR])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"questions": [', "line 1 column 16: invalid JSON"),
+        ('{"questions": [] "info": 1}', "line 1 column 18: invalid JSON (Expecting ',' delimiter)"),
+        ("{questions: []}", "line 1 column 2: invalid JSON (Expecting property name"),
+        ('{"questions": []} 3', "line 1 column 19: invalid JSON (Extra data)"),
+        ('{"answers": [1]}', "holds no records"),
+    ],
+)
+def test_a_list_inside_an_object_is_read_as_json_is(folder, text, message):
+    (folder / "in.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        convert_file(folder / "in.json", folder / "out.json", source="clevr", progress=False, domain=NO_DOMAIN)
+    assert message in str(caught.value)
