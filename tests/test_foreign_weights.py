@@ -1,6 +1,7 @@
 """Weights as other programs write them, and the options of `from_pretrained`."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from training_helpers import TINY, ok, save_stage3, train, write_model_yaml, wri
 from embervlm.config import ConfigError
 from embervlm.data.records import read_records
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.storage import CheckpointError
+from embervlm.model.storage import CheckpointError, read_weights
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 
@@ -101,11 +102,42 @@ def test_a_damaged_or_missing_part_is_named(lively_model, checkpoint):
     with pytest.raises(CheckpointError, match=f"{part}: cut short"):
         EmberVLM.from_pretrained(checkpoint)
     part.unlink()
-    with pytest.raises(CheckpointError, match=f"{part}: missing"):
+    with pytest.raises(CheckpointError, match=f"{part}: missing, 1 of the 3 files of model.safetensors.index.json"):
+        EmberVLM.from_pretrained(checkpoint)
+    (checkpoint / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00001-of-.*, .*00002-of-.*: missing, 2 of the 3 files"):
         EmberVLM.from_pretrained(checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: damaged, lacks weight_map"):
         EmberVLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["one file", *FORMS])
+def test_half_precision_is_read_into_float32(lively_model, checkpoint, form, dtype):
+    for path in checkpoint.glob("*.bin"):
+        path.unlink()
+    lively_model.to(dtype)
+    if form == "one file":
+        torch.save(dict(lively_model.state_dict()), checkpoint / "pytorch_model.bin")
+    else:
+        FORMS[form](lively_model, checkpoint)
+    found = read_weights(checkpoint)[1]
+    assert {value.dtype for value in found.values() if value.is_floating_point()} == {torch.float32}
+    assert_same(EmberVLM.from_pretrained(checkpoint), lively_model.float())
+
+
+class NotWeights:
+    """Of a class that only the program knows which wrote the file."""
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda held, path: path.write_bytes(pickle.dumps(held))])
+def test_a_pickle_of_more_than_weights_is_not_read_and_the_line_says_why(checkpoint, write):
+    path = checkpoint / "pytorch_model.bin"
+    write({"weights": torch.zeros(2), "trainer": NotWeights()}, path)
+    with pytest.raises(CheckpointError, match=f"{path}: holds more than weights.*save the weights alone") as told:
+        EmberVLM.from_pretrained(checkpoint)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.slow

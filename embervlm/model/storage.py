@@ -32,6 +32,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 """Of torch.compile, FSDP and activation checkpointing, anywhere in a name."""
 _AROUND = ("module.", "model.")
 """Of DDP, and of a module around the model; in front of every name."""
+_HALF = (torch.float16, torch.bfloat16)
 _OF_TORCH = (RuntimeError, AssertionError, EOFError, struct.error, pickle.UnpicklingError)
 """What `torch.load` raises of a damaged file besides `UNREADABLE`."""
 
@@ -85,9 +86,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequen
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names."""
+    """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names.
+
+    Half precision is read into float32, which holds every value of it.
+    """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), folder / WEIGHTS)
-    return path, _named_tensors(path)
+    return path, {key: value.float() if value.dtype in _HALF else value for key, value in _named_tensors(path).items()}
 
 
 def _named_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,7 +100,14 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
         files = run_dir.read_object(path, "weight_map")["weight_map"]
         if not isinstance(files, dict):
             raise CheckpointError(f"{path}: its weight_map is no JSON object; use another checkpoint")
-        shards = [_named_tensors(path.with_name(str(name))) for name in sorted(set(map(str, files.values())))]
+        names = sorted(set(map(str, files.values())))
+        if missing := [name for name in names if not path.with_name(name).is_file()]:
+            listed = ", ".join(str(path.with_name(name)) for name in missing[:3])
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(
+                f"{listed}{more}: missing, {len(missing)} of the {len(names)} files of {path.name}; download them again"
+            )
+        shards = [_named_tensors(path.with_name(name)) for name in names]
         return {key: value for shard in shards for key, value in shard.items()}
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     while isinstance(state, dict) and (
@@ -114,8 +125,22 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or _is_plain_pickle(path):
+            raise CheckpointError(
+                f"{path}: holds more than weights, and reading the rest could run code; save the weights alone, "
+                "`torch.save(model.state_dict(), ...)`, or as safetensors"
+            ) from error
+        raise _damaged(path, error) from error
     except (*UNREADABLE, *_OF_TORCH) as error:
         raise _damaged(path, error) from error
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether Python's own pickle wrote the file: torch's files begin as a zip, or with protocol 2."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start[:1] == b"\x80" and start[1:] > b"\x02"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
