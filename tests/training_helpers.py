@@ -241,7 +241,7 @@ class Bench:
         model = build_model(settings, load_pretrained=False)
         torch.nn.init.normal_(model.reasoning_module.reasoning_head.output.weight, std=0.02)  # an untrained head is 0
         model.attach_tokenizer(tokenizer)
-        chains = encode_reasoning(records, tokenizer, model.vision_encoder.grid, 400)
+        chains = encode_reasoning(records, tokenizer, model.grid, 400)
         direct = encode_direct(records, tokenizer)
         pictures = PictureCache([record.image for record in records if record.image], model.config.image_size)
         collator = Collator(

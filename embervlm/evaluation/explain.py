@@ -49,7 +49,7 @@ def explain_chains(
         for ids in own:
             spans.append((at, at + len(ids)))
             at += len(ids)
-        looked = _looked(attention[row], spans, model.vision_encoder.grid) if bool(seen[row]) else None
+        looked = _looked(attention[row], spans, model.grid) if bool(seen[row]) else None
         scores = _validator_scores(
             model, visual[row : row + 1], seen[row : row + 1], prompts[row], own, spans, hidden[row], input_ids[row]
         )

@@ -71,7 +71,7 @@ def sight(model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRe
     if not pairs:
         return None
     was_training = model.training
-    samples = encode_reasoning(shown, model.tokenizer, model.vision_encoder.grid)
+    samples = encode_reasoning(shown, model.tokenizer, model.grid)
     visual, seen = see(model, pictures, shown)
     gains = np.zeros(len(pairs))
     for sign, side in ((1.0, 0), (-1.0, 1)):

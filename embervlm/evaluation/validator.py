@@ -25,7 +25,7 @@ def validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: int
     """The step validator's verdicts on gold steps and on each kind of negative."""
     if model.config.stage == STAGE3:
         return []
-    samples = encode_reasoning(data.records, model.tokenizer, model.vision_encoder.grid)
+    samples = encode_reasoning(data.records, model.tokenizer, model.grid)
     maker = PairMaker(data.records, samples, model.tokenizer)
 
     def judge(batch: Sequence[int], judging: EmberVLM) -> dict[str, list[bool]]:

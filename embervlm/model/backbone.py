@@ -1,4 +1,4 @@
-"""The parts that Stage 4 starts from: vision encoder, projection, language model. Any Hugging Face model fits."""
+"""The pretrained parts that Stage 4 starts from: vision encoder and language model. Any Hugging Face model fits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class VisionEncoder(nn.Module):
-    """Any Hugging Face vision backbone as `[batch, num_visual_tokens, vision_dim]`."""
+    """Any Hugging Face vision backbone as `[batch, num_visual_tokens, vision_dim]`, before the connector."""
 
     backbone: Any
 
@@ -37,6 +37,7 @@ class VisionEncoder(nn.Module):
             self.backbone.pooler = None  # its output is not used, so its weights would never learn
         _BatchNorm2d.put_into(self.backbone)
         self._wanted_tokens = config.num_visual_tokens
+        self._layer = config.vision_feature_layer
         was_training = self.backbone.training
         self.backbone.eval()
         size = config.image_size
@@ -60,7 +61,11 @@ class VisionEncoder(nn.Module):
         return self._features(pixel_values)
 
     def _features(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.backbone(pixel_values=pixel_values).last_hidden_state
+        features: Tensor
+        if self._layer is None:
+            features = self.backbone(pixel_values=pixel_values).last_hidden_state
+        else:
+            features = self.backbone(pixel_values=pixel_values, output_hidden_states=True).hidden_states[self._layer]
         if features.dim() == 4:
             features = features.flatten(2).transpose(1, 2)
         side = math.isqrt(features.shape[1])
@@ -72,18 +77,6 @@ class VisionEncoder(nn.Module):
             grid = features.transpose(1, 2).unflatten(-1, (side, side))
             features = F.adaptive_avg_pool2d(grid, wanted).flatten(2).transpose(1, 2)
         return features
-
-
-class Projection(nn.Module):
-    """Two-layer perceptron from visual features to the language model's width."""
-
-    def __init__(self, vision_dim: int, hidden: int, hidden_size: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(vision_dim)
-        self.layers = nn.Sequential(nn.Linear(vision_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden_size))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(self.norm(features))
 
 
 class LanguageModel(nn.Module):

@@ -31,8 +31,14 @@ class EmberVLMConfig(PretrainedConfig):
     num_visual_tokens: int | None = None
     """Visual tokens a picture gives; a square number. None keeps the encoder's own grid, otherwise the grid is
     average-pooled to it."""
+    vision_feature_layer: int | None = None
+    """Which of the encoder's hidden states the picture's features are, -2 for those before its last layer. None: its
+    output."""
+    connector: dict[str, Any] = field(default_factory=dict)
+    """What leads from visual features to the language model: `{"kind": norm_mlp | mlp | linear | pixel_shuffle}` and
+    the kind's own keys, see `connectors.py`. Without a kind it is `norm_mlp`."""
     projection_hidden_size: int = 256
-    """Hidden width of the two-layer projection."""
+    """Hidden width of the connector `norm_mlp`."""
     reasoning_width: int = 96
     reasoning_ffn: int = 192
     reasoning_layers: int = 2
@@ -52,5 +58,8 @@ class EmberVLMConfig(PretrainedConfig):
     """Tokens of a chain with its answer."""
     longest_answer_tokens: int | None = None
     """Tokens of an answer without a chain."""
+    imported_from: str | None = None
+    """The family whose checkpoint the parts were taken from. A run that resumes from such a checkpoint takes the
+    model's shape from it and needs no preset."""
     stage: int = STAGE4
     """3 for a backbone without reasoning, 4 with the reasoning module."""

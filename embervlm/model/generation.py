@@ -141,7 +141,7 @@ def generate_from_visual(
         suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
         prompts = [tokenizer.encode(text + suffix) for text in instructions]
     with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
-        writer = _Writer(model, visual.to(model.projection.norm.weight.dtype), image_mask, prompts, decoding)
+        writer = _Writer(model, visual.to(model.visual_dtype), image_mask, prompts, decoding)
         writer.run()
         head = writer.head_probabilities(choices)
     return [

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.model.backbone import LanguageModel, Projection, VisionEncoder, with_built_config
+from embervlm.model.backbone import LanguageModel, VisionEncoder, with_built_config
 from embervlm.model.config import EmberVLMConfig
+from embervlm.model.connectors import build_connector
 from embervlm.model.inputs import Inputs
 from embervlm.model.own_mistakes import own_mistakes, together
 from embervlm.model.reasoning import ReasoningModule, StepValidator
@@ -59,8 +60,10 @@ class EmberVLMNetwork(PreTrainedModel):
         config.vision = with_built_config(config.vision, self.vision_encoder.backbone)
         config.language = with_built_config(config.language, self.language_model.backbone)
         hidden = self.language_model.hidden_size
-        self.projection = Projection(self.vision_encoder.vision_dim, config.projection_hidden_size, hidden)
-        self.reasoning_module = ReasoningModule(config, hidden, self.vision_encoder.num_visual_tokens)
+        features = self.vision_encoder
+        self.projection = build_connector(config, features.vision_dim, hidden, features.grid)
+        self.grid = features.grid // self.projection.factor
+        self.reasoning_module = ReasoningModule(config, hidden, self.num_visual_tokens)
         self._tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
         self.confidence_temperature = 1.0
@@ -72,7 +75,12 @@ class EmberVLMNetwork(PreTrainedModel):
 
     @property
     def num_visual_tokens(self) -> int:
-        return self.vision_encoder.num_visual_tokens
+        """What the language model reads of a picture, a square of `grid` x `grid`."""
+        return self.grid**2
+
+    @property
+    def visual_dtype(self) -> torch.dtype:
+        return next(self.projection.parameters()).dtype
 
     @property
     def text_room(self) -> int | None:
@@ -161,7 +169,7 @@ class EmberVLMNetwork(PreTrainedModel):
         mean = torch.tensor(self.config.image_mean, device=pictures.device)[:, None, None]
         std = torch.tensor(self.config.image_std, device=pictures.device)[:, None, None]
         pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
-        return pixels.to(self.projection.norm.weight.dtype)
+        return pixels.to(self.visual_dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings `[..., hidden]`; the tokens of Stage 4 come from the reasoning head."""

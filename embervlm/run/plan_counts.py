@@ -125,7 +125,7 @@ def micro_batch(
     )
     if cached_pictures:
         shape = (len(batch.picture_index), model.num_visual_tokens, model.language_model.hidden_size)
-        batch.inputs["visual"] = torch.zeros(shape, dtype=model.projection.norm.weight.dtype)
+        batch.inputs["visual"] = torch.zeros(shape, dtype=model.visual_dtype)
     return batch
 
 

@@ -117,7 +117,7 @@ class Encoder:
         Raises:
             DataError: every record of any split that is too long to be trained on or asked.
         """
-        data, tokenizer, grid, limits = self.data, self.model.tokenizer, self.model.vision_encoder.grid, self._limits
+        data, tokenizer, grid, limits = self.data, self.model.tokenizer, self.model.grid, self._limits
 
         def fitting() -> Samples:
             chains = (data.reasoning, data.val, data.test)

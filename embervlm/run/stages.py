@@ -120,7 +120,7 @@ class Run:
         model = build_model(model_settings(config, STAGE3))
         data = self._load_data(model)
         model.attach_tokenizer(new_tokenizer(config, model, data.reasoning))
-        labels = DenseLabels(data.train, model.vision_encoder.grid)
+        labels = DenseLabels(data.train, model.grid)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         encoder.chains()  # what Stage 4 refuses is refused now
         direct = encoder.direct()

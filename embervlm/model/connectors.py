@@ -1,0 +1,102 @@
+"""What stands between vision encoder and language model, by name: `connector: {kind: ...}` of a preset.
+
+Each takes visual features `[batch, tokens, vision_dim]` in rows of a square grid and gives `[batch, tokens / factor**2,
+hidden]`; `factor` is by how much it shortens a side of the grid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from embervlm.config import ConfigError
+from embervlm.model.config import EmberVLMConfig
+
+
+class NormMLP(nn.Module):
+    """Norm and two-layer perceptron; what the presets use."""
+
+    factor = 1
+
+    def __init__(self, vision_dim: int, hidden_size: int, *, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_dim)
+        self.layers = nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, hidden_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(self.norm(features))
+
+
+class MLP(nn.Module):
+    """Two linear layers as wide as the language model, with an activation between them (LLaVA 1.5)."""
+
+    factor = 1
+
+    def __init__(self, vision_dim: int, hidden_size: int, *, activation: str = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        if activation not in ACT2FN:
+            raise ConfigError(f"connector: activation {activation!r} is not known; there are {', '.join(ACT2FN)}")
+        self.layers = nn.Sequential(
+            nn.Linear(vision_dim, hidden_size, bias=bias),
+            ACT2FN[activation],
+            nn.Linear(hidden_size, hidden_size, bias=bias),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class PixelShuffle(nn.Module):
+    """Each square of `factor` x `factor` features side by side as one, then a linear layer (Idefics3, nanoVLM)."""
+
+    def __init__(self, vision_dim: int, hidden_size: int, *, factor: int, bias: bool = False) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(vision_dim * factor**2, hidden_size, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        side = int(features.shape[1] ** 0.5) // self.factor
+        squares = features.unflatten(1, (side, self.factor, side, self.factor)).transpose(2, 3)
+        return self.linear(squares.flatten(3).flatten(1, 2))
+
+
+class Linear(PixelShuffle):
+    """One linear layer."""
+
+    def __init__(self, vision_dim: int, hidden_size: int, *, bias: bool = True) -> None:
+        super().__init__(vision_dim, hidden_size, factor=1, bias=bias)
+
+
+CONNECTORS: dict[str, type[nn.Module]] = {
+    "norm_mlp": NormMLP,
+    "mlp": MLP,
+    "linear": Linear,
+    "pixel_shuffle": PixelShuffle,
+}
+
+
+def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, grid: int) -> Any:
+    """The connector that `config` names, between `grid` x `grid` features and a language model of `hidden_size`."""
+    options = dict(config.connector)
+    kind = options.pop("kind", "norm_mlp")
+    if kind not in CONNECTORS:
+        raise ConfigError(f"connector: kind {kind!r} is not known; there are {', '.join(CONNECTORS)}")
+    if kind == "norm_mlp":
+        options = {"width": config.projection_hidden_size, **options}
+    arguments = inspect.signature(CONNECTORS[kind]).parameters.values()
+    known = {argument.name: argument for argument in arguments if argument.kind == argument.KEYWORD_ONLY}
+    if wrong := sorted(set(options) - set(known)):
+        raise ConfigError(f"connector: {kind} has no {', '.join(wrong)}; it has {', '.join(known)}")
+    if missing := [
+        name for name, argument in known.items() if argument.default is argument.empty and name not in options
+    ]:
+        raise ConfigError(f"connector: {kind} needs {', '.join(missing)}")
+    factor = options.get("factor", 1)
+    if type(factor) is not int or factor < 1:
+        raise ConfigError(f"connector: factor {factor!r} is no whole number above 0")
+    if grid % factor:
+        raise ConfigError(f"connector: factor {factor} does not divide the {grid} x {grid} features of a picture")
+    return CONNECTORS[kind](vision_dim, hidden_size, **options)
