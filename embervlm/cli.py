@@ -10,6 +10,11 @@ from embervlm.errors import OneLineParser, told_in_one_line
 
 COMMANDS = {
     "describe": ("run.describe", "describe", "sizes of a model preset"),
+    "import-checkpoint": (
+        "run.import_checkpoint",
+        "import_checkpoint",
+        "a checkpoint of another family as one that Stage 4 starts from",
+    ),
     "data generate": ("run.data", "generate", "chains by a teacher, by the model itself, or by people"),
     "data merge": ("run.data", "merge", "one data set from the shards of a job"),
     "data validate": ("run.data", "validate", "every problem of a data set, and what is in it"),

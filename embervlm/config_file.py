@@ -13,9 +13,16 @@ from typing import Any, TypeVar
 
 import yaml
 
+from embervlm import run_dir
 from embervlm.config import ALIASES, COMPONENTS, REPOSITORY, ConfigError, TrainConfig, filled_in
 
 Config = TypeVar("Config")
+CONFIG = "config.json"
+_OF_A_RUN = (
+    *("architectures", "dtype", "model_type", "transformers_version", "stage", "candidates"),
+    *("longest_chain_steps", "longest_chain_tokens", "longest_answer_tokens"),
+)
+"""Keys of a checkpoint's configuration that say nothing about the shape of its model."""
 
 
 def from_mapping(cls: type[Config], values: Any, where: str = "") -> Config:
@@ -205,16 +212,37 @@ def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str
 
 
 def model_preset(name: str) -> dict[str, Any]:
-    """Settings of an `EmberVLMConfig` by preset name or YAML path."""
+    """Settings of an `EmberVLMConfig` by preset name, YAML path, or checkpoint folder."""
     path = Path(name)
+    if (path / CONFIG).is_file():
+        return shape_of(path)
     if path.suffix not in (".yaml", ".yml"):
         path = REPOSITORY / "configs" / "model" / f"{name}.yaml"
         if not path.exists():
             known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
-            raise ConfigError(f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML")
+            raise ConfigError(
+                f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML or a checkpoint"
+            )
     values = read_yaml(path)
     for part in ("vision", "language"):
         settings = values.get(part)
         if isinstance(settings, dict) and isinstance(name_or_path := settings.get("name_or_path"), str):
             settings["name_or_path"] = filled_in(f"{path}: {part}.name_or_path", name_or_path)
     return values
+
+
+def shape_of(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the model in `checkpoint`, without what belongs to its own run."""
+    found = run_dir.read_object(checkpoint / CONFIG)
+    if found.get("model_type") != "embervlm":
+        raise ConfigError(
+            f"model: {checkpoint} is no checkpoint of EmberVLM (its model_type is {found.get('model_type')!r}); try "
+            f"`embervlm import-checkpoint {checkpoint} OUT`"
+        )
+    return {key: value for key, value in found.items() if key not in _OF_A_RUN}
+
+
+def brings_its_shape(checkpoint: str | Path) -> bool:
+    """Whether `checkpoint` was imported, or trained from one that was, and so fits no preset."""
+    path = Path(checkpoint) / CONFIG
+    return path.is_file() and bool(run_dir.read_object(path).get("imported_from"))

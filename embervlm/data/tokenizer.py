@@ -123,7 +123,8 @@ class ReasoningTokenizer:
         except UserError:
             raise
         except Exception as error:  # of damage in tokenizer.json the library raises bare Exceptions
-            raise ConfigError(f"{path}: no readable tokenizer there ({error})") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{path}: no readable tokenizer there ({reason})") from error
 
     def save(self, path: str | Path) -> None:
         self.hugging_face.save_pretrained(str(path))

@@ -65,7 +65,14 @@ def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[st
     load_state(model, state, components, path)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequence[str], path: Path) -> None:
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    components: Sequence[str],
+    path: Path,
+    advice: str = "use the preset it was trained with",
+) -> None:
+    """Put all of `state` that belongs to `components` into `model`, whose every weight must be there."""
     own = {key: value for key, value in model.state_dict().items() if key.partition(".")[0] in components}
     given = {key: value for key, value in state.items() if key.partition(".")[0] in components}
     for key in own.keys() - given.keys():  # safetensors hold of tied weights one
@@ -81,7 +88,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], components: Sequen
     ]
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise CheckpointError(f"{path}: is of another model ({shown}); use the preset it was trained with")
+        raise CheckpointError(f"{path}: is of another model ({shown}); {advice}")
     model.load_state_dict(dict(given), strict=False)
 
 

@@ -6,6 +6,7 @@ Imports no torch: Slurm's helpers read it on login nodes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, StageConfig, TrainConfig
-from embervlm.config_file import load_train_config
+from embervlm.config_file import brings_its_shape, load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
 
@@ -94,7 +95,10 @@ def load_config(args: argparse.Namespace) -> TrainConfig:
     names = {key: f"--cluster {args.cluster}: {key}" for key in overrides}
     names |= {key: f"--{flag}" for flag, key in FLAGS.items() if getattr(args, flag) is not None}
     names |= {key: f"--set {key}" for key in (item.partition("=")[0] for item in args.set)}
-    return load_train_config(args.config, overrides, names)
+    config = load_train_config(args.config, overrides, names)
+    if "model" not in overrides and config.resume_from and brings_its_shape(config.resume_from):
+        config = dataclasses.replace(config, model=config.resume_from)
+    return config
 
 
 def stages_of(args: argparse.Namespace) -> list[str]:

@@ -1,0 +1,348 @@
+"""Checkpoints of other families as ours: the same numbers, and one line for what cannot be taken."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_helpers import ok, train, write_run_yaml
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Idefics3Config,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+)
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+from embervlm.cli import main
+from embervlm.config_file import model_preset
+from embervlm.data.tokenizer import train_tokenizer
+from embervlm.model.embervlm import EmberVLM
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 48,
+    "patch_size": 12,
+}
+LANGUAGE = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+}
+IMAGE = 300
+"""The id that stands for a visual token in their sequences."""
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def llava(vision: Any = None, language: Any = None, **settings: Any) -> LlavaConfig:
+    vision = vision or CLIPVisionConfig(**VISION, projection_dim=8)
+    language = language or LlamaConfig(**LANGUAGE)
+    return LlavaConfig(vision_config=vision, text_config=language, image_token_index=IMAGE, **settings)
+
+
+def idefics3(**settings: Any) -> Idefics3Config:
+    vision, text = Idefics3VisionConfig(**VISION).to_dict(), LlamaConfig(**LANGUAGE).to_dict()
+    return Idefics3Config(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, **settings)
+
+
+def smolvlm() -> SmolVLMConfig:
+    vision, text = SmolVLMVisionConfig(**VISION).to_dict(), LlamaConfig(**LANGUAGE).to_dict()
+    return SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=4)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llava": llava,
+    "llava of Qwen2 and SigLIP": lambda: llava(
+        SiglipVisionConfig(**VISION, vision_use_head=False),
+        Qwen2Config(**LANGUAGE, tie_word_embeddings=True),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        multimodal_projector_bias=False,
+        projector_hidden_act="relu",
+        tie_word_embeddings=True,
+    ),
+    "idefics3": idefics3,
+    "idefics3 tied": lambda: idefics3(tie_word_embeddings=True),
+    "smolvlm": smolvlm,
+}
+
+
+def make(folder: Path, config: Any) -> Any:
+    """A random model as its own library saves it, with a tokenizer of 290 tokens and the picture's preprocessor."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3).add_(0.05 * torch.randn_like(parameter))  # as after some training, biases too
+    model.save_pretrained(folder)
+    tokenizer(290).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return model
+
+
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Bytes, and added tokens up to `size`."""
+    found = train_tokenizer(["a"], 257)
+    found.add_special_tokens({"additional_special_tokens": [f"<|of their own {n}|>" for n in range(size - len(found))]})
+    return found
+
+
+def imported(folder: Path, out: Path | None = None, *flags: str) -> EmberVLM:
+    out = out or folder.with_name("out")
+    main(["import-checkpoint", str(folder), str(out), *flags])
+    return EmberVLM.from_pretrained(out)
+
+
+def our_logits(model: EmberVLM, pixels: Any, seen: list[bool], ids: Any, mask: Any) -> Any:
+    image_mask = torch.tensor(seen)
+    return model.language_model.logits(model.read(model.see(pixels), image_mask, ids, mask.bool()))
+
+
+@pytest.fixture
+def batch() -> tuple[Any, Any, Any]:
+    """Pixels of two pictures, ids of two texts of 9 and 6 tokens, and where they are no padding."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, 3, 48, 48, generator=generator)
+    ids = torch.randint(3, 290, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return pixels, ids, mask
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_are_those_of_the_family_itself(name: str, batch: Any, tmp_path: Path) -> None:
+    theirs = make(tmp_path / "theirs", MODELS[name]())
+    ours = imported(tmp_path / "theirs")
+    pixels, ids, mask = batch
+    real, num = mask.bool(), ours.num_visual_tokens
+    given = pixels if "llava" in name else pixels[:, None]  # Idefics3 takes several pictures a text
+    visual = torch.full((2, num), IMAGE)
+    wanted = theirs(
+        input_ids=torch.cat([visual, ids], 1),
+        attention_mask=torch.cat([torch.ones_like(visual), mask], 1),
+        pixel_values=given,
+    ).logits[:, num:]
+    found = our_logits(ours, pixels, [True, True], ids, mask)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-4)
+    left = [
+        torch.stack([rows[0], rows[1].roll(3)]) for rows in (ids, mask)
+    ]  # padding in front, between picture and text
+    found = our_logits(ours, pixels, [True, True], *left)
+    torch.testing.assert_close(found[left[1].bool()], wanted[real], rtol=1e-4, atol=1e-4)
+    without = theirs(input_ids=ids, attention_mask=mask).logits
+    assert not torch.allclose(without[real], wanted[real], atol=1e-2)  # they do see
+    found = our_logits(ours, pixels, [False, True], ids, mask)
+    torch.testing.assert_close(found[0], without[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1, :6], wanted[1, :6], rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_are_normalised_and_answered_as_the_folder_says(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    model = imported(tmp_path / "theirs")
+    assert (list(model.config.image_mean), list(model.config.image_std)) == (MEAN, STD)
+    assert (model.config.image_size, model.grid, model.config.imported_from) == (48, 4, "LLaVA")
+    assert model.tokenizer.base_vocab_size == 290
+    assert model.tokenizer.hugging_face.convert_tokens_to_ids("<|of their own 0|>") == 257
+    model.config.candidates = ("yes", "no")
+    assert model.generate_with_reasoning(torch.zeros(9, 9, 3).numpy(), "Is it there?", max_new_tokens=4)["num_tokens"]
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_what_became_of_every_weight_is_printed(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "theirs", idefics3())
+    imported(tmp_path / "theirs")
+    told = lines_of(capsys.readouterr().out)
+    assert told[0] == f"{tmp_path}/theirs: a SmolVLM/Idefics3 checkpoint"
+    assert "projection: 1 weights taken, 2,048 parameters" in told
+    assert "model.text_model.* -> language_model.backbone.model.* (20)" in told
+    assert "a picture: 4 visual tokens (2 x 2), connector pixel_shuffle" in told
+    assert any(line.startswith("new: reasoning_module, ") for line in told)
+    assert "tokenizer: 290 tokens of 512 embedding rows, and Stage 4's behind them" in told
+    assert told[-1].endswith(f"--stages 4 --resume_from {tmp_path}/out`")
+
+
+LAYOUTS = {
+    "before 4.52": [("vision_tower.", "vision_tower.vision_model.")],
+    "in memory": [
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_older_and_newer_names_are_the_same_model(layout: str, suffix: str, tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "theirs", llava())
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(file)
+    named = {}
+    for name, value in weights.items():
+        start, other = next((pair for pair in LAYOUTS[layout] if name.startswith(pair[0])), ("", ""))
+        named[other + name.removeprefix(start)] = value
+    named["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    wanted = imported(tmp_path / "theirs").state_dict()
+    file.unlink()
+    save_file(named, file) if suffix == ".safetensors" else torch.save(named, file.with_name("pytorch_model.bin"))
+    found = imported(tmp_path / "theirs", tmp_path / "again").state_dict()
+    assert "dropped: 1 (vision_tower.vision_model.embeddings.position_ids): computed anew" in capsys.readouterr().out
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items() if "reasoning_module" not in name)
+
+
+def test_half_precision_in_shards_is_taken(tmp_path: Path) -> None:
+    model = make(tmp_path / "theirs", llava()).to(torch.bfloat16)
+    for path in (tmp_path / "theirs").glob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    found = imported(tmp_path / "theirs").state_dict()
+    assert torch.equal(found["projection.layers.0.weight"], model.model.multi_modal_projector.linear_1.weight.float())
+
+
+# ---- what cannot be taken
+
+
+def refused(folder: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        imported(folder, None, *flags)
+    told = str(ended.value)
+    assert told.startswith("error: ") and "\n" not in told
+    assert not folder.with_name("out").exists()
+    assert not list(folder.parent.glob(".tmp-*"))
+    return told
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_family_that_is_not_known_is_told_with_its_first_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    save_file({f"qformer.{n}": torch.zeros(1) for n in "abcd"}, tmp_path / "model.safetensors")
+    (folder := tmp_path / "theirs").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).rename(folder / name)
+    told = refused(folder)
+    assert "of no known family (its first names are qformer.a, qformer.b, qformer.c); known are LLaVA, SmolVLM" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"model_type": "llava_next"}, "model_type 'llava_next' has names like LLaVA's and computes something else"),
+        ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer [-2, -3] is several layers"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full' of a clip_vision_model"),
+        ({"text_config": {**LANGUAGE, "model_type": "llama", "vocab_size": 99}}, "config.json describes"),
+    ],
+)
+def test_what_is_computed_otherwise_is_refused(changes: dict[str, Any], wanted: str, tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    change(tmp_path / "theirs", **changes)
+    assert wanted in refused(tmp_path / "theirs")
+
+
+def test_a_weight_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file({**load_file(file), "image_newline": torch.zeros(32)}, file)
+    assert "image_newline: no part of a LLaVA model" in refused(tmp_path / "theirs")
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    model = make(tmp_path / "theirs", llava())
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    shards = sorted((tmp_path / "theirs").glob("model-*.safetensors"))
+    shards[1].unlink()
+    assert f"{shards[1]}: missing, 1 of the {len(shards)} files" in refused(tmp_path / "theirs")
+
+
+def test_a_pickle_of_more_than_weights_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(pickle.dumps({"model": Path("a")}))
+    assert "pytorch_model.bin: holds more than weights" in refused(tmp_path / "theirs")
+
+
+def test_a_tokenizer_that_is_missing_or_too_large_is_refused_and_another_may_be_named(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    tokenizer(600).save_pretrained(tmp_path / "theirs")
+    assert "tokenizer has 600 tokens, the language model embeds only 512" in refused(tmp_path / "theirs")
+    for path in (tmp_path / "theirs").glob("tokenizer*"):
+        path.unlink()
+    told = refused(tmp_path / "theirs")
+    assert "no readable tokenizer there" in told and told.endswith("with --tokenizer")
+    tokenizer(400).save_pretrained(tmp_path / "words")
+    assert imported(tmp_path / "theirs", None, "--tokenizer", f"{tmp_path}/words").base_vocab_size == 400
+
+
+def test_our_own_checkpoint_and_a_folder_that_is_there_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    imported(tmp_path / "theirs")
+    with pytest.raises(SystemExit, match="out: is there already; name a new folder"):
+        imported(tmp_path / "theirs")
+    with pytest.raises(SystemExit, match="is a checkpoint of EmberVLM already; give its folder to --resume_from"):
+        imported(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(
+        SystemExit, match=r"no checkpoint of EmberVLM \(its model_type is 'llava'\); try `embervlm import"
+    ):
+        main(["describe", "--model", str(tmp_path / "theirs")])
+
+
+def test_a_checkpoint_of_other_parts_says_so(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", idefics3())
+    change(tmp_path / "theirs", scale_factor=4)
+    with pytest.raises(SystemExit, match=r"projection.linear.weight has shape \[32, 64\], the model \[32, 256\]"):
+        imported(tmp_path / "theirs")
+
+
+# ---- training from it
+
+
+@pytest.mark.slow
+def test_both_phases_start_from_an_imported_checkpoint_by_resume_from_alone(scene_data: Path, tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    imported(tmp_path / "theirs")
+    config = write_run_yaml(
+        tmp_path, "embervlm-39m", scene_data / "reasoning_data.json", stage4__max_reasoning_length=900
+    )
+    flags = ["--config", config, "--engine", "torch", "--max_steps", "1", "--stages", "4"]
+    ok(train("python", *flags, "--phase", "1", "--resume_from", tmp_path / "out"))
+    first = tmp_path / "outputs" / "stage4" / "phase1" / "checkpoint-final"
+    ok(train("python", *flags, "--phase", "2", "--resume_from", first))
+    trained = EmberVLM.from_pretrained(tmp_path / "outputs" / "stage4" / "phase2" / "checkpoint-final")
+    start = EmberVLM.from_pretrained(tmp_path / "out")
+    assert (trained.grid, trained.config.imported_from) == (4, "LLaVA")
+    moved = {
+        name.split(".")[0] for name, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[name])
+    }
+    assert moved == {"vision_encoder", "projection", "language_model", "reasoning_module"}
+    assert model_preset(str(first))["connector"] == {"kind": "mlp", "activation": "gelu", "bias": True}
