@@ -47,6 +47,6 @@ def test_settings_that_make_no_connector_are_told_in_a_line(settings, told):
 
 def test_the_network_counts_the_tokens_behind_its_connector(tiny_settings):
     model = build_model({**tiny_settings, "connector": {"kind": "pixel_shuffle", "factor": 3}})
-    assert (model.grid, model.grid, model.num_visual_tokens) == (3, 1, 1)
+    assert (model.vision_encoder.grid, model.grid, model.num_visual_tokens) == (3, 1, 1)
     pixels = torch.zeros(2, 3, 36, 36)
     assert model.see(pixels).shape == (2, 1, model.language_model.hidden_size)
