@@ -156,7 +156,7 @@ def test_reading_stops_nowhere_in_the_middle_of_a_parquet_file(tmp_path, monkeyp
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("embervlm.data.records.PARQUET_BATCH_ROWS", 3)
+    monkeypatch.setattr("embervlm.data.tables.BATCH_ROWS", 3)
     rows = [{**GOOD, "id": str(number)} for number in range(10)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     assert [record.record_id for record in read_records(tmp_path / "d.parquet", candidates=ROBOTS)] == [

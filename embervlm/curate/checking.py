@@ -31,6 +31,7 @@ from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
 from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
+from embervlm.data.tables import label_of
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import number_lines, step_numbers
 
@@ -133,7 +134,7 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
                 number = int(key) if one_file else len(data.where) + 1
                 if not one_file:
                     data.where[number] = f"{file} record {key}"
-                yield number, f"{file.name}:{key}", value
+                yield number, f"{label_of(file)}:{key}", value
 
     yield from read_values(values(), rules)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from embervlm.data.domain import Domain
 from embervlm.data.record_fields import FieldRules, quote
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
+from embervlm.data.sources import is_shard, source_files
 from embervlm.data.splits import SPLITS, picture_digests
 from embervlm.progress import progress_bar
 
@@ -75,9 +76,10 @@ def convert_file(
     allow_outside: bool = False,
     progress: bool = True,
 ) -> Converted:
-    """Convert `path`, a file in the format `source`, and write the unified spelling to `output_file`.
+    """Convert `path`, which is in the format `source`, and write the unified spelling to `output_file`.
 
     Args:
+        path: a file, or a folder of Parquet files or of what `save_to_disk` of `datasets` wrote.
         image_root: what picture paths in `path` are relative to; its folder by default.
         skip_bad: write the records that can be converted, and list the others in `skipped_path(output_file)`.
     Raises:
@@ -88,7 +90,7 @@ def convert_file(
         raise ConfigError(f"--from {source}: is not one of {', '.join(CONVERTERS)}")
     if output_file.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
-    root = os.path.realpath(path.parent if image_root is None else image_root)
+    root = os.path.realpath(_folder_of(path) if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
         raise ConfigError(f"--image_root {image_root}: no such folder; name the one that picture paths are relative to")
     rules = FieldRules(
@@ -104,7 +106,8 @@ def convert_file(
         raise DataError(f"{path}: holds no records; name a file that does")
     records, num_moved = _one_split_per_picture(records)
     folder = os.path.realpath(output_file.parent)
-    picture_root = folder if is_inside(root, folder) else root
+    beside = all(is_inside(record.image, folder) for record in records if record.image)  # as unpacked ones are
+    picture_root = folder if beside or is_inside(root, folder) else root
     write_dataset(output_file, (record_to_json(record, picture_root) for record in records))
     if skipped:
         write_dataset(skipped_path(output_file), skipped)
@@ -121,7 +124,7 @@ def _convert(
     skipped: list[dict[str, Any]] = []
     records: list[ReasoningRecord] = []
     numbers: dict[str, int] = {}
-    values = file_values(path, line_problems, keyed=source == "scienceqa", inside=LISTS.get(source, ""))
+    values = _values(path, source, line_problems)
     for number, value in progress_bar(values, desc=f"convert {path.name}", unit="record", disable=not progress):
         at = Source(
             value=value,
@@ -141,6 +144,22 @@ def _convert(
             named = {"id": value["id"]} if isinstance(value, dict) and value.get("id") is not None else {}
             skipped.append({"record": number, **named, "problems": at.problems})
     return records, [{"record": None, "problems": [problem]} for problem in line_problems] + skipped
+
+
+def _values(path: Path, source: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """Each value of the file with its number; those of the files of a folder, or of a pattern, numbered through."""
+    files, keyed, inside = source_files(path), source == "scienceqa", LISTS.get(source, "")
+    if files == [path]:
+        yield from file_values(path, problems, keyed=keyed, inside=inside)
+        return
+    if not files or is_shard(files[0]):
+        raise DataError(f"{path}: holds no data file; name one, or a folder of Parquet files or of a saved data set")
+    all_values = (value for file in files for _, value in file_values(file, problems, inside=inside))
+    yield from enumerate(all_values, start=1)
+
+
+def _folder_of(path: Path) -> str:
+    return os.fspath(path if path.is_dir() else path.parent)
 
 
 def _told(path: Path, number: int | None, problem: str) -> str:

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ from embervlm.data.json_text import Decoder, JsonText
 from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
 from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
 from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
+from embervlm.data.tables import SUFFIXES, TableError, table_rows
 from embervlm.errors import UserError
 from embervlm.run_dir import atomic_text
 from embervlm.words.chain_text import (
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 MAX_PRINTED_PROBLEMS = 50
-PARQUET_BATCH_ROWS = 512
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "nested too deeply; a record is a flat object, drop what is inside"
 
@@ -123,7 +122,7 @@ def read_records(
     max_steps: int = MAX_STEPS,
     unpack_dir: str | os.PathLike[str] | None = None,
 ) -> list[ReasoningRecord]:
-    """All records of a `.json` (a list), `.jsonl` or `.parquet` file, in its order.
+    """All records of a `.json` (a list), `.jsonl`, `.parquet` or `.arrow` file, in its order.
 
     Args:
         image_root: what image paths are relative to; the data file's folder by default. A path that leaves it
@@ -229,10 +228,10 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False, inside:
     list of that name in one object.
     """
     suffix = path.suffix.lower()
-    if suffix not in (".json", ".jsonl", ".parquet"):
-        raise DataError(f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl or .parquet')
-    if suffix == ".parquet":
-        for number, row in enumerate(_parquet_rows(path), start=1):
+    if suffix not in (".json", ".jsonl", *SUFFIXES):
+        raise DataError(f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl, .parquet or .arrow')
+    if suffix in SUFFIXES:
+        for number, row in enumerate(_table_rows(path), start=1):
             row, found = plain_row(row)
             if not _told(path, number, found, problems):
                 yield number, row
@@ -319,18 +318,11 @@ def _not_json(error: ValueError | RecursionError, line: int, column: int, advice
     return f"line {line}: invalid JSON ({error}); {advice}"  # an integer of thousands of digits
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    try:  # imported here: slow, and JSON needs none of it
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl") from error
+def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with parquet.ParquetFile(os.fspath(path)) as file:
-            pictured = "binary" in str(file.schema_arrow)  # fewer rows at once: each may hold a picture
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS // 16 if pictured else PARQUET_BATCH_ROWS):
-                yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (OSError, ValueError, KeyError, arrow.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); check the path or write the file again") from error
+        yield from table_rows(path)
+    except TableError as error:
+        raise DataError(str(error)) from error
 
 
 # ---- writing

@@ -1,4 +1,4 @@
-"""The files that a data set is given as: one file, Parquet files, or WebDataset shards.
+"""The files that a data set is given as: one file, Parquet or Arrow files, or WebDataset shards.
 
 A shard is a tar file in which `key.json` stands beside its picture `key.jpg`, `key.png`, ...
 """
@@ -18,6 +18,7 @@ from embervlm.data.json_text import Decoder
 from embervlm.data.record_fields import FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
 from embervlm.data.records import file_values, folder_of_images
+from embervlm.data.tables import saved_files
 from embervlm.run_dir import WriteError, naming_unwritten
 
 _NO_PICTURES = frozenset(
@@ -37,14 +38,15 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def source_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that `path` names, in order: itself, the shards or Parquet files of a folder, or those of a pattern.
+    """The files that `path` names, in order: itself, shards, Parquet or Arrow files of a folder, or those of a pattern.
 
     A pattern is a glob (`shards/*.tar`), braces (`shards/{000..009}.tar`), or both. Of braces every file counts, there
     or not, so that a missing shard is noticed. Empty where nothing is found.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
-        return sorted(Path(text).glob("*.tar")) or sorted(Path(text).glob("*.parquet"))
+        folder = Path(text)
+        return sorted(folder.glob("*.tar")) or sorted(folder.glob("*.parquet")) or saved_files(folder)
     if os.path.exists(text) or not set(text) & set("*?[{"):
         return [Path(text)]
     from braceexpand import braceexpand  # here: most data sets are one file

@@ -27,6 +27,7 @@ from embervlm.data.record_fields import FieldRules, quote, unused_fields
 from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
 from embervlm.data.sources import source_files, source_rules, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
+from embervlm.data.tables import label_of
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
@@ -328,7 +329,7 @@ class _Source:
         for file in self.files:
             for number, value in source_values(file, self.unpack_dir, problems, unused):
                 found: list[str] = []
-                record = read_record(value, f"{file.name}:{number}", self.rules, found.append)
+                record = read_record(value, f"{label_of(file)}:{number}", self.rules, found.append)
                 problems += [f"{file} record {number}: {problem}" for problem in found]
                 if record is not None:
                     yield file, number, record

@@ -184,7 +184,9 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     from embervlm.curate.convert import CONVERTERS
 
     parser.add_argument("--from", dest="source", required=True, choices=tuple(CONVERTERS), help="format of the input")
-    parser.add_argument("--input", type=Path, required=True, help="JSON, JSONL or Parquet file")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="file: JSON, JSONL, Parquet or Arrow; or folder of tables"
+    )
     parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified spelling")
     parser.add_argument(
         "--image_root", type=Path, help="what picture paths are relative to; default: the input's folder"

@@ -1,0 +1,121 @@
+"""Tables with pictures: Parquet, and folders in the layout of `save_to_disk` of Hugging Face `datasets`."""
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from embervlm.curate.convert import convert_file
+from embervlm.data.domain import NO_DOMAIN
+from embervlm.data.records import DataError, read_records
+from embervlm.data.sources import source_files
+from embervlm.data.store import prepare
+
+
+def png(shade):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def rows(start, num):
+    return [
+        {"image": png(shade), "question": f"Is it {shade}?", "reasoning": ["I look.", "I see."], "answer": shade % 2}
+        for shade in range(start, start + num)
+    ]
+
+
+def table(values, **classes):
+    """With the names of class labels in the schema, as `datasets` writes them."""
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in classes.items()}
+    made = pa.Table.from_pylist(values)
+    return made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def save(folder, made, num_files=1):
+    """As `Dataset.save_to_disk` does: streams of record batches, and `state.json` that lists them."""
+    folder.mkdir(parents=True)
+    names = [f"data-{number:05}-of-{num_files:05}.arrow" for number in range(num_files)]
+    size = -(-made.num_rows // num_files)
+    for number, name in enumerate(names):
+        part = made.slice(number * size, size)
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
+            writer.write_table(part)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_saved_data_set_is_read_for_training_with_pictures_and_class_names(tmp_path):
+    folder = save(tmp_path / "saved", table(rows(0, 50), answer=["no", "yes"]), num_files=3)
+    (folder / "cache-1.arrow").write_bytes(b"of map")
+    assert [file.name for file in source_files(folder)] == [f"data-{n:05}-of-00003.arrow" for n in range(3)]
+    store = prepare(folder, tmp_path / "cache", max_closed_answers=64)
+    records = list(store.all())
+    assert len(records) == 50 and {record.answer[0] for record in records} == {"no", "yes"}
+    assert Image.open(records[49].image).getpixel((0, 0)) == (49, 0, 0)
+
+
+def test_the_splits_of_a_saved_dictionary_are_kept(tmp_path):
+    folder = tmp_path / "saved"
+    for name, start, num in (("train", 0, 12), ("validation", 20, 3), ("test", 30, 3)):
+        save(folder / name, table(rows(start, num), answer=["no", "yes"]))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation", "test"]}))
+    store = prepare(folder, tmp_path / "cache", max_closed_answers=64)
+    records = list(store.all())
+    assert [record.metadata["split"] for record in records] == ["train"] * 12 + ["val"] * 3 + ["test"] * 3
+    assert len({record.record_id for record in records}) == 18, "files of all splits have the same names"
+
+
+def test_convert_takes_a_saved_data_set_and_writes_its_pictures_beside_the_output(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "I look. It is. Yes."}]
+    values = [{"image": png(shade), "conversations": turns} for shade in (1, 2, 3)]
+    folder = save(tmp_path / "in" / "saved", table(values), num_files=2)
+    out = tmp_path / "out" / "records.json"
+    made = convert_file(folder, out, source="llava", progress=False, domain=NO_DOMAIN)
+    records = read_records(out)
+    assert records == made.records and [record.answer for record in records] == [("Yes",)] * 3
+    assert [Image.open(record.image).getpixel((0, 0))[0] for record in records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["scienceqa", "aokvqa", "human", "alpaca"])
+def test_convert_takes_parquet_with_the_pictures_themselves(tmp_path, source):
+    choice = {"question": "Which?", "choices": ["red", "blue"], "image": png(5)}
+    value = {
+        "scienceqa": choice | {"answer": 0, "hint": "", "lecture": "", "solution": "I look. It is red."},
+        "aokvqa": choice | {"correct_choice_idx": 0, "question_id": "q", "rationales": ["It is red."]},
+        "human": {"image": png(5), "question": "Which?", "reasoning_steps": ["I look."], "answer": "red"},
+        "alpaca": {"images": [png(5)], "problem": "<image>Which?", "solution": "I look. I see.", "answer": "red"},
+    }[source]
+    pa.parquet.write_table(pa.Table.from_pylist([value]), tmp_path / "in.parquet")
+    out = tmp_path / "out" / "records.json"
+    (record,) = convert_file(tmp_path / "in.parquet", out, source=source, progress=False, domain=NO_DOMAIN).records
+    assert read_records(out) == [record] and record.answer == ("red",)
+    assert Image.open(record.image).getpixel((0, 0))[0] == 5
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_an_arrow_file_alone_may_have_an_index_or_not(tmp_path, index):
+    made = pa.Table.from_pylist([{"question": "Is it?", "reasoning": ["I look."], "answer": "yes"}])
+    new = pa.ipc.new_file if index else pa.ipc.new_stream
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, new(file, made.schema) as writer:
+        writer.write_table(made)
+    assert read_records(tmp_path / "a.arrow")[0].answer == ("yes",)
+
+
+def test_a_broken_or_missing_part_is_named(tmp_path):
+    folder = save(tmp_path / "saved", table(rows(0, 4), answer=["no", "yes"]), num_files=2)
+    (folder / "data-00001-of-00002.arrow").write_bytes(b"\xff\xff\xff\xff broken")
+    with pytest.raises(DataError, match="data-00001-of-00002.arrow: not readable as Arrow"):
+        prepare(folder, tmp_path / "cache")
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises((DataError, OSError), match="data-00001-of-00002.arrow"):
+        prepare(folder, tmp_path / "cache")
+
+
+def test_a_folder_without_data_is_an_error_of_convert(tmp_path):
+    with pytest.raises(DataError, match="holds no data file; name one, or a folder of Parquet files"):
+        convert_file(tmp_path, tmp_path / "out.json", source="llava", progress=False, domain=NO_DOMAIN)
