@@ -85,3 +85,59 @@ CLEVR_SCENES = {
         }
     ],
 }
+EGOPLAN = {
+    "sample_id": 115,
+    "video_source": "EpicKitchens",
+    "video_id": "P01_13",
+    "task_goal": "store cereal",
+    "question": "Considering the progress shown in the video and my current observation in the last frame, what action "
+    "should I take next in order to store cereal?",
+    "choice_a": "put box into cupboard",
+    "choice_b": "take bag",
+    "choice_c": "open cupboard",
+    "choice_d": "put bag into box",
+    "golden_choice_idx": "A",
+    "answer": "put box into cupboard",
+    "current_observation_frame": 760,
+    "current_observation_basename": "a.png",
+    "task_progress_metadata": [
+        {"narration_text": "take bag", "start_frame": 36, "stop_frame": 105},
+        {"narration_text": "open cupboard", "start_frame": 689, "stop_frame": 760},
+    ],
+}
+EGOPLAN_IT = {
+    "sample_id": 39,
+    "video_source": "EpicKitchens",
+    "video_id": "P07_113",
+    "task_goal": "Cut and peel the onion",
+    "question": "Considering the progress, what action should I take next in order to cut and peel the onion?",
+    "answer": "grab onion",
+    "current_observation_frame": 9308,
+    "current_observation_basename": "a.png",
+    "task_progress_metadata": [{"narration_text": "open drawer", "start_frame": 9162, "stop_frame": 9203}],
+    "negative_answers": ["open drawer", "slice onion"],
+}
+GEOMETRY3K = {
+    "id": 7,
+    "data_type": "train",
+    "problem_text": "Triangle RST is congruent to triangle XYZ. Find y.",
+    "compact_text": "Triangle RST is congruent to triangle XYZ . Find y .",
+    "choices": ["5", "7.5", "10", "15"],
+    "compact_choices": ["5", "7.5", "10", "15"],
+    "answer": "B",
+    "problem_type_graph": ["Triangle"],
+    "problem_type_goal": ["Angle"],
+    "folder": ".",
+    "logic_form": {
+        "text_logic_form": ["Congruent(Triangle(R,S,T),Triangle(X,Y,Z))", "Find(y)"],
+        "dissolved_text_logic_form": ["Congruent(Triangle(R,S,T),Triangle(X,Y,Z))", "Find(y)"],
+        "diagram_logic_form": [
+            "Equals(LengthOf(Line(T, R)), x+21)",
+            "Equals(MeasureOf(Angle(T, R, S)), 4y-10)",
+            "PointLiesOnLine(Q, Line(R, N))",
+        ],
+        "line_instances": ["SR", "ST"],
+        "point_positions": {"R": [2.0, 56.0]},
+        "circle_instances": [""],
+    },
+}

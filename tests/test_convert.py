@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from format_samples import CLEVR, VISUAL_COT, VISUAL_COT_TURNS
+from format_samples import CLEVR, EGOPLAN, EGOPLAN_IT, GEOMETRY3K, VISUAL_COT, VISUAL_COT_TURNS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -169,13 +169,15 @@ SAMPLES = {
     "alpaca": [ALPACA],
     "visual_cot": [VISUAL_COT, VISUAL_COT_TURNS],
     "clevr": [CLEVR],
+    "egoplan": [EGOPLAN, EGOPLAN_IT],
+    "geometry3k": [GEOMETRY3K],
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Pictures where each format looks for its own."""
-    for number, name in enumerate(["a.png", "train/1/image.png", "train2017/000000299207.jpg"]):
+    for number, name in enumerate(["a.png", "img_diagram.png", "train/1/image.png", "train2017/000000299207.jpg"]):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 40 * number, dtype=np.uint8)).save(path)

@@ -3,10 +3,20 @@
 import json
 
 import pytest
-from format_samples import CLEVR, CLEVR_SCENES, VISUAL_COT, VISUAL_COT_TURNS, clevr_program
+from format_samples import (
+    CLEVR,
+    CLEVR_SCENES,
+    EGOPLAN,
+    EGOPLAN_IT,
+    GEOMETRY3K,
+    VISUAL_COT,
+    VISUAL_COT_TURNS,
+    clevr_program,
+)
 from PIL import Image
 
 from embervlm.curate.convert import convert_file
+from embervlm.curate.formats.geometry3k import in_words
 from embervlm.data.domain import NO_DOMAIN
 from embervlm.data.records import DataError, read_records
 
@@ -221,3 +231,97 @@ def test_a_list_inside_an_object_is_read_as_json_is(folder, text, message):
     with pytest.raises(DataError) as caught:
         convert_file(folder / "in.json", folder / "out.json", source="clevr", progress=False, domain=NO_DOMAIN)
     assert message in str(caught.value)
+
+
+# ---- EgoPlan
+
+
+def test_egoplan_actions_done_become_steps_and_the_choices_candidates(folder):
+    first, second = convert(folder, "egoplan", [EGOPLAN, EGOPLAN_IT])
+    assert first.steps == (
+        "The goal is to store cereal.",
+        "Done: take bag.",
+        "Done: open cupboard.",
+        "Conclusion: put box into cupboard.",
+    )
+    assert first.metadata["candidates"] == ["put box into cupboard", "take bag", "open cupboard", "put bag into box"]
+    assert first.instruction.endswith("(C) open cupboard (D) put bag into box") and first.record_id == "egoplan-115"
+    assert second.metadata["candidates"] == ["grab onion", "open drawer", "slice onion"]
+    assert second.metadata["split_group"] == "P07_113", "frames of one video stay in one split"
+
+
+def test_egoplan_finds_the_frame_among_those_of_epic_kitchens(folder):
+    frames = folder / "EPIC-KITCHENS" / "P01" / "rgb_frames" / "P01_13"
+    frames.mkdir(parents=True)
+    (folder / "a.png").rename(frames / "frame_0000000760.jpg")
+    value = {key: item for key, item in EGOPLAN.items() if key != "current_observation_basename"}
+    (record,) = convert(folder, "egoplan", [value])
+    assert record.image.endswith("P01_13/frame_0000000760.jpg")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (EGOPLAN | {"golden_choice_idx": None}, "golden_choice_idx: is missing or no letter A to D"),
+        (EGOPLAN | {"golden_choice_idx": "B"}, 'golden_choice_idx: "B" is not the choice that is the answer'),
+        (EGOPLAN_IT | {"negative_answers": None}, "choice_a: there are no different choices"),
+        (EGOPLAN | {"task_progress_metadata": ["x"]}, "task_progress_metadata: is not a list of {narration_text"),
+        (EGOPLAN | {"current_observation_basename": "", "current_observation_frame": "1"}, "is missing or no number"),
+    ],
+)
+def test_an_egoplan_record_that_does_not_fit_is_named(folder, value, message):
+    assert message in problem(folder, "egoplan", [value])
+
+
+# ---- Geometry3K
+
+
+def test_geometry3k_folders_give_what_the_diagram_shows_as_steps_and_caption(folder):
+    (folder / "train" / "7").mkdir(parents=True)
+    (folder / "a.png").rename(folder / "train" / "7" / "img_diagram.png")
+    data = {key: item for key, item in GEOMETRY3K.items() if key not in ("folder", "logic_form")}
+    (folder / "train" / "7" / "data.json").write_text(json.dumps(data))
+    (folder / "train" / "7" / "logic_form.json").write_text(json.dumps(GEOMETRY3K["logic_form"]))
+    options = {"source": "geometry3k", "progress": False, "domain": NO_DOMAIN}
+    (record,) = convert_file(folder / "train", folder / "out.json", **options).records
+    assert record.steps == (
+        "The length of line TR is x+21.",
+        "The measure of angle TRS is 4y-10.",
+        "Point Q lies on line RN.",
+        "Triangle RST is congruent to triangle XYZ.",
+        "We look for y.",
+        "Conclusion: 7.5.",
+    )
+    assert record.metadata["caption"] == " ".join(record.steps[:3]) and record.image.endswith("7/img_diagram.png")
+    assert record.answer == ("7.5",) and record.metadata["candidates"] == ["5", "7.5", "10", "15"]
+    (folder / "train" / "7" / "data.json").write_text("{")
+    with pytest.raises(DataError, match="train/7: not readable as JSON"):
+        convert_file(folder / "train", folder / "out.json", **options)
+
+
+@pytest.mark.parametrize(
+    ("literal", "text"),
+    [
+        ("IsMedianOf(Line(J,K),Quadrilateral(A,B,T,Q))", "Line JK is the median of quadrilateral ABTQ."),
+        ("Find(LengthOf(Line(J,K)))", "We look for the length of line JK."),
+        ("Equals(LengthOf(Line(Q, A)), LengthOf(Line(R, A)))", "The length of line QA is the length of line RA."),
+        ("Perpendicular(Line(A, B), Line(C, D))", "Line AB is perpendicular to line CD."),
+        ("Find(AreaOf(Circle(O)))", "We look for the area of circle O."),
+        ("Equals(Find(", "Equals(Find(."),
+    ],
+)
+def test_literals_are_put_in_words(literal, text):
+    assert in_words(literal) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (GEOMETRY3K | {"answer": "E"}, "answer: is no letter of 4 choices"),
+        (GEOMETRY3K | {"logic_form": None}, "logic_form: is missing or empty; keep logic_form.json beside data.json"),
+        (GEOMETRY3K | {"logic_form": {"text_logic_form": [1]}}, "logic_form: has no lists of literals"),
+    ],
+)
+def test_a_geometry3k_problem_that_does_not_fit_is_named(folder, value, message):
+    (folder / "a.png").rename(folder / "img_diagram.png")
+    assert message in problem(folder, "geometry3k", [value])

@@ -6,9 +6,10 @@ per sentence, and the answer the conclusion.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from embervlm.config import ConfigError
 from embervlm.curate.formats.choices import aokvqa, scienceqa
 from embervlm.curate.formats.clevr import clevr
 from embervlm.curate.formats.conversations import alpaca, llava, llava_cot, sharegpt
+from embervlm.curate.formats.egoplan import egoplan
+from embervlm.curate.formats.geometry3k import geometry3k
 from embervlm.curate.formats.guide import human, robot_selection, teacher, unified
 from embervlm.curate.formats.shared import Source
 from embervlm.curate.formats.visual_cot import visual_cot
@@ -42,6 +45,8 @@ CONVERTERS: dict[str, Callable[[Source], list[dict[str, Any]]]] = {
     "alpaca": alpaca,
     "visual_cot": visual_cot,
     "clevr": clevr,
+    "egoplan": egoplan,
+    "geometry3k": geometry3k,
 }
 """What `--from` names -> one value of the file to records in one of the guide's spellings. What gives none has been
 reported."""
@@ -49,6 +54,8 @@ reported."""
 
 LISTS = {"clevr": "questions"}
 """Format -> the list of an object that holds its records."""
+FOLDERS = {"geometry3k": ("data.json", "logic_form.json")}
+"""Format -> the files of a record that has a folder of its own; what the others hold stands under their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,9 @@ def _convert(
 
 def _values(path: Path, source: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
     """Each value of the file with its number; those of the files of a folder, or of a pattern, numbered through."""
+    if source in FOLDERS and path.is_dir():
+        yield from _folder_values(path, FOLDERS[source], problems)
+        return
     files, keyed, inside = source_files(path), source == "scienceqa", LISTS.get(source, "")
     if files == [path]:
         yield from file_values(path, problems, keyed=keyed, inside=inside)
@@ -156,6 +166,21 @@ def _values(path: Path, source: str, problems: list[str]) -> Iterator[tuple[int,
         raise DataError(f"{path}: holds no data file; name one, or a folder of Parquet files or of a saved data set")
     all_values = (value for file in files for _, value in file_values(file, problems, inside=inside))
     yield from enumerate(all_values, start=1)
+
+
+def _folder_values(path: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """Of each folder in `path` that holds the first of the files `names`: its object, and those of the others in it."""
+    main, *others = names
+    found = sorted(path.glob(f"*/{main}"), key=lambda file: (len(file.parent.name), file.parent.name))
+    for number, file in enumerate(found, start=1):
+        files = [file, *(other for name in others if (other := file.with_name(name)).is_file())]
+        try:
+            first, *rest = [json.loads(part.read_text("utf-8-sig")) for part in files]
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{file.parent}: not readable as JSON ({error}); correct the file, or drop the folder")
+            continue
+        inner = {part.stem: value for part, value in zip(files[1:], rest)}
+        yield number, {**inner, **first, "folder": file.parent.name} if isinstance(first, dict) else first
 
 
 def _folder_of(path: Path) -> str:
