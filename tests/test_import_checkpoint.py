@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_helpers import ok, train, write_run_yaml
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     Idefics3Config,
     LlamaConfig,
     LlavaConfig,
@@ -28,8 +31,8 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from embervlm.cli import main
 from embervlm.config_file import model_preset
-from embervlm.data.tokenizer import train_tokenizer
-from embervlm.model.embervlm import EmberVLM
+from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.model.embervlm import EmberVLM, build_model
 
 VISION = {
     "hidden_size": 16,
@@ -322,6 +325,174 @@ def test_a_checkpoint_of_other_parts_says_so(tmp_path: Path) -> None:
     change(tmp_path / "theirs", scale_factor=4)
     with pytest.raises(SystemExit, match=r"projection.linear.weight has shape \[32, 64\], the model \[32, 256\]"):
         imported(tmp_path / "theirs")
+
+
+# ---- families that are no package: their names and shapes, as their own code writes them
+
+NANO = {
+    "vit_hidden_dim": 16,
+    "vit_inter_dim": 32,
+    "vit_patch_size": 12,
+    "vit_img_size": 48,
+    "vit_n_heads": 2,
+    "vit_n_blocks": 2,
+    "vit_ln_eps": 1e-6,
+    "vit_cls_flag": False,
+    "lm_hidden_dim": 32,
+    "lm_inter_dim": 48,
+    "lm_rms_eps": 1e-5,
+    "lm_re_base": 100000,
+    "lm_max_position_embeddings": 512,
+    "lm_vocab_size": 512,
+    "lm_n_heads": 4,
+    "lm_n_kv_heads": 2,
+    "lm_n_blocks": 2,
+    "lm_attn_scaling": 1.0,
+    "lm_tie_weights": True,
+    "mp_pixel_shuffle_factor": 2,
+}
+NANO_SHAPES = {
+    "MP.proj.weight": [32, 64],
+    "decoder.blocks.N.attn.k_proj.weight": [16, 32],
+    "decoder.blocks.N.attn.out_proj.weight": [32, 32],
+    "decoder.blocks.N.attn.q_proj.weight": [32, 32],
+    "decoder.blocks.N.attn.v_proj.weight": [16, 32],
+    "decoder.blocks.N.mlp.down_proj.weight": [32, 48],
+    "decoder.blocks.N.mlp.gate_proj.weight": [48, 32],
+    "decoder.blocks.N.mlp.up_proj.weight": [48, 32],
+    "decoder.blocks.N.norm1.weight": [32],
+    "decoder.blocks.N.norm2.weight": [32],
+    "decoder.head.weight": [512, 32],
+    "decoder.norm.weight": [32],
+    "decoder.rotary_embd.inv_freq": [4],
+    "vision_encoder.blocks.N.attn.out_proj.bias": [16],
+    "vision_encoder.blocks.N.attn.out_proj.weight": [16, 16],
+    "vision_encoder.blocks.N.attn.qkv_proj.bias": [48],
+    "vision_encoder.blocks.N.attn.qkv_proj.weight": [48, 16],
+    "vision_encoder.blocks.N.ln1.bias": [16],
+    "vision_encoder.blocks.N.ln1.weight": [16],
+    "vision_encoder.blocks.N.ln2.bias": [16],
+    "vision_encoder.blocks.N.ln2.weight": [16],
+    "vision_encoder.blocks.N.mlp.fc1.bias": [32],
+    "vision_encoder.blocks.N.mlp.fc1.weight": [32, 16],
+    "vision_encoder.blocks.N.mlp.fc2.bias": [16],
+    "vision_encoder.blocks.N.mlp.fc2.weight": [16, 32],
+    "vision_encoder.layer_norm.bias": [16],
+    "vision_encoder.layer_norm.weight": [16],
+    "vision_encoder.patch_embedding.conv.bias": [16],
+    "vision_encoder.patch_embedding.conv.weight": [16, 3, 12, 12],
+    "vision_encoder.patch_embedding.position_embedding": [1, 16, 16],
+}
+
+
+def write(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """A folder of random weights of these names, `N` standing for layers 0 and 1."""
+    torch.manual_seed(0)
+    names = {name.replace(".N.", f".{n}."): shape for name, shape in shapes.items() for n in range(2)}
+    weights = {name: torch.randn(shape) for name, shape in names.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def test_a_nanovlm_is_taken_with_its_matrices_split(tmp_path: Path, capsys: Any) -> None:
+    """Its own code gave the same logits through ours within 5e-6, tied and untied, with and without a picture."""
+    weights = write(tmp_path / "theirs", NANO, NANO_SHAPES)
+    tokenizer(290).save_pretrained(tmp_path / "words")
+    model = imported(tmp_path / "theirs", None, "--tokenizer", str(tmp_path / "words"))
+    found = model.state_dict()
+    layer = "vision_encoder.backbone.encoder.layers.1.self_attn."
+    query, key, value = weights["vision_encoder.blocks.1.attn.qkv_proj.weight"].chunk(3)
+    for letter, part in zip("qkv", (query, key, value)):
+        assert torch.equal(found[f"{layer}{letter}_proj.weight"], part)
+    assert torch.equal(
+        found["language_model.backbone.model.layers.1.post_attention_layernorm.weight"],
+        weights["decoder.blocks.1.norm2.weight"],
+    )
+    embedding = model.language_model.backbone.get_input_embeddings().weight
+    assert embedding is model.language_model.backbone.get_output_embeddings().weight
+    assert torch.equal(embedding, weights["decoder.head.weight"])
+    config = model.language_model.backbone.config
+    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (100000, 1e-5)
+    assert (model.num_visual_tokens, tuple(model.config.image_mean), tuple(model.config.image_std)) == (
+        4,
+        (0, 0, 0),
+        (1, 1, 1),
+    )
+    assert "dropped: 1 (decoder.rotary_embd.inv_freq): computed anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({"vit_cls_flag": True}, "vit_cls_flag"), ({"lm_attn_scaling": 0.5}, "lm_attn_scaling other than 1")],
+)
+def test_a_nanovlm_that_computes_something_else_is_refused(changes: Any, wanted: str, tmp_path: Path) -> None:
+    write(tmp_path / "theirs", {**NANO, **changes}, NANO_SHAPES)
+    assert wanted in refused(tmp_path / "theirs")
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    assert "lacks 'vit_hidden_dim', which that of a nanoVLM has" in refused(tmp_path / "theirs")
+
+
+ORIGIN_TOKENS = ("reasoning_start", "reasoning_end", "robot_selection", "action_plan", "image")
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> tuple[Path, Any]:
+    """A Stage 3 checkpoint of the origin, as far as its names go, in bf16, and the language model in it."""
+    torch.manual_seed(0)
+    words = train_tokenizer(["a"], 257)
+    words.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in ORIGIN_TOKENS]})
+    words.save_pretrained(tmp_path / "words")
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
+    weights = {f"language_model.model.{name}": value.clone() for name, value in theirs.state_dict().items()}
+    for name in ("vision_encoder.backbone.stem.conv1.c.weight", "vision_encoder.ln_vision.weight"):
+        weights[name] = torch.zeros(2)
+    for name in ("fusion_module.vision_proj.weight", "reasoning_module.step_embed.weight", "reasoning_loss.weight"):
+        weights[name] = torch.zeros(2)
+    (folder := tmp_path / "theirs").mkdir()
+    (folder / "config.json").write_text(json.dumps({"vision_model": "repvit_m0_9", "language_num_heads": 2}))
+    torch.save({name: value.bfloat16() for name, value in weights.items()}, folder / "pytorch_model.bin")
+    return folder, theirs
+
+
+def test_the_origin_is_recognised_and_its_way_out_is_told(origin: Any) -> None:
+    told = refused(origin[0])
+    assert (
+        "Stage 3 checkpoint of euhidaman/EmberVLM, whose vision encoder (repvit_m0_9 of timm) is not computed" in told
+    )
+    assert "--language_only" in told
+
+
+@torch.no_grad()
+def test_the_origins_language_model_is_taken_with_its_added_rows_and_tokens(
+    origin: Any, tiny_settings: Any, tmp_path: Path, capsys: Any
+) -> None:
+    folder, theirs = origin
+    out = tmp_path / "language"
+    main(["import-checkpoint", str(folder), str(out), "--language_only", "--tokenizer", str(tmp_path / "words")])
+    told = lines_of(capsys.readouterr().out)
+    assert any(line.endswith("weights taken (gpt2, 262 rows)") for line in told)
+    assert any("weights of fusion_module, reasoning_loss, reasoning_module, vision_encoder:" in line for line in told)
+    model = build_model({**tiny_settings, "language": {"name_or_path": str(out), "pretrained": True}}).eval()
+    words = ReasoningTokenizer.from_folder(out)
+    model.attach_tokenizer(words)
+    assert words.base_vocab_size == 262
+    assert words.hugging_face.convert_tokens_to_ids(["<|reasoning_end_of_before|>", "<|image|>"]) == [258, 261]
+    assert words.ids["<|reasoning_start|>"] == 262
+    assert words.encode("a") == [65] and max(words.encode("<|reasoning_end|>")) < 257
+    ids = torch.tensor([[5, 258, 7, 261]])
+    mask = torch.ones_like(ids).bool()
+    read = model.read(torch.zeros(1, model.num_visual_tokens, 32), torch.tensor([False]), ids, mask)
+    wanted = theirs.to(torch.bfloat16).float()(ids).logits
+    torch.testing.assert_close(model.language_model.logits(read), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_language_model_of_a_known_family_is_taken_alone_too(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "theirs", llava())
+    main(["import-checkpoint", str(tmp_path / "theirs"), str(tmp_path / "language"), "--language_only"])
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "language")
+    assert torch.equal(found.lm_head.weight, theirs.lm_head.weight)
 
 
 # ---- training from it

@@ -7,6 +7,7 @@ this module.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,6 +95,8 @@ class ReasoningTokenizer:
 
     def __init__(self, base: PreTrainedTokenizerFast) -> None:
         known = [token for token in SPECIAL_TOKENS if token in base.get_added_vocab()]
+        if 0 < len(known) < len(SPECIAL_TOKENS):  # another model's tokens of the same names
+            base, known = _renamed(base, known), []
         self.base_vocab_size = len(base) - len(known)
         self.hugging_face = base
         if not known:
@@ -125,6 +128,14 @@ class ReasoningTokenizer:
         except Exception as error:  # of damage in tokenizer.json the library raises bare Exceptions
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{path}: no readable tokenizer there ({reason})") from error
+
+    def check_rows(self, num_rows: int) -> None:
+        """ConfigError where a language model that embeds `num_rows` tokens has none for some of these."""
+        if self.base_vocab_size > num_rows:
+            raise ConfigError(
+                f"the tokenizer has {self.base_vocab_size} tokens, the language model embeds only {num_rows}; use the "
+                "tokenizer that belongs to this language model"
+            )
 
     def save(self, path: str | Path) -> None:
         self.hugging_face.save_pretrained(str(path))
@@ -189,3 +200,13 @@ class ReasoningTokenizer:
                 part.append(token)
         close()
         return steps, None if answer is None else self.decode(answer).strip()
+
+
+def _renamed(base: PreTrainedTokenizerFast, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """`base` with the same ids, and with `tokens` under other names."""
+    spelled = json.loads(base.backend_tokenizer.to_str())
+    for token in spelled["added_tokens"]:
+        if token["content"] in tokens:
+            token["content"] = f"{token['content'][:-2]}_of_before|>"
+    kept = {name: value for name, value in base.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spelled)), **kept)

@@ -1,28 +1,21 @@
-"""Checkpoints of other families of vision-language models, by the names of their weights, as parts of ours."""
+"""Families of vision-language models whose checkpoints can be imported: their names, and what they compute."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
-from embervlm import run_dir
 from embervlm.config import BACKBONE
-from embervlm.errors import UNREADABLE
-from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder
+from embervlm.model.storage import CheckpointError
 
-COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias)$")
-"""Buffers in older files that every model computes itself."""
-_TOWER = "vision_model."
-"""A level of names that some versions of transformers have in a vision tower, and others have not."""
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+ORIGIN = "EmberVLM of euhidaman"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,61 +23,28 @@ class Family:
     """A kind of checkpoint: how it is recognised, what its names are here, and what model that makes."""
 
     name: str
-    model_types: tuple[str, ...]
-    """Of its `config.json`. Others with the same names compute something else and are refused."""
+    model_types: tuple[str, ...] = ()
+    """Of its `config.json`. Others with the same names compute something else and are refused. (): of no library, and
+    the configuration is its plain JSON."""
     keys: tuple[str, ...]
     """Each a regular expression that some name matches."""
     names: tuple[tuple[str, str], ...]
     """(Regular expression for the start of a name, what stands there in ours)."""
+    inner: tuple[tuple[str, str], ...] = ()
+    """(Text anywhere in a name, what stands there in ours)."""
+    reshaped: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    """The weights with those split or reshaped that ours has in another form."""
     settings: Callable[[Any, Path], dict[str, Any]]
     """Of the model that its configuration describes; raises CheckpointError for what ours does not compute."""
 
 
-@dataclass(kw_only=True)
-class Imported:
-    """A model made from a checkpoint, and what became of each of its weights."""
-
-    model: EmberVLM
-    family: str
-    taken: dict[str, list[tuple[str, str]]]
-    """Component -> (their name, ours)."""
-    dropped: list[tuple[str, str]] = field(default_factory=list)
-    """(Name, why)."""
-    notes: list[str] = field(default_factory=list)
-    """What else its user should know, a sentence each."""
-
-
-def import_folder(name: str | Path, reasoning: Mapping[str, Any]) -> Imported:
-    """The model that the checkpoint `name` (a folder or hub id) holds, without tokenizer.
-
-    Args:
-        reasoning: Sizes of the reasoning module, which no such checkpoint has.
-
-    Raises:
-        CheckpointError: what it is cannot be told, or ours does not compute it, or something is missing.
-    """
-    folder = resolve_folder(name)
-    path, state = read_weights(folder)
-    family = recognised(state, path)
-    config = _configuration(folder, family)
-    settings = {**reasoning, **family.settings(config, folder), "stage": 3, "imported_from": family.name}
-    renamed = _renamed(family, state, path)
-    settings["language"]["built"]["tie_word_embeddings"] = _is_tied(renamed, state, config)
-    pictures, notes = picture_settings(folder, settings["image_size"])
-    model = build_model({**settings, **pictures}, load_pretrained=False)
-    weights: dict[str, Tensor] = {}
-    taken: dict[str, list[tuple[str, str]]] = {part: [] for part in BACKBONE}
-    dropped: list[tuple[str, str]] = []
-    own = model.state_dict().keys()
-    for theirs, ours in renamed.items():
-        found = next((spelled for spelled in _spellings(ours) if spelled in own), None)
-        if found is None and COMPUTED.search(theirs):
-            dropped.append((theirs, "computed anew"))
-            continue
-        weights[found or ours] = state[theirs]
-        taken[(found or ours).partition(".")[0]].append((theirs, found or ours))
-    load_state(model, weights, BACKBONE, path, advice=f"its weights are not those that {folder}/config.json describes")
-    return Imported(model=model, family=family.name, taken=taken, dropped=dropped, notes=notes)
+def parts(vision: PretrainedConfig, text: PretrainedConfig, is_tied: bool) -> dict[str, Any]:
+    """The settings of both parts from their own configurations, whole."""
+    return {
+        "vision": {"built": vision.to_dict()},
+        "language": {"built": {**text.to_dict(), "tie_word_embeddings": is_tied or text.tie_word_embeddings}},
+        "image_size": vision.image_size,
+    }
 
 
 def recognised(names: Iterable[str], path: Path) -> Family:
@@ -100,87 +60,6 @@ def recognised(names: Iterable[str], path: Path) -> Family:
     raise CheckpointError(f"{path}: of no known family (its first names are {shown}); known are {known}")
 
 
-def _configuration(folder: Path, family: Family) -> PretrainedConfig:
-    found = run_dir.read_object(folder / "config.json").get("model_type")
-    if found not in family.model_types:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {found!r} has names like {family.name}'s and computes something "
-            f"else; of these {' and '.join(family.model_types)} can be imported"
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({reason})") from error
-    return config
-
-
-def _renamed(family: Family, state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """Their name -> ours; CheckpointError for names that the family does not have."""
-    renamed, unknown = {}, []
-    for name in state:
-        for start, ours in family.names:
-            if match := re.match(start, name):
-                renamed[name] = ours + name[match.end() :]
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise CheckpointError(
-            f"{path}: {', '.join(unknown[:3])}{more}: no part of a {family.name} model, so this one "
-            "computes something else and cannot be imported"
-        )
-    return renamed
-
-
-def _is_tied(renamed: Mapping[str, str], state: Mapping[str, Tensor], config: Any) -> bool:
-    """Whether one matrix is input and output embedding; a file of such a model may hold it once or twice."""
-    theirs = {ours: name for name, ours in renamed.items()}
-    if (head := theirs.get("language_model.backbone.lm_head.weight")) is None:
-        return True
-    asked = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
-    embedding = theirs.get("language_model.backbone.model.embed_tokens.weight")
-    return bool(asked and embedding and torch.equal(state[head], state[embedding]))
-
-
-def _spellings(name: str) -> tuple[str, ...]:
-    start, backbone, rest = name.partition("vision_encoder.backbone.")
-    if not backbone:
-        return (name,)
-    return name, start + backbone + rest.removeprefix(_TOWER), start + backbone + _TOWER + rest
-
-
-def built(config: PretrainedConfig) -> dict[str, Any]:
-    """A part's settings from its own configuration, whole."""
-    return {"built": config.to_dict()}
-
-
-def picture_settings(folder: Path, image_size: int) -> tuple[dict[str, Any], list[str]]:
-    """Mean and deviation of the pictures from the folder's own preprocessor, and what of it is not followed."""
-    file = next((folder / name for name in _PREPROCESSORS if (folder / name).is_file()), None)
-    if file is None:
-        return {}, [
-            f"pictures: no {_PREPROCESSORS[0]} in {folder}, so values are scaled to [-1, 1]; correct image_mean and "
-            "image_std in config.json where the encoder was trained with others"
-        ]
-    given = run_dir.read_object(file)
-    given = given.get("image_processor", given)
-    notes = [f"pictures: whole, scaled to {image_size} x {image_size} without cropping, padding or tiles"]
-    if given.get("do_normalize") is False:
-        return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}, notes
-    found = {}
-    for name in ("image_mean", "image_std"):
-        values = given.get(name)
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-            raise CheckpointError(f"{file}: {name} is {values!r}, not three numbers")
-        found[name] = tuple(map(float, values))
-    return found, notes
-
-
-# ---- families
-
-
 def _llava(config: Any, folder: Path) -> dict[str, Any]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if not isinstance(layer, int):
@@ -192,9 +71,7 @@ def _llava(config: Any, folder: Path) -> dict[str, Any]:
             "a square of visual tokens, which is what is read here"
         )
     return {
-        "vision": built(vision),
-        "language": built(config.text_config),
-        "image_size": vision.image_size,
+        **parts(vision, config.text_config, config.tie_word_embeddings),
         "vision_feature_layer": layer,
         "connector": {
             "kind": "mlp",
@@ -206,11 +83,98 @@ def _llava(config: Any, folder: Path) -> dict[str, Any]:
 
 def _idefics3(config: Any, folder: Path) -> dict[str, Any]:
     return {
-        "vision": built(config.vision_config),
-        "language": built(config.text_config),
-        "image_size": config.vision_config.image_size,
+        **parts(config.vision_config, config.text_config, config.tie_word_embeddings),
         "connector": {"kind": "pixel_shuffle", "factor": config.scale_factor},
     }
+
+
+def _nanovlm(config: Any, folder: Path) -> dict[str, Any]:
+    try:
+        if config.get("vit_cls_flag") or config.get("lm_attn_scaling", 1) != 1:
+            raise CheckpointError(
+                f"{folder}/config.json: vit_cls_flag and a lm_attn_scaling other than 1 are not computed here, so this "
+                "cannot be imported"
+            )
+        vision = SiglipVisionConfig(
+            hidden_size=config["vit_hidden_dim"],
+            intermediate_size=config["vit_inter_dim"],
+            patch_size=config["vit_patch_size"],
+            image_size=config["vit_img_size"],
+            num_attention_heads=config["vit_n_heads"],
+            num_hidden_layers=config["vit_n_blocks"],
+            layer_norm_eps=config["vit_ln_eps"],
+            vision_use_head=False,
+        )
+        text = LlamaConfig(
+            vocab_size=config["lm_vocab_size"],
+            hidden_size=config["lm_hidden_dim"],
+            intermediate_size=config["lm_inter_dim"],
+            rms_norm_eps=config["lm_rms_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": float(config["lm_re_base"])},
+            max_position_embeddings=config["lm_max_position_embeddings"],
+            num_attention_heads=config["lm_n_heads"],
+            num_key_value_heads=config["lm_n_kv_heads"],
+            num_hidden_layers=config["lm_n_blocks"],
+        )
+        factor = config["mp_pixel_shuffle_factor"]
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/config.json: lacks {error}, which that of a nanoVLM has") from error
+    return {
+        **parts(vision, text, bool(config.get("lm_tie_weights"))),
+        "connector": {"kind": "pixel_shuffle", "factor": factor},
+        "image_mean": (0.0, 0.0, 0.0),  # its pictures are scaled to [0, 1] and not normalised
+        "image_std": (1.0, 1.0, 1.0),
+    }
+
+
+def _nanovlm_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value of the vision encoder, one matrix there, are three here; positions have no batch."""
+    out = {}
+    for name, value in state.items():
+        if ".qkv_proj." in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                out[name.replace(".qkv_proj.", f".{letter}_proj.")] = part.clone()
+        elif name.startswith("decoder."):
+            out[name.replace(".attn.out_proj.", ".attn.o_proj.")] = value
+        elif name == "vision_encoder.patch_embedding.position_embedding":
+            out[name + ".weight"] = value.squeeze(0)
+        else:
+            out[name] = value
+    return out
+
+
+def gpt2_of(config: dict[str, Any], state: Mapping[str, Tensor], folder: Path) -> GPT2Config:
+    """The configuration of the origin's language model, from the shapes of `state`, by transformers' names.
+
+    Its own counts other rows of the embedding than there are: five tokens were added.
+    """
+    layers = {
+        int(match[1]) for name in state if (match := re.match(r"transformer\.h\.(\d+)\.attn\.c_attn\.weight", name))
+    }
+    words, places = (state.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    heads = config.get("language_num_heads")
+    if not layers or words is None or places is None or not heads:
+        raise CheckpointError(
+            f"{folder}: its language model is no GPT-2 by transformers' names (transformer.h.*, wte, wpe, and "
+            "language_num_heads in config.json), and no other can be taken from it"
+        )
+    return GPT2Config(
+        vocab_size=words.shape[0],
+        n_embd=words.shape[1],
+        n_positions=places.shape[0],
+        n_layer=len(layers),
+        n_head=heads,
+        tie_word_embeddings="lm_head.weight" not in state or torch.equal(state["lm_head.weight"], words),
+    )
+
+
+def _origin(config: Any, folder: Path) -> dict[str, Any]:
+    vision = config.get("vision_model") or config.get("vision_backbone") or "timm"
+    raise CheckpointError(
+        f"{folder}: a Stage 3 checkpoint of euhidaman/EmberVLM, whose vision encoder ({vision} of timm) is not "
+        "computed here; take its language model with --language_only and put it together with another vision encoder "
+        "(docs/own_data.md)"
+    )
 
 
 FAMILIES = (
@@ -242,5 +206,41 @@ FAMILIES = (
             (r"(model\.)?text_model\.", "language_model.backbone.model."),
         ),
         settings=_idefics3,
+    ),
+    Family(
+        name="nanoVLM",
+        keys=(r"vision_encoder\.blocks\.", r"MP\.proj\.", r"decoder\.blocks\."),
+        names=(
+            (r"vision_encoder\.patch_embedding\.conv\.", "vision_encoder.backbone.embeddings.patch_embedding."),
+            (r"vision_encoder\.patch_embedding\.", "vision_encoder.backbone.embeddings."),
+            (r"vision_encoder\.layer_norm\.", "vision_encoder.backbone.post_layernorm."),
+            (r"vision_encoder\.blocks\.", "vision_encoder.backbone.encoder.layers."),
+            (r"MP\.proj\.", "projection.linear."),
+            (r"decoder\.head\.", "language_model.backbone.lm_head."),
+            (r"decoder\.token_embedding\.", "language_model.backbone.model.embed_tokens."),
+            (r"decoder\.rotary_embd\.", "language_model.backbone.model.rotary_emb."),
+            (r"decoder\.norm\.", "language_model.backbone.model.norm."),
+            (r"decoder\.blocks\.", "language_model.backbone.model.layers."),
+        ),
+        inner=(
+            (".ln1.", ".layer_norm1."),
+            (".ln2.", ".layer_norm2."),
+            (".attn.", ".self_attn."),
+            (".norm1.", ".input_layernorm."),
+            (".norm2.", ".post_attention_layernorm."),
+        ),
+        reshaped=_nanovlm_weights,
+        settings=_nanovlm,
+    ),
+    Family(
+        name=ORIGIN,
+        keys=(r"vision_encoder\.backbone\.", r"vision_encoder\.ln_vision\.", r"fusion_module\.", r"language_model\."),
+        names=(
+            (
+                r"language_model\.model\.(?=transformer\.|lm_head\.)|language_model\.(?=lm_head\.)",
+                "language_model.backbone.",
+            ),
+        ),
+        settings=_origin,
     ),
 )

@@ -102,11 +102,7 @@ class EmberVLMNetwork(PreTrainedModel):
         return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
     def attach_tokenizer(self, tokenizer: ReasoningTokenizer) -> None:
-        if tokenizer.base_vocab_size > self.language_model.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.base_vocab_size} tokens, the language model embeds only "
-                f"{self.language_model.vocab_size}; use the tokenizer that belongs to this language model"
-            )
+        tokenizer.check_rows(self.language_model.vocab_size)
         self._tokenizer = tokenizer
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[st
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    components: Sequence[str],
+    components: Collection[str],
     path: Path,
     advice: str = "use the preset it was trained with",
 ) -> None:

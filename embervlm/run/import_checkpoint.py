@@ -5,49 +5,83 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, ConfigError
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.model.families import Imported, import_folder
+from embervlm.model.families import FAMILIES
+from embervlm.model.importing import Imported, import_folder, import_language
 
 REASONING_LIKE = "embervlm-39m"
 """The preset whose reasoning module an imported model gets; no other checkpoint has one."""
 
 
 def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type="path", metavar="FOLDER", help="checkpoint folder or hub id: LLaVA, SmolVLM or Idefics3"
-    )
+    known = ", ".join(family.name for family in FAMILIES)
+    parser.add_argument("folder", type="path", metavar="FOLDER", help=f"checkpoint folder or hub id: {known}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, for --resume_from")
     parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where FOLDER has none")
+    parser.add_argument(
+        "--language_only",
+        action="store_true",
+        help="take the language model alone; OUT is then a Hugging Face folder, for `language` of a model preset",
+    )
 
 
-def import_checkpoint(folder: str, out: Path, tokenizer: str | None) -> None:
+def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, language_only: bool) -> None:
     """Write `out` and print what became of every weight."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; name a new folder, or delete it")
+    if language_only:
+        _import_language(folder, out, tokenizer)
+        return
     settings = model_preset(REASONING_LIKE)
     reasoning = {key: value for key, value in settings.items() if key.startswith(("reasoning_", "validator_"))}
     found = import_folder(folder, reasoning)
-    try:
-        words = ReasoningTokenizer.from_folder(tokenizer or folder)
-        found.model.attach_tokenizer(words)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; name the folder of the right one with --tokenizer") from error
-    _write(found, out)
+    words = _tokenizer(tokenizer or folder, found.model.language_model.vocab_size)
+    found.model.attach_tokenizer(words)
+    _write(found.model.save_pretrained, out)
     print(report(found, folder, words))
     print(f"{out}: written; train on it with `python launch/train.py --stages 4 --resume_from {out}`")
 
 
-def _write(found: Imported, out: Path) -> None:
+def _import_language(folder: str, out: Path, tokenizer: str | None) -> None:
+    found = import_language(folder)
+    rows = found.backbone.get_input_embeddings().weight.shape[0]
+    words = _tokenizer(tokenizer or folder, rows)
+
+    def save(part: Path) -> None:
+        found.backbone.save_pretrained(part)
+        words.save(part)
+
+    _write(save, out)
+    kinds = sorted({name.partition(".")[0] for name in found.dropped})
+    print(f"{folder}: a {found.family} checkpoint")
+    print(f"  language_model: {found.num_taken} weights taken ({found.backbone.config.model_type}, {rows:,} rows)")
+    print(f"  dropped: {len(found.dropped)} weights of {', '.join(kinds)}: only the language model was asked for")
+    print(f"{out}: written; name it in a model preset, `language: {{name_or_path: {out}, pretrained: true}}`,")
+    print("with a vision encoder of your own choice, and train it from Stage 3 on: `--stages 3 4 --model PRESET.yaml`")
+
+
+def _tokenizer(folder: str, num_rows: int) -> ReasoningTokenizer:
+    try:
+        words = ReasoningTokenizer.from_folder(folder)
+        words.check_rows(num_rows)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name the folder of the right one with --tokenizer") from error
+    return words
+
+
+def _write(save: Callable[[Path], None], out: Path) -> None:
+    """`save` into a folder beside `out`, which takes its place when whole."""
     part = run_dir.new_tmp_dir(out.parent)
     try:
         with run_dir.naming_unwritten(out):
-            whole = run_dir.checkpoint_path(part, None)
-            found.model.save_pretrained(filling := run_dir.new_tmp_dir(part))
+            whole, filling = run_dir.checkpoint_path(part, None), run_dir.new_tmp_dir(part)
+            save(filling)
             run_dir.publish_checkpoint(filling, whole, step=0)
             os.replace(whole, out)
     finally:

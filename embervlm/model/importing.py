@@ -1,0 +1,195 @@
+"""A checkpoint of another family (`families.py`) as parts of ours, and what became of each of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
+
+from embervlm import run_dir
+from embervlm.config import BACKBONE
+from embervlm.errors import UNREADABLE
+from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.families import ORIGIN, Family, gpt2_of, recognised
+from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder
+
+COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias)$")
+"""Buffers in older files that every model computes itself."""
+_TOWER = "vision_model."
+"""A level of names that some versions of transformers have in a vision tower, and others have not."""
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(kw_only=True)
+class Imported:
+    """A model made from a checkpoint, and what became of each of its weights."""
+
+    model: EmberVLM
+    family: str
+    taken: dict[str, list[tuple[str, str]]]
+    """Component -> (their name, ours)."""
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """(Name, why)."""
+    notes: list[str] = field(default_factory=list)
+    """What else its user should know, a sentence each."""
+
+
+def import_folder(name: str | Path, reasoning: Mapping[str, Any]) -> Imported:
+    """The model that the checkpoint `name` (a folder or hub id) holds, without tokenizer.
+
+    Args:
+        reasoning: Sizes of the reasoning module, which no such checkpoint has.
+
+    Raises:
+        CheckpointError: what it is cannot be told, or ours does not compute it, or something is missing.
+    """
+    folder = resolve_folder(name)
+    path, state = read_weights(folder)
+    family = recognised(state, path)
+    settings = {**reasoning, **family.settings(_configuration(folder, family), folder)}
+    state = family.reshaped(state)
+    renamed = _renamed(family, state, path)
+    language = settings["language"]["built"]
+    language["tie_word_embeddings"] = _is_tied(renamed, state, language["tie_word_embeddings"])
+    pictures, notes = picture_settings(folder, settings)
+    model = build_model({**settings, **pictures, "stage": 3, "imported_from": family.name}, load_pretrained=False)
+    weights: dict[str, Tensor] = {}
+    taken: dict[str, list[tuple[str, str]]] = {part: [] for part in BACKBONE}
+    dropped: list[tuple[str, str]] = []
+    own = model.state_dict().keys()
+    for theirs, ours in renamed.items():
+        found = next((spelled for spelled in _spellings(ours) if spelled in own), None)
+        if found is None and COMPUTED.search(theirs):
+            dropped.append((theirs, "computed anew"))
+            continue
+        weights[found or ours] = state[theirs]
+        taken[(found or ours).partition(".")[0]].append((theirs, found or ours))
+    load_state(model, weights, BACKBONE, path, advice=f"its weights are not those that {folder}/config.json describes")
+    return Imported(model=model, family=family.name, taken=taken, dropped=dropped, notes=notes)
+
+
+@dataclass(kw_only=True)
+class Language:
+    """The language model of a checkpoint alone, and what else was there."""
+
+    backbone: Any
+    family: str
+    num_taken: int
+    dropped: list[str]
+
+
+def import_language(name: str | Path) -> Language:
+    """The language model in the checkpoint `name`, as transformers' own class.
+
+    Raises:
+        CheckpointError: as `import_folder`, but for parts that are not taken.
+    """
+    folder = resolve_folder(name)
+    path, state = read_weights(folder)
+    family = recognised(state, path)
+    if family.name != ORIGIN:
+        found = import_folder(folder, {})
+        backbone, pairs = found.model.language_model.backbone, found.taken["language_model"]
+        return Language(
+            backbone=backbone,
+            family=family.name,
+            num_taken=len(pairs),
+            dropped=[theirs for part in ("vision_encoder", "projection") for theirs, _ in found.taken[part]],
+        )
+    (start, _), *_ = family.names
+    own = {name[match.end() :]: value for name, value in state.items() if (match := re.match(start, name))}
+    backbone = GPT2LMHeadModel(gpt2_of(_configuration(folder, family), own, folder))
+    own = {name: value for name, value in own.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    load_state(
+        backbone, own, {name.partition(".")[0] for name in backbone.state_dict()}, path, advice="see config.json"
+    )
+    dropped = [name for name in state if not re.match(start, name)]
+    return Language(backbone=backbone, family=family.name, num_taken=len(own), dropped=dropped)
+
+
+def _configuration(folder: Path, family: Family) -> Any:
+    """The library's configuration of `folder`, or the plain JSON of a family of no library."""
+    if not family.model_types:
+        return run_dir.read_object(folder / "config.json")
+    found = run_dir.read_object(folder / "config.json").get("model_type")
+    if found not in family.model_types:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {found!r} has names like {family.name}'s and computes something "
+            f"else; of these {' and '.join(family.model_types)} can be imported"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({reason})") from error
+    return config
+
+
+def _renamed(family: Family, state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Their name -> ours; CheckpointError for names that the family does not have."""
+    renamed, unknown = {}, []
+    for name in state:
+        for start, ours in family.names:
+            if match := re.match(start, name):
+                rest = name[match.end() :]
+                for theirs, here in family.inner:
+                    rest = rest.replace(theirs, here)
+                renamed[name] = ours + rest
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"{path}: {', '.join(unknown[:3])}{more}: no part of a {family.name} model, so this one "
+            "computes something else and cannot be imported"
+        )
+    return renamed
+
+
+def _is_tied(renamed: Mapping[str, str], state: Mapping[str, Tensor], asked: bool) -> bool:
+    """Whether one matrix is input and output embedding; a file of such a model may hold it once or twice."""
+    theirs = {ours: name for name, ours in renamed.items()}
+    pair = [theirs.get(f"language_model.backbone.{name}.weight") for name in ("lm_head", "model.embed_tokens")]
+    head, embedding = pair
+    if head is None or embedding is None:
+        return True
+    return asked and torch.equal(state[head], state[embedding])
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    start, backbone, rest = name.partition("vision_encoder.backbone.")
+    if not backbone:
+        return (name,)
+    return name, start + backbone + rest.removeprefix(_TOWER), start + backbone + _TOWER + rest
+
+
+def picture_settings(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Mean and deviation of the pictures from the folder's own preprocessor, and what of it is not followed."""
+    size = settings["image_size"]
+    notes = [f"pictures: whole, scaled to {size} x {size} without cropping, padding or tiles"]
+    file = next((folder / name for name in _PREPROCESSORS if (folder / name).is_file()), None)
+    if file is None:
+        if "image_mean" not in settings:
+            notes.append(
+                f"pictures: no {_PREPROCESSORS[0]} in {folder}, so values are scaled to [-1, 1]; correct image_mean "
+                "and image_std in config.json where the encoder was trained with others"
+            )
+        return {}, notes
+    given = run_dir.read_object(file)
+    given = given.get("image_processor", given)
+    if given.get("do_normalize") is False:
+        return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}, notes
+    found = {}
+    for name in ("image_mean", "image_std"):
+        values = given.get(name)
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+            raise CheckpointError(f"{file}: {name} is {values!r}, not three numbers")
+        found[name] = tuple(map(float, values))
+    return found, notes
