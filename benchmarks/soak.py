@@ -5,7 +5,7 @@
 Trains a tiny model once undisturbed, and once with SIGKILL to all of its processes at random moments: while it starts,
 between steps, and while it writes a checkpoint. Afterwards: every sample was seen exactly once per epoch, no checkpoint
 was damaged at any time, weights and optimizer are bit for bit those of the undisturbed run. Exit code 1 otherwise.
-It may be stopped at any time; the same command goes on with the next kill.
+It may be stopped at any time; the same command resumes with the next kill.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, help="JSON with the figures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command resumes"))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     report = Soak(args).run()
     for name, value in report.items():

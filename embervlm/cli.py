@@ -1,4 +1,4 @@
-"""The `embervlm` command: which function runs a subcommand; its options stand beside that function."""
+"""The `embervlm` command: which function runs each subcommand. The options are defined beside that function."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from importlib import import_module
 from embervlm.errors import OneLineParser, told_in_one_line
 
 COMMANDS = {
-    "describe": ("run.describe", "describe", "sizes of a model preset"),
+    "describe": ("run.describe", "describe", "show the sizes of a model preset"),
     "import-checkpoint": (
         "run.import_checkpoint",
         "import_checkpoint",
-        "a checkpoint of another family as one that Stage 4 starts from",
+        "make a Stage 4 starting checkpoint from another model family",
     ),
-    "data generate": ("run.data", "generate", "chains by a teacher, by the model itself, or by people"),
-    "data merge": ("run.data", "merge", "one data set from the shards of a job"),
-    "data validate": ("run.data", "validate", "every problem of a data set, and what is in it"),
-    "data filter": ("run.data", "filter", "keep the records of at least a quality"),
-    "data augment": ("run.data", "augment", "more chains from those of a file, each checked, none twice"),
-    "data convert": ("run.data", "convert", "other formats to the unified spelling"),
-    "evaluate": ("run.evaluate", "evaluate", "metrics of a checkpoint on a split"),
-    "test-reasoning": ("run.debug", "try_reasoning", "a few chains of a checkpoint, and whether it reasons"),
-    "analyze": ("run.debug", "analyze", "what a checkpoint does well and badly on a test set"),
-    "check-transition": ("run.debug", "check_phases", "what moved at the switch from phase 1 to phase 2"),
-    "score-chains": ("run.score_chains", "score_chains", "metrics of chains from any model, with reasons"),
-    "report": ("run.report", "report", "figures and pages of a run, from its recorded files"),
-    "plan": ("run.plan", "plan", "memory, steps and time of a run, before anything is booked"),
-    "quickstart": ("run.quickstart", "quickstart", "the newcomer's run, from data to evaluation"),
-    "cluster": ("cluster", "cluster", "node recipes for Slurm and the global batch of each"),
+    "data generate": ("run.data", "generate", "write chains with a teacher or the model itself, or import people's"),
+    "data merge": ("run.data", "merge", "join the shards of a job into one data set"),
+    "data validate": ("run.data", "validate", "list every problem of a data set, and count its contents"),
+    "data filter": ("run.data", "filter", "keep the records above a quality threshold"),
+    "data augment": ("run.data", "augment", "make more chains from a file; each is checked, no duplicates"),
+    "data convert": ("run.data", "convert", "convert other formats to the unified format"),
+    "evaluate": ("run.evaluate", "evaluate", "compute the metrics of a checkpoint on a split"),
+    "test-reasoning": ("run.debug", "try_reasoning", "show a few chains of a checkpoint and whether it reasons"),
+    "analyze": ("run.debug", "analyze", "show what a checkpoint does well and badly on a test set"),
+    "check-transition": ("run.debug", "check_phases", "show what changed from phase 1 to phase 2"),
+    "score-chains": ("run.score_chains", "score_chains", "score chains from any model, with reasons"),
+    "report": ("run.report", "report", "make figures and pages of a run from its recorded files"),
+    "plan": ("run.plan", "plan", "estimate memory, steps and time of a run in advance"),
+    "quickstart": ("run.quickstart", "quickstart", "do a small complete run, from data to evaluation"),
+    "cluster": ("cluster", "cluster", "list the node recipes for Slurm and their global batches"),
 }
 """Subcommand -> module in `embervlm`, function in it, help. `<function>_options(parser)` adds the flags, by whose names
 the function is called."""
@@ -37,7 +37,7 @@ PROGRAMS = {
     "train": ("run.train", "same as launch/train.py"),
     "select-best": ("select_best", "same as python -m embervlm.select_best"),
 }
-"""Subcommands with a command line of their own, read by `main` of the module."""
+"""Subcommands with their own command line, which `main` of the module reads."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser(asked: str | None = None) -> OneLineParser:
-    """The parser of every subcommand; given the words that were `asked`, only theirs is filled in.
+    """The parser of every subcommand; with `asked`, only the subcommand with these words gets its flags.
 
-    That way a subcommand imports its own libraries and no others.
+    So a subcommand imports only the libraries that it needs.
     """
     parser = OneLineParser(prog="embervlm", description="Train and use a vision-language model that reasons.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")

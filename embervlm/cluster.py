@@ -1,6 +1,6 @@
 """Node recipes of `configs/cluster/`: what a job asks Slurm for, and how it trains there.
 
-Every shipped recipe has the same global batch, so that a run may move from one to another.
+Every shipped recipe has the same global batch, so a run can move from one to another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from embervlm.config_file import from_mapping, read_yaml
 
 RECIPES = REPOSITORY / "configs" / "cluster"
 CLUSTER_VARIABLE = "EMBERVLM_CLUSTER"
-"""Environment variable that stands for `--cluster` where that is not given."""
+"""Environment variable that is used if `--cluster` is not given."""
 GPU_OPTIONS_VARIABLE = "EMBERVLM_SBATCH_GPU"
 """How this site asks for GPUs; see `slurm/site.env`."""
 GPU_OPTIONS = "--gres=gpu:{count} --constraint={type}"
@@ -30,7 +30,7 @@ class ClusterRecipe:
     nodes: int
     gpus_per_node: int
     gpu_type: str
-    """What the site calls this kind: the constraint, or the type within the gres."""
+    """The site's name for this GPU type: the constraint, or the type within the gres."""
     precision: str
     zero_stage: int
     batch_size: int
@@ -76,12 +76,14 @@ class ClusterRecipe:
         }
 
     def sbatch_options(self, minutes: int | None) -> list[str]:
-        """Options of `sbatch` for a job on these nodes; `minutes` None leaves the time limit to the site."""
+        """Options of `sbatch` for a job on these nodes; with `minutes` None the site's time limit applies."""
         gpus = os.environ.get(GPU_OPTIONS_VARIABLE) or GPU_OPTIONS
         try:
             gpus = gpus.format(count=self.gpus_per_node, type=self.gpu_type)
         except (KeyError, IndexError, ValueError):
-            raise ConfigError(f"{GPU_OPTIONS_VARIABLE}={gpus}: only {{count}} and {{type}} are filled in") from None
+            raise ConfigError(
+                f"{GPU_OPTIONS_VARIABLE}={gpus}: only the placeholders {{count}} and {{type}} are known"
+            ) from None
         time = [f"--time={minutes}"] if minutes else []
         return [
             f"--nodes={self.nodes}",
@@ -93,7 +95,7 @@ class ClusterRecipe:
 
 
 def load_recipe(name: str) -> ClusterRecipe:
-    """The recipe of that name in `configs/cluster/`, or in the YAML file of that path."""
+    """The recipe with that name in `configs/cluster/`, or the one in that YAML file."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
@@ -117,7 +119,7 @@ def recipe_names() -> list[str]:
 
 
 def check_recipes() -> str:
-    """A table of the shipped recipes with the global batch of each; ConfigError where they differ."""
+    """A table of the shipped recipes with the global batch of each; ConfigError if these differ."""
     found = {name: load_recipe(name) for name in recipe_names()}
     lines = [
         f"{'recipe':<10} {'nodes':>5} {'GPUs':>5}  {'precision':<9} {'ZeRO':>4} {'micro-batch':>11} "

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, checked when they are made. `config_file` reads them from YAML.
+"""The settings of a run: frozen dataclasses, checked when they are made. `config_file` reads them from YAML.
 
 YAML keys are the field names (the Stage 4 guide's where it names one).
 """
@@ -16,7 +16,7 @@ from embervlm.paths import PathError, expanded
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
-"""Parts of the model that have a learning rate of their own; the first level of parameter names."""
+"""Parts of the model with their own learning rate; the first level of the parameter names."""
 BACKBONE = COMPONENTS[:-1]
 REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
 LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
@@ -25,7 +25,7 @@ ALIASES = {"language_model_backbone": "language_model", "projection_layer": "pro
 
 
 class ConfigError(UserError):
-    """A setting that cannot be run with; the message says which, and what to write instead."""
+    """A setting that cannot be used; the message names it and says what to write instead."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -34,7 +34,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _bounded(config: Any, *names: str, least: float, most: float = math.inf) -> None:
-    """ConfigError where a field of `config` is outside [least, most]; None is not set."""
+    """ConfigError if a field of `config` is outside [least, most]; None means not set."""
     for name in names:
         if (value := getattr(config, name)) is not None and not least <= value <= most:
             below = "is negative" if least == 0 else f"is less than {least:g}"
@@ -42,7 +42,7 @@ def _bounded(config: Any, *names: str, least: float, most: float = math.inf) -> 
 
 
 def filled_in(name: str, path: str) -> str:
-    """`path` with `~` and `$NAME` filled in; ConfigError that says `name` where that cannot be done."""
+    """`path` with `~` and `$NAME` expanded; ConfigError that names `name` if this is not possible."""
     try:
         return expanded(path)
     except PathError as error:
@@ -67,12 +67,12 @@ class ScheduledSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """One pass of training with one optimizer: a baseline, or what Stage 3 and the two phases have in common."""
+    """One training with one optimizer: a baseline, or the settings that Stage 3 and the two phases share."""
 
     default_multipliers: ClassVar[Mapping[str, float]] = {}
-    """Factor of a component that `learning_rate_multipliers` does not name; 1 where this does not name it either."""
+    """Factor of a component that `learning_rate_multipliers` does not name; 1 if this does not name it either."""
     does_nothing: ClassVar[tuple[str, ...]] = ()
-    """Fields that have no effect on this kind of phase, so that another value than 0 is a mistake."""
+    """Fields that have no effect in this kind of phase, so any value other than 0 is a mistake."""
 
     name: str = ""
     epochs: int = 5
@@ -84,32 +84,32 @@ class PhaseConfig:
     final_lr_ratio: float = 0.1
     freeze_backbone: bool = False
     trainable_components: tuple[str, ...] = ()
-    """The guide's list; only checked against what `freeze_backbone` and the multipliers say."""
+    """The guide's list; only checked against `freeze_backbone` and the multipliers."""
     frozen_components: tuple[str, ...] = ()
     learning_rate_multipliers: Mapping[str, float] = field(default_factory=dict)
-    """Component -> factor on `learning_rate`; 0 freezes. Complete once checked: a component not named gets its default,
-    or 0 under `freeze_backbone`."""
+    """Component -> factor on `learning_rate`; 0 freezes. A component that is not named gets its default, or 0 under
+    `freeze_backbone`."""
     reasoning_loss_weight: float = 0.0
     consistency_loss_weight: float = 0.0
     answer_loss_weight: float = 0.0
     multimodal_loss_weight: float = 0.0
     direct_loss_weight: float = 0.0
-    """Weight of answering directly, without a chain; Phase 2 without it forgets how."""
+    """Weight of answering directly, without a chain; without it, phase 2 forgets how to do this."""
     validator_records_ratio: float = 1.0
-    """Share of the records whose steps the validator is asked about; less makes a step cheaper."""
+    """Share of the records whose steps the validator judges; a smaller share makes a training step cheaper."""
     direct_records_ratio: float = 0.0
     """Direct-answer records per reasoning record in a batch."""
     edited_facts_ratio: float = 0.0
     """Chains with the facts of another picture per reasoning record in a batch: the steps that state facts are given,
     the rest has to follow from them and not from the picture. Needs data that say which steps state facts (`seen`)."""
     dense_loss_weight: float = 0.0
-    """Stage 3: what is in each patch, where the data know it."""
+    """Stage 3: weight of predicting what is in each patch, if the data contain this."""
     caption_records_ratio: float = 0.0
     """Stage 3: captions per direct record."""
     glossary_records_ratio: float = 0.0
     """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
     max_minutes: float | None = None
-    """Stop after this time on the clock, warmup and decay stretched over it; None trains `epochs`."""
+    """Stop after this much wall-clock time, with warmup and decay stretched over it; None trains `epochs`."""
     weight_decay: float = 0.01
     gradient_clipping: float = 1.0
 
@@ -157,7 +157,7 @@ class PhaseConfig:
                 name = ALIASES.get(listed, listed)
                 if name == "all":
                     wrong = [part for part, factor in multipliers.items() if (factor > 0) != should_train]
-                    _require(not wrong, f"{field_name}: says all, but {wrong} would not")
+                    _require(not wrong, f"{field_name}: says all, but {wrong} would not be trained")
                     continue
                 component = "reasoning_module" if name in REASONING_PARTS else name
                 _require(component in COMPONENTS, f"{field_name}: no component is called {listed!r}")
@@ -202,7 +202,7 @@ class Stage3Config(PhaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningPhaseConfig(PhaseConfig):
-    """What the two phases of Stage 4 have in common."""
+    """The settings that both phases of Stage 4 have."""
 
     does_nothing: ClassVar[tuple[str, ...]] = ("dense_loss_weight", "caption_records_ratio", "glossary_records_ratio")
 
@@ -219,7 +219,7 @@ class ReasoningPhaseConfig(PhaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase1Config(ReasoningPhaseConfig):
-    """Phase 1 as the guide has it."""
+    """Phase 1 with the guide's values."""
 
     name: str = "train_reasoning_heads"
     warmup_steps: int = 500
@@ -231,7 +231,7 @@ class Phase1Config(ReasoningPhaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase2Config(ReasoningPhaseConfig):
-    """Phase 2 as the guide has it."""
+    """Phase 2 with the guide's values."""
 
     default_multipliers: ClassVar[Mapping[str, float]] = dict(vision_encoder=0.1, projection=0.5, language_model=0.5)
 
@@ -250,10 +250,10 @@ AUGMENTATION_STRATEGIES: Mapping[str, float] = {"paraphrase": 0.3, "reorder": 0.
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Chains made from those of the training split, before training."""
+    """Augmentation: more chains made from those of the training split, before training."""
 
     target_samples: int = 50000
-    """Training records in all, the given ones included; fewer where there are no more distinct chains."""
+    """Total number of training records, including the given ones; fewer if no more distinct chains can be made."""
     validate_reasoning: bool = True
     """Check the claims and the conclusion of every new chain."""
     augmentation_strategies: Mapping[str, float] = field(default_factory=lambda: AUGMENTATION_STRATEGIES)
@@ -269,17 +269,17 @@ class AugmentationConfig:
 
 
 COMPLEXITIES = ("simple", "medium", "complex")
-"""How complex a chain can be, the simplest first."""
+"""Levels of chain complexity, the simplest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumStageConfig:
-    """What an epoch of this stage trains on."""
+    """Which records an epoch of this stage trains on."""
 
     max_steps: int
-    """Most numbered steps of a chain, the conclusion not counted."""
+    """Maximum number of numbered steps in a chain, without the conclusion."""
     complexity: str = "complex"
-    """One of `COMPLEXITIES`; simpler records are trained on as well."""
+    """One of `COMPLEXITIES`; simpler records are used as well."""
     epochs: tuple[int, ...] = ()
     """First and last epoch, counted from 1 over both phases; by default the guide's."""
 
@@ -335,9 +335,9 @@ class StageConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches per update."""
     reasoning_augmentation: AugmentationConfig | None = None
-    """None trains on the records as they are, which was better in every measurement (docs/results.md)."""
+    """None trains on the records unchanged, which was better in every measurement (docs/results.md)."""
     scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig(enabled=False)
-    """Off where the section is left out; the section alone turns it on."""
+    """Off without this section; an empty section turns it on."""
     max_reasoning_length: int = 512
     """Tokens of the chain and answer; longer chains are an error of the data, listed before training."""
     gradient_checkpointing: bool = False
@@ -349,48 +349,48 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """Training on with direct answers only, to see what reasoning is worth."""
+    """More training with direct answers only, to measure what reasoning adds."""
 
     learning_rate: float = 1e-4
     warmup_steps: int = 20
     batch_size: int = 32
     same_time: bool = True
-    """Also train for as long on the clock as both phases took."""
+    """Also train for as much wall-clock time as both phases took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run."""
+    """The settings of a whole run."""
 
     model: str = "embervlm-39m"
     """Name of a preset in `configs/model/`, or a path to such a YAML."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed for all random numbers."""
     output_dir: str = "outputs"
-    """Where stage3/, stage4/ and results/ go."""
+    """Folder for stage3/, stage4/ and results/."""
     reasoning_data: str = "data/stage4/reasoning_data.json"
     """Records: a JSON, JSONL or Parquet file, a folder of parts, or a pattern."""
     domain: str = "robots"
-    """What the data are about, which has the answers of records that name none: robots, or none for own data."""
+    """Domain of the data; it supplies the answers for records that name none: robots, or none for your own data."""
     max_closed_answers: int = 64
     """Without a domain: the most distinct answers of the data that still are a set to choose from. More are free
     text, which the model writes."""
     image_root: str | None = None
     """Folder that picture paths are relative to; None is the data file's own folder."""
     allow_outside: bool = False
-    """Accept pictures outside that folder."""
+    """Accept pictures outside the image folder."""
     resume_from: str | None = None
-    """Checkpoint whose weights a phase starts from. A run that is under way resumes by itself; see `resume`."""
+    """Checkpoint whose weights a phase starts from. An interrupted run resumes by itself; see `resume`."""
     resume: str = "auto"
-    """auto resumes from the newest sound checkpoint in `output_dir`; never makes such a checkpoint an error."""
+    """auto resumes from the newest intact checkpoint in `output_dir`; never reports an error if there is one."""
     engine: str = "deepspeed"
-    """deepspeed, fsdp or torch; a checkpoint of one resumes under any other."""
+    """deepspeed, fsdp or torch; each can resume a checkpoint of any other."""
     precision: str = "auto"
-    """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on the CPU."""
+    """fp32, bf16, fp16, or auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on the CPU."""
     zero_stage: int = 2
     """ZeRO stage 0, 1, 2 or 3."""
     deepspeed_config: str | None = None
-    """A DeepSpeed JSON that is used in place of the one for `zero_stage` and `precision`."""
+    """A DeepSpeed JSON to use instead of the one for `zero_stage` and `precision`."""
     stage3: Stage3Config = Stage3Config()
     stage3_batch_size: int = 64
     stage4: StageConfig = StageConfig()
@@ -400,25 +400,25 @@ class TrainConfig:
     save_steps: int = 500
     """Optimizer steps between checkpoints."""
     background_saves: bool = True
-    """Write checkpoints while training goes on; false waits for each."""
+    """Write checkpoints in the background while training continues; false waits for each."""
     on_save_error: str = "stop"
     """stop ends the run when a checkpoint cannot be written; continue warns and tries again at the next one."""
     eval_steps: int | None = None
-    """Optimizer steps between evaluations on the val split, one at the end included; None leaves them to
+    """Optimizer steps between evaluations on the val split; there is one at the end too. None leaves them to
     `select_best`."""
     eval_samples: int = 64
     eval_cluster: str | None = None
-    """Node recipe of which one GPU evaluates, in a Slurm job of its own while training goes on; None evaluates between
+    """Node recipe for evaluation on one GPU, in a separate Slurm job while training continues; None evaluates between
     two steps."""
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
     keep_last: int = 3
-    """Newest numbered checkpoints to keep whole, so that a phase can resume from them."""
+    """Number of newest numbered checkpoints to keep whole, so that a phase can resume from them."""
     keep_weights: int = 20
     """Numbered checkpoints before those of which the weights are kept, a third of their size; older ones are deleted.
     20 are a whole phase of the guide's, 500 steps apart, on one GPU."""
     keep_best: int = 1
-    """Best evaluated checkpoints to keep besides, by their weights."""
+    """Number of best evaluated checkpoints to keep in addition, by their weights."""
     log_steps: int = 10
     """Optimizer steps between log lines."""
     log_records: bool = False
@@ -428,7 +428,7 @@ class TrainConfig:
     report: bool = False
     """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""
     wandb_project: str | None = None
-    """Weights & Biases project; offline where W&B finds no key."""
+    """Weights & Biases project; offline if W&B finds no key."""
     wandb_run_name: str | None = None
     """Name of the run there."""
 

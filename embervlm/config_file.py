@@ -1,4 +1,4 @@
-"""Configs from YAML files and flags. An unknown key is an error; every problem is told with where it comes from."""
+"""Configs from YAML files and flags. An unknown key is an error; every problem is reported with its place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 
 
 def _advice(key: str, hints: Mapping[str, Any]) -> str:
-    """What to do about a key that is none of `hints`: where it belongs, or what may have been meant."""
+    """Advice for a key that is not in `hints`: where it belongs, or which key was probably meant."""
     name = ALIASES.get(key, key)
     if name in COMPONENTS:
         return f"; it belongs under stage4.phase2.learning_rate_multipliers: {name}"
@@ -154,14 +154,14 @@ def _move_blocks(values: dict[str, Any]) -> None:
         for part in home.split("."):
             at = at.get(part) if isinstance(at, dict) else None
         if at is not None:
-            raise ConfigError(f"{block}: stands at the top and in {home.rpartition('.')[0]}; keep one of them")
+            raise ConfigError(f"{block}: appears at the top and in {home.rpartition('.')[0]}; keep one of them")
         override(values, home, values.pop(block))
 
 
 def load_train_config(
     path: str | Path, overrides: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None
 ) -> TrainConfig:
-    """The run in YAML file `path`, with `overrides` (dotted key -> value) on top.
+    """The run in YAML file `path`; `overrides` (dotted key -> value) override it.
 
     Args:
         flags: Dotted key -> the flag that an override came from; an error names it, or else the file.
@@ -202,7 +202,7 @@ def _problems(values: dict[str, Any], given: Given) -> list[str]:
 
 
 def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str, in_file: list[str]) -> str:
-    """Where `problem` comes from: the file, or the flag that makes it alone, or flags and file together."""
+    """Where `problem` comes from: the file, the single flag that causes it, or flags and file together."""
     if problem in in_file or not given:
         return str(path)
     for dotted, (flag, value) in given.items():
@@ -212,7 +212,7 @@ def _origin(path: str | Path, values: dict[str, Any], given: Given, problem: str
 
 
 def model_preset(name: str) -> dict[str, Any]:
-    """Settings of an `EmberVLMConfig` by preset name, YAML path, or checkpoint folder."""
+    """The settings of an `EmberVLMConfig`, by preset name, YAML path, or checkpoint folder."""
     path = Path(name)
     if (path / CONFIG).is_file():
         return shape_of(path)

@@ -1,4 +1,4 @@
-"""What a user can mend, and the one place that says it."""
+"""Errors that a user can fix, and the one place that prints them."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from embervlm.ranks import is_first_process
 
 
 class UserError(ValueError):
-    """Something that a user can mend. The message says what is wrong, where, and what to do.
+    """Something that a user can fix. The message says what is wrong, where, and what to do.
 
-    Whatever else is raised is a fault of ours or of the machine, and keeps its traceback.
+    Every other exception is a bug of ours or a fault of the machine, and keeps its traceback.
     """
 
     exit_status = 1
     is_of_one_process = False
-    """Whether one process of a run meets it, and so has to say it itself."""
+    """Whether only one process of a run has this error and must therefore print it itself."""
 
 
 class UsageError(UserError):
-    """A command line that cannot be read."""
+    """A command line that cannot be parsed."""
 
     exit_status = 2
 
 
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError)
-"""What libraries raise of a damaged file."""
+"""What libraries raise for a damaged file."""
 
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """For a command line: a `UserError` inside ends the program with `error: ...` and the error's exit status.
 
-    Of the processes of one run the first alone says what all of them meet.
+    If all processes of a run have the same error, only the first prints it.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def told_in_one_line() -> Iterator[None]:
 
 
 def _note_for_torchrun(message: str) -> None:
-    """torchrun ends with a traceback of its own whatever happens; its last lines then say what the error was."""
+    """torchrun always ends with its own traceback; this puts the error into its last lines."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
@@ -78,9 +78,9 @@ def _path_text(text: str) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says of a wrong flag what is wrong with it, without the list of all flags.
+    """A parser that reports what is wrong with a flag, without listing all flags.
 
-    In a value of type `Path`, or `"path"` for text, `~` and `$NAME` are filled in.
+    It expands `~` and `$NAME` in values of type `Path`, and of type `"path"` for text.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -16,16 +16,16 @@ FORMAT = 1
 
 
 class Journal:
-    """Entries, JSON lists or objects; `append` returns once they are on disk.
+    """A list of entries (JSON lists or objects); `append` returns once they are on disk.
 
     An entry counts once its line is whole: a last line that a kill has cut short is dropped on opening. `settings` are
     the choices that must be the same when a journal is continued: they stand in its first line, entries are objects,
     and one process at a time may have the journal open.
 
     Raises:
-        ConfigError: begun with other settings, or another process writes to it.
+        ConfigError: it was started with other settings, or another process is writing to it.
         UserError: damaged before its last line.
-        OSError: it cannot be opened or written; what stood there before stays.
+        OSError: it cannot be opened or written; its earlier content stays.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +49,7 @@ class Journal:
         self.close()
 
     def take(self) -> list[Any]:
-        """What the journal held when it was opened, once; it may be large."""
+        """The entries that the journal had when it was opened; can be called once, because they may be large."""
         entries, self._entries = self._entries, []
         return entries
 
@@ -74,7 +74,8 @@ class Journal:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{self.path}: another process writes to it; wait for it, or give each --shard its own --output_file"
+                f"{self.path}: another process is writing to it; wait for it, or give each --shard its "
+                f"own --output_file"
             ) from error
         except OSError:
             pass  # a file system without locks: then nobody can be kept out
@@ -91,7 +92,7 @@ class Journal:
                 entry = None
             if not isinstance(entry, kind):
                 if number < len(lines):
-                    raise UserError(f"{self.path} line {number}: damaged; correct the line or drop it")
+                    raise UserError(f"{self.path} line {number}: damaged; correct the line or delete it")
                 self._file.truncate(good)
                 break
             entries.append(entry)
@@ -105,10 +106,12 @@ class Journal:
         head = self._entries.pop(0)
         begun = head.get("settings")
         if head.get("format") != FORMAT or not isinstance(begun, dict):
-            raise ConfigError(f"{self.path}: not written by this command; name another --output_file, or move it away")
+            raise ConfigError(
+                f"{self.path}: was not written by this command; choose another --output_file, or move the file away"
+            )
         for name in sorted({*begun, *settings}):
             if begun.get(name) != settings.get(name):
                 raise ConfigError(
-                    f"{self.path}: begun with {name} {begun.get(name)}, not {settings.get(name)}; name another "
-                    "--output_file, or delete it and the files beside it to begin anew"
+                    f"{self.path}: started with {name} {begun.get(name)}, not {settings.get(name)}; choose another "
+                    "--output_file, or delete it and the files beside it to start again"
                 )

@@ -1,4 +1,4 @@
-"""Flags made from the fields of dataclasses, so that name, type, default and help of an option stand in one place."""
+"""Flags made from the fields of dataclasses, so name, type, default and help of an option are defined in one place."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def add_flag(
     """`--<key>` for a field of the dataclass `section`: its type, its default, its docstring as help.
 
     Args:
-        key: Name of the field; with dots that of a field in a section of `section`.
-        flag: Another name for the flag; its value is called `key` all the same.
-        changed: Arguments of `add_argument` that are not the field's.
+        key: Name of the field; with dots, a field in a section of `section`.
+        flag: Another name for the flag; its value is still called `key`.
+        changed: Arguments of `add_argument` that replace the field's.
     """
     *sections, name = key.split(".")
     for part in sections:
@@ -45,7 +45,7 @@ def plain_type(hint: Any) -> Any:
 
 @lru_cache
 def docstrings_of(section: type) -> dict[str, str]:
-    """Field -> the text under it in the source of the dataclass, or of the class that it inherits the field from."""
+    """Field -> the text under it in the source of the dataclass, or of the class from which the field is inherited."""
     out: dict[str, str] = {}
     for cls in reversed(section.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
@@ -57,5 +57,5 @@ def docstrings_of(section: type) -> dict[str, str]:
 
 
 def chosen(options: dict[str, Any], section: type) -> dict[str, Any]:
-    """The values in `options` that are fields of `section`, taken out of it."""
+    """The values in `options` that are fields of `section`; they are removed from `options`."""
     return {name: options.pop(name) for name in section.__dataclass_fields__ if name in options}  # type: ignore[attr-defined]

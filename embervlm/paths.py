@@ -1,4 +1,4 @@
-"""Paths as people write them in a YAML or behind a flag: not filled in by a shell, misspelled, or ids of the hub."""
+"""Paths as people write them in a YAML or after a flag: not expanded by a shell, misspelled, or ids of the hub."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class PathError(ValueError):
-    """A path with something in it that cannot be filled in."""
+    """A path with a part that cannot be expanded."""
 
 
 def expanded(text: str) -> str:
-    """`text` with `~`, `$NAME` and `${NAME}` filled in.
+    """`text` with `~`, `$NAME` and `${NAME}` expanded.
 
     Raises:
         PathError: a variable is not set, or there is no such user; a folder of that name would be made otherwise.
     """
     names = [name or braced for name, braced in re.findall(r"\$(?:(\w+)|\{(\w+)\})", text)]
     if missing := [name for name in names if name not in os.environ]:
-        raise PathError(f"{text}: ${missing[0]} is not set; export it, or write the path out")
+        raise PathError(f"{text}: ${missing[0]} is not set; export it, or write the full path")
     out = os.path.expandvars(os.path.expanduser(text))
     if text.startswith("~") and out.startswith("~"):
-        raise PathError(f"{text}: {text.partition('/')[0]} is no user's home; write ./{text} for a folder of that name")
+        raise PathError(
+            f"{text}: {text.partition('/')[0]} is not the home of any user; write ./{text} for a folder of that name"
+        )
     return out
 
 
 def names_a_path(name: str | Path) -> bool:
-    """Whether `name` is a path, there or not, and no id of the hub (`owner/model`, `model`)."""
+    """Whether `name` is a path (existing or not) rather than an id of the hub (`owner/model`, `model`)."""
     text = str(name)
     first, _, rest = text.partition("/")
     return not _HUB_ID.fullmatch(text) or Path(text).exists() or bool(rest and Path(first).exists())
 
 
 def closest_path(path: str | Path) -> str:
-    """`; did you mean X?` for a path that is not there, where a name in its folder is much like it; else empty."""
+    """`; did you mean X?` for a missing path if its folder has a similar name; else empty."""
     path = Path(path)
     there = next(parent for parent in (*path.parents, Path(".")) if parent.is_dir())
     wanted = path.relative_to(there).parts[0] if path.parts else ""

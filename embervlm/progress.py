@@ -1,4 +1,4 @@
-"""The one progress bar: lively in a terminal, a line every ten seconds in a log file."""
+"""The one progress bar: live in a terminal, one line every ten seconds in a log file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tqdm import tqdm
 
 
 def progress_bar(*args: Any, **options: Any) -> Any:
-    """A tqdm bar; takes what tqdm takes."""
+    """A tqdm bar; takes the same arguments as tqdm."""
     interval = 0.5 if sys.stderr.isatty() else 10
     return tqdm(*args, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)

@@ -1,4 +1,4 @@
-"""Checkpoints in order of their evaluations: whichever reasons best among those that answer well."""
+"""Checkpoints ranked by their evaluations: first the best reasoning among those that answer well."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_sco
 
 
 RANKABLE = (*CHAIN_METRICS, ACCURACY, "head_accuracy", "head_agreement", "unparseable_share", "cut_off_share")
-"""Metrics that every evaluation of a checkpoint has, whatever it is compared with."""
+"""Metrics that every evaluation of a checkpoint has."""
 
 
 PHASE_2 = "outputs/stage4/phase2"
-"""Where the guide's commands leave the checkpoints to choose from."""
+"""The folder where the guide's commands write the checkpoints to choose from."""
 
 
 MAX_ACCURACY_LOSS = 0.01
-"""A checkpoint more than this far below the best accuracy is out, however well it reasons."""
+"""A checkpoint further than this below the best accuracy is not eligible, however well it reasons."""
 
 
 Evaluate = Callable[[Path, str], "dict[str, Any]"]
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class NoCheckpointError(UserError):
-    """There is no checkpoint to choose, or none that can be compared. The message says what was looked for."""
+    """There is no checkpoint to choose, or none that can be compared. The message names the expected files."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ranked:
 
 
 def carried_evaluations(checkpoints_dir: str | Path, split: str) -> dict[Checkpoint, dict[str, Any] | None]:
-    """Every complete checkpoint, one for each step, with the evaluation that it carries, None where it has none.
+    """Every complete checkpoint, one per step, with its evaluation, or None if it has none.
 
     Raises:
         NoCheckpointError: there is no complete checkpoint.
@@ -79,7 +79,7 @@ def rank_checkpoints(
     """All complete checkpoints, the best first and those not eligible last; see `select_best_checkpoint`.
 
     A checkpoint without an evaluation is not eligible unless `evaluate` makes one.
-    `checkpoint-final` stands for the numbered checkpoint of its step as well, which holds the same weights.
+    `checkpoint-final` replaces the numbered checkpoint of the same step, which has the same weights.
     """
     carried = carried_evaluations(checkpoints_dir, split)
     # before minutes of evaluating what carries nothing yet
@@ -114,23 +114,23 @@ def rank_checkpoints(
 
 
 def _nothing_in(checkpoints_dir: Path) -> str:
-    """What was looked for, and where near by there is some."""
+    """Says which folders were expected, and which nearby folders have checkpoints."""
     text = (
-        f"{checkpoints_dir}: no complete checkpoint; looked for folders checkpoint-<step> and checkpoint-final "
-        f"that hold the file {COMPLETE}"
+        f"{checkpoints_dir}: no complete checkpoint; found no folder checkpoint-<step> or checkpoint-final "
+        f"with the file {COMPLETE}"
     )
     parents = [path for path in (checkpoints_dir, *checkpoints_dir.parents) if path.is_dir() and path.name]
     depths = ("", "*/", "*/*/", "*/*/*/")
     markers = [marker for depth in depths if parents for marker in parents[0].glob(f"{depth}checkpoint-*/{COMPLETE}")]
     if folders := sorted({str(marker.parent.parent) for marker in markers}):
-        return f"{text}. There are some in {', '.join(folders[:5])}; choose with --checkpoints_dir"
+        return f"{text}. There are checkpoints in {', '.join(folders[:5])}; choose one with --checkpoints_dir"
     return (
-        f"{text}. Train first (`python launch/train.py --stages 3 4`), or name a phase's folder with --checkpoints_dir"
+        f"{text}. Train first (`python launch/train.py --stages 3 4`), or give a phase's folder with --checkpoints_dir"
     )
 
 
 def _carried(same_weights: Sequence[Checkpoint], split: str) -> dict[str, Any] | None:
-    """The evaluation that one of `same_weights` carries for `split`."""
+    """The evaluation for `split` that one of `same_weights` has."""
     files = [eval_path(checkpoint.path, split) for checkpoint in same_weights]
     source = next((file for file in files if file.exists()), None)
     return None if source is None else read_eval(source)
@@ -139,19 +139,21 @@ def _carried(same_weights: Sequence[Checkpoint], split: str) -> dict[str, Any] |
 def _check_metric(metric: str, evaluations: Iterable[dict[str, Any] | None], checkpoints_dir: str | Path) -> None:
     known = sorted({name for evaluation in evaluations if evaluation for name in evaluation["metrics"]})
     if metric not in known:
-        raise UserError(f"metric {metric!r} is in no evaluation of {checkpoints_dir}; there are {', '.join(known)}")
+        raise UserError(
+            f"metric {metric!r} is in no evaluation of {checkpoints_dir}; the known metrics are {', '.join(known)}"
+        )
 
 
 def _evaluations(
     carried: dict[Checkpoint, dict[str, Any] | None], split: str, evaluate: Evaluate | None
 ) -> dict[Checkpoint, dict[str, Any]]:
-    """What is carried and, for the others, what `evaluate` gives; without it they have no metrics."""
+    """The evaluations that exist and, for the others, what `evaluate` returns; without it they have no metrics."""
     out: dict[Checkpoint, dict[str, Any]] = {}
     for checkpoint, found in carried.items():
         if found is None:
             found = evaluate(checkpoint.path, split) if evaluate is not None else {"metrics": {}}
             if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
-                raise ValueError(f"{checkpoint.path}: the evaluation that was made now has no 'metrics'")
+                raise ValueError(f"{checkpoint.path}: the new evaluation has no 'metrics'")
         out[checkpoint] = found
     return out
 

@@ -1,4 +1,4 @@
-"""Which of several processes this is, by what the launcher has set; before torch is there."""
+"""Which of several processes this is, from the launcher's variables; usable before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 def is_slurm_task(env: Mapping[str, str]) -> bool:
     """Whether `srun` started this process as one of several tasks.
 
-    Not in a batch script, a shell under `salloc` or a notebook: they have the allocation's SLURM_NTASKS, and often a
+    False in a batch script, a shell under `salloc` or a notebook: they have the allocation's SLURM_NTASKS, and often a
     SLURM_PROCID, but nobody starts the others. Nor in the shell of `srun --pty`, which has its step's terminal; what a
     second `srun` starts from that shell has none.
     """
@@ -27,7 +27,7 @@ def _has_terminal() -> bool:
 
 
 def is_first_process(env: Mapping[str, str]) -> bool:
-    """Whether this is process 0, also where it is alone."""
+    """Whether this is process 0; True for a single process."""
     if "RANK" not in env and is_slurm_task(env):
         return env["SLURM_PROCID"] == "0"
     return env.get("RANK", "0") == "0"

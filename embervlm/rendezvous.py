@@ -1,4 +1,4 @@
-"""How the processes of one training find each other: as tasks of Slurm, or as another launcher has told them."""
+"""How the processes of one training find each other: as tasks of Slurm, or by another launcher's variables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RendezvousError(UserError):
 
 
 def adopt_slurm(env: MutableMapping[str, str]) -> None:
-    """Set torch's variables for a task of Slurm. What is set already stays, as does another launcher's RANK."""
+    """Set torch's variables for a task of Slurm. Variables that are already set stay, also another launcher's RANK."""
     if "RANK" in env or not is_slurm_task(env):
         return
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
@@ -46,7 +46,7 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def first_host(node_list: str) -> str:
-    """The first of Slurm's node list: `n03` of `n[03-05,9],m1`."""
+    """The first node of Slurm's node list: `n03` of `n[03-05,9],m1`."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0]) if found else node_list
 
@@ -67,7 +67,7 @@ def _address_of_first_node(env: MutableMapping[str, str]) -> str:
 
 
 def tell_gloo(env: MutableMapping[str, str]) -> None:
-    """GLOO_SOCKET_IFNAME as NCCL_SOCKET_IFNAME has it: gloo's groups talk beside NCCL's, on the same network."""
+    """Set GLOO_SOCKET_IFNAME like NCCL_SOCKET_IFNAME, so gloo uses the same network as NCCL."""
     told = env.get("NCCL_SOCKET_IFNAME", "")
     if not told or told.startswith("^") or "GLOO_SOCKET_IFNAME" in env:
         return
@@ -81,7 +81,7 @@ def tell_gloo(env: MutableMapping[str, str]) -> None:
 
 
 def meet() -> Store:
-    """The store that all processes share, once every one of them has come.
+    """The store that all processes share, once all of them have joined.
 
     The wait happens in a thread, because one in C++ would keep the signals' handlers from running.
     """
@@ -100,7 +100,7 @@ def meet() -> Store:
     while thread.is_alive():
         thread.join(0.2)
         if stop_noted() and thread.is_alive():
-            raise RendezvousError("asked to stop while it waited for the other processes; nothing is trained yet")
+            raise RendezvousError("asked to stop while waiting for the other processes; nothing has been trained yet")
     (found,) = outcome
     if isinstance(found, Exception):
         raise found
@@ -109,7 +109,7 @@ def meet() -> Store:
 
 @contextmanager
 def joining(rank: int, size: int) -> Iterator[None]:
-    """What the network raises in here, as a RendezvousError that says what to do."""
+    """Turns network errors inside into a RendezvousError that says what to do."""
     try:
         yield
     except RendezvousError:
@@ -119,10 +119,11 @@ def joining(rank: int, size: int) -> Iterator[None]:
         said = str(error).strip().splitlines()[0]
         if "EADDRINUSE" in said or "already in use" in said.lower():
             raise RendezvousError(
-                f"port {os.environ.get('MASTER_PORT')} of this machine is taken, perhaps by another training. Name a "
+                f"port {os.environ.get('MASTER_PORT')} of this machine is taken, perhaps by another "
+                f"training. Choose a "
                 "free one: `deepspeed --master_port N`, `torchrun --master_port N`, or MASTER_PORT=N before srun"
             ) from None
         raise RendezvousError(
-            f"process {rank} of {size} does not reach the others at {place}: {said}. Look for an earlier error of "
-            "another process; where the nodes have several networks, name theirs in NCCL_SOCKET_IFNAME"
+            f"process {rank} of {size} cannot reach the others at {place}: {said}. Look for an earlier error of "
+            "another process; if the nodes have several networks, set NCCL_SOCKET_IFNAME to the one to use"
         ) from None

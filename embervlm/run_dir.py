@@ -1,4 +1,4 @@
-"""Names inside an output folder, and checkpoints that are either whole or not there.
+"""Names inside an output folder, and checkpoints that are either complete or do not exist.
 
     <output_dir>/stage3/checkpoint-final/
     <output_dir>/stage4/phase1|phase2/checkpoint-<step>/, checkpoint-final/, metrics.jsonl
@@ -33,14 +33,14 @@ COMPLETE = "COMPLETE"
 EVALS = "evals"
 """Folder inside a checkpoint with one evaluation JSON per split."""
 EVAL_FORMAT = 2
-"""Of evaluation files; 1 had other metrics under the same names."""
+"""Version of evaluation files; version 1 had other metrics under the same names."""
 FINAL_NAME = "checkpoint-final"
 TRAINING_STATE = "training_state.pt"
-"""Of a checkpoint: all that a resume needs beside the weights, some two thirds of its size."""
+"""File of a checkpoint with all that a resume needs besides the weights, about two thirds of its size."""
 MANIFEST_FORMAT = 1
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MEND = "correct it, restore it from a copy, or delete it"
+_FIX = "correct it, restore it from a copy, or delete it"
 _TMP = ".tmp-"
 _REPLACED = f"{_TMP}replaced-"
 _DAMAGED = "damaged-"
@@ -49,11 +49,11 @@ _log = logging.getLogger(__name__)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint whose files are not those of its manifest. The message names every damaged file."""
+    """A checkpoint whose files do not match its manifest. The message names every damaged file."""
 
 
 class WriteError(UserError):
-    """A file that could not be written, because the disk is full for one. The message names it."""
+    """A file that could not be written, for example because the disk is full. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Checkpoint:
     is_final: bool
     """True for `checkpoint-final`."""
     has_state: bool = True
-    """False where only the weights are left, from which no phase goes on."""
+    """False if only the weights are left; a phase cannot resume from these."""
 
 
 def stage3_dir(output_dir: str | Path) -> Path:
@@ -86,7 +86,7 @@ def checkpoint_path(phase_dir: str | Path, step: int | None) -> Path:
 
 
 def new_tmp_dir(phase_dir: str | Path) -> Path:
-    """A fresh folder to fill and hand to `publish_checkpoint`; on the same file system as the checkpoints."""
+    """A new folder to fill and pass to `publish_checkpoint`; on the same file system as the checkpoints."""
     path = Path(phase_dir) / f"{_TMP}{uuid.uuid4().hex[:12]}"
     path.mkdir(parents=True)
     return path
@@ -97,39 +97,40 @@ def metrics_log_path(phase_dir: str | Path) -> Path:
 
 
 def eval_path(checkpoint: str | Path, split: str) -> Path:
-    """Evaluation that a checkpoint carries for `split`."""
+    """Path of a checkpoint's evaluation on `split`."""
     return Path(checkpoint) / EVALS / f"{split}.json"
 
 
 def eval_job_path(checkpoint: str | Path, split: str) -> Path:
-    """Which Slurm job writes that evaluation, where one was submitted: {"job_id": str}."""
+    """Path of the note about the Slurm job that writes this evaluation, if one was submitted: {"job_id": str}."""
     return Path(checkpoint) / EVALS / f"{split}_job.json"
 
 
 def calibration_path(checkpoint: str | Path) -> Path:
-    """Temperature of the checkpoint's `confidence`, fitted by its last evaluation."""
+    """Path of the temperature of the checkpoint's `confidence`, which its last evaluation fitted."""
     return Path(checkpoint) / EVALS / "calibration.json"
 
 
 def read_temperature(checkpoint: str | Path) -> float:
-    """Temperature of a checkpoint's `confidence`; 1 where it was never fitted."""
+    """Temperature of a checkpoint's `confidence`; 1 if it was never fitted."""
     path = calibration_path(checkpoint)
     if not path.exists():
         return 1.0
     value = read_object(path, "temperature")["temperature"]
     if not isinstance(value, (int, float)) or not value > 0:
-        raise UserError(f"{path}: damaged, its temperature is no number above 0; delete it and evaluate again")
+        raise UserError(f"{path}: damaged: its temperature is not a number above 0; delete it and evaluate again")
     return float(value)
 
 
 def read_eval(path: str | Path) -> dict[str, Any]:
-    """An evaluation file. UserError where it is of another version or none at all."""
+    """The content of an evaluation file. UserError if it has another version or is not an evaluation."""
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
-        raise UserError(f"{path}: not an evaluation, it has no 'metrics'; delete it and evaluate again")
+        raise UserError(f"{path}: not an evaluation, because it has no 'metrics'; delete it and evaluate again")
     if (found := evaluation.get("format", EVAL_FORMAT)) != EVAL_FORMAT:
         raise UserError(
-            f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: its metrics are others under the "
+            f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: it has different "
+            f"metrics under the "
             f"same names; delete it and evaluate again: `embervlm evaluate --checkpoint "
             f"{evaluation.get('checkpoint', '...')} --output_file {path} --save_reasoning_samples`"
         )
@@ -149,9 +150,9 @@ def visualizations_dir(output_dir: str | Path) -> Path:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Write `obj` so that a reader finds the old file or the new one, never half. Makes missing folders.
+    """Write `obj` so that a reader finds the old file or the new one, never half of one. Makes missing folders.
 
-    NaN and infinity are no JSON: a ValueError asks for null instead, and the old file stays.
+    NaN and infinity are not JSON: a ValueError asks for null instead, and the old file stays.
     """
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -161,7 +162,7 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, never half. Makes missing folders."""
+    """Write `text` so that a reader finds the old file or the new one, never half of one. Makes missing folders."""
     with atomic_text(path) as file:
         file.write(text)
 
@@ -183,7 +184,7 @@ def naming_unwritten(path: str | Path) -> Iterator[None]:
 def atomic_text(path: str | Path) -> Iterator[TextIO]:
     """A UTF-8 file to write to that takes `path`'s place at the end: a reader finds the old file or the new one.
 
-    Makes missing folders. `WriteError` where that fails, and the old file stays. Half a surrogate pair, which UTF-8
+    Makes missing folders. `WriteError` if this fails; the old file stays. Half a surrogate pair, which UTF-8
     cannot hold, is written as JSON escapes it: \\ud800.
     """
     path = Path(path)
@@ -203,9 +204,9 @@ def atomic_text(path: str | Path) -> Iterator[TextIO]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parsed content of `path`; NaN and infinity, which are no measurement, read as null.
+    """Parsed content of `path`; NaN and infinity are read as null, because they are not measurements.
 
-    UserError names the file and the place where it is not JSON.
+    UserError names the file and the place of the JSON error.
     """
     path = Path(path)
     try:
@@ -215,33 +216,34 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not valid JSON ({error}); {_MEND}") from error
+        raise UserError(f"{path}: damaged: not valid JSON ({error}); {_FIX}") from error
 
 
 def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
-    """The JSON object in `path`. UserError where it is none, or lacks one of `keys`."""
+    """The JSON object in `path`. UserError if it is not an object, or lacks one of `keys`."""
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged, not a JSON object; {_MEND}")
+        raise UserError(f"{path}: damaged: not a JSON object; {_FIX}")
     if missing := [key for key in keys if key not in found]:
-        raise UserError(f"{path}: damaged, lacks {', '.join(missing)}; {_MEND}")
+        raise UserError(f"{path}: damaged: it lacks {',  '.join(missing)}; {_FIX}")
     return found
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`: step, samples, elapsed_s, settings; {} where it has none, as a model of others."""
+    """A checkpoint's `state.json`: step, samples, elapsed_s, settings; {} if it has none, like models from
+    elsewhere."""
     path = Path(checkpoint) / "state.json"
     if not path.exists():
         return {}
     state = read_object(path)
     settings = state.get("settings", {})
     if not isinstance(settings, dict) or not isinstance(settings.get("config", {}), dict):
-        raise UserError(f"{path}: damaged, its settings are no JSON object; {_MEND}")
+        raise UserError(f"{path}: damaged: its settings are not a JSON object; {_FIX}")
     return state
 
 
 def trained_with(checkpoint: str | Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint, as the YAML spells them; {} where they are not known."""
+    """The settings of the run that wrote a checkpoint, as the YAML spells them; {} if they are not known."""
     config: dict[str, Any] = read_state(checkpoint).get("settings", {}).get("config", {})
     return config
 
@@ -256,7 +258,7 @@ def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) ->
     if not _CHECKPOINT_NAME.fullmatch(final_dir.name):
         raise ValueError(f"{final_dir}: a checkpoint is named checkpoint-<step> or {FINAL_NAME}")
     if final_dir.name not in (FINAL_NAME, f"checkpoint-{step}"):
-        raise ValueError(f"{final_dir}: the name does not fit step {step}")
+        raise ValueError(f"{final_dir}: the name does not match step {step}")
     (tmp_dir / COMPLETE).unlink(missing_ok=True)
     files = {}
     for path in _files_of(tmp_dir):
@@ -286,11 +288,11 @@ def publish_checkpoint(tmp_dir: str | Path, final_dir: str | Path, step: int) ->
 
 
 def remove_tree(path: str | Path) -> None:
-    """Delete a file, a folder and what is in it, or a link alone: what a user has moved elsewhere is the user's."""
+    """Delete a file, a folder with its content, or only the link: files that a user moved elsewhere stay."""
     path = Path(path)
     if path.is_symlink():
         if path.exists():
-            _log.warning("%s: only this link is deleted; what it points to stays in %s", path, path.resolve())
+            _log.warning("%s: only this link is deleted; its target stays in %s", path, path.resolve())
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
@@ -299,7 +301,7 @@ def remove_tree(path: str | Path) -> None:
 
 
 def list_checkpoints(phase_dir: str | Path) -> list[Checkpoint]:
-    """Complete checkpoints by step number, `checkpoint-final` last at equal step; [] for a missing folder.
+    """Complete checkpoints by step number, `checkpoint-final` last if two have the same step; [] for a missing folder.
 
     A folder whose manifest cannot be read is not complete; a warning names it.
     """
@@ -319,7 +321,7 @@ def list_checkpoints(phase_dir: str | Path) -> list[Checkpoint]:
 
 
 def verify_checkpoint(path: str | Path, *, checksums: bool = True) -> None:
-    """Raise `DamagedCheckpointError`, naming every file that is missing or differs from the manifest.
+    """Raise `DamagedCheckpointError` that names every file that is missing or differs from the manifest.
 
     Args:
         checksums: also read every byte; False compares sizes only.
@@ -344,9 +346,8 @@ def prune_checkpoints(
     """Reduce old numbered checkpoints to their weights, delete those beyond `keep_weights`, and return these paths.
 
     Never touches the last complete one (whatever `keep_last`), `checkpoint-final`, a folder that is not complete, or
-    one that a user has moved elsewhere and linked back;
-    never deletes those in `keep` (the best). Each is renamed to `.tmp-*` before deletion, so that no reader sees half
-    of it.
+    one that a user moved elsewhere and linked back; never deletes those in `keep` (the best). Each is renamed to
+    `.tmp-*` before deletion, so that no reader sees half of it.
     """
     kept = {Path(path).resolve() for path in keep}
     numbered = [
@@ -370,7 +371,7 @@ def prune_checkpoints(
 
 
 def reduce_to_weights(checkpoint: str | Path) -> None:
-    """Delete the training state of a checkpoint, which stays complete: its manifest leaves the file out first."""
+    """Delete the training state of a checkpoint; it stays complete, because its manifest drops the file first."""
     checkpoint = Path(checkpoint)
     manifest = _manifest(checkpoint)
     if manifest["files"].pop(TRAINING_STATE, None) is not None:
@@ -379,7 +380,7 @@ def reduce_to_weights(checkpoint: str | Path) -> None:
 
 
 def set_damaged_aside(checkpoint: str | Path) -> Path:
-    """Rename a damaged checkpoint to `damaged-<name>`, where no reader looks, and return that path."""
+    """Rename a damaged checkpoint to `damaged-<name>`, which no reader opens, and return that path."""
     checkpoint = Path(checkpoint)
     aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
     remove_tree(aside)
@@ -400,7 +401,7 @@ def clean_leftovers(phase_dir: str | Path) -> None:
             remove_tree(path)
     for path in sorted(Path(phase_dir).glob("checkpoint-*")):
         if path.is_symlink() and not path.exists():
-            _log.warning("ignored: %s is a link to %s, where nothing is", path, os.readlink(path))
+            _log.warning("ignored: %s is a link to %s, which does not exist", path, os.readlink(path))
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -410,7 +411,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise DamagedCheckpointError(str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DamagedCheckpointError(f"{marker}: not a manifest of format {MANIFEST_FORMAT}; the checkpoint is damaged")
+        raise DamagedCheckpointError(
+            f"{marker}: is not a manifest of format {MANIFEST_FORMAT}; the checkpoint is damaged"
+        )
     if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), dict):
         raise DamagedCheckpointError(f"{marker}: lacks step or files; the checkpoint is damaged")
     return manifest

@@ -1,4 +1,4 @@
-"""The best complete checkpoint of a phase, by the evaluations its checkpoints carry.
+"""The best complete checkpoint of a phase, by the evaluations of its checkpoints.
 
     python -m embervlm.select_best --checkpoints_dir outputs/stage4/phase2 --metric reasoning_consistency
 
@@ -32,7 +32,7 @@ def select_best_checkpoint(
     """Folder of the best complete checkpoint in `checkpoints_dir`.
 
     Among checkpoints within one point of the best answer accuracy the one with the best `metric` wins, then the more
-    accurate, then the later one: consistency alone can be had by never committing to an answer.
+    accurate, then the later one: a model that never commits to an answer can also be consistent.
     Args:
         evaluate: called as `evaluate(path, split)` for a checkpoint without `evals/<split>.json`; returns what such a
             file holds. Default: `embervlm.evaluation.evaluate.evaluate_checkpoint`, which also writes it.
@@ -80,7 +80,7 @@ def _winner(ranking: Sequence[Ranked], metric: str) -> Ranked:
 
 
 class _WithModel:
-    """Evaluates checkpoints that carry no evaluation yet, on as many records as the others were."""
+    """Evaluates checkpoints that have no evaluation yet, on as many records as the others."""
 
     def __init__(self, checkpoints_dir: str | Path, split: str) -> None:
         self._folder, self._split = checkpoints_dir, split
@@ -96,7 +96,7 @@ class _WithModel:
             sizes = {found.get("num_samples") for found in carried.values() if found}
             self._num_samples = sizes.pop() if len(sizes) == 1 else None
             print(
-                f"{self._left} of {len(carried)} checkpoints have no evaluation on {split} yet; it is made now "
+                f"{self._left} of {len(carried)} checkpoints have no evaluation on {split} yet; making it now "
                 "(--eval_steps makes it while training)",
                 file=sys.stderr,
             )

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_REQUEUE = os.EX_TEMPFAIL
-"""Exit status of a run that was asked to stop, has saved, and goes on when it is started again."""
+"""Exit status of a run that was asked to stop and has saved; the next start resumes it."""
 EXIT_FAULT = os.EX_SOFTWARE
-"""Exit status of a run that met an error nobody foresaw, such as a process of another node that is gone."""
+"""Exit status of a run with an unforeseen error, such as a lost process on another node."""
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Time limit (`sbatch --signal`), preemption or `scancel`, Ctrl-C, and a terminal that was closed."""
 
@@ -28,7 +28,7 @@ class ProcessStatus:
 
     parent: int
     started: str
-    """Tells it from one that gets the same pid later; empty where the system does not say."""
+    """Distinguishes it from a later process with the same pid; empty if the system does not report it."""
 
 
 def process_status(pid: int) -> ProcessStatus | None:
@@ -52,7 +52,7 @@ class Preempted(Exception):
     """A signal asked this run to stop, and everything up to `step` is saved."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"asked to stop: saved at step {step}; the same command goes on from there")
+        super().__init__(f"asked to stop: saved at step {step}; the same command resumes from there")
 
 
 def listen() -> None:
@@ -69,7 +69,7 @@ def listen() -> None:
 
 
 def _started_by() -> list[int]:
-    """The launcher's processes, where one started this rank: `deepspeed` has two, of which the outer one dies alone.
+    """The launcher's processes, if one started this rank: `deepspeed` has two, and the outer one can die alone.
 
     A shell is none: it may end before what it has started in the background.
     """
@@ -98,7 +98,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _write_no_more_to_terminals() -> None:
-    """A closed terminal refuses every write, and a progress bar must not end what is still to be saved."""
+    """Ignores write errors of a closed terminal: a progress bar must not stop the last save."""
     for stream in _terminals:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream)
@@ -106,9 +106,9 @@ def _write_no_more_to_terminals() -> None:
 
 
 def stop_noted() -> bool:
-    """Whether this process got a signal, or lost the launcher that would stop it; ask the others with `World.any`."""
+    """Whether this process got a signal or lost its launcher; ask the other processes with `World.any`."""
     if not _received and _launcher_is_gone():
         _received.append(signal.SIGHUP)
         _write_no_more_to_terminals()
-        print(f"process {os.getpid()}: its launcher is gone; this run saves and ends", file=sys.stderr)
+        print(f"process {os.getpid()}: its launcher has died; this run saves and ends", file=sys.stderr)
     return bool(_received)

@@ -1,4 +1,4 @@
-"""Slurm's commands: asked again while the controller is away, about one job, and without the variables of this one."""
+"""Slurm's commands: retried while the controller is away, and run without this job's variables."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ EVALUATED_SPLIT = "val"
 """The split on which a run evaluates its checkpoints in jobs of their own."""
 PATIENCE_VARIABLE = "EMBERVLM_SLURM_PATIENCE_S"
 PATIENCE_S = 900
-"""How long to ask again while the controller is away, as when it is restarted."""
+"""How long to retry while the controller is away, for example during a restart."""
 LONGEST_PAUSE_S = 30
 _OF_THIS_JOB = re.compile(
     r"SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|TORCHELASTIC_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$"
     r"|(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|SIZE|WORLD_SIZE)$|LOCAL_WORLD_SIZE$|MASTER_(ADDR|PORT)$"
 )
 _ANSWER = re.compile(r"Invalid (job|user|partition)|denied|disabled|already complet|process configuration|No such")
-"""What `scontrol` and `squeue` say where asking again would change nothing."""
+"""What `scontrol` and `squeue` print if a retry would change nothing."""
 _AWAY = re.compile(r"[Uu]nable to contact|connect failure|Connection refused|temporarily")
-"""What `sbatch` says where it has submitted nothing and may be asked again. After a time-out nobody knows."""
+"""What `sbatch` prints if nothing was submitted and a retry is safe. After a time-out this is unknown."""
 _WHOLE_LINE = re.compile(r"(Command|WorkDir|Comment|AdminComment|SystemComment|StdErr|StdIn|StdOut)=(.*)")
 _FIELD = re.compile(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|$)")
 
 
 class SlurmError(UserError):
-    """Slurm refuses, or its controller does not come back."""
+    """Slurm refused, or its controller did not come back."""
 
 
 class Patience:
@@ -47,21 +47,21 @@ class Patience:
         if time.monotonic() >= self._until:
             raise SlurmError(f"Slurm's controller has not answered for {self._limit_s:g} s: {said}")
         if self._pause_s == 1:
-            print(f"Slurm's controller does not answer ({said}); asking for {self._limit_s:g} s", file=sys.stderr)
+            print(f"Slurm's controller does not answer ({said}); trying for {self._limit_s:g} s", file=sys.stderr)
         time.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
 
 def is_away(program: str, said: str) -> bool:
-    """Whether a command of Slurm failed because the controller is away, and can be given again."""
+    """Whether a command of Slurm failed because the controller is away, so that it can be retried."""
     return bool(_AWAY.search(said)) if program == "sbatch" else not _ANSWER.search(said)
 
 
 def ask(*argv: str) -> str:
-    """What a command of Slurm prints, given from outside any job.
+    """What a command of Slurm prints when it runs outside any job.
 
     Raises:
-        SlurmError: Slurm says no, or nothing for too long.
+        SlurmError: Slurm refuses, or does not answer for too long.
     """
     patience = Patience()
     while True:
@@ -73,21 +73,21 @@ def ask(*argv: str) -> str:
             return found.stdout
         said = ((found.stderr or found.stdout).strip() or f"exit status {found.returncode}").splitlines()[-1]
         if argv[0] == "sbatch" and "timed out" in said:
-            raise SlurmError(f"{said}. The job may have been submitted all the same: look at `squeue --me` first")
+            raise SlurmError(f"{said}. The job may have been submitted nevertheless: check `squeue --me` first")
         if not is_away(argv[0], said):
             raise SlurmError(f"`{shlex.join(argv)}`: {said}")
         patience.pause(said)
 
 
 def outside() -> dict[str, str]:
-    """The environment without what makes a process part of this job or training."""
+    """The environment without the variables that make a process part of this job or training."""
     return {name: value for name, value in os.environ.items() if not _OF_THIS_JOB.match(name)}
 
 
 def this_job() -> str:
-    """Slurm's name of this job; of this element alone where it is one of an array.
+    """Slurm's id of this job; in an array, the id of this element.
 
-    SLURM_JOB_ID would not do: that of one element is the number of the array, which means all elements.
+    SLURM_JOB_ID does not work: for one element it can be the number of the array, which means all elements.
     """
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
@@ -122,7 +122,7 @@ def seconds(limit: str) -> float:
 
 
 def awaiting_evaluation(folder: Path) -> list[Path]:
-    """Checkpoints of `folder` that a job which has not ended is still to evaluate: they may not be deleted."""
+    """Checkpoints of `folder` that an unfinished job will still evaluate: they must not be deleted."""
     out = []
     for found in run_dir.list_checkpoints(folder):
         note = run_dir.eval_job_path(found.path, EVALUATED_SPLIT)
@@ -134,7 +134,7 @@ def awaiting_evaluation(folder: Path) -> list[Path]:
 
 
 def _is_queued(job: str) -> bool:
-    """Whether Slurm still has the job, waiting or running; also where Slurm does not answer."""
+    """Whether Slurm still has the job, waiting or running; True if Slurm does not answer."""
     shown = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False
     )

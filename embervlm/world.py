@@ -22,16 +22,17 @@ class World:
     size: int
     device: torch.device
     background: Any = None
-    """A process group over gloo for the thread that writes checkpoints; None alone."""
+    """A process group over gloo for the thread that writes checkpoints; None for a single process."""
     control: Any = None
     """The group that agrees on flags, over gloo so that nobody waits for a GPU; None is the default group."""
 
     @classmethod
     def join(cls) -> World:
-        """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone where none did.
+        """Join the processes that `deepspeed`, `torchrun` or `srun` started; without a launcher, a world of one
+        process.
 
         Raises:
-            RendezvousError: They did not find each other.
+            RendezvousError: the processes did not find each other.
         """
         env = os.environ
         adopt_slurm(env)
@@ -58,7 +59,7 @@ class World:
 
     @staticmethod
     def leave() -> None:
-        """Leave the other processes, where this one has joined them."""
+        """Leave the other processes, if this one has joined them."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -81,7 +82,7 @@ class World:
             dist.barrier()
 
     def broadcast(self, value: Any) -> Any:
-        """Process 0's `value` (anything picklable) on every process."""
+        """The `value` of process 0 (anything picklable), on every process."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)

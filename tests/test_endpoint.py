@@ -367,7 +367,7 @@ def test_without_questions_the_command_says_where_to_get_them(tmp_path):
 def test_a_store_of_another_teacher_is_not_continued(tasks):
     with serving(good) as teacher:
         generate(teacher, tasks, "--num_samples", 2)
-        with pytest.raises(SystemExit, match="begun with --teacher_model deepseek-r1, not other"):
+        with pytest.raises(SystemExit, match="started with --teacher_model deepseek-r1, not other"):
             generate(teacher, tasks, "--teacher_model", "other")
 
 
@@ -456,7 +456,7 @@ def test_shards_share_the_work_and_merge_into_the_whole(tasks, tmp_path, capsys)
 def test_two_shards_cannot_share_an_output_file(tasks):
     with serving(good) as teacher:
         generate(teacher, tasks, "--shard", "0/2")
-        with pytest.raises(SystemExit, match="begun with --shard 0/2, not 1/2"):
+        with pytest.raises(SystemExit, match="started with --shard 0/2, not 1/2"):
             generate(teacher, tasks, "--shard", "1/2")
 
 

@@ -108,7 +108,7 @@ def test_a_damaged_or_missing_part_is_named(lively_model, checkpoint):
     with pytest.raises(CheckpointError, match=r"00001-of-.*, .*00002-of-.*: missing, 2 of the 3 files"):
         EmberVLM.from_pretrained(checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json: damaged, lacks weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json: damaged: it lacks weight_map"):
         EmberVLM.from_pretrained(checkpoint)
 
 

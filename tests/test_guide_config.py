@@ -74,7 +74,7 @@ def test_flags_stand_over_a_phases_block_at_the_top(tmp_path: Path) -> None:
 
 
 def test_a_phase_at_the_top_and_in_stage4_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"phase1: stands at the top and in stage4; keep one"):
+    with pytest.raises(ConfigError, match=r"phase1: appears at the top and in stage4; keep one"):
         load_train_config(pasted(tmp_path, "phase1", "stage4"))
 
 

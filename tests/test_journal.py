@@ -82,7 +82,7 @@ def test_entries_without_settings_are_lists_and_have_no_head(tmp_path):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     path = filled(tmp_path / "j.jsonl")
-    with pytest.raises(ConfigError, match="begun with --teacher_model a, not b"):
+    with pytest.raises(ConfigError, match="started with --teacher_model a, not b"):
         Journal(path, {"--teacher_model": "b"})
 
 
@@ -102,7 +102,7 @@ def test_a_second_process_is_kept_out(tmp_path):
     )
     with Journal(path, SETTINGS):
         found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert "another process writes to it" in found.stderr
+    assert "another process is writing to it" in found.stderr
 
 
 def test_a_full_disk_leaves_what_stood_there(tmp_path):

@@ -118,7 +118,7 @@ def test_a_process_that_waits_for_others_stops_when_it_is_told_to(tmp_path: Path
     waiting.send_signal(signal.SIGTERM)
     out, said = waiting.communicate(timeout=30)
     assert waiting.returncode == EXIT_REQUEUE, (out, said)
-    assert "error: asked to stop while it waited for the other processes" in said and "Traceback" not in said
+    assert "error: asked to stop while waiting for the other processes" in said and "Traceback" not in said
 
 
 def test_a_port_in_use_is_one_line_that_says_how_to_name_another(tmp_path: Path) -> None:

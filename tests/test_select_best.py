@@ -77,7 +77,9 @@ def test_a_metric_that_is_no_number_is_not_eligible(tmp_path, value, higher_is_b
 
 def test_an_unknown_metric_is_refused_with_those_that_exist(tmp_path):
     add(tmp_path, 500, 0.5)
-    with pytest.raises(ValueError, match="'fluency' .*there are .*final_answer_accuracy, .*reasoning_consistency"):
+    with pytest.raises(
+        ValueError, match="'fluency' .*the known metrics are .*final_answer_accuracy, .*reasoning_consistency"
+    ):
         select_best_checkpoint(tmp_path, metric="fluency")
 
 
@@ -203,8 +205,8 @@ def test_the_command_without_flags_looks_into_the_guides_folder(tmp_path, monkey
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        ("outputs/quickstart/stage4/phase2", "There are some in outputs/quickstart/stage4/phase2; choose with --check"),
-        ("outputs/stage4/phase1", "There are some in outputs/stage4/phase1; choose with --checkpoints_dir"),
+        ("outputs/quickstart/stage4/phase2", "There are checkpoints in outputs/quickstart/stage4/phase2; choose one"),
+        ("outputs/stage4/phase1", "There are checkpoints in outputs/stage4/phase1; choose one with --checkp"),
         (None, "Train first (`python launch/train.py --stages 3 4`)"),
     ],
 )
