@@ -34,7 +34,7 @@ def test_a_run_says_that_it_does_not_take_over_the_answers_of_the_checkpoint(tmp
     model.save_pretrained(tmp_path / "start")
     config = TrainConfig(model=str(write_model_yaml(tmp_path)), output_dir=str(tmp_path / "out"))
     started = start_from(config, World(0, 1, CPU), tmp_path / "start", 4)
-    assert ("its answers (Yes, No) are not taken over" in capsys.readouterr().out) is told
+    assert ("its answers (Yes, No) are not used" in capsys.readouterr().out) is told
     assert tuple(started.config.candidates) == ROBOTS
 
 
@@ -52,7 +52,7 @@ def test_a_start_counts_the_records_by_what_their_answers_are_chosen_from(tmp_pa
     assert store.answer_kinds == {"domain": 1, "own": 1, "open": 2}
     assert told_answers(store.answer_kinds) == (
         "answers: 1 records choose among the domain's candidates, 1 records among candidates of their own "
-        "(metadata.candidates), 2 records are free text, which the answer head has no part in"
+        "(metadata.candidates), 2 records have free-text answers, which do not use the answer head"
     )
     assert told_answers({"domain": 7}) == ""
 

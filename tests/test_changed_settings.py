@@ -165,7 +165,7 @@ def test_a_baseline_that_was_matched_to_another_phase_is_refused_before_that_tra
     with pytest.raises(SystemExit) as ended:
         main(flags(bench, output, "--stages", "4", "baseline"))
     assert f"{output / 'baseline' / 'same_samples'} is finished" in str(ended.value.code)
-    assert "weights of another phase 2, now trained anew" in str(ended.value.code)
+    assert "weights of another phase 2, which is now trained again" in str(ended.value.code)
     assert not run_dir.list_checkpoints(run_dir.phase_dir(output, 2))
 
 
@@ -188,7 +188,7 @@ def test_a_phase_that_goes_on_with_other_settings_says_which(
     )
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "other settings" in line]
     assert line == (
-        "phase 2: goes on with other settings than before: epochs 2, now 3; learning_rate 0.0005, now 3e-05; "
+        "phase 2: continues with other settings than before: epochs 2, now 3; learning_rate 0.0005, now 3e-05; "
         "answer_loss_weight 0.3, now 0.4"
     )
     state = run_dir.read_json(run_dir.phase_dir(output, 2) / "checkpoint-final" / "state.json")

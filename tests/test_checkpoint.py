@@ -177,7 +177,7 @@ def test_training_goes_on_after_a_failed_save_where_that_is_configured(
         training.folder.mkdir()
         training.save(store, 2)
         assert store.wait()
-    assert str(failed) in caplog.text and "training goes on" in caplog.text
+    assert str(failed) in caplog.text and "training continues" in caplog.text
     assert newest_sound(training.folder) == run_dir.checkpoint_path(training.folder, 2)
 
 
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_read_only_or_gone_is_named_and_training_goes_on_whe
 def test_a_folder_that_cannot_be_made_ends_the_run_before_it_trains(training: Training, disk: Path) -> None:
     remount(disk, "ro")
     training.folder = disk / "phase2"
-    with pytest.raises(SaveError, match=f"{training.folder}: .* cannot be made .Read-only file system"):
+    with pytest.raises(SaveError, match=f"{training.folder}: cannot create .*Read-only file system"):
         training.store()
 
 
@@ -316,7 +316,7 @@ def test_a_damaged_evaluation_ends_no_training_and_nothing_is_deleted_on_its_wor
         final = training.save(store, 4, final=True)
     run_dir.verify_checkpoint(final)
     assert all(path.exists() for path in three)
-    assert f"{training.folder}: no old checkpoint is deleted: " in caplog.text
+    assert f"{training.folder}: no old checkpoint was deleted: " in caplog.text
 
 
 def test_the_optimizer_of_a_checkpoint_that_trained_other_parts_is_refused(training: Training, data: Path) -> None:

@@ -200,7 +200,7 @@ def test_the_shipped_site_file_asks_as_the_recipes_do_by_themselves(monkeypatch:
 def test_without_a_recipe_the_scripts_list_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMBERVLM_CLUSTER", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(SystemExit, match=r"nothing says on which nodes: give --cluster, set EMBERVLM_CLUSTER.*v100x1"):
+    with pytest.raises(SystemExit, match=r"the nodes are not given: give --cluster, set EMBERVLM_CLUSTER.*v100x1"):
         slurm(["place", "--script", "slurm/stage4_phase1.sh", "--of_phase", "1"])
 
 
@@ -308,13 +308,13 @@ def test_elements_of_an_array_keep_their_starts_apart(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("code", [1, 2, 255])  # 255: srun does not know an option
 def test_an_error_of_the_run_is_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    assert "an error that would come again" in str(start(monkeypatch, tmp_path, restarts=0).refusal(code))
+    assert "an error that would occur again" in str(start(monkeypatch, tmp_path, restarts=0).refusal(code))
 
 
 def test_a_requeue_without_progress_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path, 40)
     requeues = start(monkeypatch, tmp_path, restarts=1)
-    assert "no progress: the newest checkpoint is still of step 40" in str(requeues.refusal(KILLED_BY_9))
+    assert "no progress: the newest checkpoint is still at step 40" in str(requeues.refusal(KILLED_BY_9))
 
 
 def test_a_requeue_with_progress_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,4 +53,4 @@ def test_a_file_of_ones_own_is_trained_on(tmp_path: Path, capsys: pytest.Capture
     for number, handler in before.items():
         signal.signal(number, handler)
     said = capsys.readouterr().out
-    assert "every record trains" in said and records[0]["instruction"] in said and "(given: " in said
+    assert "every record can be used for training" in said and records[0]["instruction"] in said and "(given: " in said

@@ -58,7 +58,7 @@ def run_of_long_chains(tmp_path_factory):
             folder / "start" / "stage3" / "checkpoint-final",
         )
     )
-    assert "sample chains are cut off before their end" in found.stdout  # of the first epoch, which knows little
+    assert "sample chains were cut off before their end" in found.stdout  # of the first epoch, which knows little
     return run_dir.phase_dir(folder / "outputs", 2)
 
 

@@ -58,7 +58,7 @@ def test_samples_that_cannot_be_written_end_no_run_and_a_save_comes_before_them(
     monkeypatch.setattr(by_products, "write_samples", fails)
     output = runs(tmp_path, records, "3", "4", max_steps=None, stage4__batch_size=32, background_saves=False)
     assert saved == ["checkpoint-final", "checkpoint-1", "checkpoint-final"]
-    assert "epoch 3: no samples (MemoryError: out of memory); training goes on" in caplog.text
+    assert "epoch 3: no samples (MemoryError: out of memory); training continues" in caplog.text
     assert run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None).is_dir()
 
 

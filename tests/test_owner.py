@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_until_that_has_ended(t
     with owning(tmp_path / "outputs"):
         first = f"process {os.getpid()} on {os.uname().nodename}, since 20"
         with (
-            pytest.raises(OwnedError, match=f"outputs: another run writes there .{first}"),
+            pytest.raises(OwnedError, match=f"outputs: another run is writing there .{first}"),
             owning(tmp_path / "outputs"),
         ):
             pass
@@ -249,7 +249,7 @@ def test_a_second_training_is_refused_and_harms_nothing_and_a_killed_one_is_foll
         second = train("torchrun", *flags)
         assert second.returncode != 0
         (said,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
-        assert f"{tmp_path}: another run writes there (process {first.pid} on " in said
+        assert f"{tmp_path}: another run is writing there (process {first.pid} on " in said
         assert half_written.is_dir() and first.poll() is None
     finally:
         first.kill()

@@ -215,5 +215,5 @@ def test_a_precision_that_the_gpu_lacks_is_an_error(config: TrainConfig, tmp_pat
 
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(dataclasses.asdict(load_recipe("v100x1")) | {"precision": "bf16"}))
-    with pytest.raises(ConfigError, match="a v100 does not compute in bf16; write fp32 or fp16"):
+    with pytest.raises(ConfigError, match="a v100 does not support bf16; write fp32 or fp16"):
         make_plan(str(path), config=config, records=10, question_tokens=1, chain_tokens=1)

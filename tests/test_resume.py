@@ -215,7 +215,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_warns_and_starts_anew(resumed: R
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [(("--resume", "never"), "--resume never: "), (("--seed", "5"), "set --seed, --reasoning_data")],
+    [(("--resume", "never"), "--resume never: "), (("--seed", "5"), "restore --seed, --reasoning_data")],
 )
 def test_a_resume_that_is_not_wanted_or_would_mix_up_the_samples_is_an_error(
     flags: tuple[str, ...], expected: str, resumed: Resumed, tmp_path: Path

@@ -460,7 +460,7 @@ def what_sbatch_was_given_reaches_the_job_that_is_submitted_in_its_place(bench: 
     assert f"job {job}: slurm/stage4_phase2.sh with --nodes=2" in said
     refused = bench.cluster.run("sbatch", "--parsable", "--gres=gpu:2", "slurm/stage4_phase2.sh", *flags, **bench.env)
     bench.finish(refused.strip(), state="FAILED")
-    assert "error: sbatch was told other nodes (nodes: 1, GPUs per node: 2)" in bench.log(refused.strip())
+    assert "error: sbatch was given other nodes (nodes: 1, GPUs per node: 2)" in bench.log(refused.strip())
 
 
 def slurm_commands_fields(bench: Bench, job: str) -> dict[str, str]:
@@ -518,9 +518,9 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
     for job in (nowhere, endless):
         bench.finish(job, state="FAILED")
     logs = {job: next(site.glob(f"*-{job}.log")) for job in (on_its_gpus, nowhere, unknown, endless)}
-    assert logs[nowhere].read_text().count("error: nothing says on which nodes") == 1
+    assert logs[nowhere].read_text().count("error: the nodes are not given") == 1
     assert "error: Slurm gave other nodes (nodes: 1, GPUs per node: 1, tasks per node: 3)" in logs[endless].read_text()
-    assert "is not requeued: exit status 255 is an error that would come again" in logs[unknown].read_text()
+    assert "is not requeued: exit status 255 means an error that would occur again" in logs[unknown].read_text()
     assert len(list(site.glob("*.log"))) == 4, "a job has submitted another"
     for rank in range(2):
         assert f"{rank}: in my image" in logs[on_its_gpus].read_text()

@@ -137,11 +137,11 @@ def test_a_rate_is_swept_in_both_phases_where_both_are_trained() -> None:
         (["--cluster", "a100x4", "--sweep", "learning_rat=1,2", *START], "did you mean learning_rate"),
         (["--cluster", "a100x4", "--sweep", "learning_rate=1e-4,0", *START], "learning_rate: 0.0 is not positive"),
         (["--cluster", "a100x4", "--sweep", "seed=", *START], "write KEY=VALUE,VALUE"),
-        (["--cluster", "a100x4", "--sweep", "seed=0,1"], "say with --resume_from"),
+        (["--cluster", "a100x4", "--sweep", "seed=0,1"], "give the starting checkpoint with --resume_from"),
         (["--cluster", "a100x4", "--stages", "3", "4", *START], "would not be used"),
         (["--cluster", "a100x4", "--minutes", "3"], "told to stop 180 s before its limit"),
         (["--cluster", "a100x4", "--sbatch", "nodes=3"], "--sbatch nodes: the recipe"),
-        (["--cluster", "a100x8x2", "--local"], "the recipe has 2 nodes, this is one machine"),
+        (["--cluster", "a100x8x2", "--local"], "the recipe has 2 nodes, but this is one machine"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_submitted(argv: list[str], expected: str) -> None:

@@ -47,7 +47,7 @@ def test_whatever_wandb_raises_costs_the_curves_there_and_not_the_training(
     tracker.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     (said,) = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
-    assert "No more is sent there; training goes on" in said
+    assert "Nothing more is sent there; training continues" in said
 
 
 KEY = "k" * 40

@@ -278,7 +278,7 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_or_goes_on_as_configu
         try:
             wait_until(lambda: bool(run_dir.list_checkpoints(phase)), training)
             if on_error == "continue":
-                goes_on = "training goes on (on_save_error: continue)"
+                goes_on = "training continues (on_save_error: continue)"
                 wait_until(lambda: fill(disk) and goes_on in log.read_text(), training)
                 (disk / "filler").unlink()
                 newest = run_dir.list_checkpoints(phase)[-1].step

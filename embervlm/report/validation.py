@@ -87,11 +87,11 @@ def summary(report: Mapping[str, Any]) -> str:
 def verdict(report: Mapping[str, Any]) -> str:
     if not report["trains"]:
         if not report["num_stopping"]:  # findings about files alone
-            return "what was found would stop training; mend it"
-        return f"{report['num_stopping']:,} records would stop training; mend or drop them"
+            return "these findings would stop training; correct them"
+        return f"{report['num_stopping']:,} records would stop training; correct or delete them"
     if report["num_with_findings"]:
-        return f"every record trains; {report['num_with_findings']:,} of them are worth a look"
-    return "every record trains, and nothing was found"
+        return f"every record can be used for training; {report['num_with_findings']:,} of them are worth a look"
+    return "every record can be used for training, and nothing was found"
 
 
 def problem_line(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a training leaves besides checkpoints: chains after each epoch, and evaluations. No failure here ends it."""
+"""What a training writes besides checkpoints: chains after each epoch, and evaluations. No failure here ends it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 def after_epoch(
     config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int, ended: str | None
 ) -> None:
-    """Write the chains of an epoch; whatever goes wrong with them is only said, and training continues.
+    """Write the chains of an epoch; an error is only printed, and training continues.
 
-    `ended`: the phase whose last epoch this was; then it is also said whether the model looks at the picture.
+    `ended`: the phase whose last epoch this was; then it also prints whether the model looks at the picture.
 
     No process waits for another here, so it may go wrong on one alone.
     """
@@ -35,7 +35,7 @@ def after_epoch(
     except Exception as error:  # a device may be out of memory
         if world.rank == 0 or not isinstance(error, UserError):  # the latter is the same on every process
             reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
-            _log.warning("epoch %d: no samples (%s); training goes on", epoch, reason)
+            _log.warning("epoch %d: no samples (%s); training continues", epoch, reason)
 
 
 def write_samples(config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int) -> None:
@@ -57,13 +57,13 @@ def write_samples(config: TrainConfig, world: World, model: EmberVLM, data: RunD
         ]
         run_dir.write_json_atomic(run_dir.reasoning_samples_path(config.output_dir, epoch), samples)
         if cut := sum(bool(result["cut_off"]) for result in results):
-            print(f"epoch {epoch}: {cut} of {len(results)} sample chains are cut off before their end")
+            print(f"epoch {epoch}: {cut} of {len(results)} sample chains were cut off before their end")
 
 
 def evaluate_saved(config: TrainConfig, world: World, checkpoint: Path) -> None:
-    """What `select_best` reads: computed here by all processes, or by a job of its own.
+    """The evaluation that `select_best` reads: computed here by all processes, or by a separate job.
 
-    Whatever goes wrong is only said: training continues, and `select_best` evaluates what has no evaluation.
+    An error is only printed: training continues, and `select_best` evaluates the checkpoint later.
     """
     try:
         if config.eval_cluster is None:
@@ -72,4 +72,4 @@ def evaluate_saved(config: TrainConfig, world: World, checkpoint: Path) -> None:
             print(f"{checkpoint.name} is evaluated by job {submit_evaluation(checkpoint, config)}")
     except Exception as error:  # the same one on every process
         if world.rank == 0:
-            print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training goes on")
+            print(f"{checkpoint}: not evaluated ({type(error).__name__}: {error}); training continues")

@@ -22,23 +22,27 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     from embervlm.curate.teachers.endpoint import EndpointConfig
 
     parser.add_argument("--source", choices=("teacher", "self", "human"), default="teacher", help="who writes chains")
-    parser.add_argument("--teacher_model", default="rules", help="rules is embedded; others are behind an endpoint")
+    parser.add_argument("--teacher_model", default="rules", help="rules is built in; others are behind an endpoint")
     parser.add_argument("--input_dataset", type=Path, help="records or tasks; rules needs none")
-    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; pictures go to images/ beside")
+    parser.add_argument(
+        "--output_file", type=Path, required=True, help="JSON or JSONL; pictures go to images/ beside it"
+    )
     parser.add_argument(
         "--num_samples", type=int, help="default: 50000; rules makes one for each task of --input_dataset"
     )
     parser.add_argument("--shard", metavar="I/N", help="part I (from 0) of N, such as $SLURM_ARRAY_TASK_ID/8")
-    parser.add_argument("--image_root", type=Path, help="what the input's image paths are relative to")
+    parser.add_argument("--image_root", type=Path, help="folder that the input's image paths are relative to")
     parser.add_argument("--samples_per_record", type=int, help="chains for each question; teacher 1, self 4")
-    parser.add_argument("--temperature", type=float, help="endpoint: its own by default; self: 0.8")
+    parser.add_argument("--temperature", type=float, help="default: the endpoint's own; self: 0.8")
     rules = parser.add_argument_group("--teacher_model rules")
     rules.add_argument("--questions_per_picture", type=int, default=1)
     rules.add_argument("--seed", type=int, default=0)
-    rules.add_argument("--workers", type=int, help="processes that draw; default: one per core")
+    rules.add_argument("--workers", type=int, help="processes that draw pictures; default: one per core")
     own = parser.add_argument_group("--source self")
     own.add_argument("--checkpoint", type=Path, help="a Stage 4 checkpoint")
-    own.add_argument("--max_reasoning_steps", type=int, help="most steps; default: as the training data needed")
+    own.add_argument(
+        "--max_reasoning_steps", type=int, help="maximum number of steps; default: as many as the training data needed"
+    )
     other = parser.add_argument_group("other teachers, behind an OpenAI-compatible endpoint")
     for field in dataclasses.fields(EndpointConfig):
         if field.name in ("base_url", "api_key_env", "sees_pictures"):
@@ -46,13 +50,16 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         elif field.name not in ("teacher_model", "samples_per_record", "temperature"):  # above
             add_flag(other, EndpointConfig, field.name)
     other.add_argument(
-        "--no_teacher_sees_pictures", dest="sees_pictures", action="store_false", help="tell the facts (default)"
+        "--no_teacher_sees_pictures",
+        dest="sees_pictures",
+        action="store_false",
+        help="send the facts as text (default)",
     )
     _domain_option(parser)
 
 
 def generate(source: str, *, domain: str, **options: Any) -> None:
-    """Chains by the rules, by a teacher behind an endpoint, by the model itself, or by people."""
+    """Make chains: by the rules, by a teacher behind an endpoint, by the model itself, or by people."""
     from embervlm.curate.commands import DEFAULT_SAMPLES, convert_annotations, generate, generate_by_teacher
     from embervlm.curate.teachers.endpoint import EndpointConfig
 
@@ -77,12 +84,14 @@ def generate(source: str, *, domain: str, **options: Any) -> None:
 def merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
     parser.add_argument("--output_file", type=Path, required=True)
-    parser.add_argument("--image_root", type=Path, help="of the shards and of the output; default: each file's folder")
+    parser.add_argument(
+        "--image_root", type=Path, help="folder that image paths are relative to; default: each file's folder"
+    )
     _domain_option(parser)
 
 
 def merge(domain: str, **options: Any) -> None:
-    """One data set from the shards of a job."""
+    """Join the shards of a job into one data set."""
     from embervlm.curate.commands import merge
 
     merge(domain=domain_named(domain), **options)
@@ -92,12 +101,17 @@ def validate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data_file", type=Path, required=True, help="as --reasoning_data: a file, a folder of parts, a pattern"
     )
-    parser.add_argument("--output_report", type=Path, required=True, help="text, or JSON by .json; a page goes beside")
+    parser.add_argument(
+        "--output_report",
+        type=Path,
+        required=True,
+        help="text, or JSON if it ends in .json; an HTML page goes beside it",
+    )
     _check_options(parser)
 
 
 def validate(data_file: Path, *, output_report: Path, **options: Any) -> None:
-    """Every problem of a data set, and what is in it; exit status 1 where it does not train."""
+    """Report every problem of a data set and its contents; exit status 1 if it cannot be used for training."""
     from embervlm.curate.validate import validate
     from embervlm.report.validation import summary, write_reports
 
@@ -112,19 +126,19 @@ def validate(data_file: Path, *, output_report: Path, **options: Any) -> None:
 def filter_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--min_quality_score", type=float, required=True, help="from 0 to 1; docs/data.md defines it")
-    parser.add_argument("--output", type=Path, required=True, help=".json or .jsonl; the others go beside")
+    parser.add_argument("--output", type=Path, required=True, help=".json or .jsonl; the rejected records go beside it")
     _check_options(parser)
 
 
 def filter(input: Path, *, output: Path, min_quality_score: float, **options: Any) -> None:
-    """Keep the records of at least a quality."""
+    """Keep the records with at least a given quality."""
     from embervlm.curate.quality import filter_file, rejected_path
 
     checks = _checked_as(open_pictures=False, **options)
     kept, rejected = filter_file(input, output=output, min_quality_score=min_quality_score, options=checks)
-    print(f"{kept:,} records kept in {output}, {rejected:,} others with reasons in {rejected_path(output)}")
+    print(f"{kept:,} records kept in {output}, {rejected:,} rejected with reasons in {rejected_path(output)}")
     if output.resolve().parent != (root := Path(options["image_root"] or input.parent)).resolve():
-        print(f"their pictures lie where they were: read {output} with --image_root {root}")
+        print(f"the pictures were not moved: read {output} with --image_root {root}")
 
 
 def _domain_option(parser: argparse.ArgumentParser) -> None:
@@ -133,20 +147,25 @@ def _domain_option(parser: argparse.ArgumentParser) -> None:
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
-    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the data folder")
-    parser.add_argument("--max_reasoning_length", type=int, default=512, help="tokens of chain and answer")
+    parser.add_argument("--allow_outside", action="store_true", help="accept pictures outside the data folder")
     parser.add_argument(
-        "--model", type="path", default=TrainConfig.model, help="preset that will train on it: how much it reads"
+        "--max_reasoning_length", type=int, default=512, help="maximum number of tokens of chain and answer"
     )
     parser.add_argument(
-        "--tokenizer", type="path", help="folder of the tokenizer that counts; default: the one a run would use"
+        "--model",
+        type="path",
+        default=TrainConfig.model,
+        help="preset that will train on the data; it limits the length of records",
     )
-    parser.add_argument("--workers", type=int, help="processes that check; default: one per core")
+    parser.add_argument(
+        "--tokenizer", type="path", help="folder of the tokenizer that counts tokens; default: the one a run would use"
+    )
+    parser.add_argument("--workers", type=int, help="processes that check records; default: one per core")
     _domain_option(parser)
 
 
 def _checked_as(*, domain: str, model: str, tokenizer: str | None, **options: Any) -> CheckOptions:
-    """What training with these flags would hold the data against."""
+    """The limits that training with these flags sets for the data."""
     from embervlm.curate.findings import CheckOptions
     from embervlm.run.plan_counts import empty_model
 
@@ -174,7 +193,7 @@ def augment_options(parser: argparse.ArgumentParser) -> None:
 
 
 def augment(domain: str, **options: Any) -> None:
-    """More chains from those of a file, each checked, none twice."""
+    """Make more chains from those of a file; each is checked, and there are no duplicates."""
     from embervlm.curate.augment import augment_file
 
     augment_file(domain=domain_named(domain), **options)
@@ -187,17 +206,19 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=Path, required=True, help="file: JSON, JSONL, Parquet or Arrow; or folder of tables"
     )
-    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified spelling")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified format")
     parser.add_argument(
-        "--image_root", type=Path, help="what picture paths are relative to; default: the input's folder"
+        "--image_root", type=Path, help="folder that picture paths are relative to; default: the input's folder"
     )
-    parser.add_argument("--skip_bad", action="store_true", help="write the rest; list the skipped in a file beside")
-    parser.add_argument("--allow_outside", action="store_true", help="pictures outside the image root")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="skip unreadable records, and list them in a file beside the output"
+    )
+    parser.add_argument("--allow_outside", action="store_true", help="accept pictures outside the image root")
     _domain_option(parser)
 
 
 def convert(input: Path, *, output_file: Path, domain: str, **options: Any) -> None:
-    """Other formats to the unified spelling."""
+    """Convert other formats to the unified format."""
     from embervlm.curate.convert import convert_file, summary
 
     print(summary(convert_file(input, output_file, domain=domain_named(domain), **options), output_file))

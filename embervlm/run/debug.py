@@ -1,4 +1,4 @@
-"""The guide's debug commands: try a checkpoint out, analyse it on a test set, look at the switch between the phases."""
+"""The guide's debug commands: try a checkpoint, analyse it on a test set, check the switch between the phases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def try_reasoning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=int, default=10)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--visualize", action="store_true", help="also draw where the model looked at each step")
-    parser.add_argument("--output_dir", type=Path, help="for what is drawn; default: evals/samples in the checkpoint")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder for the drawings; default: evals/samples in the checkpoint"
+    )
     data_options(parser)
     decoding_options(parser)
 
@@ -58,11 +60,13 @@ def try_reasoning(
 
 def analyze_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--test_set", type=Path, required=True, help="file of records; all of them are asked")
+    parser.add_argument("--test_set", type=Path, required=True, help="file of records; all of them are used")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_samples", type=int, help="at most this many records")
-    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
-    parser.add_argument("--faithfulness_samples", type=int, default=200, help="as in evaluate; 0 leaves it out")
+    parser.add_argument(
+        "--explain_samples", type=int, default=200, help="number of chains saved with attention and step scores"
+    )
+    parser.add_argument("--faithfulness_samples", type=int, default=200, help="as in evaluate; 0 skips it")
     data_options(parser)
     decoding_options(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -108,11 +112,15 @@ def _write_analysis(result: dict[str, Any], path: Path) -> None:
 def check_phases_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase1_checkpoint", type=Path, required=True)
     parser.add_argument("--phase2_checkpoint", type=Path, required=True)
-    parser.add_argument("--start_checkpoint", type=Path, help="where phase 1 started; default: what the run recorded")
+    parser.add_argument(
+        "--start_checkpoint",
+        type=Path,
+        help="checkpoint from which phase 1 started; default: the one that the run recorded",
+    )
 
 
 def check_phases(phase1_checkpoint: Path, phase2_checkpoint: Path, start_checkpoint: Path | None) -> None:
-    """Print what happened at the switch from phase 1 to phase 2; exit status 1 where something is wrong."""
+    """Print what happened at the switch from phase 1 to phase 2; exit status 1 if something is wrong."""
     found = check_transition(phase1_checkpoint, phase2_checkpoint, start_checkpoint)
     print(transition_text(found))
     if found.problems:

@@ -16,7 +16,7 @@ def describe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def describe(model: str, *, as_json: bool) -> None:
-    """Print the parameters of each part, how many learn in each phase, and the visual tokens of a picture."""
+    """Print the parameters of each part, how many are trained in each phase, and the visual tokens of a picture."""
     built = build_model(model_preset(model), load_pretrained=False)
     parts = built.parameter_counts()
     total = sum(parts.values())

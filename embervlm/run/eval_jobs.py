@@ -1,4 +1,4 @@
-"""Evaluations of a running training in Slurm jobs of their own (`eval_cluster`): `slurm/evaluate.sh` on one GPU.
+"""Evaluations of a running training in separate Slurm jobs (`eval_cluster`): `slurm/evaluate.sh` on one GPU.
 
 Light: read by commands that must start where torch is not installed.
 """
@@ -17,18 +17,18 @@ from embervlm.slurm_commands import EVALUATED_SPLIT, PATIENCE_VARIABLE, outside
 
 SCRIPT = "slurm/evaluate.sh"
 PATIENCE_S = 60
-"""How long the training waits for a controller that is away; what is not evaluated now can be later."""
+"""How long the training waits for a controller that is away; a checkpoint can also be evaluated later."""
 
 
 def check_eval_cluster(name: str) -> None:
-    """ConfigError where no evaluation could be submitted."""
+    """ConfigError if no evaluation can be submitted."""
     load_recipe(name)
     if shutil.which("sbatch") is None:
         raise ConfigError(f"eval_cluster: {name}: this machine has no sbatch; leave it out to evaluate in training")
 
 
 def evaluation_command(checkpoint: Path, config: TrainConfig) -> list[str]:
-    """To be run in the repository: submits the evaluation that `select_best` reads."""
+    """Command, run in the repository, that submits the evaluation for `select_best`."""
     assert config.eval_cluster is not None
     cluster = config.eval_cluster
     if cluster.endswith((".yaml", ".yml")):
@@ -58,7 +58,7 @@ def evaluation_command(checkpoint: Path, config: TrainConfig) -> list[str]:
 
 
 def submit_evaluation(checkpoint: Path, config: TrainConfig) -> str:
-    """The job that evaluates `checkpoint`; it is noted beside the evaluation that it will write.
+    """The job that evaluates `checkpoint`; its id is written beside the place of the evaluation.
 
     Raises:
         ConfigError: Slurm refuses.
@@ -68,7 +68,7 @@ def submit_evaluation(checkpoint: Path, config: TrainConfig) -> str:
     found = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     job = re.search(r"Submitted batch job (\d+)", found.stdout)
     if found.returncode or job is None:
-        said = (found.stderr or found.stdout).strip().splitlines() or ["it said nothing"]
+        said = (found.stderr or found.stdout).strip().splitlines() or ["it printed nothing"]
         raise ConfigError(f"{SCRIPT} submitted nothing: {said[-1]}")
     run_dir.write_json_atomic(run_dir.eval_job_path(checkpoint, EVALUATED_SPLIT), {"job_id": job[1]})
     return job[1]

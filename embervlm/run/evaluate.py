@@ -28,7 +28,7 @@ METRIC_GROUPS = {
     "flow": ("logical_flow_score",),
     "accuracy": ("final_answer_accuracy", "head_accuracy", "head_agreement"),
 }
-"""What `--reasoning_metrics` can name besides `all`; any metric's own name does as well."""
+"""Groups for `--reasoning_metrics` besides `all`; it also accepts the name of any metric."""
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +38,18 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--output_file", type=Path, required=True)
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
-    parser.add_argument("--explain_samples", type=int, default=200, help="chains saved with attention and step scores")
+    parser.add_argument(
+        "--explain_samples", type=int, default=200, help="number of chains saved with attention and step scores"
+    )
     add_flag(parser, Evaluation, "faithfulness_samples")
     parser.add_argument("--num_samples", type=int, help="at most this many records of the split")
     data_options(parser)
-    parser.add_argument("--no_comparisons", action="store_true", help="only the chains: no baselines, no other picture")
-    parser.add_argument("--wandb_project", help="W&B project for numbers and figures; default: the training's")
+    parser.add_argument(
+        "--no_comparisons", action="store_true", help="evaluate only the chains: no baselines, no other picture"
+    )
+    parser.add_argument(
+        "--wandb_project", help="W&B project for numbers and figures; default: the project of the training"
+    )
     parser.add_argument("--no_wandb", action="store_true", help="send nothing there")
     judge_options(parser)
     decoding_options(parser)
@@ -51,10 +57,12 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    """Which records a checkpoint is asked about."""
-    parser.add_argument("--reasoning_data", type="path", help="default: what the checkpoint was trained on")
+    """The records on which a checkpoint is evaluated."""
+    parser.add_argument("--reasoning_data", type="path", help="default: the data that the checkpoint was trained on")
     parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
-    parser.add_argument("--allow_outside", action="store_true", default=None, help="pictures outside the data folder")
+    parser.add_argument(
+        "--allow_outside", action="store_true", default=None, help="accept pictures outside the data folder"
+    )
 
 
 def decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +82,7 @@ def evaluate(
     local_rank: int | None,
     **options: Any,
 ) -> None:
-    """Evaluate, write the files, print the table, and send it to W&B where the training was logged there."""
+    """Evaluate, write the files, print the table, and send it to W&B if the training was logged there."""
     options["reasoning_metrics"] = tuple(options["reasoning_metrics"])
     options["decoding"] = Decoding(**chosen(options, Decoding))
     with evaluating_processes(local_rank) as world:
@@ -94,7 +102,8 @@ def evaluate(
 
 @contextmanager
 def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
-    """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; this one alone without."""
+    """The processes that `deepspeed`, `torchrun` or `srun` started for this evaluation; without a launcher only this
+    one."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     world = World.join()
@@ -105,10 +114,10 @@ def evaluating_processes(local_rank: int | None = None) -> Iterator[World]:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """ConfigError for a metric that does not exist, before anything is computed."""
+    """ConfigError for an unknown metric, before anything is computed."""
     known = ["all", *METRIC_GROUPS, *METRICS]
     if wrong := [name for name in names if name not in known]:
-        raise ConfigError(f"--reasoning_metrics {' '.join(wrong)}: there are {', '.join(known)}")
+        raise ConfigError(f"--reasoning_metrics {' '.join(wrong)}: unknown; choose from {', '.join(known)}")
 
 
 def evaluate_to_file(
@@ -123,7 +132,7 @@ def evaluate_to_file(
 ) -> dict[str, Any]:
     """Write the evaluation of `checkpoint` to `output_file`, and with `save_samples` the chains beside it.
 
-    Of the test split the checkpoint keeps a copy, which the report finds wherever `output_file` is.
+    A copy for the test split goes into the checkpoint, so the report finds it wherever `output_file` is.
     The same call again resumes where a killed one stopped. Call it on every process of `world`.
     """
     _check_names(reasoning_metrics)

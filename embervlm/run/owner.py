@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: `owner.json` says which, and is there as long as that run lives.
+"""One run at a time in an output folder: `owner.json` names it, and exists as long as that run is alive.
 
 Its modification time is the run's sign of life. A run that ended without deleting it is recognised: on the same machine
 its process is gone, elsewhere the sign of life stands still, and a requeued Slurm job knows its own number.
@@ -26,16 +26,16 @@ OWNER = "owner.json"
 HEARTBEAT_S = 10.0
 """Seconds between signs of life."""
 STALE_S = 60.0
-"""An owner elsewhere that gives none for so long is dead."""
+"""An owner on another machine counts as dead after this time without a sign of life."""
 
 
 class OwnedError(UserError):
-    """Another run that lives writes into the output folder. The message names it."""
+    """Another live run writes into the output folder. The message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """The first process of a run, which speaks for all of them."""
+    """The first process of a run, which acts for all of them."""
 
     token: str
     host: str
@@ -43,13 +43,13 @@ class Owner:
     started: str
     """When the run started, by the clock of its machine."""
     process: str
-    """Tells the process from one that gets the same pid later; empty where the system does not say."""
+    """Distinguishes the process from a later one with the same pid; empty if the system does not report it."""
     machine: str
-    """Tells the machine, and the container, from others of the same name."""
+    """Distinguishes the machine, and the container, from others of the same name."""
     job: str
     """Slurm's number of the job; empty outside."""
     restarts: str
-    """How often Slurm had requeued it."""
+    """How often Slurm has requeued it."""
 
     @classmethod
     def of_this_process(cls) -> Owner:
@@ -71,7 +71,7 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}, since {self.started}"
 
     def is_dead(self, other: Owner) -> bool | None:
-        """Whether this owner has ended, as far as `other`, which would follow it, can tell; None: it cannot."""
+        """Whether this owner has ended, as far as its successor `other` can tell; None: it cannot tell."""
         if self.machine == other.machine and self.host == other.host:
             status = process_status(self.pid)
             return status is None or (bool(status.started) and status.started != self.process)
@@ -82,10 +82,10 @@ class Owner:
 
 @contextmanager
 def owning(output_dir: str | Path) -> Iterator[None]:
-    """Own `output_dir` inside. Only the first process of a run may ask, and speaks for all.
+    """A context that owns `output_dir`. Only the first process of a run may use it, for all of them.
 
     Raises:
-        OwnedError: a run that lives owns it.
+        OwnedError: a live run owns it.
         WriteError: the folder cannot be written.
     """
     path = Path(output_dir) / OWNER
@@ -103,7 +103,7 @@ def owning(output_dir: str | Path) -> Iterator[None]:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """False where there is an owner already."""
+    """False if there is an owner already."""
     with naming_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,7 +115,7 @@ def _create(path: Path, owner: Owner) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """None where there is none, or its file is empty or damaged."""
+    """None if there is none, or its file is empty or damaged."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -123,14 +123,14 @@ def _read(path: Path) -> Owner | None:
 
 
 def _remove_dead(path: Path, mine: Owner) -> None:
-    """Delete the file of an owner that has ended. OwnedError where it lives."""
+    """Delete the file of an owner that has ended. OwnedError if it is alive."""
     owner = _read(path)
     dead = owner.is_dead(mine) if owner is not None else None
     if dead is None:
         dead = _stands_still(path)
     if not dead:
         raise OwnedError(
-            f"{path.parent}: another run writes there ({owner or f'see {path}'}); wait until it has ended, stop it, or "
+            f"{path.parent}: another run is writing there ({owner or f'see {path}'}); wait until it ends, stop it, or "
             "choose another --output_dir"
         )
     aside = path.with_name(f"{OWNER}-{mine.token}")
@@ -142,7 +142,7 @@ def _remove_dead(path: Path, mine: Owner) -> None:
 
 
 def _stands_still(path: Path) -> bool:
-    """Watch the sign of life, whatever the clocks of the machines say; False as soon as one comes."""
+    """Wait for a sign of life, independent of the machines' clocks; False as soon as one comes."""
     first, began = _sign_of_life(path), time.monotonic()
     if first is not None:
         print(f"{path}: waiting up to {STALE_S:.0f} s for a sign of life of the run it names", file=sys.stderr)
@@ -165,7 +165,7 @@ def _sign_of_life(path: Path) -> int | None:
 
 
 def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
-    """In a thread: give signs of life until the run has ended."""
+    """In a thread: write signs of life until the run ends."""
     while not ended.wait(HEARTBEAT_S):
         found = _read(path)
         if ended.is_set():
@@ -178,7 +178,7 @@ def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
 
 
 def _machine() -> str:
-    """Of this boot and this container."""
+    """Id of this boot and this container."""
     parts = []
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())

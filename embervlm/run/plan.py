@@ -1,4 +1,4 @@
-"""What a run will need, before anything is booked: memory per GPU, optimizer steps, communication, time.
+"""An estimate of what a run needs: memory per GPU, optimizer steps, communication, time.
 
 Floating-point operations and activation memory are counted, not guessed: PyTorch runs one micro-batch of the real
 model, losses and backward pass on fake tensors, which have shapes and no contents. For a plain transformer the counts
@@ -29,24 +29,24 @@ GB = 1e9
 NETWORK_BYTES_PER_S = 25e9
 """Between nodes, per node and direction: one port of 200 Gbit/s."""
 UTILISATION = 0.15
-"""Share of the GPU's rated speed that is assumed. Large models reach 0.4 to 0.5; ours has matrices 384 wide."""
+"""Assumed share of the GPU's rated speed. Large models reach 0.4 to 0.5; our matrices are only 384 wide."""
 OPERATOR_S = 7e-6
-"""Time that the host is assumed to need for one operator of eager PyTorch; a small micro-batch waits for it."""
+"""Assumed time of the host for one operator of eager PyTorch; a small micro-batch waits for it."""
 TRAIN_RATIO = 0.8
 """Share of the records that `embervlm.data.splits` gives to training."""
 QUESTION_TOKENS = 128
-"""Of a question, where the run does not say."""
+"""Tokens of a question, if the run does not say."""
 GUIDE_MINUTES = {"v100x1": (180, 360), "v100x2": (90, 210), "a100x4": (45, 90), "a100x8": (25, 45)}
 """Recipe -> (phase 1, phase 2): the guide's table of expected training times."""
 GUIDE_MEMORY_GB = (14.0, 20.0)
 """The guide's table of memory: phase 1 and phase 2 at batch size 32."""
 GUIDE_BATCH, GUIDE_HALF_PRECISION = 32, 0.6
-"""It says that FP16 takes about 40% less."""
+"""The guide says that FP16 takes about 40% less."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A kind of GPU, from its data sheet; the smaller memory where it is sold with two."""
+    """A type of GPU, from its data sheet; the smaller memory if it is sold with two sizes."""
 
     memory_gb: float
     flops: dict[str, float]
@@ -74,7 +74,7 @@ def state_bytes(
     optimizer state, then the gradients, then the parameters. Frozen parameters have neither gradient nor state.
 
     Args:
-        total, learning: Parameters of the model, and those that learn.
+        total, learning: Parameters of the model, and those that are trained.
     """
     element = 4 if precision == "fp32" else 2
     shares = [num_gpus if zero_stage >= stage else 1 for stage in (3, 2, 1)]
@@ -165,11 +165,11 @@ def _caches_pictures(model: EmberVLM, phase: PhaseConfig, records: int) -> bool:
 
 def _gpu_of(recipe: ClusterRecipe, cluster: str) -> Gpu:
     if recipe.gpu_type not in GPUS:
-        raise ConfigError(f"{cluster}: gpu_type {recipe.gpu_type!r} is not one the plan knows: {', '.join(GPUS)}")
+        raise ConfigError(f"{cluster}: gpu_type {recipe.gpu_type!r} is unknown here; known are {', '.join(GPUS)}")
     gpu = GPUS[recipe.gpu_type]
     if recipe.precision not in gpu.flops:
         raise ConfigError(
-            f"{cluster}: a {recipe.gpu_type} does not compute in {recipe.precision}; write {' or '.join(gpu.flops)}"
+            f"{cluster}: a {recipe.gpu_type} does not support {recipe.precision}; write {' or '.join(gpu.flops)}"
         )
     return gpu
 
@@ -219,19 +219,20 @@ def _assumptions(recipe: ClusterRecipe, gpu: Gpu, utilisation: float) -> list[st
     link = "the network, {:g} GB/s per node" if recipe.nodes > 1 else "NVLink, {:g} GB/s per GPU and direction"
     rate = NETWORK_BYTES_PER_S if recipe.nodes > 1 else gpu.link_bytes_per_s
     return [
-        "every record is as long as given above and the vocabulary is used in full, so memory and time are upper "
+        "every record has the length given above and the whole vocabulary is used, so memory and time are upper "
         "bounds at the other assumptions; for shorter chains give --chain_tokens",
         f"{utilisation:.0%} of {gpu.flops[recipe.precision] / 1e12:g} TFLOP/s ({recipe.precision}) are reached "
         "(--utilisation)",
-        f"the host needs {OPERATOR_S * 1e6:g} us for each PyTorch operator; a step takes the longer of both",
-        f"gradients go over {link.format(rate / GB)}, and nothing is computed meanwhile",
-        "not in the memory: CUDA context, NCCL, DeepSpeed's buckets and fragmentation, about 2 GB",
-        "not in the time: start, reading data, saves, samples after each epoch, evaluation",
+        f"the host needs {OPERATOR_S * 1e6:g} us for each PyTorch operator; a step takes as long as the "
+        f"slower of host and GPU",
+        f"gradients go over {link.format(rate / GB)}, and nothing is computed during this time",
+        "not included in the memory: CUDA context, NCCL, DeepSpeed's buckets and fragmentation, about 2 GB",
+        "not included in the time: start, reading data, saves, samples after each epoch, evaluation",
     ]
 
 
 def _compare(cluster: str, recipe: ClusterRecipe, phases: list[dict[str, Any]], utilisation: float) -> list[str]:
-    """The guide's tables beside the plan, in words."""
+    """A comparison of the plan with the guide's tables, in words."""
     out = []
     for phase, guide_gb in zip(phases, GUIDE_MEMORY_GB):
         name, half = f"phase {phase['phase']}", recipe.precision != "fp32"
@@ -275,7 +276,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{plan['visual_tokens']} visual + {plan['question_tokens']} question + {plan['chain_tokens']} chain tokens"
     )
     for phase in plan["phases"]:
-        print(f"\nphase {phase['phase']}: {phase['learning_parameters']:,} parameters learn")
+        print(f"\nphase {phase['phase']}: {phase['learning_parameters']:,} parameters are trained")
         columns = ("parameters", "gradients", "optimizer", "activations", "total")
         print("  GB per GPU " + "".join(f"{name:>13}" for name in columns))
         for zero_stage, memory in phase["memory_bytes"].items():
@@ -283,17 +284,17 @@ def print_plan(plan: dict[str, Any]) -> None:
             print(f"  ZeRO-{zero_stage:<5}" + "".join(f"{memory[name] / GB:>13.2f}" for name in columns) + mark)
         needed = phase["memory_bytes"][str(plan["zero_stage"])]["total"] / GB
         fits = "fits" if needed + 2 <= plan["gpu_memory_gb"] else "does NOT fit: lower batch_size in the recipe"
-        print(f"  {needed:.1f} GB and about 2 GB beside it, of {plan['gpu_memory_gb']:g} GB: {fits}")
+        print(f"  {needed:.1f}GB plus about 2 GB more, of {plan['gpu_memory_gb']:g} GB: {fits}")
         print(
-            f"  {phase['steps']:,} steps; per step {phase['flops_per_step'] / 1e12:.1f} TFLOP in all "
+            f"  {phase['steps']:,} steps; per step {phase['flops_per_step'] / 1e12:.1f} TFLOP in total "
             f"(6 N D: {phase['flops_6nd'] / 1e12:.1f}), {phase['bytes_sent_per_step'] / 1e6:.1f} MB sent by each GPU"
         )
         print(
             f"  step {phase['step_s']:.3f} s (compute {phase['compute_s']:.3f}, host {phase['host_s']:.3f}, "
-            f"communication {phase['communication_s']:.4f}); in all {_duration(phase['minutes'])}"
+            f"communication {phase['communication_s']:.4f}); in total {_duration(phase['minutes'])}"
         )
     print(f"\nboth phases: {_duration(sum(phase['minutes'] for phase in plan['phases']))}")
-    for title, lines in (("assumed", plan["assumptions"]), ("beside the guide's tables", plan["guide"])):
+    for title, lines in (("assumed", plan["assumptions"]), ("compared with the guide's tables", plan["guide"])):
         print(f"\n{title}:")
         for line in lines:
             print(f"- {line}")

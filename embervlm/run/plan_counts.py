@@ -1,4 +1,4 @@
-"""What one micro-batch costs: PyTorch runs it on fake tensors, which have shapes and no contents."""
+"""The cost of one micro-batch: PyTorch runs it on fake tensors, which have shapes and no contents."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ ANSWER_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One micro-batch, forward and backward, on one GPU."""
+    """The cost of one micro-batch, forward and backward, on one GPU."""
 
     flops: float
     operators: int
     """Calls of PyTorch operators."""
     activation_bytes: int
-    """Most that is alive at once beside parameters; the logits and their gradient are the larger part of it."""
+    """Peak memory besides parameters; most of it is the logits and their gradient."""
 
 
 def count_micro_batch(
@@ -63,7 +63,7 @@ def empty_model(settings: dict[str, Any]) -> EmberVLM:
 
 
 def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> TrainingModule:
-    """`model` frozen and wrapped for `phase`, as training does it; its vocabulary is used in full."""
+    """`model` frozen and wrapped for `phase`, as in training; the whole vocabulary is used."""
     tokenizer: Any = MadeUpTokenizer(model.language_model.vocab_size)
     model.attach_tokenizer(tokenizer)
     module = TrainingModule(model)
@@ -76,7 +76,7 @@ def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> Training
 
 
 def step_on(module: TrainingModule, batch: Batch) -> MicroBatch:
-    """What a forward and backward pass of `module` over `batch` costs."""
+    """The cost of a forward and backward pass of `module` over `batch`."""
     return trace(lambda: sum(module(batch).values()).backward())
 
 
@@ -189,7 +189,7 @@ class _Pictures:
 
 
 def trace(run: Callable[[], Any]) -> MicroBatch:
-    """What `run` costs, on fake tensors or real ones."""
+    """The cost of `run`, on fake or real tensors."""
     aten: Any = torch.ops.aten
     fused = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -216,7 +216,7 @@ class _OnGpu(TorchFunctionMode):
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most that ever were."""
+    """Counts the bytes of live storages, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The newcomer's run: data, Stage 3, both phases, baselines, evaluation, best checkpoint, one after the other."""
+"""A small complete run: data, Stage 3, both phases, baselines, evaluation, best checkpoint, one after the other."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Quickstart:
 
     output_dir: Path = Path("outputs/quickstart")
     smoke: bool = False
-    """The same path in under a minute; its figures mean nothing."""
+    """The same steps in under a minute; the figures mean nothing."""
     input_dataset: Path | None = None
-    """Tasks of others to make scenes for, such as robot_selection.json, in place of the embedded questions."""
+    """External tasks to make scenes for, such as robot_selection.json, instead of the built-in questions."""
     num_test: int = 500
 
     def run(self) -> dict[str, float]:
@@ -115,7 +115,9 @@ class Quickstart:
         print("$ " + " ".join(command), flush=True)
         code = subprocess.run(command, env=env, check=False).returncode
         if code != 0:
-            raise ConfigError(f"training ended with exit code {code}; the error stands above. The same command resumes")
+            raise ConfigError(
+                f"training ended with exit code {code}; the error is printed above. The same command resumes"
+            )
 
     def _select(self) -> None:
         from embervlm.evaluation.evaluate import evaluate_checkpoint
@@ -159,9 +161,9 @@ class Quickstart:
         print(own_steps_lines(result))
         counted = sum(value for name, value in seconds.items() if name != "baselines")
         print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-        print(f"in all {counted / 60:.1f} minutes, and {seconds['baselines'] / 60:.1f} for the baselines beside it")
+        print(f"{counted / 60:.1f} minutes in total, plus {seconds['baselines'] / 60:.1f} for the baselines")
         if self.smoke:
-            print("This was a smoke run: the path is real, its figures mean nothing.")
+            print("This was a smoke run: it checks every step, and its figures mean nothing.")
         run_dir.write_json_atomic(self.output_dir / "results" / "timings.json", seconds)
         print(f"Evaluation: {path}")
         print(f"Report: {self._page}")
@@ -174,7 +176,7 @@ def quickstart_options(parser: argparse.ArgumentParser) -> None:
 
 
 def quickstart(**options: Any) -> None:
-    """The newcomer's run, from data to evaluation."""
+    """A small complete run, from data to evaluation."""
     Quickstart(**options).run()
 
 

@@ -1,4 +1,4 @@
-"""`embervlm report`, and where figures go besides the folder: to the W&B run of the training."""
+"""`embervlm report`, and sending its figures to the W&B run of the training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def report_options(parser: argparse.ArgumentParser) -> None:
         "--results",
         type=Path,
         help="evaluation to show; default: RUN_DIR/results/"
-        "stage4_eval.json, else the newest of the test split that a checkpoint carries",
+        "stage4_eval.json, else the newest test evaluation that a checkpoint has",
     )
-    parser.add_argument("--num_samples", type=int, default=200, help="samples that the page shows")
+    parser.add_argument("--num_samples", type=int, default=200, help="number of samples on the page")
     parser.add_argument("--wandb", action="store_true", help="also add the figures to the run's W&B run")
 
 
 def report(run_dir: Path, *, results: Path | None, num_samples: int, wandb: bool) -> None:
-    """Write figures and pages of a run, say where, and add them to its W&B run with `wandb`."""
+    """Write figures and pages of a run, print their paths, and with `wandb` add them to its W&B run."""
     written = write_report(run_dir, results=results, num_samples=num_samples)
     for notice in written.notices:
         print(notice)
@@ -39,13 +39,13 @@ def report(run_dir: Path, *, results: Path | None, num_samples: int, wandb: bool
     if not wandb:
         return
     if wandb_mode() == "disabled":
-        raise ConfigError("--wandb: W&B is disabled (WANDB_MODE); the report is written, and nothing is sent")
+        raise ConfigError("--wandb: W&B is disabled (WANDB_MODE); the report is written, but nothing is sent")
     if not _send_figures(written, run_dir):
         raise ConfigError(f"--wandb: {run_dir} was trained without --wandb_project, so there is no W&B run")
 
 
 def write_run_report(config: TrainConfig) -> None:
-    """Figures and pages of a run that has just been trained, so an error is only printed."""
+    """Write figures and pages of a run that was just trained; an error is only printed."""
     try:
         written = write_report(config.output_dir)
         print(f"Report: {written.index}")
@@ -55,14 +55,14 @@ def write_run_report(config: TrainConfig) -> None:
 
 
 def _send_figures(written: Report, run_dir: Path) -> bool:
-    """Add the figures to the W&B run of phase 2; False where there is none."""
+    """Add the figures to the W&B run of phase 2; False if there is none."""
     project, name = written.config.get("wandb_project"), written.config.get("wandb_run_name")
     folder = phase_dir(run_dir, 2)
     return project is not None and log_figures(folder, written.figures, project=project, run_name=name)
 
 
 def send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: Path, project: str | None) -> None:
-    """Send an evaluation's numbers and figures to W&B, where a project is known; an error is only printed."""
+    """Send an evaluation's numbers and figures to W&B if a project is known; an error is only printed."""
     config = trained_with(checkpoint)
     project = project or config.get("wandb_project")
     if not project:
@@ -72,6 +72,6 @@ def send_evaluation(checkpoint: Path, result: Mapping[str, Any], output_file: Pa
         with TemporaryDirectory() as drawn:
             figures = write_figures(evaluation_alone(output_file), drawn)
             sent = log_evaluation(folder, result, figures, project=project, run_name=name)
-        print(f"sent to W&B: project {project}" if sent else "not sent to W&B, which is disabled (WANDB_MODE)")
+        print(f"sent to W&B: project {project}" if sent else "not sent to W&B, because it is disabled (WANDB_MODE)")
     except Exception as error:  # drawing and W&B raise what they like
         print(f"not sent to W&B ({type(error).__name__}: {error})")

@@ -1,4 +1,4 @@
-"""The data of a run: its records, read once for all processes, and the forms of them that a model trains on."""
+"""The data of a run: its records, read once for all processes, and the training samples made from them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class RunData:
     """The records of a run and their pictures at the model's size."""
 
     train: RecordView
-    """The given training records alone: augmentation makes more chains, but no more questions."""
+    """Only the given training records: augmentation makes more chains, but no more questions."""
     val: RecordView
     test: RecordView
-    """Not trained on; what an evaluation would refuse is refused before."""
+    """Not trained on; checked before training, so an evaluation does not refuse them later."""
     pictures: PictureCache
     reasoning: Sequence[ReasoningRecord]
-    """The given training records and, behind them, those that augmentation made."""
+    """The given training records, followed by those that augmentation made."""
     epochs: list[np.ndarray]
-    """For each epoch, over both phases, the `reasoning` records it trains on; [] without a curriculum."""
+    """For each epoch of both phases, the `reasoning` records that it trains on; [] without a curriculum."""
 
 
 def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
@@ -74,7 +74,7 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
         print(f"{path}: {told}")
     train, val = store.split("train"), store.split("val")
     if not train:
-        raise ConfigError(f"{path}: none of its {len(store)} records falls into the train split; it needs more records")
+        raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
     pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache))
     # what a file holds of augmentations goes to the end, so that the given records have the same places in both
@@ -104,7 +104,7 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """The training records of a run as `model` reads them, in each of their forms."""
+    """The training records of a run as `model` reads them, in every form."""
 
     config: TrainConfig
     world: World
@@ -112,10 +112,10 @@ class Encoder:
     data: RunData
 
     def chains(self) -> tuple[Samples, list[np.ndarray]]:
-        """The chains that both phases train on, and which of them each epoch does.
+        """The chains that both phases train on, and which of them each epoch uses.
 
         Raises:
-            DataError: every record of any split that is too long to be trained on or asked.
+            DataError: names every record of any split that is too long for training or evaluation.
         """
         data, tokenizer, grid, limits = self.data, self.model.tokenizer, self.model.grid, self._limits
 
@@ -130,11 +130,13 @@ class Encoder:
         if len(samples) < len(data.reasoning):
             epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
         if not all(map(len, epochs)):
-            raise ConfigError("curriculum: an epoch has only augmented chains above --max_reasoning_length; raise it")
+            raise ConfigError(
+                "curriculum: an epoch has only augmented chains that are longer than --max_reasoning_length; raise it"
+            )
         return samples, epochs
 
     def direct(self) -> Samples:
-        """Question and answer, without a chain."""
+        """The samples with question and answer, without a chain."""
         return self._asked(encode_direct)
 
     def captions(self) -> Samples | list[Sample]:
@@ -145,13 +147,13 @@ class Encoder:
         longest, room = max(map(len, samples), default=0), self._limits.room
         if self.config.stage3.glossary_records_ratio and room is not None and longest > room:
             raise ConfigError(
-                f"stage3.glossary_records_ratio: its texts have up to {longest} tokens, and beside the picture the "
-                f"language model reads {room}; set it to 0, or choose a model with more positions"
+                f"stage3.glossary_records_ratio: its texts have up to {longest} tokens, but after the picture the "
+                f"language model has room for {room}; set it to 0, or choose a model with more positions"
             )
         return samples
 
     def edited(self, samples: Samples, number: int, phase: PhaseConfig) -> list[tuple[Samples, float]]:
-        """Chains with edited facts and how many per record, where asked for."""
+        """Chains with edited facts and their number per record, if the phase uses them."""
         if not phase.edited_facts_ratio:
             return []
         edited = edit_facts(self.data.reasoning, samples, self.config.seed + number)
@@ -168,13 +170,13 @@ class Encoder:
         if left_out := len(self.data.reasoning) - len(samples):
             print(
                 f"phase {number}: {left_out} augmented records left out, longer than --max_reasoning_length or "
-                "than the language model reads"
+                "than the language model's context"
             )
         if cut := cut_for_validator(samples.sizes, self.model.max_pair_tokens):
             print(f"phase {number}: {cut}")
 
     def _asked(self, encode: Callable[[RecordView, ReasoningTokenizer], Samples]) -> Samples:
-        """Samples whose lengths are counted, none longer than the model reads."""
+        """Samples with counted lengths, none longer than the model's context."""
 
         def counted() -> Samples:
             samples = encode(self.data.train, self.model.tokenizer)
@@ -193,7 +195,7 @@ class Encoder:
 
 
 def note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = None) -> None:
-    """Leave in the model's configuration what its data need, from which generation takes its limits."""
+    """Write the lengths of the data into the model's configuration, which sets the limits for generation."""
     model.config.longest_answer_tokens = int(direct.sizes[:, 1].max())
     if chains is not None:
         model.config.longest_chain_tokens = int(chains.sizes[:, 1].max())
@@ -201,12 +203,12 @@ def note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = None
 
 
 def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> str:
-    """What the answers are chosen from; "" where it is the domain's candidates everywhere."""
+    """A line about the candidates of the answers; "" if all records use the domain's candidates."""
     spelled = {
         "domain": "choose among the domain's candidates",
         "closed": f"choose among the {len(candidates)} answers of the data ({_listed(candidates)})",
         "own": "among candidates of their own (metadata.candidates)",
-        "open": "are free text, which the answer head has no part in",
+        "open": "have free-text answers, which do not use the answer head",
     }
     found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
     return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
@@ -219,7 +221,7 @@ def _listed(names: Sequence[str]) -> str:
 def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
     """`prepared()`, which leaves its work in the cache, on process 0 and then on the others; its error on all.
 
-    The others are told every minute that it is still going on: one collective call may last 30 minutes at most.
+    A message every minute keeps the others waiting: one collective call can take at most 30 minutes.
     """
     if world.size == 1:
         return prepared()
@@ -245,7 +247,7 @@ def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:
 
 
 def _of_this_process(error: UserError, rank: int) -> UserError:
-    """`error` as one that this process alone meets, and therefore says."""
-    told = UserError(f"process {rank} on {socket.gethostname()} alone: {error}")
+    """`error`, marked as an error of this process only, so that this process prints it."""
+    told = UserError(f"only process {rank} on {socket.gethostname()}: {error}")
     told.is_of_one_process = True
     return told

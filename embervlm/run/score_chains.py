@@ -22,14 +22,14 @@ def score_chains_options(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="FILE",
-        help="training chains (lines as these, or a data set) to fit on: "
-        "rarity of words, usual order, values of facts; default: nothing is fitted",
+        help="training chains (same lines, or a data set) from which to fit "
+        "word rarity, usual order and values of facts; default: nothing is fitted",
     )
     judge_options(parser)
 
 
 def judge_options(parser: argparse.ArgumentParser) -> None:
-    backend = "who judges the chains: embedded, or a Hugging Face id or local folder of"
+    backend = "judge of the chains: embedded, or a Hugging Face id or local folder of"
     for name, model in (("similarity", "a sentence-transformers model"), ("entailment", "an NLI cross-encoder")):
         parser.add_argument(f"--{name}", type="path", default=EMBEDDED, help=f"{backend} {model}")
 

@@ -1,4 +1,4 @@
-"""What the scripts in `slurm/` ask: where a job runs, and whether it goes back into the queue.
+"""Helper of the scripts in `slurm/`: where a job runs, and whether it is requeued.
 
     python -m embervlm.run.slurm ACTION
 
@@ -38,11 +38,11 @@ from embervlm.slurm_commands import ask, fields, job_state, seconds, this_job
 MAX_REQUEUES_VARIABLE = "EMBERVLM_MAX_REQUEUES"
 MAX_REQUEUES = 20
 KILLED = range(129, 193)
-"""A shell's exit status of a command that died of a signal: 128 and the signal's number."""
+"""A shell's exit status of a command that a signal killed: 128 plus the signal's number."""
 SIGNAL_DELAY_S = 180
 """Seconds before the time limit at which Slurm signals the job."""
 SIGNAL_EARLY_S = 60
-"""Slurm may send that signal this much earlier than asked for (sbatch, `--signal`)."""
+"""Slurm may send that signal this much earlier than requested (sbatch, `--signal`)."""
 
 
 # -- where a job runs ------------------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ SIGNAL_EARLY_S = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What this job has, or the allocation that a shell stands in."""
+    """The resources of this job, or of the allocation of this shell."""
 
     nodes: int
     tasks_per_node: int | None
-    """None where nobody has said."""
+    """None if nothing says it."""
     gpus_per_node: int
 
     @classmethod
@@ -71,7 +71,7 @@ class Allocation:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether somebody has said what this job needs."""
+        """Whether the user has said what this job needs."""
         return self.nodes > 1 or (self.tasks_per_node or 1) > 1 or self.gpus_per_node > 0
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ def _gpus_per_node(env: Mapping[str, str]) -> int:
 
 
 def step_options(has: Allocation, recipe: ClusterRecipe | None, phase: int | None) -> list[str] | None:
-    """Options of srun for one process per GPU on what the job has; None where that is not the recipe's."""
+    """Options of srun for one process per GPU of this job; None if its resources differ from the recipe."""
     overlap = ["--overlap"] if "SLURM_STEP_ID" in os.environ else []  # a shell that is a step itself holds the GPUs
     if recipe is not None and (has.nodes, has.tasks_per_node) == (recipe.nodes, recipe.gpus_per_node):
         return overlap  # as it was submitted
@@ -111,29 +111,29 @@ def step_options(has: Allocation, recipe: ClusterRecipe | None, phase: int | Non
 
 
 def place(args: argparse.Namespace, flags: list[str], behind: list[str]) -> list[str]:
-    """Options of srun, or what `sbatch` says of the job that was submitted in place of this one."""
+    """Options of srun, or the output of `sbatch` for the job that was submitted instead of this one."""
     train_args, has = _train_args(args, flags), Allocation.here()
     recipe = _recipe(train_args, args.of_phase)
     if has is not None and (recipe is not None or has.is_chosen):
         options = step_options(has, recipe, args.of_phase)
         if options is not None:
             if recipe is None:
-                print(f"no --cluster: on what the job has ({has})", file=sys.stderr)
+                print(f"no --cluster: using the job's resources ({has})", file=sys.stderr)
             return options
     if recipe is None:
         raise ConfigError(
-            f"nothing says on which nodes: give --cluster, set {CLUSTER_VARIABLE} in slurm/site.env (recipes: "
+            f"the nodes are not given: give --cluster, set {CLUSTER_VARIABLE} in slurm/site.env (recipes: "
             f"{', '.join(recipe_names())}), or ask sbatch for GPUs, such as --gres=gpu:4"
         )
     if args.submitted:
         asked = " ".join(job_options(recipe, args.of_phase))
         raise ConfigError(
-            f"Slurm gave other nodes ({has}) than --cluster {train_args.cluster} asks for ({asked}); "
-            f"look at {GPU_OPTIONS_VARIABLE} and SBATCH_* in slurm/site.env"
+            f"Slurm gave other nodes ({has}) than --cluster {train_args.cluster} requests ({asked}); "
+            f"check {GPU_OPTIONS_VARIABLE} and SBATCH_* in slurm/site.env"
         )
     if args.batch and has is not None and has.is_chosen:
         raise ConfigError(
-            f"sbatch was told other nodes ({has}) than --cluster {train_args.cluster} has ({recipe.nodes} with "
+            f"sbatch was given other nodes ({has}) than --cluster {train_args.cluster} has ({recipe.nodes} with "
             f"{recipe.gpus_per_node} GPUs each); leave them to the recipe, or choose one that has them"
         )
     carried = given(this_job(), args.script) if args.batch else []
@@ -141,7 +141,7 @@ def place(args: argparse.Namespace, flags: list[str], behind: list[str]) -> list
 
 
 def chain(args: argparse.Namespace, flags: list[str]) -> str:
-    """Submit phase 1, phase 2 and the evaluation, each after the one before."""
+    """Submit phase 1, phase 2 and the evaluation; each starts after the previous one."""
     output_dir = Path(load_config(_train_args(args, flags)).output_dir)
     carried = given(this_job(), args.script) if args.batch else []
     carried = [option for option in carried if not option.startswith("--job-name=")]
@@ -163,7 +163,7 @@ def chain(args: argparse.Namespace, flags: list[str]) -> str:
 
 
 def _submit(args: argparse.Namespace, train_args: argparse.Namespace, argv: list[str], carried: list[str]) -> str:
-    """Submit the script on the recipe's nodes, and say with which options. Returns the job's number."""
+    """Submit the script on the recipe's nodes, and print the options. Returns the job's number."""
     recipe = _recipe(train_args, args.of_phase)
     assert recipe is not None
     options = [*job_options(recipe, args.of_phase), *carried]
@@ -189,13 +189,13 @@ def _recipe(train_args: argparse.Namespace, phase: int | None) -> ClusterRecipe 
 
 
 def warn_of_short_limit(options: Sequence[str]) -> None:
-    """Slurm's signal would come as soon as the job starts."""
+    """Warn if Slurm's signal would come as soon as the job starts."""
     limit = next((item.partition("=")[2] for item in reversed(options) if item.startswith("--time=")), "")
     limit_s = 60 * int(limit) if limit.isdecimal() else seconds(limit)
     if limit_s <= SIGNAL_DELAY_S + SIGNAL_EARLY_S:
         print(
             f"warning: a time limit of {limit_s / 60:g} minutes: Slurm tells the job to stop {SIGNAL_DELAY_S} s before "
-            f"it, up to {SIGNAL_EARLY_S} s early, so at once. Give 10 minutes or more",
+            f"it, or up to {SIGNAL_EARLY_S} s earlier, so the job would stop at once. Give 10 minutes or more",
             file=sys.stderr,
         )
 
@@ -204,7 +204,7 @@ def warn_of_short_limit(options: Sequence[str]) -> None:
 
 
 class Requeues:
-    """The starts of one job, in `<phase folder>/slurm-<job>.json`, and whether it may start once more."""
+    """The starts of one job, in `<phase folder>/slurm-<job>.json`, and whether it may start again."""
 
     def __init__(self, phase_dir: Path) -> None:
         self.job = this_job()
@@ -217,35 +217,35 @@ class Requeues:
         self._path = phase_dir / f"slurm-{self.job}.json"
 
     def newest_step(self) -> int:
-        """Step of the newest complete checkpoint; 0 where there is none."""
+        """Step of the newest complete checkpoint; 0 if there is none."""
         return max((found.step for found in run_dir.list_checkpoints(self._phase_dir)), default=0)
 
     def started(self) -> None:
-        """Note where this start goes on. ConfigError where the job has been started too often, by whomever."""
+        """Note the step at which this start resumes. ConfigError if the job was started too often."""
         if self.restarts > self.limit:
             raise ConfigError(
                 f"job {self.job} was requeued {self.restarts} times, more than "
-                f"{MAX_REQUEUES_VARIABLE}={self.limit}; look into its log, and submit again to go on"
+                f"{MAX_REQUEUES_VARIABLE}={self.limit}; read its log, and submit it again to continue"
             )
         run_dir.write_json_atomic(self._path, {"restarts": self.restarts, "step": self.newest_step()})
 
     def refusal(self, exit_code: int) -> str | None:
-        """Why the job may not be requeued after its training ended with `exit_code`; None where it may.
+        """Why the job may not be requeued after its training ended with `exit_code`; None if it may.
 
         The first start may fail without progress, as on a bad node; a requeue must have brought the run further.
         """
         if exit_code not in (EXIT_REQUEUE, EXIT_FAULT, *KILLED):
-            return f"exit status {exit_code} is an error that would come again"
+            return f"exit status {exit_code} means an error that would occur again"
         if self.restarts >= self.limit:
             return f"it was requeued {self.restarts} times ({MAX_REQUEUES_VARIABLE}={self.limit})"
         step = self.newest_step()
         if self.restarts and step <= run_dir.read_json(self._path)["step"]:
-            return f"the last requeue made no progress: the newest checkpoint is still of step {step}"
+            return f"the last requeue made no progress: the newest checkpoint is still at step {step}"
         return None
 
 
 def ended(requeues: Requeues, exit_code: int) -> int:
-    """Requeue the job, or say why not. Returns the exit status of the job, 0 only where it goes on."""
+    """Requeue the job, or print why not. Returns the exit status of the job, 0 only if it continues."""
     if exit_code == 0:
         return 0
     if (state := job_state(requeues.job)) != "RUNNING":  # cancelled, or Slurm requeues it by itself
@@ -265,18 +265,18 @@ def ended(requeues: Requeues, exit_code: int) -> int:
 def _parser() -> OneLineParser:
     out = OneLineParser(prog="python -m embervlm.run.slurm", description=__doc__, allow_abbrev=False)
     out.add_argument("action", choices=("place", "chain", "output_dir", "started", "ended"))
-    out.add_argument("--script", help="what to submit, from the repository root")
+    out.add_argument("--script", help="script to submit, relative to the repository root")
     out.add_argument("--of_phase", type=int, choices=(1, 2), help="the phase that the script trains")
     out.add_argument("--batch", action="store_true", help="Slurm runs the script as a job")
     out.add_argument("--submitted", action="store_true", help="the job was submitted from here")
-    out.add_argument("--exit_code", type=int, help="of the training that ended")
+    out.add_argument("--exit_code", type=int, help="exit code of the training")
     return out
 
 
 def _train_args(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
     out = train_parser().parse_args(flags)
     if args.of_phase and out.phase not in (None, args.of_phase):
-        raise ConfigError(f"--phase {out.phase}: this script trains phase {args.of_phase}; leave it out")
+        raise ConfigError(f"--phase {out.phase}: this script trains phase {args.of_phase}; remove the flag")
     return out
 
 

@@ -1,4 +1,4 @@
-"""What `sbatch` was told about a job, so that the job which this one submits in its place is told the same."""
+"""The options that `sbatch` got for a job, so that a job submitted instead of it gets the same ones."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _UNITS = {"": 1, "M": 1, "G": 1024, "T": 1024**2}
 
 
 def given(job: str, script: str) -> list[str]:
-    """The options that `sbatch` was given for `job` besides nodes and GPUs, as far as Slurm shows them.
+    """The options that `sbatch` got for `job` besides nodes and GPUs, as far as Slurm shows them.
 
-    What would be the same without an option is left out: the default partition, its time limit, the user's account.
+    Options that repeat a default are left out: the default partition, its time limit, the user's account.
 
     Args:
-        script: What the job runs, whose `#SBATCH` lines are no user's.
+        script: The script of the job; its `#SBATCH` lines are not the user's.
     """
     has = fields("job", job)
     without = _defaults(has, script)
@@ -68,7 +68,7 @@ def given(job: str, script: str) -> list[str]:
 
 
 def _defaults(has: dict[str, str], script: str) -> dict[str, str]:
-    """Field -> what a job of this script has that `sbatch` was given nothing for."""
+    """Field -> the value of a job of this script without options of `sbatch`."""
     partition = fields("partition", has["Partition"])
     own = re.search(r"^#SBATCH --job-name=(\S+)", (REPOSITORY / script).read_text(encoding="utf-8"), re.MULTILINE)
     out = {"JobName": own[1] if own else "", "TimeLimit": partition["DefaultTime"]}

@@ -111,7 +111,7 @@ class Run:
         return train_phase(job, config, self.world)
 
     def stage3(self) -> Path:
-        """Train the stand-in for a Stage 3 checkpoint: captions, direct answers and the dense target, no reasoning."""
+        """Train a substitute for a Stage 3 checkpoint: captions, direct answers and the dense target, no reasoning."""
         config, folder = self.config, run_dir.stage3_dir(self.config.output_dir)
         wanted = self._stage3_settings()
         if (done := self._finished(folder, wanted)) is not None:
@@ -149,7 +149,7 @@ class Run:
         return train_phase(job, config, self.world)
 
     def baselines(self, start: Path) -> list[Path]:
-        """Train Stage 3 on with direct answers: for as many samples as both phases saw, and for as long."""
+        """Train Stage 3 further with direct answers: for as many samples as both phases, or for as long."""
         spent = [
             run_dir.read_object(self._required(number) / "state.json", "samples", "elapsed_s") for number in (1, 2)
         ]
@@ -214,7 +214,8 @@ class Run:
         )
 
     def _finished(self, folder: Path, wanted: dict[str, Any]) -> Path | None:
-        """The final checkpoint of `folder`, if there is one; ConfigError where it is not of the `wanted` settings."""
+        """The final checkpoint of `folder`, if there is one; ConfigError if it was trained with other settings than
+        `wanted`."""
         if not is_finished(folder, self.world):
             return None
         path = run_dir.checkpoint_path(folder, None)
@@ -226,11 +227,12 @@ class Run:
     def _required(self, number: int) -> Path:
         path = run_dir.checkpoint_path(run_dir.phase_dir(self.output, number), None)
         if not path.is_dir():
-            raise ConfigError(f"the baseline is matched to both phases, but {path} is not there; train Stage 4 first")
+            raise ConfigError(f"the baseline is matched to both phases, but {path} does not exist; train Stage 4 first")
         return path
 
     def _check_finished(self, stages: Sequence[str], phase: int | None) -> None:
-        """Whatever a finished phase would be refused for once those before it have trained, before anything does."""
+        """Check all finished phases before anything is trained, so a later one is not refused after hours of
+        training."""
         planned = [("stage 3", run_dir.stage3_dir(self.output), self._stage3_settings())] if "3" in stages else []
         for number in (1, 2) if "4" in stages else ():
             if phase in (None, number):
@@ -245,7 +247,9 @@ class Run:
             final = run_dir.checkpoint_path(folder, None)
             if any(found.path == final for found in run_dir.list_checkpoints(folder)):
                 found = changes(saved_with(final), wanted)
-                _refuse_changes(folder, found + [f"weights of another {name}, now trained anew" for name in to_train])
+                _refuse_changes(
+                    folder, found + [f"weights of another {name}, which is now trained again" for name in to_train]
+                )
             else:
                 to_train.append(name)
 
@@ -263,17 +267,19 @@ class Run:
 
 
 def _refuse_changes(folder: Path, found: Sequence[str]) -> None:
-    """ConfigError that says what differs in `found` from what the finished phase in `folder` was trained with."""
+    """ConfigError that names the differences `found` to the settings of the finished phase in `folder`."""
     if found:
         raise ConfigError(
-            f"{folder} is finished, and was trained with other settings: {'; '.join(found)}. A finished phase is not "
-            "trained on, as its learning rate has come down to its end. Set them back, or train with these from the "
-            "start: in another --output_dir (with --resume_from for the weights to start from), or here after deleting "
+            f"{folder} is finished, and was trained with other settings: {'; '.join(found)}. A finished "
+            f"phase cannot be "
+            "trained further, because its learning rate has decayed. Restore the settings, or train with "
+            "these from the "
+            "start: in another --output_dir (with --resume_from for the starting weights), or here after deleting "
             f"{folder} and what was trained from it"
         )
 
 
 def _without_reasoning(phase: PhaseConfig) -> PhaseConfig:
-    """`phase` with the reasoning module left alone, for models that have none yet."""
+    """`phase` with a frozen reasoning module, for models that have none yet."""
     factors = {**phase.learning_rate_multipliers, "reasoning_module": 0.0}
     return dataclasses.replace(phase, learning_rate_multipliers=factors)

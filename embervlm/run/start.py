@@ -26,9 +26,9 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
     gc.collect()  # engine and samples of the phase before refer to themselves, and would stay through this one
     if not checkpoint.is_dir():
         hint = (
-            "train a stand-in with `python launch/train.py --stages 3` (the same flags as here)"
+            "train a substitute with `python launch/train.py --stages 3` (and the same flags as here)"
             if "stage3" in checkpoint.parts
-            else "train it first, or name another with --resume_from"
+            else "train it first, or choose another with --resume_from"
         )
         close = closest_path(checkpoint)
         raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
@@ -53,20 +53,20 @@ def _say_what_was_chosen_from(config: TrainConfig, world: World, checkpoint: Pat
     own = tuple((run_dir.read_object(path).get("candidates") if path.exists() else None) or domain.candidates)
     if own != domain.candidates and world.rank == 0:
         print(
-            f"{checkpoint}: its answers ({', '.join(map(str, own))[:200]}) are not taken over: this run's come "
+            f"{checkpoint}: its answers ({', '.join(map(str, own))[:200]}) are not used: this run's answers come "
             f"from each record's metadata.candidates, else from the domain ({domain.name})"
         )
 
 
 def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
-    """The preset's settings; ConfigError where it names answers, which come from the records."""
+    """The preset's settings; ConfigError if it names answers, because these come from the records."""
     settings = model_preset(config.model)
     candidates = domain_named(config.domain).candidates
     own = tuple(settings.get("candidates") or candidates)
     if own != candidates:
         raise ConfigError(
             f"model {config.model}: candidates: {', '.join(own)[:200]} would not be used: a run takes its answers from "
-            "the records. Write them into each record's metadata.candidates, and take the key out of the preset"
+            "the records. Write them into each record's metadata.candidates, and remove the key from the preset"
         )
     return {**settings, "stage": stage, "candidates": candidates}
 

@@ -36,15 +36,15 @@ from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE
 from embervlm.slurm_commands import Patience, ask, is_away, job_state, this_job
 
 SRUN_OPTIONS_VARIABLE, WRAPPER_VARIABLE = "EMBERVLM_SRUN_OPTIONS", "EMBERVLM_WRAPPER"
-"""What this site adds to `srun`, and puts before the program; see `slurm/site.env`."""
+"""This site's options for `srun`, and its wrapper around the program; see `slurm/site.env`."""
 
 
 class TrainingFailedError(UserError):
-    """A training job ended with an error; its log says which."""
+    """A training job ended with an error, which is in its log."""
 
 
 class Requeue(SignalHandler):
-    """submitit's handler, with another reading of why the job is stopped.
+    """submitit's handler, with a different test for why the job is stopped.
 
     submitit takes a stop in a job's last ten minutes for its time limit, and so every stop of a job that has no more
     than ten minutes: a few preemptions, and it would not be requeued any more. The limit is signalled a known time
@@ -59,7 +59,7 @@ class Requeue(SignalHandler):
             self.env._requeue = self._requeue  # type: ignore[method-assign]
 
     def _requeue(self, countdown: int) -> None:
-        """As submitit's, but patient with a controller that is away."""
+        """Like submitit's, but it waits for a controller that is away."""
         ask("scontrol", "requeue", this_job())
         self._logger.info(f"Requeued job {this_job()} ({countdown} remaining timeouts)")
 
@@ -102,7 +102,7 @@ class TrainJob:
         return self.output_dir
 
     def checkpoint(self) -> DelayedSubmission:
-        """The same call again; it resumes from the newest checkpoint. Runs on rank 0 alone and saves nothing."""
+        """The same call again; it resumes from the newest checkpoint. Runs only on rank 0 and saves nothing."""
         return DelayedSubmission(self)
 
 
@@ -140,9 +140,9 @@ def swept_flags(key: str, value: str, phase: int | None) -> list[str]:
 
 
 def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: int = SIGNAL_DELAY_S) -> list[TrainJob]:
-    """One job per combination of the swept values, each with an output folder of its own below the run's.
+    """One job per combination of the swept values, each with its own output folder below the run's.
 
-    Every flag is checked here, before anything is submitted. A user's mistake is a ConfigError.
+    Every flag is checked here, before anything is submitted. A mistake of the user raises a ConfigError.
 
     Args:
         argv: Flags of `launch/train.py`.
@@ -157,7 +157,7 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
             raise ConfigError(f"--sweep {sweep}: write KEY=VALUE,VALUE")
         axes.append([(key, value) for value in values.split(",")])
     if sweeps and "3" not in stages and not given.resume_from:
-        raise ConfigError("--sweep: its runs have folders of their own, so say with --resume_from where they start")
+        raise ConfigError("--sweep: each run has its own folder, so give the starting checkpoint with --resume_from")
     config = load_config(given)
     check_start(stages, config)
     base = config.output_dir
@@ -211,7 +211,7 @@ def slurm_parameters(
     own = {"nodes": recipe.nodes, "ntasks_per_node": recipe.gpus_per_node, "time": minutes}
     for key in ("nodes", "ntasks-per-node", "time"):  # submitit has to know these itself
         if str(options.pop(key)) != str(own[key.replace("-", "_")]):
-            raise ConfigError(f"--sbatch {key}: the recipe, and --minutes for the time, decide this")
+            raise ConfigError(f"--sbatch {key}: the recipe sets this, and --minutes the time")
     path, site = shlex.quote(str(REPOSITORY)), shlex.quote(str(REPOSITORY / "slurm" / "site.env"))
     return {
         **own,
@@ -232,7 +232,7 @@ def slurm_parameters(
 
 
 def _python() -> str:
-    """What starts Python in the job: this one, in the site's wrapper."""
+    """The command that starts Python in the job: this interpreter, in the site's wrapper."""
     return shlex.join([*shlex.split(os.environ.get(WRAPPER_VARIABLE, "")), sys.executable])
 
 
@@ -248,7 +248,7 @@ def sbatch_script(folder: Path, parameters: dict[str, Any], num_jobs: int) -> st
 def submit_to_slurm(
     jobs: Sequence[TrainJob], folder: Path | str, parameters: dict[str, Any], max_timeouts: int
 ) -> list[submitit.Job[str]]:
-    """Submit `jobs`, several as one array. ConfigError where there is no Slurm or it refuses."""
+    """Submit `jobs`, several as one array. ConfigError if there is no Slurm or it refuses."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ConfigError("this machine has no sbatch; --dry_run prints the script, --local trains here")
     executor = submitit.SlurmExecutor(folder, max_num_timeout=max_timeouts, python=_python())
@@ -268,7 +268,9 @@ def run_locally(
 ) -> submitit.Job[str]:
     """Start `job` on this machine, one process per GPU of the recipe, under submitit without Slurm."""
     if recipe.nodes > 1:
-        raise ConfigError(f"--local: the recipe has {recipe.nodes} nodes, this is one machine; choose another recipe")
+        raise ConfigError(
+            f"--local: the recipe has {recipe.nodes} nodes, but this is one machine; choose another recipe"
+        )
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     executor = submitit.LocalExecutor(folder, max_num_timeout=max_timeouts)
@@ -310,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE,VALUE",
-        help="one job per value; again for another key: one per combination",
+        help="one job per value; repeat for another key to get one job per combination",
     )
     out.add_argument("--minutes", type=int, help="time limit; default: the recipe's")
     out.add_argument(

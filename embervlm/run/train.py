@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
 
 
 def check_cluster(name: str | None, num_processes: int) -> None:
-    """Raise ConfigError where this many processes are not the recipe's, whose global batch would be another."""
+    """Raise ConfigError if the number of processes is not the recipe's, because the global batch would change."""
     if name and num_processes != (wanted := load_recipe(name).num_gpus):
         raise ConfigError(
             f"--cluster {name} is for {wanted} processes, one per GPU; {num_processes} were started. "
@@ -76,7 +76,7 @@ def check_cluster(name: str | None, num_processes: int) -> None:
 
 @contextmanager
 def _owned_by_all(output_dir: str, world: World) -> Iterator[None]:
-    """`owning` for all processes of a run: the first one asks, and its error is everyone's."""
+    """`owning` for all processes of a run: the first one takes the folder, and all raise its error."""
     with ExitStack() as stack:
         error = None
         if world.rank == 0:

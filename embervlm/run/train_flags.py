@@ -1,4 +1,4 @@
-"""Command line of `launch/train.py`: flags over a node recipe over a YAML.
+"""Command line of `launch/train.py`: flags override a node recipe, which overrides a YAML.
 
 Imports no torch: Slurm's helpers read it on login nodes.
 """
@@ -52,7 +52,7 @@ FLAGS = {
     **{f"phase{number}_{name}": f"stage4.phase{number}.{name}" for name in _OF_A_PHASE for number in (1, 2)},
     "stage3_epochs": "stage3.epochs",
 }
-"""Flag -> key in the YAML, which says the rest: type, default and help."""
+"""Flag -> key in the YAML, which defines type, default and help."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Dotted key -> value of the node recipe and, over it, of every flag that was given."""
+    """Dotted key -> value, from the node recipe and the given flags; the flags override the recipe."""
     out = load_recipe(args.cluster).train_settings if args.cluster else {}
     out |= {key: value for flag, key in FLAGS.items() if (value := getattr(args, flag)) is not None}
     for item in args.set:
@@ -90,7 +90,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_config(args: argparse.Namespace) -> TrainConfig:
-    """The run that `args` describe; an error names the flag, the node recipe or the YAML that it comes from."""
+    """The run that `args` describe; an error names its origin: the flag, the node recipe or the YAML."""
     overrides = overrides_of(args)
     names = {key: f"--cluster {args.cluster}: {key}" for key in overrides}
     names |= {key: f"--{flag}" for flag, key in FLAGS.items() if getattr(args, flag) is not None}
@@ -113,7 +113,7 @@ def stages_of(args: argparse.Namespace) -> list[str]:
 
 
 def check_start(stages: Sequence[str], config: TrainConfig) -> None:
-    """ConfigError where `resume_from` would not be used."""
+    """ConfigError if `resume_from` would not be used."""
     if "3" in stages and config.resume_from:
         raise ConfigError(
             f"--stages {' '.join(stages)} trains Stage 3 from its beginning, so --resume_from {config.resume_from} "
@@ -123,7 +123,7 @@ def check_start(stages: Sequence[str], config: TrainConfig) -> None:
 
 
 def known_to_harm(stage: StageConfig) -> list[str]:
-    """A line for each setting of the guide's that is on and whose price is known."""
+    """A line for each active setting of the guide that is known to cost accuracy."""
     lines = []
     if stage.reasoning_augmentation is not None:
         lines.append(
@@ -132,7 +132,7 @@ def known_to_harm(stage: StageConfig) -> list[str]:
         )
     if stage.scheduled_sampling.enabled:
         lines.append(
-            "scheduled_sampling is on: gold steps behind the model's own wrong ones teach it to ignore its chain; "
+            "scheduled_sampling is on: gold steps after the model's own wrong ones teach it to ignore its chain; "
             "the recipe of docs/results.md has `enabled: false`"
         )
     return lines

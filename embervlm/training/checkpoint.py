@@ -38,33 +38,33 @@ from embervlm.world import World
 
 MODEL_PREFIX = "model."
 SLOW_S = 60.0
-"""Waiting for a checkpoint for so long is worth a warning."""
+"""Waiting this long for a checkpoint gives a warning."""
 _log = logging.getLogger(__name__)
 
 
 class SaveError(UserError):
-    """A checkpoint that could not be written. The message names its path; the checkpoints before it stand."""
+    """A checkpoint that could not be written. The message names its path; earlier checkpoints are intact."""
 
 
 @dataclass
 class Progress:
-    """Where a phase stands."""
+    """The progress of a phase."""
 
     step: int = 0
     """Optimizer steps done."""
     elapsed_s: float = 0.0
-    """Time spent training, over all resumes."""
+    """Training time, over all resumes."""
     samples: int = 0
     """Records seen."""
     overflows: int = 0
-    """Updates that were done again because an fp16 gradient was not finite."""
+    """Updates that were repeated because an fp16 gradient was not finite."""
 
 
 class CheckpointStore:
     """The checkpoints of one phase folder, written by a background thread.
 
-    Use as a context: leaving it waits for the checkpoint being written. All methods but `failed` are called by every
-    process at the same step.
+    Use as a context: leaving it waits for the checkpoint being written. Every process calls all methods but `failed`
+    at the same step.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.stalled_s = 0.0
-        """Seconds that training has stood still for checkpoints so far."""
+        """Seconds that training has waited for checkpoints so far."""
         error = None
         if world.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as reason:
-                error = f"{folder}: this folder for checkpoints cannot be made ({reason.strerror})"
+                error = f"{folder}: cannot create this folder for checkpoints ({reason.strerror})"
         if (error := world.broadcast(error)) is not None:
             raise SaveError(error)
 
@@ -117,15 +117,15 @@ class CheckpointStore:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def poll(self) -> None:
-        """Raise, or warn of, the error of a checkpoint on every process once one has met it. Call at every step."""
+        """Raise, or warn about, the error of a checkpoint on every process once one has it. Call at every step."""
         if self._world.any(self.failed):
             self.wait()
 
     def wait(self, required: bool = False) -> bool:
-        """Until the last checkpoint is on disk; False where it could not be written.
+        """Wait until the last checkpoint is on disk; False if it could not be written.
 
         Raises:
-            SaveError: it could not be written, and `required` or `on_error` asks for the end.
+            SaveError: it could not be written, and `required` or `on_error` says to stop.
         """
         error = self._outcome()
         self._writing = None
@@ -135,18 +135,18 @@ class CheckpointStore:
         if required or self._on_error == "stop":
             raise SaveError(first)
         if self._world.rank == 0:
-            _log.warning("%s; training goes on (on_save_error: continue)", first)
+            _log.warning("%s; training continues (on_save_error: continue)", first)
         return False
 
     def _outcome(self) -> BaseException | None:
-        """The error of the checkpoint being written, once it is through."""
+        """The error of the checkpoint being written, once writing has ended."""
         began = time.monotonic()
         while self._writing is not None:
             try:
                 return self._writing.exception(SLOW_S)
             except StillRunning:
                 _log.warning(
-                    "%s: a checkpoint is still being written there, training has waited %.0f s for it; check the disk",
+                    "%s: a checkpoint is still being written there; training has waited %.0f s for it; check the disk",
                     self.folder,
                     time.monotonic() - began,
                 )
@@ -171,7 +171,7 @@ class CheckpointStore:
         self.wait()
         if (waited := time.monotonic() - began) > 1 and self._world.rank == 0:
             _log.warning(
-                "%s: training waited %.1f s for the checkpoint before; raise save_steps or use a faster disk",
+                "%s: training waited %.1f s for the previous checkpoint; raise save_steps or use a faster disk",
                 self.folder,
                 waited,
             )
@@ -209,7 +209,7 @@ class CheckpointStore:
             kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
             run_dir.prune_checkpoints(self.folder, self._keep_last, kept, self._keep_weights)
         except (UserError, OSError) as error:  # the checkpoint stands, and what is not known to be old is kept
-            _log.warning("%s: no old checkpoint is deleted: %s", self.folder, error)
+            _log.warning("%s: no old checkpoint was deleted: %s", self.folder, error)
 
     @staticmethod
     def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:
@@ -224,12 +224,12 @@ class CheckpointStore:
             sound = run_dir.list_checkpoints(self.folder)
         except OSError as error:
             return f"; the folder cannot be read either ({_one_line(error)})"
-        last = f"the last good checkpoint is {sound[-1].path}" if sound else "there is no checkpoint before it"
+        last = f"the last good checkpoint is {sound[-1].path}" if sound else "there is no earlier checkpoint"
         return f" ({free / 1e9:.1f} GB free); {last}"
 
 
 def _reason_of(error: BaseException, part: Path | None) -> BaseException:
-    """What the system says: torch.save has a RuntimeError without the reason where a disk is full."""
+    """The system's error: if a disk is full, torch.save raises a RuntimeError without the reason."""
     if part is not None and isinstance(error, RuntimeError):
         try:
             (part / "probe").write_bytes(bytes(1 << 20))
@@ -243,7 +243,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def best_checkpoints(folder: Path, count: int) -> list[Path]:
-    """The `count` best checkpoints by the val evaluations that stand in `folder`; [] where none was evaluated."""
+    """The `count` best checkpoints by the val evaluations in `folder`; [] if none was evaluated."""
     if not count or not any(run_dir.eval_path(f.path, "val").exists() for f in run_dir.list_checkpoints(folder)):
         return []
     ranked = rank_checkpoints(folder)
@@ -251,7 +251,7 @@ def best_checkpoints(folder: Path, count: int) -> list[Path]:
 
 
 def is_finished(folder: Path, world: World) -> bool:
-    """Whether `folder` holds a sound `checkpoint-final`; cleans up after killed runs. Collective."""
+    """Whether `folder` has an intact `checkpoint-final`; cleans up after killed runs. Collective."""
     finished = False
     if world.rank == 0:
         run_dir.clean_leftovers(folder)
@@ -261,10 +261,10 @@ def is_finished(folder: Path, world: World) -> bool:
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint of `folder` that a phase can resume, whose files are those of its manifest.
+    """The newest checkpoint of `folder` that a phase can resume and whose files match its manifest.
 
     Damaged ones are renamed, with a warning that names the file. A phase cannot resume one whose training state was
-    deleted; a warning names it where there is no other.
+    deleted; a warning names it if there is no other.
     """
     weights_alone = []
     for found in reversed(run_dir.list_checkpoints(folder)):
@@ -274,7 +274,7 @@ def newest_sound(folder: Path) -> Path | None:
             return found.path
     if weights_alone:
         _log.warning(
-            "%s holds weights alone, without the optimizer: no phase goes on from it, and this one starts anew. "
+            "%s has only weights, no optimizer state: a phase cannot resume from it, so this one starts again. "
             "--resume_from %s in another --output_dir starts from its weights",
             weights_alone[0],
             weights_alone[0],
@@ -294,7 +294,7 @@ def _is_sound(checkpoint: Path) -> bool:
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint."""
     if not (checkpoint / TRAINING_STATE).exists():
-        raise CheckpointError(f"{checkpoint}: holds weights alone, without {TRAINING_STATE}; no phase goes on from it")
+        raise CheckpointError(f"{checkpoint}: has only weights, no {TRAINING_STATE}; a phase cannot resume from it")
     state = read_tensors(checkpoint / TRAINING_STATE)
     if not isinstance(state, dict) or not {"optimizer", "auxiliary", "progress", "data"} <= set(state):
         raise CheckpointError(f"{checkpoint / TRAINING_STATE}: is not the training state of a phase of this version")

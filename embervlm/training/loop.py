@@ -68,7 +68,7 @@ class PhaseJob:
 
 
 def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
-    """Train `job` to its end, from the newest sound checkpoint in its folder, and return its `checkpoint-final`."""
+    """Train `job` to its end, from the newest intact checkpoint in its folder, and return its `checkpoint-final`."""
     return _Training(job, config, world).run()
 
 
@@ -128,7 +128,8 @@ class _Training:
         total = min(steps, self.config.max_steps or steps)
         if self.world.rank == 0 and shortened_warmup(phase.warmup_steps, total) < phase.warmup_steps:
             print(
-                f"{self.job.name}: warmup_steps {phase.warmup_steps} would be all of its {total} steps; the rate warms "
+                f"{self.job.name}: warmup_steps {phase.warmup_steps} covers all of its {total} steps; "
+                f"the learning rate warms "
                 "up over a tenth of them instead"
             )
         return total
@@ -142,7 +143,7 @@ class _Training:
         return progress.elapsed_s >= 60 * minutes
 
     def _step(self) -> bool:
-        """One update, counted and logged; False where it overflowed, so that nothing was learned."""
+        """One update, counted and logged; False if it overflowed, so nothing was learned."""
         job, progress, engine, step = self.job, self.progress, self.engine, self.progress.step
         epoch, _ = job.plan.locate(step)
         samples = job.plan.batch(step)
@@ -189,7 +190,7 @@ class _Training:
         return learning_rate_factor(progress.step, self.total, phase.warmup_steps, phase.final_lr_ratio)
 
     def _speed(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """What a log line says beside the losses."""
+        """The values of a log line besides the losses."""
         progress, started, scale = self.progress, self.started, self.engine.loss_scale
         values: dict[str, Any] = {
             "samples_per_s": (progress.samples - started.samples) / max(1e-9, progress.elapsed_s - started.elapsed_s),
@@ -204,7 +205,7 @@ class _Training:
         return values
 
     def _save_if_due(self) -> None:
-        """Save, evaluate and stop where it is time for it."""
+        """Save, evaluate and stop when it is time to."""
         job, config, step = self.job, self.config, self.progress.step
         ends_epoch = job.after_epoch is not None and job.plan.locate(step)[1] == 0
         evaluates = bool(config.eval_steps) and step % (config.eval_steps or 1) == 0
@@ -229,7 +230,7 @@ class _Training:
         return self.store.save(self.engine, self.progress, self.settings, extra, final=final)
 
     def _end_epoch(self) -> None:
-        """What is to be done with the model once an epoch is saved."""
+        """Work with the model after an epoch is saved."""
         job = self.job
         if job.after_epoch is not None:
             with self.engine.whole():
@@ -243,7 +244,7 @@ class _Training:
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """What a step draws (dropout) depends on these alone, so that no random state need be saved."""
+    """The random numbers of a step (dropout) depend only on these, so no random state must be saved."""
     torch.manual_seed(random.Random(f"{seed}:{step}:{rank}").getrandbits(63))
 
 
@@ -270,7 +271,9 @@ def _prepare(
     state = None
     if newest is not None:
         if config.resume == "never":
-            raise ConfigError(f"--resume never: {newest} could be resumed; use --resume auto or another --output_dir")
+            raise ConfigError(
+                f"--resume never: {newest} exists and could be resumed; use --resume auto or another --output_dir"
+            )
         state = load_training_state(newest)
         _keep_order(job, state["data"], newest, world)
         components = COMPONENTS if job.collator.use_reasoning else BACKBONE
@@ -279,7 +282,7 @@ def _prepare(
         if world.rank == 0:
             print(f"{job.name}: resuming from {newest}")
             if found := changes(saved_with(newest), job.trained_with):
-                print(f"{job.name}: goes on with other settings than before: {'; '.join(found)}")
+                print(f"{job.name}: continues with other settings than before: {'; '.join(found)}")
     job.model.freeze_backbone(job.phase.freeze_backbone)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()
@@ -298,11 +301,11 @@ def _data_state(plan: EpochPlan) -> dict[str, Any]:
 
 
 def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: World) -> None:
-    """Go on in the order of samples that `checkpoint` is in the middle of, however many processes there are now."""
+    """Continue in the sample order of `checkpoint`, however many processes there are now."""
     if saved["order"] != job.plan.digest():
         raise ConfigError(
-            f"{checkpoint}: was trained on other data, or with another seed or mix, so a resume would see samples "
-            f"twice and miss others; set --seed, --reasoning_data and *_records_ratio back, or start in "
+            f"{checkpoint}: was trained on other data, or with another seed or mix, so a resume would use samples "
+            f"twice and miss others; restore --seed, --reasoning_data and *_records_ratio, or start in "
             f"another --output_dir"
         )
     if saved["global_batch"] == job.plan.global_batch:

@@ -12,7 +12,8 @@ from embervlm.model.network import EmberVLMOutput
 
 
 def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum of every loss term that the outputs allow, under the names of `embervlm.config.LOSS_TERMS`."""
+    """The sum of every loss term that can be computed from the outputs, under the names of
+    `embervlm.config.LOSS_TERMS`."""
     sums: dict[str, Tensor] = {}
     if out.token_logits is not None:
         direct = targets["direct"]
@@ -57,7 +58,7 @@ def contrastive_loss_sum(own: Tensor, other: Tensor, lengths: Tensor) -> Tensor:
 
 
 def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
-    """Summed `-log` of the attention that rests on the right patches.
+    """Summed `-log` of the attention on the right patches.
 
     Attention supervision: tokens of a step that reads something off the picture should look where it is.
 

@@ -1,4 +1,4 @@
-"""What an engine wraps: the model with its loss terms, and the dense head that only Stage 3 needs."""
+"""The module that an engine wraps: the model with its loss terms, and the dense head that only Stage 3 needs."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps
 
 
 def timed_learning_rate_factor(steps: int, warmup_steps: int, spent_ratio: float, final_ratio: float) -> float:
-    """As `learning_rate_factor` for a run that the clock ends: warmup by steps, cosine by the time that is spent."""
+    """Like `learning_rate_factor` for a run that ends by time: warmup by steps, cosine by elapsed time."""
     return min((steps + 1) / (warmup_steps + 1), learning_rate_factor(spent_ratio, 1.0, 0, final_ratio))
 
 
 def shortened_warmup(warmup_steps: float, total_steps: float) -> float:
-    """`warmup_steps`, or a tenth of the run where that would be the whole of it."""
+    """`warmup_steps`, or a tenth of the run if they would fill the whole run."""
     return total_steps / 10 if warmup_steps >= total_steps else warmup_steps
 
 

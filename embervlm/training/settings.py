@@ -1,4 +1,4 @@
-"""What a phase is trained with: kept in its checkpoints, and compared when it is started again."""
+"""The settings of a phase: saved in its checkpoints, and compared when it is started again."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OF_STAGE4 = ("scheduled_sampling", "reasoning_augmentation", "max_reasoning_len
 def trained_with(
     phase: PhaseConfig, config: TrainConfig, start: Path | None, *, global_batch: int, processes: int, **more: Any
 ) -> dict[str, Any]:
-    """The settings that decide what a phase learns, and not how it is spread, saved or logged.
+    """The settings that decide what a phase learns, but not how it is distributed, saved or logged.
 
-    A mapping with `id` stands for something that is known by that and called `is`; an `id` of None is not known.
+    A mapping with `id` describes something with this id and the name `is`; an `id` of None is unknown.
     """
     values = {key: value for key, value in dataclasses.asdict(phase).items() if key not in _NAMES_ONLY}
     model = json.dumps(model_preset(config.model), sort_keys=True)
@@ -39,13 +39,13 @@ def trained_with(
 
 
 def of_stage4(config: TrainConfig) -> dict[str, Any]:
-    """What both phases of Stage 4 share, beside a phase's own settings."""
+    """The settings that both phases of Stage 4 share, besides a phase's own."""
     shared = dataclasses.asdict(config.stage4)
     return {key: shared[key] for key in _OF_STAGE4} | {"curriculum": dataclasses.asdict(config)["curriculum"]}
 
 
 def saved_with(checkpoint: Path) -> dict[str, Any]:
-    """What `checkpoint` says that it was trained with; {} for one of an older version."""
+    """The settings that `checkpoint` was trained with; {} for a checkpoint of an older version."""
     path = checkpoint / "state.json"
     settings = run_dir.read_json(path).get("settings") if path.is_file() else None
     return dict((settings or {}).get("trained_with") or {})
@@ -69,7 +69,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _differ(old: Any, new: Any) -> bool:
-    """Whether two ids are known and tell of different things; a batch only on as many processes."""
+    """Whether two ids are known and differ; a batch is compared only for the same number of processes."""
     if isinstance(old, list) and isinstance(new, list):
         return old[0] != new[0] and old[1] == new[1]
     return None not in (old, new) and old != new
@@ -86,7 +86,7 @@ def _num_bytes(data: str) -> int | None:
 
 
 def _weights_id(checkpoint: Path | None) -> str | None:
-    """By the manifest's checksums, so that nothing large is read."""
+    """The weights' id from the manifest's checksums, so no large file is read."""
     if checkpoint is None or not (checkpoint / run_dir.COMPLETE).is_file():
         return None
     files = run_dir.read_json(checkpoint / run_dir.COMPLETE)["files"]

@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
 """In the folder of a phase."""
 SERVICE_WAIT_S = 300
-"""What W&B's own process may take to start; its 30 s are short on a node that has just booted."""
+"""Time limit for the start of W&B's process; its default of 30 s is short on a node that just booted."""
 
 
 class Tracker:
-    """Rank 0's log of one phase; on other ranks everything is a no-op.
+    """Rank 0's log of one phase; on other ranks every method does nothing.
 
     W&B's own rules say whether its run is online, see `wandb_mode`. A resumed phase continues under the same run id.
     """
@@ -86,17 +86,17 @@ class Tracker:
             self._to_wandb(lambda run: run.log(flat, step=step))
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
-        """Whatever goes wrong there costs the curves there; `metrics.jsonl` has them all."""
+        """An error in W&B only loses its curves; `metrics.jsonl` has them all."""
         if self._run is None:
             return
         try:
             send(self._run)
         except Exception as error:  # W&B raises what it likes
-            _log.warning("W&B: %s: %s. No more is sent there; training goes on", type(error).__name__, error)
+            _log.warning("W&B: %s: %s. Nothing more is sent there; training continues", type(error).__name__, error)
             self._run = None
 
     def _append(self, line: str) -> None:
-        """A full disk costs the line; whether the run ends is up to its checkpoints."""
+        """A full disk loses the line; the checkpoints decide whether the run ends."""
         size = 0
         try:
             size = self._path.stat().st_size if self._path.exists() else 0
@@ -104,13 +104,13 @@ class Tracker:
                 file.write(line)
         except OSError as error:
             if not self._lines_missing:
-                _log.warning("%s: steps are missing in it (%s); training goes on", self._path, error.strerror)
+                _log.warning("%s: steps are missing in it (%s); training continues", self._path, error.strerror)
             self._lines_missing = True
             with contextlib.suppress(OSError):
                 os.truncate(self._path, size)  # no half line for the next one to follow
 
     def log_evaluations(self, step: int) -> None:
-        """Send W&B the val evaluations that have come to the folder's checkpoints since the last call.
+        """Send W&B the new val evaluations of the folder's checkpoints since the last call.
 
         One that a job of its own computes comes later than its checkpoint, and W&B takes no step before the last: so
         the checkpoint's step is a value beside the metrics.
@@ -130,7 +130,7 @@ class Tracker:
 
 
 def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:
-    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False where it had none."""
+    """Add pictures (name -> file) to the W&B run of the phase in `folder`; False if it had none."""
     run_id = _known_run_id(folder)
     if run_id is None or not figures or wandb_mode() == "disabled":
         return False
@@ -143,7 +143,7 @@ def log_evaluation(
 ) -> bool:
     """Add an evaluation's numbers and pictures to the W&B run of the phase in `folder`; without one to a new run.
 
-    False where W&B is disabled.
+    False if W&B is disabled.
     """
     if wandb_mode() == "disabled":
         return False
@@ -178,7 +178,7 @@ def _add_to_run(
 
 
 def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run `run_id`, new or resumed; offline by W&B's own rules, or where its server does not answer."""
+    """The W&B run `run_id`, new or resumed; offline by W&B's own rules, or if its server does not answer."""
     import wandb
 
     def opened(mode: Literal["online", "offline"]) -> Any:
@@ -198,7 +198,7 @@ def _open_run(folder: Path, project: str, name: str, run_id: str, settings: Mapp
     try:
         return opened("online")
     except wandb.errors.CommError as error:  # a run that was requeued at night must not end over its log
-        _log.warning("W&B: %s. Run %s is kept offline; `wandb sync`, run in %s, sends it", error, run_id, folder)
+        _log.warning("W&B: %s. Run %s is kept offline; run `wandb sync` in %s to send it", error, run_id, folder)
         wandb.teardown()  # the failed attempt holds the id
         return opened("offline")
 
@@ -220,7 +220,7 @@ def wandb_mode() -> Literal["online", "offline", "disabled"]:
         return "online"
     if asked := os.environ.get("WANDB_MODE"):
         _log.warning(
-            "W&B: WANDB_MODE=%s, but it finds no key here, so the run is kept offline; `wandb login` gives one, and "
+            "W&B: WANDB_MODE=%s, but no key was found, so the run is kept offline; `wandb login` stores one, and "
             "`wandb sync` sends the run later",
             asked,
         )
@@ -246,7 +246,7 @@ def _known_run_id(folder: Path) -> str | None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a log line; infinity for one that a killed run left unfinished."""
+    """The step of a log line; infinity for a line that a killed run left unfinished."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -11,7 +11,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.world import World
 
 MAX_BYTES = 4 << 30
-"""Above this the pictures are encoded again at every step."""
+"""Above this size, the pictures are encoded again at every step."""
 
 
 class VisualCache:
@@ -22,7 +22,7 @@ class VisualCache:
 
     @classmethod
     def build(cls, model: EmberVLM, pictures: PictureCache, world: World, chunk: int = 128) -> VisualCache | None:
-        """Each process sees its share of the pictures; None without any, or where the tokens would not fit.
+        """Each process encodes its share of the pictures; None without pictures, or if the tokens would not fit.
 
         Call before wrapping.
         """
