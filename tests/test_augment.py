@@ -213,7 +213,7 @@ def test_expand_does_not_state_what_the_chain_derives():
 
 def test_reorder_says_so_where_only_one_order_is_free():
     given = record("Rain fell.", "Rain makes mud.", "Mud stops trucks.", "Conclusion: Boat.", answer=("Boat",))
-    assert reorder(origin_of(given), random.Random(0)) == "no other order is free"
+    assert reorder(origin_of(given), random.Random(0)) == "no other order is possible"
 
 
 # ---- checks

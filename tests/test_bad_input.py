@@ -103,7 +103,7 @@ def test_what_the_reader_accepts_makes_a_batch_and_the_rest_is_reported(tmp_path
         try:
             records = read(tmp_path, value)
         except DataError as error:
-            assert all(" record 1: " in problem or "holds no records" in problem for problem in error.problems)
+            assert all(" record 1: " in problem or "contains no records" in problem for problem in error.problems)
             assert str(error).replace("\n", "").isprintable()
         else:
             make_batch(records)
@@ -211,18 +211,18 @@ def test_a_text_is_read_as_it_is_and_makes_no_special_token(tmp_path, text):
         ({"metadata": {"candidates": [str(n) for n in range(101)]}}, "metadata.candidates: 101 choices, more than 100"),
         ({"metadata": {"caption": "x" * MEGABYTE}}, "metadata.caption: is not text of at most 20000 characters"),
         ({"image": "x" * MEGABYTE}, 'image: "xxx'),
-        ({"id": "x" * MEGABYTE}, "id: is not 200 printable characters at most"),
-        ({"id": "a\x1b[2J"}, "id: is not 200 printable characters at most"),
-        ({"instruction": "fly \ud83d"}, "instruction: holds half of a surrogate pair"),
-        ({"reasoning": "Step 1: \udfff"}, "reasoning: holds half of a surrogate pair"),
-        ({"answer": "\udfff"}, "answer: holds half of a surrogate pair"),
-        ({"metadata": {"candidates": ["Drone", "\udfff"]}}, "metadata.candidates: holds half of a surrogate pair"),
+        ({"id": "x" * MEGABYTE}, "id: is not a text of at most 200 printable characters"),
+        ({"id": "a\x1b[2J"}, "id: is not a text of at most 200 printable characters"),
+        ({"instruction": "fly \ud83d"}, "instruction: contains half of a surrogate pair"),
+        ({"reasoning": "Step 1: \udfff"}, "reasoning: contains half of a surrogate pair"),
+        ({"answer": "\udfff"}, "answer: contains half of a surrogate pair"),
+        ({"metadata": {"candidates": ["Drone", "\udfff"]}}, "metadata.candidates: contains half of a surrogate pair"),
         ({"metadata": {"facts": ["sky"]}}, "metadata.facts: is not an object of strings; correct it, or give"),
         ({"facts": {"sky": 3}}, "metadata.facts: is not an object of strings"),
         ({"metadata": {"scene": "dusk"}}, "metadata.scene: is not an object of strings"),
         ({"metadata": {"seen": ["sky"]}}, "metadata.seen: is not a list of lists of strings"),
         ({"metadata": {"step_types": "x"}}, "metadata.step_types: is not a list of strings"),
-        ({"metadata": {"step_types": ["a", "b"]}}, "metadata.step_types: 2 types for 1 steps; name one for each"),
+        ({"metadata": {"step_types": ["a", "b"]}}, "metadata.step_types: 2 types for 1 steps; give one for each"),
         ({"metadata": {"boxes": [{"kind": "sky", "box": [0, 0, 1]}]}}, "metadata.boxes: a box is not {kind"),
         ({"metadata": {"boxes": [{"kind": [], "box": [0, 0, 1, 1]}]}}, "metadata.boxes: a box is not {kind"),
         ({"metadata": {"boxes": [{"kind": "sky", "box": [0, 0, 1, 40]}]}}, "metadata.boxes: a box is not {kind"),

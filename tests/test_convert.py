@@ -602,7 +602,7 @@ def test_a_step_heading_inside_a_sentence_starts_no_step(folder):
         ("scienceqa", SCIENCE | {"answer": "West Virginia"}, "answer: is a string, not an index"),
         ("scienceqa", SCIENCE | {"answer": True}, "answer: is true or false, not an index"),
         ("scienceqa", SCIENCE | {"choices": ["a"]}, "choices: is not a list of 2 to 26 texts"),
-        ("scienceqa", SCIENCE | {"choices": ["a", "a "]}, "choices: names a choice twice"),
+        ("scienceqa", SCIENCE | {"choices": ["a", "a "]}, "choices: lists a choice twice"),
         ("scienceqa", SCIENCE | {"lecture": "", "solution": ""}, "solution: is empty, and so is lecture"),
         ("scienceqa", SCIENCE | {"split": "minival"}, 'split: "minival" is not one of train, val, test'),
         ("scienceqa", SCIENCE | {"image": "gone.png"}, 'image: "train/1/gone.png" is not in'),
@@ -752,7 +752,7 @@ def test_the_command_says_what_it_wrote_and_where_the_pictures_are(folder, capsy
     printed = capsys.readouterr().out
     assert f"{out}: 1 records, 1 with a picture, 1 to 1 steps (1 high)" in printed
     assert f"1 records skipped or cut short, listed in {skipped_path(out)}" in printed
-    assert f"found with --image_root {folder}" in printed
+    assert f"read it with --image_root {folder} to find its pictures" in printed
     assert len(read_records(out, image_root=folder, candidates=ROBOTS)) == 1
 
 

@@ -195,7 +195,7 @@ def test_a_question_without_an_answer_is_named_and_the_others_are_kept(tasks):
 
     with (
         serving(script) as teacher,
-        pytest.raises(SystemExit, match=r"record task-000003: got no answer \(400.*too long"),
+        pytest.raises(SystemExit, match=r"record task-000003: has no answer \(400.*too long"),
     ):
         generate(teacher, tasks)
     assert len(read_records(tasks.parent / "out.json", candidates=ROBOTS)) == 9
@@ -211,7 +211,7 @@ def test_an_endpoint_that_is_down_stops_the_run(tasks):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_of_everything_stops_at_once(tasks, status):
     with serving(lambda body, number: Act(status=status, content="no such model")) as teacher:
-        with pytest.raises(SystemExit, match=f"deepseek-r1: the endpoint refuses: {status}.*no such model"):
+        with pytest.raises(SystemExit, match=f"deepseek-r1: the endpoint refused: {status}.*no such model"):
             generate(teacher, tasks, "--concurrency", 2)
     assert len(teacher.requests) <= 2
 
@@ -225,7 +225,7 @@ def test_fields_that_the_endpoint_does_not_take_are_left_out(tasks, capsys):
         assert len(generate(teacher, tasks, "--concurrency", 1)) == 10
     assert len(teacher.requests) == 12
     assert teacher.requests[-1][0]["max_completion_tokens"] == 4096
-    assert "does not take response_format" in capsys.readouterr().out
+    assert "does not accept response_format" in capsys.readouterr().out
 
 
 # ---- rejection
@@ -449,7 +449,7 @@ def test_shards_share_the_work_and_merge_into_the_whole(tasks, tmp_path, capsys)
     assert len(teacher.requests) == 10 == len(set(asked(teacher)))
     parts = [str(tmp_path / f"part{index}.json") for index in range(3)]
     main(["data", "merge", *parts, parts[0], "--output_file", str(tmp_path / "all.jsonl")])
-    assert "10 records from 4 files, 4 that stood twice left out" in capsys.readouterr().out
+    assert "10 records from 4 files, 4 duplicates left out" in capsys.readouterr().out
     assert len({record.record_id for record in read_records(tmp_path / "all.jsonl", candidates=ROBOTS)}) == 10
 
 
@@ -490,7 +490,7 @@ def test_records_that_differ_under_one_id_are_not_merged(tmp_path):
 
 
 def test_pictures_that_the_merged_file_cannot_name_are_an_error(scene_data, tmp_path):
-    with pytest.raises(SystemExit, match="write the output file to a folder that holds all pictures"):
+    with pytest.raises(SystemExit, match="write the output file to a folder that contains all pictures"):
         main(["data", "merge", str(scene_data / "reasoning_data.json"), "--output_file", str(tmp_path / "all.json")])
 
 

@@ -223,7 +223,7 @@ def test_a_broken_scene_is_named_in_its_own_file(folder):
         ('{"questions": [] "info": 1}', "line 1 column 18: invalid JSON (Expecting ',' delimiter)"),
         ("{questions: []}", "line 1 column 2: invalid JSON (Expecting property name"),
         ('{"questions": []} 3', "line 1 column 19: invalid JSON (Extra data)"),
-        ('{"answers": [1]}', "holds no records"),
+        ('{"answers": [1]}', "contains no records"),
     ],
 )
 def test_a_list_inside_an_object_is_read_as_json_is(folder, text, message):

@@ -156,7 +156,7 @@ def test_as_many_questions_as_there_are_can_be_asked_of_a_picture(number):
 def test_a_failed_write_leaves_the_earlier_data_set(tmp_path):
     path = tmp_path / "data.json"
     write_dataset(path, [{"id": 1}])
-    with pytest.raises(DataError, match="keep JSON values only"):
+    with pytest.raises(DataError, match="use only JSON values"):
         write_dataset(path, [{"id": 2}, {"id": {1, 2}}])
     assert json.loads(path.read_text()) == [{"id": 1}]
 
@@ -268,7 +268,7 @@ def test_the_command_prints_what_was_made_and_the_blind_figure(tmp_path, capsys)
 def test_without_a_test_record_the_command_says_so_and_no_number(tmp_path, capsys):
     main(["data", "generate", "--output_file", str(tmp_path / "data.json"), "--num_samples", "2", "--workers", "1"])
     printed = capsys.readouterr().out
-    assert "test split: no record falls into it" in printed and "nan" not in printed
+    assert "test split: it has no records" in printed and "nan" not in printed
 
 
 def test_the_command_makes_records_for_the_tasks_of_others(tmp_path, capsys):

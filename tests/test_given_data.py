@@ -94,11 +94,11 @@ def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"images": ["1.png", "2.png"]}, "images: holds 2 pictures; a record has one"),
+        ({"images": ["1.png", "2.png"]}, "images: contains 2 pictures; a record has one"),
         ({"image": "1.png", "image_path": "2.png"}, "image_path: names another picture than image; keep one"),
         ({"picture": "9.png"}, "picture: 9.png is not in "),
-        ({"photograph": "1.png"}, "photograph: names a picture where none is looked for; call the field image"),
-        ({"metadata": {"image": "1.png"}}, "image: names a picture where none is looked for"),
+        ({"photograph": "1.png"}, "photograph: names a picture in a field that is not read; rename the field to image"),
+        ({"metadata": {"image": "1.png"}}, "image: names a picture in a field that is not read"),
         ({"instruction": "<image>\nWho goes?"}, "instruction: holds <image>, but the record has no picture"),
         ({"instruction": "<image> or <image>?", "image": "1.png"}, "instruction: holds 2 places of pictures"),
     ],
@@ -145,7 +145,7 @@ def test_fields_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.Ca
             "quickstart",
         ]
     )
-    assert "not used, and in how many records: difficulty (4), rationale (4)" in capsys.readouterr().out
+    assert "unused fields and their number of records: difficulty (4), rationale (4)" in capsys.readouterr().out
 
 
 # ---- JSON that is none
@@ -157,9 +157,9 @@ def test_nan_and_fields_that_stand_twice_are_refused_with_their_record(tmp_path:
     lines = [json.dumps(record(1, score=float("nan"))), twice, json.dumps(record(3, scores=[1.0, float("inf")]))]
     path.write_text("\n".join([*lines, json.dumps(record(4))]))
     wanted = {
-        "score: is NaN, which is no JSON; write null, or leave the field out",
-        '"answer": stands twice in one object; keep one of the two',
-        "holds Infinity, which is no JSON; write null, or leave the field out",
+        "score: is NaN, which is not JSON; write null, or leave the field out",
+        '"answer": appears twice in one object; keep one of the two',
+        "holds Infinity, which is not JSON; write null, or leave the field out",
     }
     with pytest.raises(DataError) as caught:
         prepare(path, tmp_path / "cache", candidates=ROBOTS)
@@ -179,7 +179,7 @@ def test_scored_chains_hold_no_nan_either(tmp_path: Path, capsys: pytest.Capture
     chain = {"steps": ["2 + 3 = 5.", "So five."], "answer": "5"}
     path.write_text(f"{json.dumps(chain)}\n{json.dumps(chain | {'score': float('nan')})}\n")
     main(["score-chains", str(path), "--output_file", str(out)])
-    assert f"{path} line 2: score: is NaN, which is no JSON" in capsys.readouterr().err
+    assert f"{path} line 2: score: is NaN, which is not JSON" in capsys.readouterr().err
     assert "NaN" not in out.read_text().replace("is NaN", "")
 
 
@@ -244,7 +244,7 @@ def test_a_picture_in_the_table_that_is_none_and_bytes_elsewhere_are_refused_ali
     report = validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked"), domain=ROBOTS_DOMAIN))
     assert [(p["kind"], p["number"]) for p in report["problems"] if p["kind"] == "picture"] == [("picture", 1)]
     path = parquet(tmp_path, [record(1, image=picture(1), thumbnail=b"123"), record(2)])
-    with pytest.raises(DataError, match='record 1: "thumbnail": holds bytes; call the column image'):
+    with pytest.raises(DataError, match='record 1: "thumbnail": contains bytes; rename the column to image'):
         prepared(path, tmp_path)
     assert not validate(path, CheckOptions(unpack_dir=str(tmp_path / "unpacked"), domain=ROBOTS_DOMAIN))["trains"]
 
@@ -278,7 +278,7 @@ def test_members_that_nothing_reads_are_counted_and_two_pictures_refused(tmp_pat
         ".mask.png": 1,
     }
     both = {"0.json": json.dumps(record(1)).encode(), "0.png": picture(), "0.jpg": picture(form="JPEG")}
-    with pytest.raises(DataError, match=r"record 0: image: 0\.(png|jpg) and 0\.(png|jpg) are pictures; keep one"):
+    with pytest.raises(DataError, match=r"record 0: image: 0\.(png|jpg) and 0\.(png|jpg) are all pictures; keep one"):
         prepare(shard(tmp_path / "b.tar", both), tmp_path / "cache", candidates=ROBOTS)
 
 

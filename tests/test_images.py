@@ -180,7 +180,7 @@ def test_truncated_jpeg_is_refused(photo):
 
 
 def test_url_is_refused_with_what_to_do():
-    with pytest.raises(ImageError, match=r"http://example\.org/a\.jpg: URLs are not fetched; download"):
+    with pytest.raises(ImageError, match=r"http://example\.org/a\.jpg: URLs are not downloaded; download"):
         load_image("http://example.org/a.jpg")
 
 

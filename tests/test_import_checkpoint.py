@@ -302,7 +302,7 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_refused_and_another_may_be_
     for path in (tmp_path / "theirs").glob("tokenizer*"):
         path.unlink()
     told = refused(tmp_path / "theirs")
-    assert "no readable tokenizer there" in told and told.endswith("with --tokenizer")
+    assert "contains no readable tokenizer" in told and told.endswith("with --tokenizer")
     tokenizer(400).save_pretrained(tmp_path / "words")
     assert imported(tmp_path / "theirs", None, "--tokenizer", f"{tmp_path}/words").base_vocab_size == 400
 

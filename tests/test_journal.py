@@ -133,5 +133,5 @@ def test_answers_that_a_full_disk_refuses_are_an_error_that_says_what_to_do(tmp_
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data.json")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "DataError" in found.stderr and "what stood there before is whole" in found.stderr
+    assert "DataError" in found.stderr and "the earlier content is intact" in found.stderr
     assert keys(path) == []

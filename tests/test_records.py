@@ -169,8 +169,8 @@ def test_record_with_its_own_candidates_is_checked_against_those(read):
         ({"reasoning": None}, "reasoning: is missing; write the steps"),
         ({"reasoning": ""}, "reasoning: is empty; write the steps"),
         ({"reasoning": 3}, "reasoning: is a number; give a string"),
-        ({"reasoning": ["Step 1: x", 0]}, "reasoning: its list holds a number; give strings"),
-        ({"reasoning_steps": ["x"]}, "reasoning: stands beside reasoning_steps; keep one"),
+        ({"reasoning": ["Step 1: x", 0]}, "reasoning: its list contains a number; use only strings"),
+        ({"reasoning_steps": ["x"]}, "reasoning: is given together with reasoning_steps; keep one"),
         ({"reasoning": "<|reasoning_start|><|reasoning_end|>"}, "reasoning: the chain is empty; write"),
         ({"reasoning": ["", " "]}, "reasoning: the chain is empty; write"),
         ({"reasoning": "The drone flies."}, 'reasoning: "The drone flies." belongs to no step; write'),
@@ -185,18 +185,18 @@ def test_record_with_its_own_candidates_is_checked_against_those(read):
         ({"answer": ""}, "answer: is empty; add"),
         ({"answer": []}, "answer: is empty; add"),
         ({"answer": 4}, "answer: is a number; give"),
-        ({"answer": ["Drone", None]}, "answer: its list holds null; give"),
+        ({"answer": ["Drone", None]}, "answer: its list contains null; use only"),
         ({"answer": "Humaniod"}, 'answer "Humaniod" is not one of Drone, Underwater Robot, Humanoid, '),
         ({"answer": "Humaniod"}, 'did you mean "Humanoid"? correct it or drop the record'),
         ({"answer": "Drone, Boat"}, 'answer "Boat" is not one of Drone'),
-        ({"confidence": float("nan")}, "confidence: is NaN, which is no JSON; write null, or leave the field out"),
+        ({"confidence": float("nan")}, "confidence: is NaN, which is not JSON; write null, or leave the field out"),
         ({"confidence": 92.5}, "confidence: 92.5 is not between 0 and 1; correct"),
         ({"confidence": "0.9"}, "confidence: is a string, not a number; give"),
         ({"confidence": True}, "confidence: is true or false, not a number; give"),
         ({"metadata": []}, "metadata: is a list, not an object; write"),
         ({"metadata": {"source": "a"}, "source": "b"}, '"source": differs from the same field in metadata; keep'),
         ({"metadata": {"candidates": "AB"}}, "metadata.candidates: must be a list of non-empty strings; name"),
-        ({"metadata": {"candidates": ["Yes", "yes"]}}, "metadata.candidates: names a choice twice; keep"),
+        ({"metadata": {"candidates": ["Yes", "yes"]}}, "metadata.candidates: lists a choice twice; keep"),
         ({"id": ["a"]}, "id: is a list; give"),
         ({"image": 5}, "image: is a number, not a string; give"),
         ({"image": ""}, "image: is empty; give"),
@@ -205,7 +205,7 @@ def test_record_with_its_own_candidates_is_checked_against_those(read):
         ({"image": "a\0b.jpg"}, 'image: "a\\u0000b.jpg" is not in '),
         ({"image": "../up.jpg"}, 'image: "../up.jpg" leaves '),
         ({"image": "/etc/hostname"}, 'image: "/etc/hostname" leaves '),
-        ({"image": "https://example.org/a.jpg"}, "is a URL, which is not fetched; download it"),
+        ({"image": "https://example.org/a.jpg"}, "is a URL, which is not downloaded; download it yourself"),
     ],
 )
 def test_problem_is_named_with_file_record_and_field(read, tmp_path, change, message):
@@ -249,7 +249,7 @@ def test_image_root_replaces_the_data_files_folder(read, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(b"jpeg")
     assert read(GOOD | {"image": "a.jpg"}, image_root=tmp_path / "pictures")[0].image.endswith("pictures/a.jpg")
-    with pytest.raises(DataError, match=r"image root .*nowhere: no such folder; name"):
+    with pytest.raises(DataError, match=r"image root .*nowhere: no such folder; give"):
         read(GOOD, image_root=tmp_path / "nowhere")
 
 
@@ -261,14 +261,14 @@ def test_image_root_replaces_the_data_files_folder(read, tmp_path):
     [
         ("a.json", b"", "the file is empty; write"),
         ("a.jsonl", b"\n \n", "the file is empty; write"),
-        ("a.json", b"[]", "holds no records; write"),
+        ("a.json", b"[]", "contains no records; write"),
         ("a.json", b"{}", "holds an object, not a list of records; put"),
         ("a.json", b'[\n {"a": 1,}]', "line 2 column 10: invalid JSON"),
         ("a.json", b'[{"a": "\xff"}]', "line 1: not UTF-8 text .byte 8"),
         ("a.json", b"[" * 200_000, "nested too deeply"),
         ("a.json", b"[" + b"9" * 5000 + b"]", "record 1: is a number|line 1: invalid JSON"),
         ("a.jsonl", json.dumps(GOOD).encode() + b'\n{"instruc', "line 2 column 2: .*the file ends inside this line"),
-        ("a.jsonl", b'{"instruc\n' + json.dumps(GOOD).encode(), "line 1 column 2: .*correct the line or drop it"),
+        ("a.jsonl", b'{"instruc\n' + json.dumps(GOOD).encode(), "line 1 column 2: .*correct the line or delete it"),
         ("a.parquet", b"PAR1", "not readable as Parquet"),
         ("a.csv", b"x", 'unknown suffix ".csv"; use .json'),
     ],
@@ -345,7 +345,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(read, tmp_path):
     )
     write_records(tmp_path / "copy.jsonl", [record])
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"record r2: metadata: .*keep JSON values only"):
+    with pytest.raises(DataError, match=r"record r2: metadata: .*use only JSON values"):
         write_records(tmp_path / "copy.jsonl", [record, bad])
     assert sorted(tmp_path.iterdir()) == before
     assert read_records(tmp_path / "copy.jsonl", candidates=ROBOTS) == [record]

@@ -117,5 +117,5 @@ def test_a_broken_or_missing_part_is_named(tmp_path):
 
 
 def test_a_folder_without_data_is_an_error_of_convert(tmp_path):
-    with pytest.raises(DataError, match="holds no data file; name one, or a folder of Parquet files"):
+    with pytest.raises(DataError, match="contains no data file; give one, or a folder of Parquet files"):
         convert_file(tmp_path, tmp_path / "out.json", source="llava", progress=False, domain=NO_DOMAIN)

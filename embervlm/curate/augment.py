@@ -1,4 +1,4 @@
-"""More chains from those there are: paraphrased, reordered, expanded and simplified, each checked, none twice.
+"""More chains from the given ones: paraphrased, reordered, expanded and simplified; each is checked, no duplicates.
 
 A new record keeps the picture, question and answer of its origin, so it falls into the same split.
 """
@@ -48,7 +48,7 @@ class StrategyReport:
 
 @dataclass(kw_only=True)
 class AugmentationReport:
-    """What an augmentation came to. Distinct: differs in more than function words, case and punctuation."""
+    """The result of an augmentation. Distinct: differs in more than function words, case and punctuation."""
 
     origins: int = 0
     wanted: int = 0
@@ -75,7 +75,7 @@ class AugmentationReport:
             lines.append(f"{name:<12}{one.asked:>8}{one.made:>8}{one.distinct_chains:>10}  {refused}")
         for reason, ids in sorted(self.refused_origins.items()):
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-            lines.append(f"nothing made from {len(ids)} records, {reason}: {', '.join(ids[:5])}{more}")
+            lines.append(f"nothing was made from {len(ids)} records, {reason}: {', '.join(ids[:5])}{more}")
         return "\n".join(lines)
 
 
@@ -161,7 +161,7 @@ class _Maker:
         ids = Counter(record.record_id for record in records)
         if repeated := [name for name, count in ids.items() if count > 1]:
             raise DataError.of(
-                [f"record {name}: id: stands {ids[name]} times; give each record its own" for name in repeated]
+                [f"record {name}: id: appears {ids[name]} times; give each record its own" for name in repeated]
             )
         self._taken = set(ids)
         self._chains = ChainIndex()
@@ -249,7 +249,7 @@ def augment_file(
     validate_reasoning: bool = True,
     seed: int = 0,
 ) -> AugmentationReport:
-    """Write `input`'s records and new ones made from its train split, `target_samples` in all; print what they are.
+    """Write the records of `input` and new ones made from its train split, `target_samples` in total; print a summary.
 
     Beside it goes `<output_file's stem>.augmentation.json`, the report. Validation and test records are kept as they
     are: a metric over near copies of one question would say less than it seems to.
@@ -261,7 +261,7 @@ def augment_file(
     records = read_records(input, candidates=domain.candidates, unpack_dir=pictures_beside(output_file))
     train = split_records(records)["train"]
     if not train:
-        raise DataError(f"{input}: none of its {len(records)} records falls into the train split; add records")
+        raise DataError(f"{input}: none of its {len(records)} records is in the train split; add records")
     made, report = augment(train, target_samples - len(records), validate=validate_reasoning, seed=seed)
     write_records(output_file, chain(records, made))
     path = output_file.with_name(f"{output_file.stem}.augmentation.json")
@@ -274,7 +274,7 @@ def augment_file(
     if total < target_samples:
         print(
             f"stopped {target_samples - total} below --target_samples {target_samples}: these records give no more "
-            f"distinct chains, or {MAX_FROM_ONE} from each; bring more records"
+            f"distinct chains, or gave {MAX_FROM_ONE} each; add more records"
         )
     print(f"Report: {path}")
     return report
@@ -304,7 +304,9 @@ def augment_cached(
         )
         print(f"augmentation: {len(records)} training records and {len(made)} new ones\n{report.text()}")
         if len(made) < report.wanted:
-            print(f"reasoning_augmentation.target_samples: {config.target_samples} is not reached with distinct chains")
+            print(
+                f"reasoning_augmentation.target_samples: {config.target_samples} cannot be reached with distinct chains"
+            )
         # all else is the origin's; without it the file, and what reading it takes, stays small
         write_records(path, (replace(record, metadata=_own_metadata(record.metadata)) for record in made))
     if not path.exists() or not path.stat().st_size:

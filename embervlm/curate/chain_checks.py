@@ -1,4 +1,4 @@
-"""What is wrong with one chain and its question.
+"""The checks of one chain and its question.
 
 Nothing here knows robots: what can be answered comes from the record, what can be claimed from the data's facts.
 """
@@ -69,7 +69,7 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         if fault.redundant:
             out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
         if fault.unsupported and not is_conclusion(text):  # "Conclusion: five" need only name the answer
-            fix = "name what it is about, or drop the step"
+            fix = "say what it is about, or drop the step"
             out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
     if (opposite := opposite_steps(job.steps)) is not None:
         first, second = opposite

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: every finding with its record, field and fix. `validate` and `filter` stand on this.
+"""The checks of a data set: every finding with its record, field and fix. `validate` and `filter` use this.
 
 Nothing here knows robots: what can be answered comes from the records, what can be claimed from their `metadata.facts`.
 """
@@ -62,7 +62,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 @without_garbage_collection()
 def check_file(path: str | Path, options: CheckOptions, *, keep_values: bool = False) -> CheckedData:
-    """Read `path` and look for every problem; `keep_values` keeps what stands in the file for all records.
+    """Read `path` and look for every problem; `keep_values` keeps the values in the file for all records.
 
     Raises:
         DataError: the file cannot be read at all, or holds no records.
@@ -118,7 +118,7 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
     """Of one file, or of all that training would read under this name; these are then numbered through."""
     files, one_file = source_files(data.path), is_one_file(data.path)
     if not files or (options.unpack_dir is None and not one_file):
-        raise DataError(f"{data.path}: no data file there; name one, a folder of shards, or a pattern of files")
+        raise DataError(f"{data.path}: no data file there; give a data file, a folder of shards, or a pattern of files")
     rules = source_rules(
         data.path,
         files,
@@ -170,7 +170,7 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
         for expected, number in enumerate(numbers, 1):
             if number != expected:
                 shown = ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")
-                what = f"steps are numbered {shown}: {expected} is expected where {number} stands"
+                what = f"steps are numbered {shown}: {expected} is expected instead of {number}"
                 data.add("numbering", reading.number, name, what, "number the steps 1, 2, 3, ...")
                 break
 
@@ -179,7 +179,7 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
 
 
 def open_picture(path: str, *, decode: bool = True) -> tuple[str, str]:
-    """A digest over the picture's content, or else what is wrong with it; decoded as training does."""
+    """A digest over the picture's content, or else its problem; decoded as in training."""
     from embervlm.data.images import ImageError, load_image
 
     try:
@@ -191,7 +191,7 @@ def open_picture(path: str, *, decode: bool = True) -> tuple[str, str]:
     except OSError as error:
         return "", f"{path}: {error.strerror}; correct the path, or drop the record"
     except MemoryError:
-        return "", f"{path}: does not fit into memory; scale it down"
+        return "", f"{path}: does not fit into memory; make it smaller"
 
 
 def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
@@ -224,7 +224,7 @@ def _check_splits(data: CheckedData, _: CheckOptions) -> None:
     problems: list[str] = []  # pictures in two splits, which are found below with their record numbers
     data.splits = [str(split) for split in splits_of(data.records, data.pictures, problems)]
     if data.records and "train" not in data.splits:
-        data.add("split", 0, "metadata.split", "no record falls into the train split", "add records")
+        data.add("split", 0, "metadata.split", "no record is in the train split", "add records")
     pictures: dict[str, int] = {}
     for place, record in enumerate(data.records):
         if record.image is not None:
@@ -236,7 +236,7 @@ def _check_splits(data: CheckedData, _: CheckOptions) -> None:
 def _add_leak(data: CheckedData, kind: str, place: int, first: int, more: str = "") -> None:
     """The record at `place` stands in another split than that at `first`, which says the same."""
     name, what, fix = {
-        "picture_leak": ("metadata.split", "the picture stands", "give both the same metadata.split"),
+        "picture_leak": ("metadata.split", "the picture is", "give both the same metadata.split"),
         "text_leak": ("instruction", "stands", "give both the same metadata.split_group"),
     }[kind]
     number = data.numbers[first]

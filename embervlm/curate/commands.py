@@ -62,7 +62,7 @@ def generate(
     blind = blind_accuracy(records)
     found = f"{blind['fitted_on_train']:.1%} fitted on train, {blind['in_hindsight']:.1%} at best"
     none = math.isnan(blind["in_hindsight"])
-    print(f"answering from the instruction alone, test split: {'no record falls into it' if none else found}")
+    print(f"answering from the instruction alone, test split: {'it has no records' if none else found}")
 
 
 def generate_by_teacher(
@@ -110,7 +110,7 @@ def generate_by_teacher(
     if outcome.unanswered:
         raise DataError.of(
             [
-                f"record {name}: got no answer ({reason}); the same command asks again"
+                f"record {name}: has no answer ({reason}); the same command asks again"
                 for name, reason in outcome.unanswered.items()
             ]
         )
@@ -143,7 +143,7 @@ def convert_annotations(
 
 
 def merge(*, domain: Domain, shards: Sequence[Path], output_file: Path, image_root: Path | None = None) -> None:
-    """One data set from several, in their order; a record that stands twice counts once.
+    """One data set from several, in their order; a record that appears twice counts once.
 
     Raises:
         DataError: two records share an id and differ, or a picture lies where the output cannot name it.
@@ -164,7 +164,7 @@ def merge(*, domain: Domain, shards: Sequence[Path], output_file: Path, image_ro
             if record.image is not None and not is_inside(record.image, os.path.realpath(root)):
                 problems.append(
                     f"{path} record {record.record_id}: image: {record.image} is not in {root}; write the output file "
-                    "to a folder that holds all pictures"
+                    "to a folder that contains all pictures"
                 )
             value = record_to_json(record, root)
             if merged.setdefault(record.record_id, value) != value:
@@ -172,12 +172,12 @@ def merge(*, domain: Domain, shards: Sequence[Path], output_file: Path, image_ro
     if problems:
         raise DataError.of(problems)
     write_dataset(output_file, list(merged.values()))
-    twice = f", {total - len(merged)} that stood twice left out" if total > len(merged) else ""
+    twice = f", {total - len(merged)} duplicates left out" if total > len(merged) else ""
     print(f"{output_file}: {len(merged)} records from {len(shards)} files{twice}")
 
 
 def check_output(output_file: Path, num_samples: int | None = None) -> None:
-    """ConfigError unless `output_file` can be written and is to hold something."""
+    """ConfigError if `output_file` cannot be written, or would be empty."""
     if num_samples is not None and num_samples < 1:
         raise ConfigError(f"--num_samples {num_samples}: must be at least 1")
     if output_file.suffix not in (".json", ".jsonl"):

@@ -1,4 +1,4 @@
-"""`embervlm data convert`: records of other formats -> the unified spelling; the reader checks what comes out.
+"""`embervlm data convert`: records of other formats -> the unified format; the reader checks the result.
 
 Nothing is guessed, nothing is dropped silently. Choices become `metadata.candidates`, explanations become steps, one
 per sentence, and the answer the conclusion.
@@ -60,7 +60,7 @@ FOLDERS = {"geometry3k": ("data.json", "logic_form.json")}
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote."""
+    """The result of a conversion."""
 
     records: list[ReasoningRecord]
     skipped: list[dict[str, Any]]
@@ -69,7 +69,7 @@ class Converted:
     picture_root: str
     """Folder that the picture paths in the output are relative to."""
     num_moved: int
-    """Records whose split was changed, because their picture also stands in another."""
+    """Records whose split was changed, because their picture is also in another split."""
 
 
 def convert_file(
@@ -99,7 +99,7 @@ def convert_file(
         raise ConfigError(f"--output_file {output_file}: must end in .json or .jsonl")
     root = os.path.realpath(_folder_of(path) if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
-        raise ConfigError(f"--image_root {image_root}: no such folder; name the one that picture paths are relative to")
+        raise ConfigError(f"--image_root {image_root}: no such folder; give the one that picture paths are relative to")
     rules = FieldRules(
         image_root=root,
         candidates=domain.candidates,
@@ -110,7 +110,7 @@ def convert_file(
     if skipped and not (records and skip_bad):
         raise DataError.of([_told(path, item["record"], text) for item in skipped for text in item["problems"]])
     if not records:
-        raise DataError(f"{path}: holds no records; name a file that does")
+        raise DataError(f"{path}: contains no records; give a file with records")
     records, num_moved = _one_split_per_picture(records)
     folder = os.path.realpath(output_file.parent)
     beside = all(is_inside(record.image, folder) for record in records if record.image)  # as unpacked ones are
@@ -163,7 +163,7 @@ def _values(path: Path, source: str, problems: list[str]) -> Iterator[tuple[int,
         yield from file_values(path, problems, keyed=keyed, inside=inside)
         return
     if not files or is_shard(files[0]):
-        raise DataError(f"{path}: holds no data file; name one, or a folder of Parquet files or of a saved data set")
+        raise DataError(f"{path}: contains no data file; give one, or a folder of Parquet files or of a saved data set")
     all_values = (value for file in files for _, value in file_values(file, problems, inside=inside))
     yield from enumerate(all_values, start=1)
 
@@ -223,7 +223,7 @@ def _one_split_per_picture(records: list[ReasoningRecord]) -> tuple[list[Reasoni
 
 
 def summary(made: Converted, output_file: Path) -> str:
-    """What the command prints."""
+    """The lines that the command prints."""
     records = made.records
     complexity = Counter(str(record.metadata["complexity"]) for record in records)
     steps = [record.num_steps for record in records]
@@ -232,9 +232,9 @@ def summary(made: Converted, output_file: Path) -> str:
         f"{min(steps)} to {max(steps)} steps ({', '.join(f'{n} {name}' for name, n in sorted(complexity.items()))})"
     ]
     if made.num_moved:
-        lines.append(f"{made.num_moved} records follow their picture into the split that also holds it")
+        lines.append(f"{made.num_moved} records were moved to the other split of their picture")
     if made.skipped:
         lines.append(f"{len(made.skipped)} records skipped or cut short, listed in {skipped_path(output_file)}")
     if any(record.image for record in records) and made.picture_root != os.path.realpath(output_file.parent):
-        lines.append(f"its pictures are found with --image_root {made.picture_root}")
+        lines.append(f"read it with --image_root {made.picture_root} to find its pictures")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Records that say the same twice: exact duplicates, near duplicates, and the same question answered in two ways."""
+"""Records that repeat others: exact duplicates, near duplicates, and the same question with different answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def shingles_of(words: Sequence[str]) -> frozenset[str]:
 
 
 def find_duplicates(records: Sequence[ReasoningRecord], pictures: Mapping[str, str]) -> list[Duplicate]:
-    """What repeats an earlier record about the same picture (by content; no picture counts as one), by index.
+    """The records that repeat an earlier one about the same picture (by content; no picture counts as one), by index.
 
     duplicate: the same instruction, steps and answer, case and punctuation aside. near_duplicate: the same answer, and
     word triples of instruction and steps that overlap by `NEAR_JACCARD` (Jaccard). conflict: the same instruction

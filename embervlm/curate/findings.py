@@ -1,4 +1,4 @@
-"""What checking a data set finds, and what it is checked against."""
+"""The findings of a data set check, and the settings of the check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of finding."""
+    """A kind of finding."""
 
     title: str
     stops_training: bool
@@ -28,13 +28,13 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "schema": Kind("Fields missing, empty or of the wrong type", True),
     "markers": Kind("Unbalanced reasoning markers", True),
-    "unknown_answer": Kind("Answers that are none of the candidates", True),
+    "unknown_answer": Kind("Answers that are not among the candidates", True),
     "picture": Kind("Pictures missing or unreadable", True),
     "split": Kind("Unknown splits, or no training split", True),
     "picture_leak": Kind("The same picture in two splits", True),
     "too_long": Kind("Longer than max_reasoning_length or than the model reads", True),
     "duplicate_id": Kind("Ids used twice", True),
-    "maybe_too_long": Kind("By estimate too long", False),
+    "maybe_too_long": Kind("Probably too long (estimate)", False),
     "left_out": Kind("Augmented records that are too long, which training leaves out", False),
     "complexity": Kind("Complexities that a curriculum refuses", False),
     "text_leak": Kind("The same task in two splits", False),
@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "given_away": Kind("Answers given away in the instruction", False),
     "guessable": Kind("Instructions that are answered without the picture", False),
 }
-"""Every kind of finding, the gravest first."""
+"""Every kind of finding, the most serious first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """What a data set is checked against: the training flags of the same names."""
+    """The settings of a data set check: the training flags of the same names."""
 
     domain: Domain = NO_DOMAIN
     """What the records are about: it says what an answer is chosen from where a record does not."""
@@ -94,7 +94,7 @@ class CheckOptions:
     workers: int | None = None
     """Processes that open pictures; None: one per core."""
     unpack_dir: str | None = None
-    """Where pictures are written that stand in the records themselves; None refuses such."""
+    """Folder for pictures that are contained in the records themselves; None refuses these."""
 
     @property
     def limits(self) -> Limits:
@@ -113,7 +113,7 @@ class CheckOptions:
 
 @dataclass(kw_only=True)
 class CheckedData:
-    """A data set and all that was found. The lists from `numbers` on are parallel, one entry per usable record."""
+    """A data set and all findings. The lists from `numbers` on are parallel, one entry per usable record."""
 
     path: Path
     num_values: int = 0
@@ -138,7 +138,7 @@ class CheckedData:
 
 
 def problem_counts(problems: Sequence[Problem]) -> dict[str, int]:
-    """Kind -> number of findings, for those that were found, the gravest first."""
+    """Kind -> number of findings, for those that were found, the most serious first."""
     counts = Counter(problem.kind for problem in problems)
     return {name: counts[name] for name in KINDS if counts[name]}
 

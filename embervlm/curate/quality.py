@@ -1,4 +1,4 @@
-"""`embervlm data filter`: a quality score for every record, from what the checks found in it."""
+"""`embervlm data filter`: a quality score for every record, computed from the findings of the checks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def filter_file(
 ) -> tuple[int, int]:
     """Write the records with at least the score to `output` and the others beside; the number of each.
 
-    A kept record stands there as in the file, with its quality in `metadata.quality` (an earlier one is replaced). Of
+    A kept record is written as in the file, with its quality in `metadata.quality` (an earlier one is replaced). Of
     the others are written `record` (number), `score`, `reasons` and `value`, what stands in the file.
     Raises:
         DataError: the file cannot be read at all, or holds no records.
@@ -68,9 +68,9 @@ def filter_file(
     if output.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--output {output}: must end in .json or .jsonl")
     if not is_one_file(data_file):
-        raise ConfigError(f"--input {data_file}: filter reads one .json, .jsonl or .parquet file; name one")
+        raise ConfigError(f"--input {data_file}: filter reads one .json, .jsonl or .parquet file; give one")
     if output.resolve() == Path(data_file).resolve():
-        raise ConfigError(f"--output {output}: is the input; name another file")
+        raise ConfigError(f"--output {output}: is the input; choose another file")
     options = replace(options, unpack_dir=os.path.realpath(pictures_beside(output)))
     data = check_file(data_file, options, keep_values=True)
     problems = by_record(data.problems)
@@ -101,5 +101,7 @@ def filter_file(
         write_dataset(output, kept)
         write_dataset(rejected_path(output), rejected)
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written ({error.strerror}); make room or name another place") from error
+        raise ConfigError(
+            f"{output}: cannot be written ({error.strerror}); free some space or choose another place"
+        ) from error
     return len(kept), len(rejected)

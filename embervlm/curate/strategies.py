@@ -1,4 +1,4 @@
-"""One chain made from another: paraphrased, reordered, expanded or simplified, and whether it still says the same.
+"""One chain made from another: paraphrased, reordered, expanded or simplified, and the check that it says the same.
 
 Names and values come from `metadata.facts` and `metadata.scene`; where there are none, from the words alone.
 """
@@ -119,7 +119,7 @@ class Origin:
         return {str(box.get("kind")) for box in boxes if isinstance(box, Mapping)} if isinstance(boxes, list) else set()
 
     def why_not(self, validate: bool) -> str | None:
-        """Why nothing can be made from this record, or None."""
+        """The reason why nothing can be made from this record, or None."""
         if not self.rows:
             return "no chain"
         if not validate:
@@ -144,7 +144,7 @@ def reorder(origin: Origin, rng: random.Random) -> list[Row] | str:
     """The same sentences in another order, where none needs another that now comes later."""
     order = origin.graph.new_order(rng)
     if order is None:
-        return "no other order is free"
+        return "no other order is possible"
     steps, units = order
     return [_with_units(origin, step, units[step]) for step in steps]
 
@@ -166,7 +166,7 @@ def expand(origin: Origin, rng: random.Random) -> list[Row] | str:
     As steps of their own while the chain is not longer than the longest given one, else in front of a step.
     """
     if origin.graph.counts_aloud or not origin.statable:
-        return "no fact that is not stated yet"
+        return "all facts are stated already"
     chosen = rng.sample(origin.statable, rng.randint(1, min(MAX_FACTS_ADDED, len(origin.statable))))
     added: dict[int, list[str]] = defaultdict(list)
     sentences: dict[str, str] = {}

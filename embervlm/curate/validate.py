@@ -1,4 +1,4 @@
-"""`embervlm data validate`: what is wrong with a data set and what is in it, as one JSON object."""
+"""`embervlm data validate`: the problems and the contents of a data set, as one JSON object."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _SPELLINGS = {**{name: name for name in COMPLEXITIES}, "low": "simple", "high": 
 
 
 def complexity_problem(metadata: Mapping[str, Any]) -> str:
-    """What is wrong with `metadata.complexity`, and what to do; empty where nothing is."""
+    """The problem of `metadata.complexity`, and what to do; empty if there is none."""
     given = metadata.get("complexity")
     if given is None or _spelling(given) in _SPELLINGS:
         return ""
@@ -79,7 +79,7 @@ def records_of_epochs(
             raise ConfigError(
                 f"curriculum.{name}: none of the {len(records)} training records has at most {stage.max_steps} steps "
                 f"and is {stage.complexity} or simpler, so epoch {epoch} is empty (the shortest chain has {shortest} "
-                f"steps, the simplest is {simplest}); raise the limits or leave the stage's epochs to another"
+                f"steps, the simplest is {simplest}); raise the limits or give the stage's epochs to another"
             )
     return epochs
 

@@ -39,7 +39,7 @@ def encode_reasoning(
     *,
     limits: Limits | None = None,
 ) -> Samples:
-    """Every record with its chain. DataError lists all that are longer than `max_length`, or than `limits`, allow.
+    """Every record with its chain. DataError lists all that are longer than `max_length` or `limits` allow.
 
     An augmented record that is too long is left out instead.
     """

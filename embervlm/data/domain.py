@@ -1,4 +1,4 @@
-"""What is known of a world before any record is read. General code asks the domain of its run and knows no other."""
+"""Knowledge about a world before any record is read. General code uses only the domain of its run."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ class Domain:
 
 
 NO_DOMAIN = Domain(name="none")
-"""Of a user's own data."""
+"""The domain of a user's own data."""

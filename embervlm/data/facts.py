@@ -1,4 +1,4 @@
-"""What the records of a data set say is true."""
+"""The facts that the records of a data set state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fact_domains(records: Sequence[ReasoningRecord]) -> dict[str, frozenset[str]
 
 
 def known_facts(record: ReasoningRecord) -> dict[str, str]:
-    """What is true of a record's scene: `metadata.scene` and `metadata.facts`, as far as they are text."""
+    """The facts of a record's scene: `metadata.scene` and `metadata.facts`, as far as they are text."""
     out: dict[str, str] = {}
     for key in ("scene", "facts"):
         values = record.metadata.get(key)

@@ -70,7 +70,7 @@ def load_image(source: ImageSource, *, size: int | None = None, name: str | None
     path = os.fspath(source)
     name = name or path
     if path.lower().startswith(("http://", "https://", "ftp://", "data:")):
-        raise ImageError(f"{name[:200]}: URLs are not fetched; download the picture and give its path")
+        raise ImageError(f"{name[:200]}: URLs are not downloaded; download the picture and give its path")
     if os.path.isdir(path):
         raise ImageError(f"{name}: is a folder; give the path of one picture")
     try:
@@ -116,7 +116,7 @@ def _finish(image: Image.Image, size: int | None, name: str, *, own: bool) -> np
     """`own`: the image was opened here, so it may be changed in place."""
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: {width} x {height} pixels, there is nothing to see; replace it, or drop the record")
+        raise ImageError(f"{name}: {width} x {height} pixels, so it is empty; replace it, or drop the record")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
     try:
@@ -187,7 +187,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
             f"{name}: shape {list(array.shape)} is not [H, W] or [H, W, 1, 3 or 4]; move the channels last"
         )
     if array.size == 0:
-        raise ImageError(f"{name}: there is nothing to see; give at least one pixel")
+        raise ImageError(f"{name}: it is empty; give at least one pixel")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # also NaN
@@ -235,7 +235,9 @@ class PictureCache:
             self._build(file)
             array = self._open(file)
         if array is None:
-            raise ImageError(f"{file}: not what was just written there; check the disk, or name another cache folder")
+            raise ImageError(
+                f"{file}: differs from what was just written there; check the disk, or choose another cache folder"
+            )
         self.array = array
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""JSON as `json.load` reads it, but a list value by value, and what it takes in silence is said."""
+"""JSON as `json.load` reads it, but a list value by value, and with reports of what it silently accepts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LONGEST_TOKEN = 16
 """More characters than "-Infinity" or an escaped surrogate pair: what ends this near to the end may be cut off."""
 
 
-_NO_JSON = "which is no JSON; write null, or leave the field out"
+_NO_JSON = "which is not JSON; write null, or leave the field out"
 
 
 class _Constant:
-    """NaN or Infinity, until it is told."""
+    """NaN or Infinity, until it is reported."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 class Decoder:
-    """`json.loads`, with a note of what it takes in silence: a name that stands twice in an object, NaN, Infinity."""
+    """`json.loads`, with a note of what it silently accepts: a name that appears twice in an object, NaN, Infinity."""
 
     def __init__(self) -> None:
         self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
@@ -45,7 +45,7 @@ class Decoder:
         return self._json.raw_decode(text, at)
 
     def lost(self) -> list[str]:
-        """What is wrong with the value decoded last, each as `<field>: <what>; <what to do>`."""
+        """The problems of the last decoded value, each as `<field>: <what>; <what to do>`."""
         inside = [f"holds {name}, {_NO_JSON}" for name in self._constants]  # a list
         return list(dict.fromkeys([*self._lost, *inside]))
 
@@ -55,7 +55,7 @@ class Decoder:
             names = [name for name, _ in pairs]
             twice = {name: None for name in names if names.count(name) > 1}
             self._lost += [
-                f"{json.dumps(name[:80])}: stands twice in one object; keep one of the two" for name in twice
+                f"{json.dumps(name[:80])}: appears twice in one object; keep one of the two" for name in twice
             ]
         if self._constants:
             for name, value in pairs:
@@ -71,7 +71,8 @@ class Decoder:
 
 
 class JsonText:
-    """Where reading stands in a file. `line` and `column`, counted from 1, are those of the error that was raised."""
+    """The position of the reader in a file. `line` and `column`, counted from 1, are those of the error that was
+    raised."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._utf8 = file, codecs.getincrementaldecoder("utf-8")()

@@ -1,4 +1,4 @@
-"""Steps that do not follow, for the step validator: what it has to tell from valid ones."""
+"""Invalid steps for the step validator, which learns to distinguish them from valid ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fit_pair(
 
 
 def cut_for_validator(sizes: np.ndarray, limit: int) -> str:
-    """How many chains the step validator cannot read at once, in words; empty where there is none.
+    """A line about the chains that the step validator cannot read at once; empty if there are none.
 
     Args:
         sizes: tokens of question and chain, `[samples, 2]`.
@@ -49,7 +49,7 @@ def cut_for_validator(sizes: np.ndarray, limit: int) -> str:
         return ""
     return (
         f"{longer:,} of {len(sizes):,} chains are longer than the step validator reads: question, chain so far and "
-        f"step have {limit} tokens at most, of which {previous} are the end of the chain so far"
+        f"step have at most {limit} tokens, of which {previous} are the end of the chain so far"
     )
 
 

@@ -15,7 +15,7 @@ from embervlm.data.record_pictures import PICTURE_NAMES
 
 
 def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The row, and what JSON has no word for in it, each as `<field>: <what>; <what to do>`.
+    """The row, and a problem for each value that JSON cannot hold, as `<field>: <what>; <what to do>`.
 
     Null fields are left out, those of structs too: a table gives every row the fields of all. Dates become ISO text,
     decimals numbers. Bytes stay where a picture is looked for. `metadata` may be a JSON text.
@@ -39,11 +39,11 @@ def _plain(value: Any, where: str, pictured: bool, report: Callable[[str], None]
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, pictured, report) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        report(f"{quote(where)}: is {value}, which is no number; write null")
+        report(f"{quote(where)}: is {value}, which is not a number; write null")
     elif isinstance(value, (bytes, bytearray)):
         if pictured:
             return bytes(value)
-        report(f"{quote(where)}: holds bytes; call the column image where they are the picture, or leave it out")
+        report(f"{quote(where)}: contains bytes; rename the column to image if they are the picture, or leave it out")
     elif isinstance(value, (date, datetime, time)):
         return value.isoformat()
     elif isinstance(value, Decimal):
@@ -55,19 +55,19 @@ def _plain(value: Any, where: str, pictured: bool, report: Callable[[str], None]
     elif value is None or isinstance(value, (str, int, float)):
         return value
     else:
-        report(f"{quote(where)}: is {type(value).__name__}, which no record holds; write it as text or number")
+        report(f"{quote(where)}: is {type(value).__name__}, which a record cannot contain; write it as text or number")
     return None
 
 
 def holds_bytes(value: Any) -> bool:
-    """Whether a picture stands in the record itself, as in a Parquet file it can."""
+    """Whether the record itself contains a picture, as is possible in a Parquet file."""
     return isinstance(value, dict) and any(
         _is_bytes(item) for name, item in value.items() if name.casefold() in PICTURE_NAMES
     )
 
 
 def without_bytes(value: dict[str, Any], image: str | None) -> dict[str, Any]:
-    """The record with the path of its picture in place of the content."""
+    """The record with the path of its picture instead of the content."""
     rest = {name: item for name, item in value.items() if not _is_bytes(item)}
     return rest if image is None else {**rest, "image": image}
 

@@ -1,4 +1,4 @@
-"""The fields of one record: each is checked, and what is wrong with it is said together with what to do.
+"""The fields of one record: each is checked, and every problem is reported together with its fix.
 
 `records.py` reads files with this; nothing here raises, every finding goes to `report`.
 """
@@ -35,7 +35,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class FieldRules:
-    """What all records of one file are checked against, and what was already looked up for it."""
+    """The limits and settings against which all records of one file are checked."""
 
     image_root: str = ""
     candidates: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class FieldRules:
     allow_outside: bool = False
     max_steps: int = MAX_STEPS
     unpack_dir: str | None = None
-    """Where pictures that stand in the records themselves are written; None refuses them."""
+    """Folder for pictures that are contained in the records themselves; None refuses these."""
     folders: dict[str, str] = field(default_factory=dict)
     images: dict[str, tuple[str | None, str]] = field(default_factory=dict)
 
@@ -65,13 +65,13 @@ _OTHER_NAMES = {
     "candidates": ("choices", "options", "answer_choices"),
     "answer": ("answers", "label", "output", "response", "gold_answer", "correct_answer", "final_answer"),
 }
-"""What other data sets call our fields."""
+"""Names of our fields in other data sets."""
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
 Report = Callable[[str], None]
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     return _KINDS.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
@@ -113,15 +113,15 @@ def unused_fields(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def told_unused(counts: Mapping[str, int]) -> str:
-    """The fields and files that nothing reads, the most common first, in words; empty where there are none."""
+    """A line about the fields and files that nothing reads, the most common first; empty if there are none."""
     ordered = sorted(counts.items(), key=lambda found: (-found[1], found[0]))
     some = ", ".join(f"{quote(name)[1:-1]} ({count:,})" for name, count in ordered[:MAX_PRINTED_UNUSED])
     more = f" and {len(ordered) - MAX_PRINTED_UNUSED} more" if len(ordered) > MAX_PRINTED_UNUSED else ""
-    return f"not used, and in how many records: {some}{more}" if some else ""
+    return f"unused fields and their number of records: {some}{more}" if some else ""
 
 
 def _called_otherwise(value: Mapping[str, Any], name: str) -> str:
-    """What may be the missing field `name`, in words, or the empty string."""
+    """A hint which field may be the missing field `name`, or the empty string."""
     found = [other for other in _OTHER_NAMES[name] if value.get(other) not in (None, "", [], {})]
     if found and found[0] in ("conversations", "messages"):
         return f" (`embervlm data convert` reads {found[0]})"
@@ -169,18 +169,18 @@ _METADATA_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seen": (lambda value: isinstance(value, list) and all(map(_is_strings, value)), "a list of lists of strings"),
     "step_types": (_is_strings, "a list of strings"),
 }
-"""Metadata that training and evaluation read: what it must be."""
+"""Metadata that training and evaluation read, and the form that each must have."""
 
 
 def _check_metadata(metadata: Mapping[str, Any], num_steps: int, report: Report) -> None:
-    """Reports metadata that training or evaluation would stumble over; whatever else is there is the user's own."""
+    """Reports metadata on which training or evaluation would fail; all other metadata is the user's own."""
     for name, (fits, wanted) in _METADATA_KINDS.items():
         if metadata.get(name) is not None and not fits(metadata[name]):
             report(f"metadata.{name}: is not {wanted}; correct it, or give your own field another name")
     types = metadata.get("step_types")
     if isinstance(types, list) and num_steps and len(types) != num_steps:
         report(
-            f"metadata.step_types: {len(types)} types for {num_steps} steps; name one for each, the conclusion "
+            f"metadata.step_types: {len(types)} types for {num_steps} steps; give one for each, the conclusion "
             "included, or leave it out"
         )
     boxes = metadata.get("boxes")
@@ -204,11 +204,11 @@ def _is_box(box: Mapping[str, Any]) -> bool:
 
 
 def _text_problem(text: str, limit: int) -> str:
-    """What keeps `text` from being used, or the empty string. Any other character is text like the next."""
+    """The problem that makes `text` unusable, or the empty string. All other characters are allowed."""
     if len(text) > limit:
         return f"{len(text)} characters, more than {limit}; shorten it"
     if SURROGATE.search(text):
-        return "holds half of a surrogate pair, which is no character; write the whole character or drop it"
+        return "contains half of a surrogate pair, which is not a character; write the whole character or remove it"
     return ""
 
 
@@ -218,7 +218,9 @@ def _read_id(value: dict[str, Any], default: str, report: Report) -> str:
         report(f"id: is {kind(found) if found != '' else 'empty'}; give a string or a number, or leave the field out")
         return default
     if not str(found).isprintable() or len(str(found)) > MAX_ID_CHARACTERS:
-        report(f"id: is not {MAX_ID_CHARACTERS} printable characters at most; shorten it, or leave the field out")
+        report(
+            f"id: is not a text of at most {MAX_ID_CHARACTERS} printable characters; shorten it, or leave the field out"
+        )
         return default
     return str(found)
 
@@ -246,7 +248,7 @@ def _read_instruction(value: dict[str, Any], metadata: dict[str, Any], report: R
 def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tuple[str, ...]:
     given = [name for name in ("reasoning", "reasoning_steps") if value.get(name) not in (None, "", [])]
     if len(given) > 1:
-        report("reasoning: stands beside reasoning_steps; keep one of the two")
+        report("reasoning: is given together with reasoning_steps; keep one of the two")
         return ()
     if not given:
         if rules.require_reasoning:
@@ -261,7 +263,7 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
         report(f"{name}: is {kind(chain)}; give a string or a list of strings")
         return ()
     if wrong := [line for line in lines if not isinstance(line, str)]:
-        report(f"{name}: its list holds {kind(wrong[0])}; give strings only")
+        report(f"{name}: its list contains {kind(wrong[0])}; use only strings")
         return ()
     text = "\n".join(lines)
     if problem := _text_problem(text, MAX_CHAIN_CHARACTERS):
@@ -276,7 +278,7 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
         return ()
     steps, stray = parse_chain(text if isinstance(chain, str) else number_lines(lines))
     if stray:
-        report(f'{name}: {quote(stray[0])} belongs to no step; write it behind "Step N:", or drop it')
+        report(f'{name}: {quote(stray[0])} belongs to no step; write it after "Step N:", or remove it')
     elif not steps:
         report(f'{name}: the chain is empty; write "Step 1: ..." lines, or drop the record')
     elif (num_steps := len(steps) - steps[-1].startswith(CONCLUSION)) == 0:
@@ -293,12 +295,12 @@ def _read_answer(
     if (own := metadata.get("candidates")) is not None:
         if not isinstance(own, list) or not all(isinstance(name, str) and name.strip() for name in own):
             report(
-                "metadata.candidates: must be a list of non-empty strings; name every choice, leave it out where the "
-                "choices are the domain's, or write [] for an answer in free words"
+                "metadata.candidates: must be a list of non-empty strings; list every choice, leave it out to use the "
+                "domain's choices, or write [] for a free-text answer"
             )
             return ()
         if len({name.strip().casefold() for name in own}) < len(own):
-            report("metadata.candidates: names a choice twice; keep each once")
+            report("metadata.candidates: lists a choice twice; keep each once")
             return ()
         if len(own) > MAX_CANDIDATES:
             report(f"metadata.candidates: {len(own)} choices, more than {MAX_CANDIDATES}; keep fewer")
@@ -319,7 +321,7 @@ def _read_answer(
         report(f"answer: is {kind(answer)}; give a string or a list of strings")
         return ()
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        report(f"answer: its list holds {kind(wrong[0])}; give strings only")
+        report(f"answer: its list contains {kind(wrong[0])}; use only strings")
         return ()
     if problem := _text_problem(", ".join(texts), MAX_ANSWER_CHARACTERS):
         report(f"answer: {problem}")

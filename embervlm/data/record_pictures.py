@@ -1,4 +1,4 @@
-"""Which picture a record is about, however it is named: its path, or the picture itself, as Parquet files hold it."""
+"""The picture of a record, however it is given: as a path, or as the picture itself, like in Parquet files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?\d*\|?>|\[(?:image|img
 
 
 def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report) -> str | None:
-    """The resolved path of the record's picture; None where it has none, or where something was reported.
+    """The resolved path of the record's picture; None if it has none, or if something was reported.
 
     A field that was taken for it leaves `metadata`.
     """
@@ -53,7 +53,10 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
     if not given:
         for name, item in metadata.items():
             if _looks_like_picture(item) or (name.casefold() in PICTURE_NAMES and _names_picture(name, item)):
-                report(f"{quote(name)}: names a picture where none is looked for; call the field image, or take it out")
+                report(
+                    f"{quote(name)}: names a picture in a field that is not read; rename the field to "
+                    f"image, or remove it"
+                )
                 return None
         return None
     name = next(name for name in ("image", *given) if name in given)
@@ -72,24 +75,26 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
 
 
 def pictures_beside(output_file: Path) -> Path:
-    """Where a command that writes records puts pictures that stood in the records themselves."""
+    """Folder into which a command that writes records puts pictures that the records contained."""
     return output_file.with_name(f"{output_file.stem}-pictures")
 
 
 def check_placeholders(instruction: str, image: str | None, report: Report) -> str:
-    """`instruction` without the place of its picture, which stands before the text."""
+    """`instruction` without its picture placeholder; the picture always comes before the text."""
     places = PLACEHOLDER.findall(instruction)
     if not places:
         return instruction
     if image is None:
-        report(f"instruction: holds {places[0]}, but the record has no picture; name it in image, or take this out")
+        report(
+            f"instruction: contains {places[0]}, but the record has no picture; give its path in image, or remove this"
+        )
     elif len(places) > 1:
-        report(f"instruction: holds {len(places)} places of pictures; a record has one picture: keep one of them")
+        report(f"instruction: contains {len(places)} picture placeholders; a record has one picture: keep one of them")
     return PLACEHOLDER.sub("", instruction).strip()
 
 
 class Embedded(NamedTuple):
-    """A picture that stands in the record itself."""
+    """A picture that is contained in the record itself."""
 
     data: bytes
     name: str
@@ -117,10 +122,13 @@ def _looks_like_picture(item: Any) -> bool:
 
 
 def _one_of(name: str, item: Any, report: Report) -> str | Embedded | None:
-    """The path or content that one field gives; None where something was reported."""
+    """The path or content that one field gives; None if something was reported."""
     if isinstance(item, list):
         if len(item) != 1:
-            report(f"{name}: holds {len(item)} pictures; a record has one: make several records of it, or one picture")
+            report(
+                f"{name}: contains {len(item)} pictures; a record has one: split it into several "
+                f"records, or keep one picture"
+            )
             return None
         item = item[0]
     if isinstance(item, bytes):
@@ -144,7 +152,10 @@ def _base(found: str | Embedded | None) -> str:
 def _read_bytes(name: str, found: Embedded, rules: FieldRules, report: Report) -> str | None:
     """Writes the picture to a file of its own, named after its content."""
     if rules.unpack_dir is None:
-        report(f"{name}: holds the picture itself, which is not unpacked here; `embervlm data filter` writes it out")
+        report(
+            f"{name}: contains the picture itself, which is not unpacked here; `embervlm data filter` "
+            f"writes it to a file"
+        )
         return None
     suffix = _SUFFIX.search(found.name)
     digest = hashlib.blake2b(found.data, digest_size=12).hexdigest()
@@ -179,7 +190,7 @@ def _resolve(image: str, rules: FieldRules) -> tuple[str | None, str]:
     if not image.strip():
         return None, "is empty; give the path of the picture, or leave the field out"
     if image.lower().startswith(("http://", "https://")):
-        return None, f"{quote(image)} is a URL, which is not fetched; download it and give its path"
+        return None, f"{quote(image)} is a URL, which is not downloaded; download it yourself and give its path"
     folder, name = os.path.split(os.path.join(rules.image_root, image))
     try:
         if folder not in rules.folders:

@@ -49,11 +49,11 @@ __all__ = [
 
 MAX_PRINTED_PROBLEMS = 50
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-TOO_DEEP = "nested too deeply; a record is a flat object, drop what is inside"
+TOO_DEEP = "nested too deeply; a record is a flat object, so remove the inner levels"
 
 
 class DataError(UserError):
-    """Something in a user's data is wrong. `problems` holds every finding; the message prints the first 50."""
+    """Something in a user's data is wrong. `problems` has every finding; the message shows the first 50."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -80,17 +80,17 @@ class ReasoningRecord:
     """Without the "Step i:" prefix; bullets of a step stay in it, one per line. A conclusion stands last and starts
     with "Conclusion: ". Empty for a direct-answer record."""
     answer: tuple[str, ...]
-    """The set of right answers, without repeats, in the order of the candidates. Empty where it is not known."""
+    """The set of right answers, without repeats, in the order of the candidates. Empty if it is not known."""
     confidence: float | None = None
-    """In [0, 1], or None where the record gives none."""
+    """In [0, 1], or None if the record gives none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Everything else the record holds; `num_steps` is not stored but computed."""
     default_candidates: tuple[str, ...] = field(default=(), repr=False)
-    """The domain's, which count where `metadata.candidates` is not given."""
+    """The domain's candidates, used if `metadata.candidates` is not given."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """What the answer is chosen from: its own `metadata.candidates`, else the domain's; () for an open answer.
+        """The choices for the answer: its own `metadata.candidates`, else the domain's; () for an open answer.
 
         The record of an open answer, which is free text, has an empty list of candidates.
         """
@@ -104,7 +104,7 @@ class ReasoningRecord:
 
     @property
     def conclusion(self) -> str:
-        """The last element of `steps` where that is a conclusion, else the empty string."""
+        """The last element of `steps` if it is a conclusion, else the empty string."""
         return self.steps[-1] if self.steps and self.steps[-1].startswith(CONCLUSION) else ""
 
 
@@ -132,7 +132,7 @@ def read_records(
         require_reasoning: False admits direct-answer records, which have no chain; `steps` is then `()`.
         require_answer: False admits questions whose answer is not known; `answer` is then `()`.
         max_steps: the most numbered steps a chain may have.
-        unpack_dir: where pictures are written that stand in the records themselves; None refuses such.
+        unpack_dir: folder for pictures that are contained in the records themselves; None refuses these.
     Raises:
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`; two
             records of one id are one.
@@ -164,19 +164,19 @@ def read_records(
 
 
 def no_records(path: str | os.PathLike[str]) -> DataError:
-    return DataError(f"{path}: holds no records; write at least one, or drop the file from the configuration")
+    return DataError(f"{path}: contains no records; write at least one, or remove the file from the configuration")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One value of a file and what became of it."""
+    """One value of a file and the result of reading it."""
 
     number: int
     """Counted from 1; in JSONL the line."""
     value: Any
-    """As it stands in the file; a picture that stands in it is named by its path."""
+    """The value as in the file; a picture that it contains is replaced by its path."""
     record: ReasoningRecord | None
-    """None where something is wrong with the value."""
+    """None if something is wrong with the value."""
     problems: tuple[str, ...]
     """Each as `<field>: <what>; <what to do>`."""
 
@@ -196,10 +196,10 @@ def read_values(values: Iterable[tuple[int, str, Any]], rules: FieldRules) -> It
 
 
 def folder_of_images(path: Path, image_root: str | os.PathLike[str] | None) -> str:
-    """What the image paths of the data file `path` are relative to, resolved."""
+    """The folder to which the image paths of the data file `path` are relative, resolved."""
     root = os.path.realpath(path.parent if image_root is None else image_root)
     if image_root is not None and not os.path.isdir(root):
-        raise DataError(f"image root {image_root}: no such folder; name the folder that image paths are relative to")
+        raise DataError(f"image root {image_root}: no such folder; give the folder that image paths are relative to")
     return root
 
 
@@ -245,7 +245,7 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False, inside:
             else:
                 yield from _json_values(path, file, problems, keyed, inside)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path and that it can be read") from error
+        raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
 
 
 def _told(path: Path, number: int, found: Sequence[str], problems: list[str]) -> bool:
@@ -255,7 +255,7 @@ def _told(path: Path, number: int, found: Sequence[str], problems: list[str]) ->
 
 
 def _empty(path: Path) -> DataError:
-    return DataError(f"{path}: the file is empty; write records into it, or drop it from the configuration")
+    return DataError(f"{path}: the file is empty; write records into it, or remove it from the configuration")
 
 
 def _jsonl_values(path: Path, file: BinaryIO, problems: list[str]) -> Iterator[tuple[int, Any]]:
@@ -267,9 +267,9 @@ def _jsonl_values(path: Path, file: BinaryIO, problems: list[str]) -> Iterator[t
         try:
             value = decoder.decode(line.rstrip(b"\n").decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            advice = "correct the line or drop it"
+            advice = "correct the line or delete it"
             if not line.endswith(b"\n"):
-                advice = "the file ends inside this line: write it again, or drop the line"
+                advice = "the file ends inside this line: write it again, or delete the line"
             problems.append(f"{path} {_not_json(error, number, getattr(error, 'colno', 0), advice)}")
             continue
         if not _told(path, number, decoder.lost(), problems):
@@ -295,7 +295,7 @@ def _json_values(
             else:
                 whole = value
     except (ValueError, RecursionError) as error:
-        advice = "correct it there; one record per line needs the suffix .jsonl"
+        advice = "correct it there; a file with one record per line needs the suffix .jsonl"
         problems.append(f"{path} {_not_json(error, text.line, text.column, advice)}")
         return
     if not first:
@@ -303,12 +303,12 @@ def _json_values(
     if listed or problems:
         return
     if not keyed or not isinstance(whole, dict):
-        raise DataError(f"{path}: holds {kind(whole)}, not a list of records; put the records between [ and ]")
+        raise DataError(f"{path}: contains {kind(whole)}, not a list of records; put the records between [ and ]")
     yield from enumerate(({"id": k, **v} if isinstance(v, dict) else v for k, v in whole.items()), start=1)
 
 
 def _not_json(error: ValueError | RecursionError, line: int, column: int, advice: str) -> str:
-    """Where reading a text as JSON failed, why, and what to do."""
+    """The place and reason of a JSON error, and what to do."""
     if isinstance(error, UnicodeDecodeError):
         return f"line {line}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
     if isinstance(error, json.JSONDecodeError):
@@ -379,6 +379,6 @@ def _json_line(value: Mapping[str, Any]) -> str:
         # half a surrogate pair is no UTF-8; JSON can hold it as an escape only
         return json.dumps(value) if SURROGATE.search(line) else line
     except RecursionError as error:
-        raise DataError(f"record {value.get('id')}: metadata: nested too deeply; drop what is inside") from error
+        raise DataError(f"record {value.get('id')}: metadata: nested too deeply; remove the inner levels") from error
     except (TypeError, ValueError) as error:
-        raise DataError(f"record {value.get('id')}: metadata: {error}; keep JSON values only") from error
+        raise DataError(f"record {value.get('id')}: metadata: {error}; use only JSON values") from error

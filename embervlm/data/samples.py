@@ -38,7 +38,7 @@ class Sample:
     """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows."""
     prompt: list[int]
     target: list[int]
-    """What is scored: chain and answer, answer alone, or caption."""
+    """The scored text: chain and answer, only the answer, or caption."""
     num_given: int = 0
     """Tokens at the target's start that are not scored."""
     picture_of: int | None = None
@@ -73,7 +73,7 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
 
 
 class Samples(Lazy[Sample]):
-    """Records in one form, encoded when they are asked for."""
+    """Records in one form, encoded when they are used."""
 
     def __init__(
         self, form: str, rows: np.ndarray, encode: Callable[[Sequence[int]], list[Sample]], sizes_file: Path | None

@@ -1,4 +1,4 @@
-"""One part of a job that a Slurm array does in several."""
+"""One part of a job that is divided over a Slurm array."""
 
 from __future__ import annotations
 

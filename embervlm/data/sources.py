@@ -106,18 +106,18 @@ def source_values(
         for number, sample in enumerate(samples, start=1):
             key = sample["__key__"]
             if "json" not in sample:
-                problems.append(f"{file} record {key}: has no {key}.json; add it, or drop its other files")
+                problems.append(f"{file} record {key}: has no {key}.json; add it, or delete its other files")
                 continue
             try:
                 value = decoder.decode(sample["json"].decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                problems.append(f"{file} record {key}: {key}.json is no valid JSON ({error}); correct it")
+                problems.append(f"{file} record {key}: {key}.json is not valid JSON ({error}); correct it")
                 continue
             members = [name for name in sample if not name.startswith("__") and name != "json"]
             pictures = _pictures_among(members)
             found = decoder.lost()
             if len(pictures) > 1:
-                found.append(f"image: {' and '.join(f'{key}.{name}' for name in pictures)} are pictures; keep one")
+                found.append(f"image: {' and '.join(f'{key}.{name}' for name in pictures)} are all pictures; keep one")
             if found:
                 problems += [f"{file} record {key}: {problem}" for problem in found]
                 continue

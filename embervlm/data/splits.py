@@ -1,4 +1,4 @@
-"""Which split a record belongs to: stable over runs and machines, and never one picture in two splits."""
+"""The split of each record: stable over runs and machines, and never the same picture in two splits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def split_of(group_key: str, *, val_ratio: float = 0.1, test_ratio: float = 0.1,
     A larger `val_ratio` moves groups from train to val only; the test split does not depend on it.
     """
     if not (val_ratio >= 0 and test_ratio >= 0 and val_ratio + test_ratio <= 1):
-        raise DataError(f"val_ratio={val_ratio} and test_ratio={test_ratio}: give two of [0, 1] that sum to at most 1")
+        raise DataError(
+            f"val_ratio={val_ratio} and test_ratio={test_ratio}: give two values in [0, 1] that sum to at most 1"
+        )
     digest = hashlib.blake2b(f"{seed}\0{group_key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     place = (int.from_bytes(digest, "big") >> 11) / 2**53  # uniform in [0, 1)
     if place < test_ratio:
@@ -193,7 +195,7 @@ class SplitTable:
             for earlier, first in known.items():
                 if earlier != split:
                     self.problems.append(
-                        f"{record.image}: stands in {SPLITS[earlier]} (record {first}) and in {SPLITS[split]} "
+                        f"{record.image}: is in {SPLITS[earlier]} (record {first}) and in {SPLITS[split]} "
                         f"(record {record.record_id}); give both the same metadata.split"
                     )
             known.setdefault(split, record.record_id)
@@ -254,12 +256,12 @@ def picture_digests(records: Sequence[ReasoningRecord], problems: list[str]) -> 
 
 
 def readable_digest(path: str, problems: list[str]) -> str | None:
-    """Hash over the content of a file; None where it cannot be read, and why goes to `problems`."""
+    """Hash over the content of a file; None if it cannot be read, and the reason goes to `problems`."""
     try:
         return picture_digest(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        problems.append(f"{os.fspath(path)}: {reason}; correct the path, or drop its records")
+        problems.append(f"{os.fspath(path)}: {reason}; correct the path, or remove its records")
     return None
 
 
@@ -273,7 +275,7 @@ def picture_digest(path: str) -> str:
 
 
 def split_problem(metadata: Mapping[str, Any]) -> str:
-    """What is wrong with `metadata["split"]`, and what to do; empty where nothing is."""
+    """The problem of `metadata["split"]`, and what to do; empty if there is none."""
     given = metadata.get("split")
     if given is None or given in SPLITS:
         return ""

@@ -1,4 +1,4 @@
-"""A data set prepared once: its checked records on disk, read one at a time, and arrays of what concerns them all."""
+"""A data set prepared once: its checked records on disk, read one at a time, and arrays over all records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _COLUMNS = {"offsets": np.int64, "pictures": np.uint64, "questions": np.uint64, 
 
 
 class RecordStore:
-    """The records of one prepared data set. A folder:
+    """The records of one prepared data set, in a folder:
 
     `records.jsonl`: one checked record per line, its picture's path resolved. One `.npy` per column:
     `offsets` (where each line starts, and the end), `pictures` (hash of the path, 0 for none), `questions` (hash of the
@@ -61,7 +61,7 @@ class RecordStore:
             weakref.finalize(self, os.close, file)
         kept = read_object(folder / "store.json")["candidates"] if candidates is None else candidates
         self.candidates: tuple[str, ...] = tuple(kept)
-        """What an answer is chosen from where its record does not say."""
+        """The choices for an answer if its record gives none."""
         self._spelled = {key(name): name for name in self.candidates}
         self.record = lru_cache(maxsize=REMEMBERED_RECORDS)(self._record)
 
@@ -239,7 +239,7 @@ def prepare(
     path, cache_dir = Path(path), Path(cache_dir)
     files = source_files(path)
     if not files:
-        raise DataError(f"{path}: no file there; name a data file, a folder of shards, or a pattern of files")
+        raise DataError(f"{path}: no such file; give a data file, a folder of shards, or a pattern of files")
     digest = _source_digest(
         files, image_root and os.path.realpath(image_root), allow_outside, max_closed_answers, *candidates
     )
@@ -314,7 +314,7 @@ def _open(folder: Path) -> RecordStore | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What a store is made from."""
+    """The settings from which a store is made."""
 
     path: Path
     files: Sequence[Path]
@@ -354,7 +354,7 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
             try:
                 line = json.dumps(own, allow_nan=False).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
-                problems.append(f"{origin} record {number}: metadata: {error}; keep JSON values only")
+                problems.append(f"{origin} record {number}: metadata: {error}; use only JSON values")
                 continue
             table.add(record)
             file.write(line)

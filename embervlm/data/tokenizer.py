@@ -103,7 +103,7 @@ class ReasoningTokenizer:
             base.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
         self.ids = {token: self.base_vocab_size + index for index, token in enumerate(SPECIAL_TOKENS)}
         if [base.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] != list(self.ids.values()):
-            raise ConfigError(f"tokenizer: the Stage 4 tokens {SPECIAL_TOKENS} do not stand at its end in this order")
+            raise ConfigError(f"tokenizer: the Stage 4 tokens {SPECIAL_TOKENS} are not at its end in this order")
         backend = getattr(base, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError("tokenizer: needs a fast tokenizer (a folder with tokenizer.json)")
@@ -120,14 +120,14 @@ class ReasoningTokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> ReasoningTokenizer:
         if names_a_path(path) and not Path(path).exists():
-            raise ConfigError(f"{path}: no such folder, so no tokenizer{closest_path(path)}")
+            raise ConfigError(f"{path}: no such tokenizer folder{closest_path(path)}")
         try:
             return cls(AutoTokenizer.from_pretrained(str(path)))
         except UserError:
             raise
         except Exception as error:  # of damage in tokenizer.json the library raises bare Exceptions
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{path}: no readable tokenizer there ({reason})") from error
+            raise ConfigError(f"{path}: contains no readable tokenizer ({reason})") from error
 
     def check_rows(self, num_rows: int) -> None:
         """ConfigError where a language model that embeds `num_rows` tokens has none for some of these."""

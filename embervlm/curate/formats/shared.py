@@ -73,7 +73,7 @@ class Source:
             return []
         names = [" ".join(choice.split()) for choice in given]
         if len(set(names)) < len(names):
-            self.report("choices: names a choice twice; keep each once")
+            self.report("choices: lists a choice twice; keep each once")
             return []
         if len({name.casefold() for name in names}) < len(names):
             return [f"({letter}) {name}" for letter, name in zip(ascii_uppercase, names)]

@@ -1,1 +1,1 @@
-"""Who writes chains for questions: endpoints, and what keeps their answers."""
+"""Teachers that write chains for questions: endpoints, and the files of their answers."""

@@ -1,4 +1,4 @@
-"""What a teacher model is told, and how its answer becomes a record. Nothing here talks to anyone."""
+"""The prompt of a teacher model, and how its answer becomes a record. Nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a teacher has said."""
+    """The reply of a teacher."""
 
     content: str
     thinking: str = ""
-    """Its reasoning, where the server hands that over apart (`reasoning_content`)."""
+    """Its reasoning, if the server returns it separately (`reasoning_content`)."""
     cut_off: bool = False
-    """Whether it reached the limit on its length."""
+    """Whether it reached its length limit."""
 
 
 def scene_text(record: ReasoningRecord) -> str | None:
-    """What the picture shows, for a teacher that does not see it; None where the record does not say.
+    """The content of the picture, for a teacher that does not see it; None if the record does not give it.
 
     From `metadata.scene`, else `metadata.facts` without the verdicts on the candidates, which are the answer.
     """

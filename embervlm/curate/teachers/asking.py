@@ -1,4 +1,4 @@
-"""Many questions to an endpoint at once, within a budget, losing nothing that was paid for."""
+"""Many questions to an endpoint at once, within a budget, without losing paid answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embervlm.data.records import DataError
 from embervlm.progress import progress_bar
 
 MIN_FAILURES = 8
-"""Requests in a row, at least, that fail before the endpoint is taken to be down."""
+"""Minimum number of consecutive failed requests before the endpoint counts as down."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Outcome:
     unanswered: dict[str, str]
     """Id of a question that got no answer -> why."""
     stopped: str
-    """Why it ended before all questions were through; empty where they are."""
+    """Why it ended before all questions were done; empty if all are done."""
 
 
 def ask_endpoint(
@@ -126,7 +126,7 @@ class _Run:
         if self.stopped.startswith("SIG"):
             for worker in self._workers:
                 worker.cancel()
-        self.stopped = f"{name}; a second one does not wait for the answers in flight"
+        self.stopped = f"{name}; a second one ends without waiting for the open requests"
 
     # ---- one worker
 
@@ -144,7 +144,7 @@ class _Run:
                         ConfigError(
                             f"--teacher_model {self.config.teacher_model}: the endpoint failed "
                             f"{self._failures_in_a_row} times in a row, last: {error}; what was "
-                            "answered is kept, the same command continues"
+                            "answered is kept, and the same command continues"
                         )
                     )
             except (ConfigError, DataError) as error:
@@ -184,7 +184,7 @@ class _Run:
         ):
             if limit is not None and (spent >= limit or spent + in_flight * largest > limit):
                 if in_flight == 1:  # else the answers in flight may turn out cheaper
-                    self.stopped = self.stopped or f"--{name} {limit:,}: {spent:,.6g} are spent"
+                    self.stopped = self.stopped or f"--{name} {limit:,}: {spent:,.6g} have been spent"
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""Questions to be answered, and the answers collected so far: what every source but the rules shares.
+"""Questions to be answered, and the answers collected so far, for every source except the rules.
 
 Beside `data.json` lie `data.accepted.jsonl` (each accepted record with what it cost and the text it was read from) and
 `data.rejected.jsonl` (each other answer with the reason). Both are written as the answers come in; `data.json` is made
@@ -46,7 +46,7 @@ class Answer:
     """One answer, accepted or not."""
 
     key: str
-    """`<question's key>:<sample>`; an accepted one stands once, a rejected one once for each attempt."""
+    """`<question's key>:<sample>`; an accepted one appears once, a rejected one once for each attempt."""
     record: ReasoningRecord | None = None
     """The accepted record; None for a rejected answer."""
     reason: str = ""
@@ -58,7 +58,7 @@ class Answer:
 def read_questions(
     path: Path, domain: Domain, *, image_root: Path | None, shard: Shard, need_answers: bool
 ) -> list[Question]:
-    """The shard's questions of a task file or of a file of records in any spelling; one that stands twice counts once.
+    """The shard's questions of a task file or of a file of records in any spelling; one that appears twice counts once.
 
     Args:
         need_answers: False admits records without `answer`.
@@ -93,7 +93,7 @@ def read_questions(
         key = hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()
         questions.setdefault(key, Question(key=key, record=record, background=background))
     if repeated := len(found) - len(questions):
-        print(f"{path}: {repeated} records stand there twice; each is asked once")
+        print(f"{path}: {repeated} records appear there twice; each is asked once")
     return list(shard.of(list(questions.values())))
 
 
@@ -108,7 +108,7 @@ def need_input(path: Path | None, what_for: str) -> Path:
     """`path`, or a ConfigError that says how to come by questions."""
     if path is None:
         raise ConfigError(
-            f"{what_for}: needs questions; name a file of records or tasks with --input_dataset (embervlm data "
+            f"{what_for}: needs questions; give a file of records or tasks with --input_dataset (embervlm data "
             "generate --teacher_model rules makes one)"
         )
     return path
@@ -119,7 +119,7 @@ def picture_root(output_file: Path, records: Sequence[ReasoningRecord], fallback
     own = os.path.realpath(output_file.parent)
     if all(record.image is None or is_inside(record.image, own) for record in records):
         return output_file.parent
-    print(f"{output_file}: its pictures lie outside its folder; read it with --image_root {fallback}")
+    print(f"{output_file}: its pictures are outside its folder; read it with --image_root {fallback}")
     return fallback
 
 
@@ -175,7 +175,7 @@ class Collection:
                 self._rejected = stack.enter_context(Journal(output_file.with_suffix(".rejected.jsonl"), settings))
             except OSError as error:
                 reason = f"{error.filename or output_file}: {error.strerror}"
-                raise ConfigError(f"{reason}; name an --output_file that can be written") from error
+                raise ConfigError(f"{reason}; choose an --output_file that can be written") from error
             self._journals = stack.pop_all()
         self.count(self._accepted.take())
         self.count(self._rejected.take())
@@ -205,7 +205,8 @@ class Collection:
                     journal.append(entries)
             except OSError as error:
                 raise DataError(
-                    f"{journal.path}: {error.strerror}; what stood there before is whole. Make room; the same command "
+                    f"{journal.path}: {error.strerror}; the earlier content is intact. Free some space; "
+                    f"the same command "
                     "continues"
                 ) from error
         return [*accepted, *rejected]

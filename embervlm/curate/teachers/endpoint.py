@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint: which one, what it costs, and one request to it."""
+"""A teacher behind an OpenAI-compatible endpoint: its settings, its costs, and one request to it."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _REPLACEMENTS = {"response_format": None, "temperature": None, "max_tokens": "ma
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
-    """Which teacher is asked, how, and how much it may cost."""
+    """The teacher, how it is asked, and how much it may cost."""
 
     teacher_model: str
     """The model's name at the endpoint."""
     base_url: str | None = None
-    """Up to and with `/v1`; None takes it from OPENAI_BASE_URL."""
+    """Up to and with `/v1`; None uses OPENAI_BASE_URL."""
     api_key_env: str | None = None
-    """Environment variable that holds the key; None takes OPENAI_API_KEY, or no key where that is not set."""
+    """Environment variable that holds the key; None uses OPENAI_API_KEY, or no key if that is not set."""
     sees_pictures: bool = False
     """Send the picture; otherwise the facts of the scene go as text."""
     concurrency: int = 16
     """Requests in flight."""
     attempts: int = 3
-    """Answers asked for until one is accepted."""
+    """Maximum number of answers requested until one is accepted."""
     samples_per_record: int = 1
     """Chains wanted for each question."""
     max_answer_tokens: int = 4096
-    """Longest answer, thinking included."""
+    """Longest answer in tokens, including the thinking."""
     temperature: float | None = None
-    """None leaves it to the endpoint."""
+    """None uses the endpoint's default."""
     request_timeout_s: float = 600.0
-    """Longest silence of the endpoint before a request counts as failed."""
+    """Longest time without data from the endpoint before a request counts as failed."""
     max_retries: int = 6
     """Repetitions of a failed request (429, 5xx, time-out, cut connection), with growing pauses or as Retry-After."""
     max_tokens_total: int | None = None
-    """No request starts that would go beyond this many tokens, those of earlier runs included."""
+    """Maximum number of tokens, including earlier runs; no request starts that could exceed it."""
     max_usd_total: float | None = None
     """The same in dollars; needs both prices."""
     usd_per_million_input: float = 0.0
@@ -77,9 +77,9 @@ class EndpointConfig:
         url = self.base_url or os.environ.get(URL_VARIABLE, "")
         if not url.startswith(("http://", "https://")):
             raise ConfigError(
-                f"--teacher_model {self.teacher_model}: is a model behind an endpoint, and --teacher_base_url "
-                f"{url or '(none)'} is none; give its address, such as http://localhost:8000/v1. "
-                "The embedded teacher is called rules"
+                f"--teacher_model {self.teacher_model}: is a model behind an endpoint, but --teacher_base_url "
+                f"{url or '(none)'} is not an address; give one, such as http://localhost:8000/v1. "
+                "The built-in teacher is called rules"
             )
         return url
 
@@ -90,7 +90,7 @@ class EndpointConfig:
         if not key and self.api_key_env:
             raise ConfigError(f"--teacher_api_key_env {name}: this environment variable is not set; export the key")
         if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ConfigError(f"{name}: holds characters that no key has; export it again")
+            raise ConfigError(f"{name}: contains characters that are not allowed in a key; export it again")
         return key
 
     def usd(self, usage: Mapping[str, int]) -> float:
@@ -149,7 +149,7 @@ class Endpoint:
                 message = self._redact(f"{error.status_code} {error.message}")
                 if error.status_code in (401, 402, 403, 404):
                     raise ConfigError(
-                        f"--teacher_model {self.config.teacher_model}: the endpoint refuses: {message[:300]}; "
+                        f"--teacher_model {self.config.teacher_model}: the endpoint refused: {message[:300]}; "
                         f"check the key, the model's name and the address"
                     ) from None
                 if not self._drop_unsupported(error, sent):
@@ -190,7 +190,7 @@ class Endpoint:
         if not named or not named & sent.keys():
             return False
         for name in named - self._unsupported:
-            self._tell(f"the endpoint does not take {name}; it is asked without")
+            self._tell(f"the endpoint does not accept {name}; sending requests without it")
         self._unsupported |= named
         return True
 
@@ -232,7 +232,7 @@ def picture_url(path: str) -> str:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; put the picture back, or drop its records") from error
+            raise DataError(f"{path}: {error.strerror}; restore the picture, or drop its records") from error
     else:
         from io import BytesIO
 
