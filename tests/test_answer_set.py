@@ -58,5 +58,5 @@ def test_a_start_counts_the_records_by_what_their_answers_are_chosen_from(tmp_pa
 
 
 def test_an_evaluation_refuses_answers_that_would_not_be_the_records_own():
-    with pytest.raises(ConfigError, match="an evaluation takes each record's own"):
+    with pytest.raises(ConfigError, match="an evaluation uses the candidates of each record"):
         Evaluation(checkpoint=Path("c"), decoding=Decoding(candidates=("Yes", "No")))

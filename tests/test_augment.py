@@ -361,7 +361,7 @@ def test_nothing_is_made_from_an_augmentation(records):
 
 
 def test_two_records_of_one_id_are_an_error(records):
-    with pytest.raises(DataError, match=f"record {records[0].record_id}: id: stands 2 times"):
+    with pytest.raises(DataError, match=f"record {records[0].record_id}: id: appears 2 times"):
         augment([records[0], records[0]], 1)
 
 

@@ -235,7 +235,7 @@ def test_a_phase_with_weights_alone_starts_anew_and_says_so(
     for found in run_dir.list_checkpoints(phase):
         run_dir.reduce_to_weights(found.path)
     main(flags(bench, output))
-    assert f"{phase / 'checkpoint-2'} holds weights alone" in caplog.text and "--resume_from" in caplog.text
+    assert f"{phase / 'checkpoint-2'} has only weights" in caplog.text and "--resume_from" in caplog.text
     assert run_dir.read_json(phase / "checkpoint-final" / "state.json")["step"] == 3
 
 

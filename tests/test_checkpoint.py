@@ -325,5 +325,5 @@ def test_the_optimizer_of_a_checkpoint_that_trained_other_parts_is_refused(train
     phase = phase_config({**PHASE2, "learning_rate_multipliers": {**MULTIPLIERS, "vision_encoder": 0.0}})
     bench = Bench.make(data, phase, engine="torch")
     engine = build_engine(TrainingModule(bench.model), bench.config, phase, ALONE, batch_size=2, accumulation=1)
-    with pytest.raises(ValueError, match="other parameters than those that learn now .*vision_encoder"):
+    with pytest.raises(ValueError, match="other parameters than those that are trained now .*vision_encoder"):
         engine.load_optimizer_state(load_training_state(saved)["optimizer"])

@@ -32,10 +32,10 @@ def test_pixel_shuffle_puts_squares_side_by_side_row_by_row():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"kind": "resampler"}, "kind 'resampler' is not known; there are norm_mlp, mlp, linear, pixel_shuffle"),
+        ({"kind": "resampler"}, "kind 'resampler' is not known; known are norm_mlp, mlp, linear, pixel_shuffle"),
         ({"kind": "pixel_shuffle"}, "pixel_shuffle needs factor"),
         ({"kind": "pixel_shuffle", "factor": 3}, "factor 3 does not divide the 4 x 4 features"),
-        ({"kind": "pixel_shuffle", "factor": 0}, "factor 0 is no whole number above 0"),
+        ({"kind": "pixel_shuffle", "factor": 0}, "factor 0 is not a whole number above 0"),
         ({"kind": "linear", "width": 3}, "linear has no width; it has bias"),
         ({"kind": "mlp", "activation": "glue"}, "activation 'glue' is not known"),
     ],

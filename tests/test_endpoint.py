@@ -264,7 +264,7 @@ def test_nothing_accepted_is_an_error_with_the_reasons(tasks):
 def test_the_token_budget_is_not_exceeded_and_the_next_run_goes_on(tasks, capsys):
     with serving(good) as teacher:
         assert len(generate(teacher, tasks, "--max_tokens_total", 700)) == 4  # 150 each
-        assert "stopped before the end: --max_tokens_total 700: 600 are spent" in capsys.readouterr().out
+        assert "stopped before the end: --max_tokens_total 700: 600 have been spent" in capsys.readouterr().out
         assert len(generate(teacher, tasks, "--max_tokens_total", 700)) == 4
         assert len(teacher.requests) == 4
         assert len(generate(teacher, tasks)) == 10
@@ -314,7 +314,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown_either(tasks, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-with\nbreak")
     with serving(good) as teacher, pytest.raises(SystemExit) as caught:
         generate(teacher, tasks)
-    assert "OPENAI_API_KEY: holds characters" in str(caught.value) and "sk-with" not in str(caught.value)
+    assert "OPENAI_API_KEY: contains characters" in str(caught.value) and "sk-with" not in str(caught.value)
 
 
 def test_the_key_may_be_in_a_variable_of_another_name(tasks, monkeypatch):
@@ -330,7 +330,7 @@ def test_the_key_may_be_in_a_variable_of_another_name(tasks, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--teacher_base_url", "localhost"], "--teacher_base_url localhost is none"),
+        (["--teacher_base_url", "localhost"], "--teacher_base_url localhost is not an address"),
         (["--teacher_api_key_env", "NO_SUCH"], "NO_SUCH: this environment variable is not set"),
         (["--concurrency", "0"], "--concurrency 0: must be at least 1"),
         (["--max_tokens_total", "0"], "--max_tokens_total 0: must be more than 0"),

@@ -586,7 +586,7 @@ def test_an_engine_that_unfreezes_what_it_wraps_is_refused(data: Path) -> None:
             self.module.requires_grad_(True)
 
     bench = Bench.make(data, phase_config(PHASE1))
-    with pytest.raises(RuntimeError, match=r"wrapping changed what learns: \['model\.language_model"):
+    with pytest.raises(RuntimeError, match=r"wrapping changed which parameters are trained: \['model\.language_model"):
         Unfreezing(TrainingModule(bench.model), phase_config(PHASE1), ALONE, "fp32")
 
 

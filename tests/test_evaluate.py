@@ -193,7 +193,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(tasks, checkpo
     asked.clear()
     assert evaluated(checkpoint, path) == straight
     assert len(asked) == whole - tasks
-    assert f"going on with {tasks} batches of a killed evaluation" in capsys.readouterr().out
+    assert f"continuing with {tasks} finished batches of a killed evaluation" in capsys.readouterr().out
     assert not path.with_name("eval.partial").exists()
 
 
@@ -205,7 +205,7 @@ def test_batches_of_another_decoding_are_not_taken_over(checkpoint, tmp_path, ca
     assert list(partial.iterdir())
     fewer = Decoding(max_new_tokens=12)
     found, _ = evaluated(checkpoint, path, decoding=fewer)
-    assert "going on" not in capsys.readouterr().out
+    assert "continuing with" not in capsys.readouterr().out
     assert found == evaluated(checkpoint, tmp_path / "other" / "eval.json", decoding=fewer)[0]
 
 
@@ -370,10 +370,10 @@ def test_nothing_to_evaluate_is_an_error(checkpoint, tmp_path, capsys):
     assert "--num_samples 0: there is nothing to evaluate" in refused(checkpoint, tmp_path, "--num_samples", "0")
     refused(checkpoint, tmp_path, "--split", "dev")
     assert "invalid choice: 'dev'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--split dev: there are train, val, test"):
+    with pytest.raises(ConfigError, match="--split dev: unknown; choose from train, val, test"):
         evaluate(Evaluation(checkpoint=checkpoint, split="dev"))
     assert "no_such_metric" in refused(checkpoint, tmp_path, "--reasoning_metrics", "no_such_metric")
-    assert "nowhere.json is not there" in refused(checkpoint, tmp_path, "--reasoning_data", "nowhere.json")
+    assert "nowhere.json does not exist" in refused(checkpoint, tmp_path, "--reasoning_data", "nowhere.json")
 
 
 def test_an_empty_split_is_named(checkpoint, scene_data, tmp_path):
@@ -402,7 +402,7 @@ def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(ch
     records = read_records(path, candidates=ROBOTS)
     trained = len(split_records(records)["train"])
     assert result["num_samples"] == len(records)
-    assert f"{trained} of the {len(records)} records of {path} were trained on" in capsys.readouterr().out
+    assert f"{trained} of the {len(records)} records of {path} were used for training" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no such file"):
         evaluate(dataclasses.replace(job, test_set="nowhere.json"))
 

@@ -135,7 +135,7 @@ class NotWeights:
 def test_a_pickle_of_more_than_weights_is_not_read_and_the_line_says_why(checkpoint, write):
     path = checkpoint / "pytorch_model.bin"
     write({"weights": torch.zeros(2), "trainer": NotWeights()}, path)
-    with pytest.raises(CheckpointError, match=f"{path}: holds more than weights.*save the weights alone") as told:
+    with pytest.raises(CheckpointError, match=f"{path}: contains more than weights.*save only the weights") as told:
         EmberVLM.from_pretrained(checkpoint)
     assert "\n" not in str(told.value)
 

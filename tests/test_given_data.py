@@ -99,8 +99,8 @@ def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_
         ({"picture": "9.png"}, "picture: 9.png is not in "),
         ({"photograph": "1.png"}, "photograph: names a picture in a field that is not read; rename the field to image"),
         ({"metadata": {"image": "1.png"}}, "image: names a picture in a field that is not read"),
-        ({"instruction": "<image>\nWho goes?"}, "instruction: holds <image>, but the record has no picture"),
-        ({"instruction": "<image> or <image>?", "image": "1.png"}, "instruction: holds 2 places of pictures"),
+        ({"instruction": "<image>\nWho goes?"}, "instruction: contains <image>, but the record has no picture"),
+        ({"instruction": "<image> or <image>?", "image": "1.png"}, "instruction: contains 2 picture placeholders"),
     ],
 )
 def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(

@@ -292,13 +292,13 @@ def test_a_pickle_of_more_than_weights_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "theirs", llava())
     (tmp_path / "theirs" / "model.safetensors").unlink()
     (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(pickle.dumps({"model": Path("a")}))
-    assert "pytorch_model.bin: holds more than weights" in refused(tmp_path / "theirs")
+    assert "pytorch_model.bin: contains more than weights" in refused(tmp_path / "theirs")
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused_and_another_may_be_named(tmp_path: Path) -> None:
     make(tmp_path / "theirs", llava())
     tokenizer(600).save_pretrained(tmp_path / "theirs")
-    assert "tokenizer has 600 tokens, the language model embeds only 512" in refused(tmp_path / "theirs")
+    assert "tokenizer has 600 tokens, but the language model embeds only 512" in refused(tmp_path / "theirs")
     for path in (tmp_path / "theirs").glob("tokenizer*"):
         path.unlink()
     told = refused(tmp_path / "theirs")

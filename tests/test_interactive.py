@@ -126,7 +126,7 @@ def test_earlier_reasoning_may_be_a_result_steps_or_text():
     ("steps", "expected"),
     [
         (CHAIN, []),
-        (CHAIN[-1:], ["1 steps: nothing to follow from"]),
+        (CHAIN[-1:], ["1 steps: too few for a chain"]),
         (CHAIN[:3], ["it has no conclusion"]),
         ([CHAIN[0], "look at it.  It is high.", CHAIN[3]], ["it says 2 times: look at it. it is high."]),
         ([*CHAIN[:3], "Conclusion: Humanoid."], ["the conclusion names Humanoid, the answer is Drone"]),
@@ -257,7 +257,7 @@ def test_kept_chains_are_records_with_their_picture_each_once(tmp_path, scene_da
 def test_a_chain_without_question_or_answer_is_no_record(tmp_path):
     from embervlm import save_to_dataset
 
-    with pytest.raises(ConfigError, match="without its question is no record"):
+    with pytest.raises(ConfigError, match="without its question is not a record"):
         save_to_dataset(CHAIN, tmp_path / "own.jsonl")
     with pytest.raises(ConfigError, match="without its answer"):
         save_to_dataset(dataclasses.replace(reasoning(), answer_set=[]), tmp_path / "own.jsonl")

@@ -658,7 +658,7 @@ def test_code_in_a_zipped_weight_file_is_not_run(checkpoint, tmp_path):
 @pytest.mark.parametrize("content", [[1, 2], {"weight": "text"}, torch.zeros(2)])
 def test_a_weight_file_without_named_tensors_is_named(checkpoint, content):
     torch.save(content, checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: does not hold named tensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: does not contain named tensors"):
         EmberVLM.from_pretrained(checkpoint)
 
 
@@ -670,7 +670,7 @@ def test_a_missing_weight_file_is_named(checkpoint):
 
 def test_a_checkpoint_of_another_size_is_named_with_both_shapes(tiny_settings, checkpoint):
     wider = build_model({**tiny_settings, "projection_hidden_size": 64})
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: is of another model.*\[48.*\[64"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: belongs to another model.*\[48.*\[64"):
         load_checkpoint_into(wider, checkpoint, COMPONENTS)
 
 

@@ -91,7 +91,7 @@ def test_the_dense_head_of_stage_3_learns_at_the_peak_rate() -> None:
 
 def test_nothing_to_train_is_an_error_that_names_the_phase(module: TrainingModule) -> None:
     phase = phase_config({"name": "idle", "learning_rate_multipliers": dict.fromkeys(COMPONENTS, 0.0)})
-    with pytest.raises(ConfigError, match="idle.*nothing would learn"):
+    with pytest.raises(ConfigError, match="idle.*nothing would be trained"):
         build_param_groups(module, phase)
 
 

@@ -49,7 +49,7 @@ def test_a_read_only_checkpoint_is_evaluated_and_chosen_all_the_same(checkpoint,
     output = tmp_path / "results" / "eval.json"
     main(["evaluate", "--checkpoint", str(checkpoint), "--output_file", str(output), *SHORT])
     assert run_dir.read_eval(output)["num_samples"] == 2
-    assert f"warning: nothing is kept in the checkpoint: {checkpoint}/evals/" in capsys.readouterr().err
+    assert f"warning: nothing was saved in the checkpoint: {checkpoint}/evals/" in capsys.readouterr().err
     assert select_best_checkpoint(checkpoint.parent) == checkpoint
 
 

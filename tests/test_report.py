@@ -127,7 +127,7 @@ def test_the_pages_header_names_the_phase_once(report: Report) -> None:
 
 
 def test_the_pages_say_what_the_number_beside_a_step_is_and_how_far_to_trust_it(report: Report, tmp_path: Path) -> None:
-    about = "step validator: its probability that the step is valid. Of the model's own steps it tells 91% right"
+    about = "step validator: its probability that the step is valid. It judges 91% of the model's own steps correctly"
     for path in (report.index, report.index.parent / "samples" / "failure_cases.html"):
         assert about in " ".join(Page(path).text.split()), path
     assert about in Page(report.index).data["validatorNote"]

@@ -117,7 +117,7 @@ def test_a_stage_3_model_is_refused(tiny_settings, tokenizer, scene_data, tmp_pa
 
 
 def test_the_checkpoint_must_be_named(scene_data, tmp_path):
-    with pytest.raises(SystemExit, match="name its folder with --checkpoint"):
+    with pytest.raises(SystemExit, match="give its folder with --checkpoint"):
         main(
             [
                 "data",

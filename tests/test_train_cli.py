@@ -463,7 +463,7 @@ def test_a_checkpoint_of_another_size_than_the_model_is_a_clear_error(
         "--resume_from",
         bench / "start" / "stage3" / "checkpoint-final",
     )
-    assert "is of another model" in found and "--model" in found and "projection" in found
+    assert "belongs to another model" in found and "--model" in found and "projection" in found
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_a_clear_error(

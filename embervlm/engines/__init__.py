@@ -1,1 +1,1 @@
-"""What runs a training step. DeepSpeed and FSDP are named in one file each."""
+"""Engines that run a training step. DeepSpeed and FSDP are named in one file each."""

@@ -1,4 +1,4 @@
-"""What runs a training step: the `Engine` and plain torch. DeepSpeed and FSDP have files of their own."""
+"""The `Engine` that runs a training step, and plain torch. DeepSpeed and FSDP have their own files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, phase: PhaseConfig, world: World, precision: str) -> None:
         self.module, self.world, self.precision = module, world, precision
         self.overflowed = False
-        """Whether the last step updated nothing because an fp16 gradient was not finite; it is to be done again."""
+        """Whether the last step updated nothing because an fp16 gradient was not finite; it must be repeated."""
         self.keys = list(module.state_dict())
         first_name = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = build_param_groups(module, phase)
@@ -60,7 +60,7 @@ class Engine(ABC):
         self._optimizer = self._wrap(phase)
         # sharding code has unfrozen parameters before (torchtitan #4267)
         if changed := self._learning_parameters().keys() ^ self.learning:
-            raise RuntimeError(f"wrapping changed what learns: {sorted(changed)[:5]}")
+            raise RuntimeError(f"wrapping changed which parameters are trained: {sorted(changed)[:5]}")
         self._fragments = [
             Fragment(name=name, kind=kind, start=start, values=values.detach().view(-1))
             for name, start, kinds in self._pieces()
@@ -77,7 +77,7 @@ class Engine(ABC):
         wrapped = {key: value.clone() for key, value in module.named_buffers() if key in self.keys}
         self._buffers = {key: (buffers[key].cpu(), value) for key, value in wrapped.items()}
         self.saved = self._fragments if world.rank == 0 or not self.is_replicated else []
-        """What this process contributes to a checkpoint."""
+        """The part of a checkpoint that this process contributes."""
         own = [(fragment.name, fragment.kind, fragment.start, len(fragment.values)) for fragment in self.saved]
         self.layouts: list[list[tuple[str, str, int, int]]] = world.gather(own)
         """By rank: name, kind, start and size of every fragment that it contributes to a checkpoint."""
@@ -160,12 +160,13 @@ class Engine(ABC):
         """Put `EngineState.optimizer` back, whichever engine and number of processes it came from.
 
         Raises:
-            ConfigError: it is of other parameters than those that learn here.
+            ConfigError: it has other parameters than those that are trained here.
         """
         if wrong := sorted(state["moments"].keys() ^ self.shapes.keys()):
             raise ConfigError(
-                f"the checkpoint's optimizer is of other parameters than those that learn now ({', '.join(wrong[:3])}"
-                f"{', ...' if len(wrong) > 3 else ''}); set learning_rate_multipliers and freeze_backbone back, or "
+                f"the checkpoint's optimizer has other parameters than those that are trained now "
+                f"({', '.join(wrong[:3])}"
+                f"{', ...' if len(wrong) > 3 else ''}); restore learning_rate_multipliers and freeze_backbone, or "
                 f"start in another --output_dir"
             )
         for fragment in self._fragments:
@@ -177,7 +178,7 @@ class Engine(ABC):
             self._set_loss_scale(state["loss_scale"])
 
     def whole(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it every process holds all parameters, so that the model can be used apart from training steps."""
+        """A context in which every process has all parameters, so the model can be used outside training steps."""
         return contextlib.nullcontext()
 
     @property

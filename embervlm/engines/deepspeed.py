@@ -177,16 +177,18 @@ def deepspeed_settings(
     }
     for key, value in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto" there')
+            raise ConfigError(f'{path}: {key} is {settings[key]}, but the run has {value}; write "auto" there')
         settings[key] = value
     zero_stage = settings.get("zero_optimization", {}).get("stage")
     if zero_stage is None:
         raise ConfigError(f"{path}: zero_optimization.stage is missing; write 0, 1, 2 or 3 there")
     if zero_stage != config.zero_stage:
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage}, --zero_stage is {config.zero_stage}")
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage}, but --zero_stage is {config.zero_stage}")
     for owned in ("optimizer", "scheduler"):
         if owned in settings:
-            raise ConfigError(f"{path}: {owned} is set there; rates and optimizer come from the training YAML")
+            raise ConfigError(
+                f"{path}: {owned} is set there; remove it, because rates and optimizer come from the training YAML"
+            )
     if precision == "fp32" and not config.deepspeed_config:
         settings["bf16"] = {"enabled": False}
     for name in ("fp16", "bf16"):
@@ -194,7 +196,7 @@ def deepspeed_settings(
             settings[name]["enabled"] = precision == name
     enabled = {name for name in ("fp16", "bf16") if settings.get(name, {}).get("enabled")}
     if enabled != ({precision} - {"fp32"}):
-        raise ConfigError(f"{path}: enables {sorted(enabled) or 'fp32'}, the run's precision is {precision}")
+        raise ConfigError(f"{path}: enables {sorted(enabled) or 'fp32'}, but the run's precision is {precision}")
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also where it is offloaded: nothing to compile
     settings.setdefault("steps_per_print", 10**9)

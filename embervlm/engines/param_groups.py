@@ -1,4 +1,4 @@
-"""Which parameters learn, and how fast."""
+"""The parameters that are trained, and their learning rates."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def build_param_groups(model: nn.Module, phase: PhaseConfig) -> list[dict[str, A
         if factor > 0 and params[name]
     ]
     if not groups:
-        raise ConfigError(f"phase {phase.name!r}: every component is frozen; nothing would learn")
+        raise ConfigError(f"phase {phase.name!r}: every component is frozen; nothing would be trained")
     return groups

@@ -1,4 +1,4 @@
-"""What an evaluation says in words: which chains go wrong, where, and what to do. Needs its files alone, no model."""
+"""An evaluation in words: which chains go wrong, where, and what to do. Needs only its files, no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEACHES = {
     "--max_reasoning_length does not cut them, and that --max_reasoning_steps and --max_new_tokens suffice.",
     "logical_flow_score": "Raise consistency_loss_weight, and look for training chains whose steps are out of order.",
     "final_answer_accuracy": "Look at the wrong answers first: where the chain is right up to its conclusion, raise "
-    "answer_loss_weight; where it is not, its facts are read wrongly off the picture.",
+    "answer_loss_weight; where it is not, the model misreads the picture's facts.",
     "swapped_image_accuracy": "The answer hardly depends on the picture: raise multimodal_loss_weight, and check that "
     "the questions cannot be answered without it.",
     "no_reasoning_accuracy": "The chain gains too little over answering directly: longer or better chains, or harder "
@@ -64,14 +64,14 @@ def samples_verdict(samples: Sequence[Mapping[str, Any]]) -> str:
         counts.append(f"{len(flawed)} of the chains have a step that is contradicted, repeated or unsupported.")
     questions = {(s["instruction"], s["image"]) for s in readable}
     if len(questions) > 2 and len({tuple(s["reasoning_steps"]) for s in readable}) == 1:
-        headline = "the model writes the same chain whatever it is asked. It has learned the form, not to look."
+        headline = "the model writes the same chain for every question. It has learned only the form."
     elif 2 * len(readable) < total:
         headline = "the model does not write chains yet. Early in phase 1 that is normal; later see whether the "
         headline += "reasoning loss still falls."
     elif 2 * len(concluded) < total:
-        headline = "chains begin and do not come to an end. Train on, or raise --max_new_tokens if they are cut."
+        headline = "chains begin but do not end. Train longer, or raise --max_new_tokens if they are cut."
     elif 2 * len(flawed) > len(readable):
-        headline = "the model writes whole chains, and most have a faulty step. Train on before phase 2 judges them."
+        headline = "the model writes whole chains, and most have a faulty step. Train longer before phase 2."
     elif 2 * right < total:
         headline = "the model writes whole chains, and most answers are wrong."
     else:
@@ -83,7 +83,7 @@ def samples_verdict(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def common_faults(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """What is wrong with the chains, the most frequent first, each with its number of chains."""
+    """The faults of the chains, the most frequent first, each with its number of chains."""
     found: Counter[str] = Counter()
     for sample in samples:
         found.update({re.sub(r"^step \d+:? ", "", reason) for reason in sample["scores"].get("reasons", ())})
@@ -133,7 +133,7 @@ def _share(value: float | None) -> str:
 
 
 def evaluation_verdict(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
-    """A headline, and what to know and do about each part."""
+    """A headline, and advice about each part."""
     targets = result.get("targets") or {}
     missed = [name for name, row in targets.items() if row.get("met") is False]
     lines = []
@@ -144,14 +144,14 @@ def evaluation_verdict(result: Mapping[str, Any], samples: Sequence[Mapping[str,
     metrics = result["metrics"]
     if metrics.get("unparseable_share"):
         share = metrics["unparseable_share"]
-        lines.append(f"{share:.1%} of the outputs hold no chain or no answer that can be read; they count as wrong.")
+        lines.append(f"{share:.1%} of the outputs have no readable chain or answer; they count as wrong.")
     lines += _on_faults(samples)
     if len(samples) < 100:
-        lines.append(f"These are {len(samples)} questions only: the intervals in the result file are wide.")
+        lines.append(f"These are only {len(samples)} questions: the intervals in the result file are wide.")
     if not targets:
         headline = "no target was measured."
     elif missed:
-        headline = f"{len(missed)} of {len(targets)} targets are missed: {', '.join(missed)}."
+        headline = f"{len(missed)} of {len(targets)} targets are not met: {', '.join(missed)}."
     else:
         headline = f"all {len(targets)} targets are met."
     return f"Verdict: {headline}\n" + "\n".join(f"- {line}" for line in lines)
@@ -160,12 +160,12 @@ def evaluation_verdict(result: Mapping[str, Any], samples: Sequence[Mapping[str,
 def _on_reasoning(result: Mapping[str, Any]) -> list[str]:
     found = (result.get("gains") or {}).get("no_reasoning_accuracy")
     if found is None:
-        return ["Whether reasoning helps was not measured: no baseline was trained beside it (--stages baseline)."]
+        return ["Whether reasoning helps was not measured: no baseline was trained (--stages baseline)."]
     low, high = found["interval"]
     gained = f"{100 * found['gain']:+.1f} points against the no-reasoning baseline [{100 * low:.1f}, {100 * high:.1f}]"
     if low > 0:
         return [f"Reasoning helps: {gained}."]
-    return [f"Reasoning {'hurts' if high < 0 else 'makes no sure difference'}: {gained}."]
+    return [f"Reasoning {'hurts' if high < 0 else 'makes no significant difference'}: {gained}."]
 
 
 def _on_the_picture(result: Mapping[str, Any]) -> list[str]:
@@ -197,7 +197,7 @@ def _on_confidence(result: Mapping[str, Any]) -> list[str]:
     found = result.get("calibration")
     if found is None:
         return []
-    good = "can be taken at its word" if found["ece"] < CALIBRATED else "is off"
+    good = "can be trusted" if found["ece"] < CALIBRATED else "is inaccurate"
     return [
         f"The confidence {good}: expected calibration error {found['ece']:.3f} "
         f"({found['ece_uncalibrated']:.3f} before calibration)."

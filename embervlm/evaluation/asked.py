@@ -1,4 +1,4 @@
-"""What an evaluation asks: the chains, and the answers that they are compared with."""
+"""The questions of an evaluation: for the chains, and for the answers that they are compared with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pass:
     records: Sequence[ReasoningRecord]
     decoding: Decoding
     results: list[dict[str, Any]] = field(default_factory=list)
-    """What the model answered to each record, once it has been asked."""
+    """The model's answer to each record, after it was asked."""
 
     @property
     def right(self) -> list[bool]:
@@ -104,7 +104,7 @@ def refuse_long_questions(model: EmberVLM, records: Sequence[ReasoningRecord]) -
         return
     asked = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in records])
     problems = [
-        f"record {record.record_id}: instruction: {len(ids):,} tokens and {visual:,} of the picture, and the language "
+        f"record {record.record_id}: instruction: {len(ids):,} tokens and {visual:,} of the picture, but the language "
         f"model reads {room + visual:,} with the answer; shorten it, or leave the record out"
         for record, ids in zip(records, asked)
         if len(ids) + 1 >= room

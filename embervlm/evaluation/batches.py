@@ -1,4 +1,4 @@
-"""What the questions of an evaluation share: records in batches, a task for each batch, and what came of them."""
+"""The common part of all questions of an evaluation: records in batches, a task for each batch, and the results."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def tasks_of(
 
 
 def found_by(name: str, done: Mapping[Key, Any]) -> list[Any]:
-    """What the tasks `name` gave, in order."""
+    """The results of the tasks `name`, in order."""
     return [done[key] for key in sorted(key for key in done if key[0] == name)]
 
 
 def in_order(name: str, batches: Sequence[Sequence[int]], done: Mapping[Key, Any]) -> list[dict[str, Any]]:
-    """What the tasks `name` gave for each place of `batches`, by place."""
+    """The results of the tasks `name` for each place of `batches`, by place."""
     found = {
         place: value
         for number, batch in enumerate(batches)
@@ -94,13 +94,13 @@ def answer(
 
 
 def cut_off_reasons(result: Mapping[str, Any]) -> list[str]:
-    """What to say of a text that a limit cut off."""
+    """The reason for a text that a limit cut off."""
     limits = {"steps": "max_reasoning_steps", "tokens": "max_new_tokens"}
     return [f"the text is cut off by {limits[result['cut_off']]}"] if result.get("cut_off") else []
 
 
 def known_of(record: ReasoningRecord, domains: Mapping[str, Collection[str]], answer: Collection[str]) -> ChainContext:
-    """What the judge knows of a record, for a chain that leads to `answer`."""
+    """The judge's information about a record, for a chain that leads to `answer`."""
     return ChainContext(
         instruction=record.instruction,
         facts=record.metadata.get("facts") or {},

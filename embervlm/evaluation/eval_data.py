@@ -1,4 +1,5 @@
-"""What to evaluate, and its data: the records of a split, and what the metrics learn from the training split."""
+"""The settings of an evaluation, and its data: the records of a split, and the fit of the metrics on the training
+split."""
 
 from __future__ import annotations
 
@@ -37,13 +38,13 @@ CALIBRATION_RECORDS = 200
 
 
 def alone() -> World:
-    """This process without others, on the GPU where there is one."""
+    """This process without others, on the GPU if there is one."""
     return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What to evaluate, and where the data is. Everything left out comes from the checkpoint's own record."""
+    """The settings of an evaluation. Missing ones come from the checkpoint's own settings."""
 
     checkpoint: Path
     split: str = "test"
@@ -55,25 +56,27 @@ class Evaluation:
     """A file of which all records are evaluated, whatever split they would fall into; `split` only names them then."""
     decoding: Decoding = field(default_factory=Decoding)
     compare: bool = True
-    """Also the baselines, no picture and the swapped picture, not only the chains."""
+    """Evaluate the baselines, no picture and the swapped picture in addition to the chains."""
     explained: int = 0
-    """Samples that also get their attention and the validator's scores."""
+    """Number of samples that also get their attention and the validator's scores."""
     faithfulness_samples: int = NUM_SAMPLES
-    """Records of which it is also asked whether the answer comes from the chain; 0, or without `compare`: none."""
+    """Number of records to test whether the answer comes from the chain; none for 0, or without `compare`."""
     progress: bool = True
     world: World = field(default_factory=alone)
     """The processes that share the work."""
     similarity: str = EMBEDDED
     entailment: str = EMBEDDED
-    """Who judges the chains: `embedded`, or the id or folder of a model."""
+    """The judge of the chains: `embedded`, or the id or folder of a model."""
     partial: Path | None = None
-    """Folder that keeps finished batches until the evaluation is written."""
+    """Folder for finished batches until the evaluation is written."""
 
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
             raise ConfigError(f"--num_samples {self.num_samples}: there is nothing to evaluate; give at least 1")
         if self.decoding.candidates:
-            raise ConfigError("decoding.candidates: an evaluation takes each record's own; write them into the records")
+            raise ConfigError(
+                "decoding.candidates: an evaluation uses the candidates of each record; write them into the records"
+            )
         if self.explained < 0:
             raise ConfigError(f"--explain_samples {self.explained}: give 0 or more")
         if self.faithfulness_samples < 0:
@@ -101,7 +104,7 @@ class EvalData:
 def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     """Records of the split, with what the metrics take from the training split."""
     if job.split not in SPLITS:
-        raise ConfigError(f"--split {job.split}: there are {', '.join(SPLITS)}")
+        raise ConfigError(f"--split {job.split}: unknown; choose from {', '.join(SPLITS)}")
     made_with = run_dir.trained_with(job.checkpoint)
     path = named = job.reasoning_data or made_with.get("reasoning_data")
     outside = bool(made_with.get("allow_outside")) if job.allow_outside is None else job.allow_outside
@@ -109,7 +112,8 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
         path = None
     if not path and job.test_set is None:
         raise ConfigError(
-            f"{job.checkpoint}: its data {named or '(not recorded)'} is not there; name the file with --reasoning_data"
+            f"{job.checkpoint}: its data {named or '(not recorded)'} does not exist; give the file with "
+            f"--reasoning_data"
         )
     cache = Path(made_with["output_dir"]) / "cache" if made_with.get("output_dir") else None
     domain = domain_named(made_with.get("domain") or "robots")
@@ -137,7 +141,7 @@ def _eval_data(
     if job.test_set is not None:
         splits[job.split] = _read_test_set(job, domain, outside, known=train, unpack_dir=unpack_dir)
     if not splits[job.split]:
-        raise ConfigError(f"{path}: the {job.split} split is empty; it has no record to evaluate")
+        raise ConfigError(f"{path}: the {job.split} split is empty, so there is no record to evaluate")
     records = _some(splits[job.split], job.num_samples)
     reference = list(train[:: -(-len(train) // MAX_REFERENCE_RECORDS)]) if train else records
     domains = fact_domains([*reference, *records])
@@ -166,7 +170,7 @@ def _scorer(
 def _read_test_set(
     job: Evaluation, domain: Domain, outside: bool, known: Sequence[ReasoningRecord], unpack_dir: str
 ) -> list[ReasoningRecord]:
-    """All records of the file, with a warning of those that were trained on."""
+    """All records of the file, with a warning about those that were used for training."""
     assert job.test_set is not None
     if not Path(job.test_set).exists():
         raise ConfigError(f"--test_set {job.test_set}: no such file")
@@ -176,7 +180,8 @@ def _read_test_set(
     seen = len({key for record in known if (key := (record.image, record.instruction, record.steps)) in asked})
     if seen and job.world.rank == 0:
         print(
-            f"{seen} of the {len(records)} records of {job.test_set} were trained on; they say nothing about new ones"
+            f"{seen} of the {len(records)} records of {job.test_set} were used for training; their "
+            f"results say nothing about new records"
         )
     return records
 

@@ -43,7 +43,7 @@ def evaluate_checkpoint(checkpoint: str | Path, split: str = "val", **options: A
 def keep_in_checkpoint(
     job: Evaluation, result: dict[str, Any], samples: list[dict[str, Any]] | None, *, whole: bool
 ) -> None:
-    """Leave in the checkpoint what others look for there; a warning where it cannot be written.
+    """Write the files into the checkpoint that others read there; a warning if this is not possible.
 
     That is the temperature that `from_pretrained` takes and, of a `whole` evaluation, the file of its split with its
     samples, which `select_best` and the report read.
@@ -61,7 +61,7 @@ def keep_in_checkpoint(
             if samples is not None:
                 run_dir.write_json_atomic(samples_file, samples)
     except run_dir.WriteError as error:
-        print(f"warning: nothing is kept in the checkpoint: {error}", file=sys.stderr)
+        print(f"warning: nothing was saved in the checkpoint: {error}", file=sys.stderr)
 
 
 def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:

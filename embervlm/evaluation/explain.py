@@ -1,4 +1,4 @@
-"""What a chain looked at, and what the model's own step validator thinks of it: shown, never a metric."""
+"""The attention of a chain and the scores of the model's own step validator: shown, never a metric."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 
 NUM_SAMPLES = 200
-"""Records that are asked about, by default."""
+"""Number of tested records, by default."""
 GAIN_SAMPLES = 32
 """Records of these whose information gain is measured: it reads every chain once for each of its steps."""
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -39,7 +39,7 @@ GAIN_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The beginning of a chain that is put into the model's mouth."""
+    """The beginning of a chain that the model must continue."""
 
     kind: str
     """`truncated 0.25` ..., `planted` or `forced`."""
@@ -52,7 +52,7 @@ class Probe:
 
 
 class Faithfulness:
-    """What one evaluation asks, as tasks that any process can do, and what came of it."""
+    """The faithfulness tests of one evaluation, as tasks that any process can do, and their results."""
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ def summarise(
 
 
 def _mean_gains(log_probs: Sequence[Sequence[float]]) -> list[float]:
-    """What the k-th step adds, averaged over the chains that have one."""
+    """The gain of the k-th step, averaged over the chains that have one."""
     longest = max((len(values) for values in log_probs), default=0)
     return [
         float(np.mean([values[k] - values[k - 1] for values in log_probs if len(values) > k]))

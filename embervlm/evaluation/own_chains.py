@@ -22,7 +22,7 @@ OWN_CHAINS = "data/stage4/self_generated.jsonl"
 
 
 def reasoning_validator(reasoning: Any, model: EmberVLM | None = None) -> bool:
-    """Whether a chain holds together: at least two steps, no step said twice or contradicting an earlier one, and a
+    """Whether a chain is consistent: at least two steps, no step repeats or contradicts an earlier one, and a
     conclusion that names the answer.
 
     By rules over the words alone, which do not know what the picture shows; `model` is asked as well, where it is
@@ -36,7 +36,7 @@ def reasoning_validator(reasoning: Any, model: EmberVLM | None = None) -> bool:
 
 
 def reasoning_problems(reasoning: Any, model: EmberVLM | None = None) -> list[str]:
-    """Why `reasoning_validator` says no, a sentence each."""
+    """The reasons why `reasoning_validator` rejects a chain, a sentence each."""
     given = as_reasoning(reasoning)
     found = list(_problems_by_rule(given))
     if model is not None:
@@ -62,11 +62,13 @@ def save_to_dataset(reasoning: Any, path: str | Path = OWN_CHAINS) -> Path:
     """
     path, given = Path(path), as_reasoning(reasoning)
     if not given.question or not given.answer_set:
-        raise ConfigError(f"{path}: a chain without its {'answer' if given.question else 'question'} is no record")
+        raise ConfigError(f"{path}: a chain without its {'answer' if given.question else 'question'} is not a record")
     if path.suffix != ".jsonl":
-        raise ConfigError(f"{path}: chains are added to a file that ends in .jsonl")
+        raise ConfigError(f"{path}: chains can only be added to a file that ends in .jsonl")
     if list(parse_reasoning_text(format_reasoning(given.steps))) != list(given.steps):
-        raise ConfigError(f"{path}: the text of one step holds the beginning of another; the chain would not read back")
+        raise ConfigError(
+            f"{path}: the text of one step contains the beginning of another; the chain could not be read back"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     value = given.record() | {"image": _keep_picture(given.image, path.parent)}
     text = json.dumps([value["image"], given.question, format_reasoning(given.steps), given.answer_set])

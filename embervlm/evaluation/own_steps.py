@@ -24,16 +24,16 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, generate_from_visual
 
 NUM_SAMPLES = 200
-"""Records whose chains are asked about."""
+"""Number of records whose chains are tested."""
 TEMPERATURE = 1.0
 """Of the chains that are drawn."""
 BATCH_SIZE = 50
 VALID = 0.5
-"""A step with more than this passes, for `verify_reasoning` too."""
+"""A step with a higher score passes, for `verify_reasoning` too."""
 
 
 class OwnSteps:
-    """What one evaluation asks, as tasks that any process can do, and what came of it."""
+    """The validator tests of one evaluation, as tasks that any process can do, and their results."""
 
     def __init__(
         self,

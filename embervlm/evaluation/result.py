@@ -1,4 +1,4 @@
-"""What an evaluation found: a sample for each record, and the metrics with what they are compared with."""
+"""The result of an evaluation: a sample for each record, and the metrics with their comparisons."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def scored(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
 def complete(
     samples: list[dict[str, Any]], data: EvalData, passes: Mapping[str, Pass], details: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Beside each sample what the baseline answered, and for the first ones what the chain looked at."""
+    """Add the baseline's answer to each sample, and the attention of the chain to the first ones."""
     if (baseline := passes.get("same_samples")) is not None:
         for sample, direct, right in zip(samples, baseline.results, baseline.right):
             sample["without_reasoning"] = {"answer_set": direct["answer_set"], "correct": right}
@@ -136,7 +136,7 @@ def _values(samples: Sequence[Mapping[str, Any]], passes: Mapping[str, Pass]) ->
 
 
 def _finite(value: float) -> float:
-    """A score that is no number counts as 0: it is a fault of the chain or of the scorer, and is never skipped."""
+    """A score that is not a number counts as 0: it is a fault of the chain or of the scorer, and is never skipped."""
     return float(value) if np.isfinite(value) else 0.0
 
 

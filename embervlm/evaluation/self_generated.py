@@ -43,20 +43,20 @@ from embervlm.words.claims import conclusion_fault
 
 @dataclass(frozen=True, kw_only=True)
 class SelfGeneration:
-    """Which model writes, and how."""
+    """The model that writes, and its settings."""
 
     checkpoint: Path | None
     """A Stage 4 checkpoint."""
     samples_per_record: int = 4
-    """Chains drawn for each question; of equal ones the first is kept."""
+    """Chains drawn for each question; only the first of equal ones is kept."""
     temperature: float = 0.8
     seed: int = 0
     max_reasoning_steps: int | None = None
-    """Most steps of a chain, its conclusion included; None is what the model's training data needed."""
+    """Maximum number of steps, including the conclusion; None is the maximum of the model's training data."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
-            raise ConfigError("--source self: needs the model; name its folder with --checkpoint")
+            raise ConfigError("--source self: needs the model; give its folder with --checkpoint")
         if self.samples_per_record < 1:
             raise ConfigError(f"--samples_per_record {self.samples_per_record}: must be at least 1")
         if self.temperature == 0 and self.samples_per_record > 1:
@@ -96,7 +96,7 @@ def generate_by_itself(
 
 
 class _Writer:
-    """The model with the questions it is to answer."""
+    """The model with the questions that it has to answer."""
 
     def __init__(self, model: EmberVLM, settings: SelfGeneration, questions: Sequence[Question]) -> None:
         self.model, self.settings, self.questions = model, settings, questions
@@ -169,7 +169,7 @@ class _Writer:
         return Answer(key=key, record=record, reason=reason, details=about)
 
     def _fault(self, question: Question, result: Mapping[str, Any], followed: Sequence[float]) -> str:
-        """Why the chain is not kept; empty where it is."""
+        """The reason why the chain is not kept; empty if it is kept."""
         record, steps = question.record, result["reasoning_steps"]
         if reasons := cut_off_reasons(result):
             return f"cut off: {reasons[0]}"
@@ -182,7 +182,7 @@ class _Writer:
         try:
             read = checked({"reasoning": format_reasoning(steps), "answer": list(record.answer)}, question)
             if list(read.steps) != steps:
-                return "steps: the text of one holds the beginning of another"
+                return "steps: the text of one contains the beginning of another"
         except Rejected as error:
             return str(error)
         context = known_of(record, self.domains, record.answer)

@@ -61,7 +61,7 @@ class TaskJournal:
                 raise found
             self.done = found
             if self.done and world.rank == 0:
-                print(f"going on with {len(self.done)} batches of a killed evaluation in {folder}")
+                print(f"continuing with {len(self.done)} finished batches of a killed evaluation in {folder}")
 
     def _read(self) -> dict[Key, Any]:
         assert self._folder is not None
@@ -115,7 +115,7 @@ def share_out(
 
 @contextmanager
 def failing_together(world: World) -> Iterator[None]:
-    """What goes wrong in here on one process is raised on all, so that none waits for it. Enter it on every process."""
+    """Raises an error of one process on all, so that none waits for it. Enter it on every process."""
     failed: Exception | None = None
     try:
         yield

@@ -18,14 +18,14 @@ from embervlm.model.embervlm import EmberVLM
 
 NUM_RECORDS = 64
 BLIND = (
-    "the model does not look at the picture. Give it something to see with: boxes and captions in the records, more "
+    "the model does not look at the picture. It needs one of these: boxes and captions in the records, more "
     "epochs of Stage 3, or a pretrained vision encoder (`vision` of the model preset)"
 )
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What came of reading the chains of some records twice."""
+    """The result of reading the chains of some records twice."""
 
     num_records: int
     own_is_likelier: float

@@ -1,4 +1,4 @@
-"""Did phase 1 hand over to phase 2 as it should? From two checkpoints and the logs beside them, without a model."""
+"""Checks the switch from phase 1 to phase 2, from two checkpoints and the logs beside them, without a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JUMP = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """How far one part of the model is from where it was."""
+    """The distance of one part of the model from its earlier weights."""
 
     part: str
     num_tensors: int
@@ -56,7 +56,7 @@ class LossTerm:
 
 @dataclass(kw_only=True)
 class Transition:
-    """What `check_transition` has found."""
+    """The findings of `check_transition`."""
 
     moved: list[Moved]
     """Between the phase 1 and the phase 2 checkpoint."""
@@ -67,12 +67,12 @@ class Transition:
     should_move: dict[str, bool] = field(default_factory=dict)
     """By the settings of phase 2; {} where they are not recorded."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, and why."""
+    """The checks that were not possible, and why."""
 
     @property
     def problems(self) -> list[str]:
         out = [
-            f"Phase 1 changed {part.part}, which it should have left alone: {part.num_changed} of {part.num_tensors} "
+            f"Phase 1 changed {part.part}, which should not change it: {part.num_changed} of {part.num_tensors} "
             "tensors differ. Check freeze_backbone and learning_rate_multipliers of phase 1."
             for part in self.frozen
             if part.num_changed
@@ -86,7 +86,7 @@ class Transition:
             if part.num_changed and not self.should_move.get(part.part, True):
                 out.append(f"{part.part} moved in phase 2 although its learning rate multiplier is 0.")
             if not np.isfinite(part.relative):
-                out.append(f"{part.part} holds values that are not finite; go back to an earlier checkpoint.")
+                out.append(f"{part.part} contains values that are not finite; go back to an earlier checkpoint.")
         out += [
             f"The {term.name} loss jumped at the switch, from {term.before:.3f} to {term.after:.3f}, and has not come "
             "back. Lower --phase2_learning_rate, raise --phase2_warmup_steps, or lower the multipliers of "
@@ -117,10 +117,10 @@ def check_transition(phase1: Path, phase2: Path, start: Path | None = None) -> T
         }
     start = start or _recorded_start(phase1)
     if start is None or not any((start / name).is_file() for name in WEIGHT_FILES):
-        where = f"{start} is not there" if start is not None else "it is not recorded"
+        where = f"{start} does not exist" if start is not None else "it is not recorded"
         out.notes.append(
-            f"Whether phase 1 left the backbone alone was not checked: it needs the checkpoint that phase 1 started "
-            f"from, and {where}. Name it with --start_checkpoint."
+            f"Not checked: whether phase 1 left the backbone unchanged. This needs the checkpoint that phase 1 started "
+            f"from, and {where}. Give it with --start_checkpoint."
         )
     else:
         out.start = start
@@ -139,7 +139,7 @@ def _check_phases(phase1: Path, phase2: Path) -> None:
     for path, number in ((phase1, 1), (phase2, 2)):
         found = _settings(path).get("phase")
         if found not in (None, f"phase {number}"):
-            raise ConfigError(f"--phase{number}_checkpoint {path}: is of {found}; name a checkpoint of phase {number}")
+            raise ConfigError(f"--phase{number}_checkpoint {path}: is of {found}; give a checkpoint of phase {number}")
 
 
 def _weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def _part(name: str) -> str:
 
 def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor], one: Path, other: Path) -> list[Moved]:
     if before.keys() != after.keys() or any(before[name].shape != after[name].shape for name in before):
-        raise ConfigError(f"{one} and {other} hold different models; compare checkpoints of one run")
+        raise ConfigError(f"{one} and {other} contain different models; compare checkpoints of one run")
     out = []
     for part in (*BACKBONE, *REASONING_PARTS):
         names = [name for name in before if _part(name) == part]

@@ -1,4 +1,4 @@
-"""Does the step validator know gold steps from steps that do not follow?"""
+"""Measures whether the step validator distinguishes gold steps from steps that do not follow."""
 
 from __future__ import annotations
 

@@ -141,14 +141,15 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise ConfigError(
-            f"{part}: {name!r} is quantized ({method}), and such weights do not learn; name the model it was made from"
+            f"{part}: {name!r} is quantized ({method}), and such weights cannot be trained; use the "
+            f"model that it was made from"
         )
     if part == "vision":
         config = getattr(config, "vision_config", None) or config  # of CLIP and its kin the vision tower alone
         if config.model_type.startswith("siglip2"):
             raise ConfigError(
                 f"vision: {name!r} is a SigLIP 2 of the NaFlex kind, which reads patches of pictures of any shape; "
-                "name one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
+                "use one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
             )
     with _said_clearly(part, name):
         if pretrained:
@@ -157,7 +158,7 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
             return auto.from_config(config, dtype=torch.float32)
         except ValueError as error:
             wanted = "picture encoder" if part == "vision" else "causal language model"
-            raise ConfigError(f"{part}: {config.model_type} is no {wanted} ({_first_line(error)[:200]})") from error
+            raise ConfigError(f"{part}: {config.model_type} is not a {wanted} ({_first_line(error)[:200]})") from error
 
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
@@ -169,10 +170,10 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
         found: PretrainedConfig = CONFIG_MAPPING[built["model_type"]].from_dict(dict(built))
         return found
     if wrong := sorted(set(spec) - {"name_or_path", "pretrained", "config", "built"}):
-        raise ConfigError(f"{part}: unknown keys {wrong}; there are name_or_path, pretrained and config")
+        raise ConfigError(f"{part}: unknown keys {wrong}; known are name_or_path, pretrained and config")
     name = spec.get("name_or_path")
     if pretrained and not name:
-        raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; name a model id or a local folder")
+        raise ConfigError(f"{part}: pretrained is true, but name_or_path is empty; give a model id or a local folder")
     if name and (pretrained or not spec.get("config")):
         if names_a_path(name) and not Path(name).exists():
             raise ConfigError(_not_found(part, name, f"no such folder{closest_path(name)}"))
@@ -196,13 +197,13 @@ def _not_found(part: str, name: str, error: Exception | str) -> str:
     return (
         f"{part}: cannot get {name!r} ({_first_line(error)}). Without network or cache, download it elsewhere "
         f"(`hf download {name} --local-dir DIR`) and set {part}.name_or_path to that folder, "
-        f"or set {part}.pretrained to false and write its config out"
+        f"or set {part}.pretrained to false and write its whole config"
     )
 
 
 @contextmanager
 def _said_clearly(part: str, name: str) -> Iterator[None]:
-    """What goes wrong in Hugging Face's reading of `name` as a ConfigError."""
+    """Turns an error of Hugging Face while reading `name` into a ConfigError."""
     try:
         yield
     except ConfigError:

@@ -1,4 +1,4 @@
-"""What stands between vision encoder and language model, by name: `connector: {kind: ...}` of a preset.
+"""Connectors between vision encoder and language model, by name: `connector: {kind: ...}` of a preset.
 
 Each takes visual features `[batch, tokens, vision_dim]` in rows of a square grid and gives `[batch, tokens / factor**2,
 hidden]`; `factor` is by how much it shortens a side of the grid.
@@ -38,7 +38,7 @@ class MLP(nn.Module):
     def __init__(self, vision_dim: int, hidden_size: int, *, activation: str = "gelu", bias: bool = True) -> None:
         super().__init__()
         if activation not in ACT2FN:
-            raise ConfigError(f"connector: activation {activation!r} is not known; there are {', '.join(ACT2FN)}")
+            raise ConfigError(f"connector: activation {activation!r} is not known; known are {', '.join(ACT2FN)}")
         self.layers = nn.Sequential(
             nn.Linear(vision_dim, hidden_size, bias=bias),
             ACT2FN[activation],
@@ -83,7 +83,7 @@ def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, g
     options = dict(config.connector)
     kind = options.pop("kind", "norm_mlp")
     if kind not in CONNECTORS:
-        raise ConfigError(f"connector: kind {kind!r} is not known; there are {', '.join(CONNECTORS)}")
+        raise ConfigError(f"connector: kind {kind!r} is not known; known are {', '.join(CONNECTORS)}")
     if kind == "norm_mlp":
         options = {"width": config.projection_hidden_size, **options}
     arguments = inspect.signature(CONNECTORS[kind]).parameters.values()
@@ -96,7 +96,7 @@ def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, g
         raise ConfigError(f"connector: {kind} needs {', '.join(missing)}")
     factor = options.get("factor", 1)
     if type(factor) is not int or factor < 1:
-        raise ConfigError(f"connector: factor {factor!r} is no whole number above 0")
+        raise ConfigError(f"connector: factor {factor!r} is not a whole number above 0")
     if grid % factor:
         raise ConfigError(f"connector: factor {factor} does not divide the {grid} x {grid} features of a picture")
     return CONNECTORS[kind](vision_dim, hidden_size, **options)

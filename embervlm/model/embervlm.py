@@ -74,9 +74,8 @@ class EmberVLM(EmberVLMNetwork):
         return interactive.reason(self, image, question, None, constraint, Decoding(**decoding))
 
     def verify_reasoning(self, reasoning: Any, image: Any = None, question: str | None = None) -> bool:
-        """Whether nothing speaks against a chain: not cut off, at least two steps, none twice, a conclusion that
-        names the answer and no other candidate, and every step more likely to follow than not by the model's own step
-        validator.
+        """Whether a chain passes all checks: not cut off, at least two steps, none twice, a conclusion that names the
+        answer and no other candidate, and every step more likely to follow than not by the model's own step validator.
 
         It is the model's opinion of its own chain, and no metric.
 
@@ -86,7 +85,7 @@ class EmberVLM(EmberVLMNetwork):
         return not self.reasoning_faults(reasoning, image, question)
 
     def reasoning_faults(self, reasoning: Any, image: Any = None, question: str | None = None) -> list[str]:
-        """Why `verify_reasoning` says no, a sentence each."""
+        """The reasons why `verify_reasoning` rejects a chain, a sentence each."""
         return interactive.verify(self, reasoning, image, question)
 
     def reason(self, image: Any, question: str, previous_reasoning: Any = None, **decoding: Any) -> dict[str, Any]:
@@ -157,7 +156,7 @@ class EmberVLM(EmberVLMNetwork):
         others.pop("trust_remote_code", None)  # nothing here runs any; AutoModel always passes it
         if wrong := sorted(name for name, value in others.items() if value not in (None, False, {})):
             known = ", ".join(("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
-            raise ConfigError(f"from_pretrained: {', '.join(wrong)}: not known; there are {known}")
+            raise ConfigError(f"from_pretrained: {', '.join(wrong)}: not known; known are {known}")
         folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
             config = config or EmberVLMConfig.from_pretrained(str(folder))
@@ -187,7 +186,7 @@ def _dtype_of(given: Any) -> torch.dtype:
     if isinstance(found, str):
         found = getattr(torch, found.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"from_pretrained: dtype {given!r} is no type of weights; name one such as bfloat16")
+        raise ConfigError(f"from_pretrained: dtype {given!r} is not a type of weights; use one such as bfloat16")
     return found
 
 
@@ -200,7 +199,7 @@ def _device_of(given: Any) -> torch.device:
         return torch.device("cpu" if given is None else given)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"from_pretrained: device_map {given!r} is not one device; name one such as cuda:0, or auto"
+            f"from_pretrained: device_map {given!r} is not one device; use one such as cuda:0, or auto"
         ) from error
 
 

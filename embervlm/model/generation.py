@@ -27,15 +27,15 @@ class Decoding:
     """How text is chosen."""
 
     max_reasoning_steps: int | None = None
-    """Most steps of a chain, its conclusion included; None is what the model's training data needed, with a margin."""
+    """Maximum number of steps, including the conclusion; None is the maximum of the training data, plus a margin."""
     max_new_tokens: int | None = None
-    """Most tokens that are written; None likewise."""
+    """Maximum number of new tokens; None as for the steps."""
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 always takes the most likely token."""
     top_p: float = 1.0
     seed: int = 0
     form: str = "reasoning"
-    """`reasoning`: chain and answer; `direct`: the answer alone; `text`: continue the instruction as it stands."""
+    """`reasoning`: chain and answer; `direct`: only the answer; `text`: continue the instruction unchanged."""
     candidates: tuple[str, ...] = ()
     """Answers to choose among; empty means those of the model's config."""
 
@@ -79,7 +79,7 @@ def generate_answers(
         raise ConfigError(f"{len(images)} pictures for {len(instructions)} instructions")
     check_length(model, instructions, decoding)
     if empty := [index for index, text in enumerate(instructions) if not text.strip()]:
-        raise ConfigError(f"instruction {empty[0]} is empty; say what the robots should do")
+        raise ConfigError(f"instruction {empty[0]} is empty; write a question or a task")
     with model.in_eval_mode():
         return generate_from_visual(model, *look(model, images), instructions, decoding)
 
@@ -97,7 +97,7 @@ def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: 
         if length > limit:
             raise ConfigError(
                 f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
-                f"tokens, the language model reads {limit}; shorten it or lower max_new_tokens"
+                f"tokens, but the language model reads {limit}; shorten it or lower max_new_tokens"
             )
 
 
@@ -158,7 +158,7 @@ def _result(
     head: Sequence[float] | None,
     decoding: Decoding,
 ) -> dict[str, Any]:
-    """What a written text says, and how sure the model is of it. `head`: the answer head's probabilities."""
+    """The parsed result of a written text, with the model's confidence. `head`: the answer head's probabilities."""
     tokenizer = model.tokenizer
     steps: list[str] = []
     if decoding.reasoning:
@@ -249,7 +249,7 @@ class _Writer:
             row.room = most_tokens if limit is None else min(most_tokens, limit - length)
             if row.room < 1:
                 raise ConfigError(
-                    f"instruction {row.place}: with the picture it has {length} tokens, the language model reads "
+                    f"instruction {row.place}: with the picture it has {length} tokens, but the language model reads "
                     f"{limit} and has no room for an answer; shorten it"
                 )
         self.rows = list(self.everyone)

@@ -83,7 +83,7 @@ def lay_out(steps: Sequence[str], headings: Sequence[str]) -> list[tuple[str, st
     the last. In a template with `{i}` each step is a block, and its sentences fill the block's headings.
     """
     if not headings:
-        raise ConfigError("template: it has no heading")
+        raise ConfigError("template: has no heading")
     conclusion = [step.removeprefix(CONCLUSION) for step in steps if step.startswith(CONCLUSION)]
     body = [step for step in steps if not step.startswith(CONCLUSION)]
     if any("{i}" in heading for heading in headings):
@@ -134,11 +134,11 @@ def reason(
     """One chain; see `EmberVLM.generate_reasoning` and `EmberVLM.reason`."""
     decoding = decoding or Decoding()
     if not question.strip():
-        raise ConfigError("the question is empty; say what the robots should do")
+        raise ConfigError("the question is empty; write a question or a task")
     if constraint not in (None, CONSISTENT):
-        raise ConfigError(f"constraint: {constraint!r} is not known; there is {CONSISTENT!r}")
+        raise ConfigError(f"constraint: {constraint!r} is not known; the only one is {CONSISTENT!r}")
     if model.config.stage == STAGE3:
-        raise ConfigError("this model has no reasoning module: it is of Stage 3")
+        raise ConfigError("this model has no reasoning module: it is a Stage 3 model")
     with model.in_eval_mode():
         visual, seen = look(model, [image])
         kept: list[str] = []
@@ -168,7 +168,7 @@ def reason(
 
 
 def as_reasoning(given: Any) -> Reasoning:
-    """What people hand on as the reasoning before: a `Reasoning`, a result, its steps, or their text."""
+    """The earlier reasoning in any accepted form: a `Reasoning`, a result, its steps, or their text."""
     if isinstance(given, Reasoning):
         return given
     if isinstance(given, Mapping):
@@ -210,7 +210,7 @@ def _still_holds(
 
 
 def faults(model: EmberVLMNetwork, reasoning: Reasoning, visual: Tensor, seen: Tensor) -> list[str]:
-    """What speaks against a chain, by its form and by the model's own step validator; [] where nothing does."""
+    """The faults of a chain, by its form and by the model's own step validator; [] if there are none."""
     steps = reasoning.steps
     out = list(form_faults(reasoning, reasoning.candidates or model.config.candidates))
     for number, probability in enumerate(step_probabilities(model, visual, seen, reasoning.question, steps), 1):
@@ -225,7 +225,7 @@ def form_faults(reasoning: Reasoning, candidates: Collection[str] = ()) -> Itera
     if reasoning.cut_off:
         yield f"it is cut off by {'max_reasoning_steps' if reasoning.cut_off == 'steps' else 'max_new_tokens'}"
     if len(steps) < 2:
-        yield f"{len(steps)} steps: nothing to follow from"
+        yield f"{len(steps)} steps: too few for a chain"
     if steps and not steps[-1].startswith(CONCLUSION):
         yield "it has no conclusion"
     counts = Counter(" ".join(step.lower().split()) for step in steps)
@@ -252,7 +252,7 @@ def verify(model: EmberVLMNetwork, reasoning: Any, image: Any = None, question: 
     given = as_reasoning(reasoning)
     asked = question if question is not None else given.question
     if not asked.strip():
-        raise ConfigError("this reasoning does not say what it answers; give image= and question= as well")
+        raise ConfigError("this reasoning does not contain its question; give image= and question= as well")
     with model.in_eval_mode():
         visual, seen = look(model, [image if image is not None else given.image])
         return faults(model, replace(given, question=asked), visual, seen)

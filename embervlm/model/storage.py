@@ -1,6 +1,6 @@
 """Weights on disk: ours in `pytorch_model.bin` and `reasoning_module.bin`, read with `weights_only=True`.
 
-Those of other programs are taken too: as safetensors, in several files with an index, inside a trainer's dictionary,
+Those of other programs are read too: as safetensors, in several files with an index, inside a trainer's dictionary,
 and under the names that a wrapper around the model gives them.
 """
 
@@ -88,7 +88,7 @@ def load_state(
     ]
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise CheckpointError(f"{path}: is of another model ({shown}); {advice}")
+        raise CheckpointError(f"{path}: belongs to another model ({shown}); {advice}")
     model.load_state_dict(dict(given), strict=False)
 
 
@@ -106,7 +106,7 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
     if path.name.endswith(INDEX):
         files = run_dir.read_object(path, "weight_map")["weight_map"]
         if not isinstance(files, dict):
-            raise CheckpointError(f"{path}: its weight_map is no JSON object; use another checkpoint")
+            raise CheckpointError(f"{path}: its weight_map is not a JSON object; use another checkpoint")
         names = sorted(set(map(str, files.values())))
         if missing := [name for name in names if not path.with_name(name).is_file()]:
             listed = ", ".join(str(path.with_name(name)) for name in missing[:3])
@@ -122,7 +122,7 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
     ):
         state = inside[0]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: does not hold named tensors")
+        raise CheckpointError(f"{path}: does not contain named tensors")
     return _unwrapped(state)
 
 
@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or _is_plain_pickle(path):
             raise CheckpointError(
-                f"{path}: holds more than weights, and reading the rest could run code; save the weights alone, "
+                f"{path}: contains more than weights, and reading the rest could run code; save only the weights, "
                 "`torch.save(model.state_dict(), ...)`, or as safetensors"
             ) from error
         raise _damaged(path, error) from error
@@ -182,9 +182,13 @@ def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
     folder = Path(str(name))
     if folder.is_dir():
         if revision not in (None, "main"):
-            raise CheckpointError(f"{folder}: is a folder, which has no revision {revision!r}; leave revision out")
+            raise CheckpointError(
+                f"{folder}: is a folder, and folders have no revision {revision!r}; leave revision out"
+            )
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: no config.json in it; name a checkpoint folder such as checkpoint-final")
+            raise CheckpointError(
+                f"{folder}: contains no config.json; give a checkpoint folder such as checkpoint-final"
+            )
         return folder
     if names_a_path(name) or "/" not in str(name):
         raise CheckpointError(f"{folder}: no such checkpoint folder{closest_path(folder)}")
@@ -194,4 +198,4 @@ def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
         return Path(snapshot_download(str(name), revision=revision, **hub))
     except Exception as error:  # the hub client raises a family of unrelated types
         hint = closest_path(folder)
-        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub ({error}){hint}") from error
+        raise CheckpointError(f"{name}: no such folder, and cannot be loaded from the hub ({error}){hint}") from error

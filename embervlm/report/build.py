@@ -16,7 +16,7 @@ from embervlm.run_dir import visualizations_dir
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written."""
+    """The files of a report."""
 
     index: Path
     figures: dict[str, Path]
@@ -24,7 +24,7 @@ class Report:
     config: Mapping[str, Any]
     """The settings of the run."""
     notices: list[str]
-    """What is missing, and where it was looked for."""
+    """The missing files, and the places that were searched."""
     result_path: Path | None
     """The evaluation that is shown."""
 
@@ -61,7 +61,7 @@ def write_report(folder: str | Path, *, results: str | Path | None = None, num_s
         failed,
         out / "samples" / "failure_cases.html",
         f"Failure cases: {record.name}",
-        lead="wrong answers, the surest first, then right ones whose chains lost points",
+        lead="wrong answers, the most confident first, then right ones whose chains lost points",
         back=back,
         roots=roots,
         result=record.result,

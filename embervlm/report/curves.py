@@ -1,4 +1,4 @@
-"""Figures of the way there: losses and learning rates, and the metrics of each checkpoint.
+"""Figures of the training: losses and learning rates, and the metrics of each checkpoint.
 
 Each function returns a figure, or raises `NoData` with a sentence for the reader.
 """
@@ -63,7 +63,7 @@ def _by_phase(record: RunRecord, key: str, unit: str) -> Figure:
     shown[0].set_ylabel(unit)
     handles = {str(line.get_label()): line for axes in shown for line in axes.lines}
     if not handles:
-        raise NoData(f"The logs hold no finite {key.replace('_', ' ')}.")
+        raise NoData(f"The logs have no finite {key.replace('_', ' ')}.")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
     return figure
 
@@ -106,8 +106,7 @@ def consistency_scores(record: RunRecord) -> Figure:
 def _checkpoints(record: RunRecord) -> tuple[list[CheckpointResult], list[str]]:
     if not record.checkpoints:
         raise NoData(
-            "No checkpoint carries an evaluation (evals/val.json); `embervlm select-best` makes them, or train with "
-            "--eval_steps."
+            "No checkpoint has an evaluation (evals/val.json); run `embervlm select-best`, or train with --eval_steps."
         )
     return record.checkpoints, [f"{item.phase}: {item.step:,}" for item in record.checkpoints]
 

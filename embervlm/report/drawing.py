@@ -1,4 +1,4 @@
-"""How our figures look: colours, fonts, and the shapes that several of them are made of.
+"""The style of our figures: colours, fonts, and shapes that several of them use.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; line styles, markers and hatches say the same in grey.
 """
@@ -80,7 +80,7 @@ BAR: Any = {"edgecolor": EDGE, "linewidth": 0.6}
 
 
 class NoData(ValueError):
-    """There is nothing to draw; the message says what is missing and what brings it."""
+    """There is nothing to draw; the message says what is missing and how to get it."""
 
 
 @contextmanager

@@ -42,10 +42,10 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     ),
     "reasoning_quality/step_distribution": ("How many steps the chains have.", step_distribution),
     "reasoning_quality/completeness_heatmap": (
-        "Share of the expected steps that are there, by type of step and group of questions.",
+        "Share of the expected steps that the chains contain, by type of step and group of questions.",
         completeness_heatmap,
     ),
-    "reasoning_quality/reliability": ("How often answers are right, by how sure the model says it is.", reliability),
+    "reasoning_quality/reliability": ("Share of right answers by the model's confidence.", reliability),
     "comparison/with_vs_without_reasoning": ("Right answers with and without reasoning.", with_vs_without_reasoning),
     "comparison/reasoning_impact": ("Points of accuracy that reasoning adds.", reasoning_impact),
     "comparison/faithfulness": ("Whether the answers come from the chains.", faithfulness),

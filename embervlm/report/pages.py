@@ -144,14 +144,14 @@ def _looked_at(sample: Sample) -> list[str]:
 
 
 def validator_note(result: Mapping[str, Any] | None) -> str:
-    """What the number beside a step is, and how far to trust it."""
+    """Explains the number beside a step, and how far to trust it."""
     about = '"valid" beside a step is the model\'s step validator: its probability that the step is valid. '
     drawn = part(result, "own_steps", "drawn")
     accuracy, wrong, valid = (drawn.get(key) for key in ("balanced_accuracy", "wrong", "valid"))
     if accuracy is None:
         return about + "How well it finds the model's own mistakes was not measured."
     return about + (
-        f"Of the model's own steps it tells {accuracy:.0%} right (balanced accuracy over {wrong:,.0f} wrong and "
+        f"It judges {accuracy:.0%} of the model's own steps correctly (balanced accuracy over {wrong:,.0f} wrong and "
         f"{valid:,.0f} valid steps of drawn chains). No metric uses it."
     )
 

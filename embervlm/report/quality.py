@@ -1,4 +1,4 @@
-"""Figures of an evaluation: how good the chains are, and what they are worth.
+"""Figures of an evaluation: the quality of the chains, and what they add.
 
 Each function returns a figure, or raises `NoData` with a sentence for the reader.
 """
@@ -123,13 +123,13 @@ def completeness_heatmap(record: RunRecord) -> Figure:
 
 
 def reliability(record: RunRecord) -> Figure:
-    """How often the model is right when it says how sure it is."""
+    """Share of right answers by the model's confidence."""
     calibration = part(record.result, "calibration")
     kept = [
         (found["confidence"], found["accuracy"], found["num"]) for found in calibration.get("bins", []) if found["num"]
     ]
     if not kept:
-        raise NoData("The evaluation records no calibration.")
+        raise NoData("The evaluation has no calibration.")
     figure = Figure(figsize=(5.4, 4.8))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=INK, linestyle=(0, (6, 3)), linewidth=1.1, label="perfectly calibrated")
@@ -190,7 +190,7 @@ def with_vs_without_reasoning(record: RunRecord) -> Figure:
         (name, shown, value) for name, shown in CONDITIONS.items() if (value := record.metrics.get(name)) is not None
     ]
     if len(overall) < 2:
-        raise NoData("The evaluation compares with nothing; evaluate without turning the baselines off.")
+        raise NoData("The evaluation has no comparisons; evaluate without turning the baselines off.")
     grouped = _compared(record)
     figure, (first, *others) = panels(9.6, 4.4, 1 + len(grouped), width_ratios=[1.15, *[1.0] * len(grouped)])
     for row, (name, _, value) in enumerate(overall):
@@ -281,7 +281,7 @@ def _compared(record: RunRecord) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def faithfulness(record: RunRecord) -> Figure:
-    """Does the answer come from the chain? Cut chains, what each step tells, and chains about another scene."""
+    """Whether the answer comes from the chain: cut chains, the gain of each step, and chains about another scene."""
     cut = part(record.result, "faithfulness", "truncated")
     kept = sorted((float(share), value) for share, value in cut.items() if value is not None)
     gains = [
@@ -314,7 +314,7 @@ def _accuracy_of_cut_chains(axes: Axes, points: Sequence[tuple[float, float]]) -
 
 def _gain_of_steps(axes: Axes, gains: Sequence[float]) -> None:
     axes.bar(range(1, len(gains) + 1), gains, 0.7, color=GREEN, hatch="||", **BAR)
-    axes.set(title="What the chain tells", xlabel="steps given (number)", ylabel="gain on gold answer (nats)")
+    axes.set(title="What the chain adds", xlabel="steps given (number)", ylabel="gain on gold answer (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color=INK, linewidth=1)
 

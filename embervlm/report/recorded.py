@@ -1,4 +1,4 @@
-"""What a run has recorded, read from its folder: settings, curves, evaluations, samples. Nothing is computed anew."""
+"""The records of a run, read from its folder: settings, curves, evaluations, samples. Nothing is computed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EPOCH_FILE = re.compile(r"epoch_(\d+)_samples\.json")
 
 
 class ReportError(UserError):
-    """Recorded files that no report can be made of. The message says which file, and what to do."""
+    """Recorded files that cannot be used for a report. The message says which file, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Sample:
     head_answer: list[str]
     scores: dict[str, float | None]
     reasons: list[str]
-    """Why a chain lost points, a sentence each."""
+    """Reasons why a chain lost points, a sentence each."""
     without_reasoning: dict[str, Any] | None
     """`answer_set` and `correct` of the no-reasoning baseline on the same record."""
     completeness_by_type: dict[str, float]
@@ -110,7 +110,7 @@ class RunRecord:
     result_path: Path | None = None
     """Where `result` was read."""
     notices: list[str] = field(default_factory=list)
-    """What is missing, damaged or left out, and what to do about it."""
+    """Notes on missing, damaged or omitted files, and what to do about them."""
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -171,13 +171,15 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
         if beside.exists():
             record.samples = read_samples(beside)
         else:
-            record.notices.append(f"{beside} is not there: evaluate with --save_reasoning_samples to see chains here.")
+            record.notices.append(
+                f"{beside} does not exist: evaluate with --save_reasoning_samples to see chains here."
+            )
     elif results is not None:
         raise ReportError(f"{path}: no such file; make it with `embervlm evaluate --output_file {path}`")
     else:
         record.notices.append(
             f"No evaluation: looked for {', '.join(map(str, places))}. `embervlm evaluate --split test` writes one; "
-            "name another with --results."
+            "choose another with --results."
         )
     _read_sample_sets(folder, record)
     if not (record.result or record.checkpoints or record.sample_sets or any(record.curves.values())):

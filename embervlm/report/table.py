@@ -45,7 +45,7 @@ def faithfulness_lines(block: Mapping[str, Any]) -> str:
         )
         lines.append(f"  another scene's facts put in ({forced['num']}), the {who} follows: {', '.join(follows)}")
     lines += [
-        f"  a mistake planted ({planted['num']}): right all the same {_share(planted['accuracy'])}, "
+        f"  a mistake planted ({planted['num']}): still right {_share(planted['accuracy'])}, "
         f"follows the mistake {_share(planted['follows_mistake'])}",
         f"  made to conclude early, right after {cut}",
         f"  nats that each step adds to the gold answer: {gained}",
@@ -71,7 +71,7 @@ def own_steps_lines(result: Mapping[str, Any]) -> str:
 
 
 def cut_off_lines(eval_json: Mapping[str, Any]) -> str:
-    """A warning of the answers that a limit on steps or tokens cut off; "" where none was."""
+    """A warning about answers that a limit on steps or tokens cut off; "" if there are none."""
     counted = dict(eval_json.get("cut_off") or {})
     counted["faithfulness probes"] = (eval_json.get("faithfulness") or {}).get("cut_off_share")
     found = [f"{name} {share:.1%}" for name, share in counted.items() if share]
@@ -80,8 +80,8 @@ def cut_off_lines(eval_json: Mapping[str, Any]) -> str:
     limits = eval_json.get("decoding") or {}
     return (
         f"warning: cut off before their end: {', '.join(found)}. Chains had {limits.get('max_reasoning_steps')} steps "
-        f"and {limits.get('max_new_tokens')} tokens. Raise --max_reasoning_steps or --max_new_tokens; where texts "
-        "never come to an end, train on"
+        f"and {limits.get('max_new_tokens')} tokens. Raise --max_reasoning_steps or --max_new_tokens; if texts "
+        "never end, train longer"
     )
 
 

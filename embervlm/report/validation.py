@@ -25,7 +25,10 @@ def write_reports(report: Mapping[str, Any], output_report: str | Path) -> Path:
     output_report = Path(output_report)
     page = output_report.with_suffix(".html")
     if page == output_report:
-        raise ConfigError(f"--output_report {output_report}: the page is written beside; end it in .txt or .json")
+        raise ConfigError(
+            f"--output_report {output_report}: the HTML page is written beside it; choose "
+            f"a name that ends in .txt or .json"
+        )
     try:
         if output_report.suffix == ".json":
             write_json_atomic(output_report, report)
@@ -34,7 +37,7 @@ def write_reports(report: Mapping[str, Any], output_report: str | Path) -> Path:
         write_text_atomic(page, report_page(report))
     except OSError as error:
         raise ConfigError(
-            f"{output_report}: cannot be written ({error.strerror}); make room or name another place"
+            f"{output_report}: cannot be written ({error.strerror}); free some space or choose another place"
         ) from error
     return page
 
