@@ -172,7 +172,7 @@ def sample(number=0, steps=("Look.", "Then go.", "Conclusion: Drone."), correct=
         ([sample(n, (f"Look {n}.", "Conclusion: Drone.")) for n in range(4)], "the model reasons"),
         ([sample(n, (), correct=False) for n in range(4)], "does not write chains yet"),
         ([sample(n) for n in range(4)], "same chain for every question"),
-        ([sample(n, (f"Look {n}.", "Go.")) for n in range(4)], "do not come to an end"),
+        ([sample(n, (f"Look {n}.", "Go.")) for n in range(4)], "chains begin but do not end"),
         ([sample(n, (f"{n}.", "Conclusion: Drone."), reasons=["step 1 is wrong"]) for n in range(4)], "faulty step"),
         ([sample(n, (f"{n}.", "Conclusion: Drone."), correct=False) for n in range(4)], "most answers are wrong"),
     ],
@@ -207,7 +207,7 @@ def test_the_analysis_says_what_is_missed_and_what_helps():
     assert "Reasoning helps: +17.6 points" in said and "The picture is used: with another picture" in said
     assert "The picture does not seem to be used: with no picture" in said
     assert "2 of 4 chains have a faulty step" in said and "contradicts step 1" in said
-    assert "These are 4 questions only" in said
+    assert "These are only 4 questions" in said
     result["gains"]["no_reasoning_accuracy"] = {"gain": -0.2, "interval": [-0.3, -0.1]}
     assert "Reasoning hurts: -20.0 points" in analysis_text(result, samples)
     bare = {**result, "gains": {}, "targets": {}, "calibration": None, "faithfulness": None}

@@ -133,8 +133,8 @@ class ReasoningTokenizer:
         """ConfigError where a language model that embeds `num_rows` tokens has none for some of these."""
         if self.base_vocab_size > num_rows:
             raise ConfigError(
-                f"the tokenizer has {self.base_vocab_size} tokens, but the language model embeds only {num_rows}; use the "
-                "tokenizer that belongs to this language model"
+                f"the tokenizer has {self.base_vocab_size} tokens, but the language model embeds only {num_rows}; "
+                "use the tokenizer that belongs to this language model"
             )
 
     def save(self, path: str | Path) -> None:
