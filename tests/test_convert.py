@@ -432,6 +432,12 @@ def test_a_thought_in_tags_becomes_the_steps_and_what_the_answer_tag_holds_the_a
         ("<think>I look. I count.</think>\n\nThere are many. The answer is 3.", 3, "3"),
         ("I look. I count.\n</think>\n\\boxed{3}", 2, "3"),
         ("<caption>A bowl.</caption><thinking>I count.</thinking><answer>$\\boxed{\\text{3 cm}}$</answer>", 2, "3 cm"),
+        ("<think>I count. I add.</think>\nThey stand there.\n\n**Answer:** There are 3.", 3, "There are 3"),
+        (
+            "<think>I add.</think>\n**Final Answer:**\n\\[\n\\boxed{\\frac{\\sqrt{3}}{3}}\n\\]",
+            1,
+            "\\frac{\\sqrt{3}}{3}",
+        ),
         ("<THINK>\nI look.\n\nI count.\n</THINK>\nYes", 2, "Yes"),
     ],
 )
@@ -439,6 +445,13 @@ def test_ways_to_write_a_thought(folder, reply, steps, answer):
     record = said(folder, "How many?", reply)
     assert record.num_steps == steps and record.answer == (answer,) and "<" not in " ".join(record.steps)
     assert record.metadata.get("caption") == ("A bowl." if "caption" in reply else None)
+
+
+def test_a_boxed_value_may_stand_beside_the_letter(folder):
+    question = "Find it.\nChoices:\nA: \\frac{1}{2}\nB: \\frac{\u221a{3}}{3}"
+    reply = "<think>I look.</think>\n**Answer:** \\(\\boxed{\\frac{\\sqrt{3}}{3}}\\) (Option B)"
+    assert said(folder, question, reply).answer == ("\\frac{\u221a{3}}{3}",)
+    assert said(folder, question, "<think>I look.</think>\\boxed{B}").answer == ("\\frac{\u221a{3}}{3}",)
 
 
 @pytest.mark.parametrize(

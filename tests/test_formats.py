@@ -15,6 +15,7 @@ from format_samples import (
 )
 from PIL import Image
 
+from embervlm.curate.checking import CheckOptions, check_file
 from embervlm.curate.convert import convert_file
 from embervlm.curate.formats.geometry3k import in_words
 from embervlm.data.domain import NO_DOMAIN
@@ -60,6 +61,12 @@ def test_visual_cot_boxes_are_kept_and_each_step_is_about_them(folder):
     )
     assert record.metadata["seen"] == [["region"]] * 3 + [[]]
     assert record.answer == ("tv",) and "candidates" not in record.metadata, "the data decide"
+
+
+def test_a_step_about_a_box_needs_no_words_of_the_question(folder):
+    convert(folder, "visual_cot", [VISUAL_COT])
+    data = check_file(folder / "out.json", CheckOptions(domain=NO_DOMAIN))
+    assert not [problem for problem in data.problems if problem.kind == "unsupported"]
 
 
 def test_visual_cot_turns_give_the_region_in_pixels_of_the_picture(folder):

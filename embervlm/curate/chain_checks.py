@@ -42,12 +42,16 @@ class ChainJob:
     facts: tuple[tuple[str, str], ...]
     candidates: tuple[str, ...]
     answer: tuple[str, ...]
+    looking: frozenset[int] = frozenset()
+    """Places, from 1, of the steps that `metadata.seen` says are about something in the picture."""
 
     @classmethod
     def of(cls, record: ReasoningRecord, domains: Mapping[str, frozenset[str]]) -> ChainJob:
         known = (record.metadata.get("facts") or {}).items()
         facts = tuple((name, value) for name, value in known if name in domains)
-        return cls(record.instruction, record.steps, facts, record.candidates, record.answer)
+        seen = record.metadata.get("seen") or ()
+        looking = frozenset(place for place, names in enumerate(seen, 1) if names)
+        return cls(record.instruction, record.steps, facts, record.candidates, record.answer, looking)
 
 
 def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list[Finding]:
@@ -68,7 +72,8 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
             out.append(("contradiction", "reasoning", f"{step} {fault.contradicted}", fix))
         if fault.redundant:
             out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
-        if fault.unsupported and not is_conclusion(text):  # "Conclusion: five" need only name the answer
+        # "Conclusion: five" need only name the answer, and a step about a box is supported by the picture
+        if fault.unsupported and not is_conclusion(text) and place not in job.looking:
             fix = "say what it is about, or drop the step"
             out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
     if (opposite := opposite_steps(job.steps)) is not None:

@@ -64,7 +64,6 @@ _LETTER_FIRST = re.compile(r"\(?([A-Z])[.):]\)?\s*(.+)", re.DOTALL)
 _TO_ASCII = str.maketrans("（）【】．。、：，；", "()()...:,;") | {
     0xFF21 + place: letter for place, letter in enumerate(ascii_uppercase)
 }
-_BOXED = re.compile(r"\$*\\boxed\{(?:\\text\{)?([^{}]*(?:\{[^{}]*\}[^{}]*)*?)\}?\}\$*")
 
 
 def named_choice(text: str, letters: Mapping[str, str]) -> str:
@@ -110,9 +109,23 @@ def yes_or_no(answer: str, asked: str) -> Answer | None:
 
 
 def unboxed(text: str) -> str:
-    r"""What stands in LaTeX's `\boxed{...}`, where `text` has one; else `text`."""
-    found = _BOXED.findall(text)
-    return found[-1].strip() if found else text
+    r"""What the last `\boxed{...}` of LaTeX in `text` holds, without a `\text{...}` around it; else `text`."""
+    start, depth = text.rfind(_BOXED), 0
+    for place in range(start + len(_BOXED) - 1, len(text) if start >= 0 else 0):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if not depth:
+            inner = text[start + len(_BOXED) : place].strip()
+            return _AS_TEXT.sub(r"\1", inner) or text
+    return text
+
+
+_BOXED = "\\boxed{"
+_AS_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
+
+
+def only_leads(text: str) -> bool:
+    """Whether `text` says that an answer comes, and no more: "Final answer:"."""
+    return not _ANSWER_LEAD.sub("", text).strip()
 
 
 def free_answer(text: str, asked: str, known: Sequence[str]) -> Answer:
@@ -135,5 +148,5 @@ def answer_in(text: str, asked: str, known: Sequence[str]) -> Answer | None:
     letters = lettered_choices(asked)
     if not letters:
         return free_answer(text, asked, known)
-    name = named_choice(unboxed(text), letters)
+    name = named_choice(text, letters) or named_choice(unboxed(text), letters)
     return (name, {"candidates": list(letters.values())}) if name else None

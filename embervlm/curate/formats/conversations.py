@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embervlm.curate.formats.answers import Answer, answer_in
+from embervlm.curate.formats.answers import Answer, answer_in, only_leads
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of, sentences
 from embervlm.data.record_fields import kind, quote
 
@@ -194,7 +194,7 @@ def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
     thought = match["thought"]
     answered = _ANSWERED.search(match["behind"])
     behind = _TAG.sub("", match["behind"][: answered.start()] if answered else match["behind"])
-    said = sentences(behind)
+    said = [sentence for sentence in sentences(behind) if not only_leads(sentence)]
     final = answered["answer"].strip() if answered else " ".join(said[-1:])
     if not sentences(thought) or not re.search(r"\w", final):
         lacking = f"<answer> behind </{match['tag']}>" if sentences(thought) else f"<{match['tag']}>"
