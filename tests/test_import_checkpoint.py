@@ -180,9 +180,10 @@ def test_what_became_of_every_weight_is_printed(tmp_path: Path, capsys: Any) -> 
     make(tmp_path / "theirs", idefics3())
     imported(tmp_path / "theirs")
     told = lines_of(capsys.readouterr().out)
-    assert told[0] == f"{tmp_path}/theirs: a SmolVLM/Idefics3 checkpoint"
+    assert f"{tmp_path}/theirs: a SmolVLM/Idefics3 checkpoint" in told
     assert "projection: 1 weights taken, 2,048 parameters" in told
     assert "model.text_model.* -> language_model.backbone.model.* (20)" in told
+    assert "lm_head.* -> language_model.backbone.lm_head.* (1)" in told
     assert "a picture: 4 visual tokens (2 x 2), connector pixel_shuffle" in told
     assert any(line.startswith("new: reasoning_module, ") for line in told)
     assert "tokenizer: 290 tokens of 512 embedding rows, and Stage 4's behind them" in told
@@ -420,7 +421,10 @@ def test_a_nanovlm_is_taken_with_its_matrices_split(tmp_path: Path, capsys: Any)
         (0, 0, 0),
         (1, 1, 1),
     )
-    assert "dropped: 1 (decoder.rotary_embd.inv_freq): computed anew" in capsys.readouterr().out
+    told = lines_of(capsys.readouterr().out)
+    assert "dropped: 1 (decoder.rotary_embd.inv_freq): computed anew" in told
+    assert "decoder.head.* -> language_model.backbone.lm_head.* (1)" in told
+    assert "decoder.blocks.N.norm1.* -> language_model.backbone.model.layers.N.input_layernorm.* (2)" in told
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -113,9 +114,11 @@ def report(found: Imported, folder: str, words: ReasoningTokenizer) -> str:
 
 
 def _starts(theirs: str, ours: str) -> tuple[str, str]:
-    """Both names without the levels at their end that are the same."""
+    """Both names without the levels at their end that are the same, and with N for the number of a layer."""
+    for number in re.findall(r"\.(\d+)\.", theirs)[:1]:
+        theirs, ours = (name.replace(f".{number}.", ".N.", 1) for name in (theirs, ours))
     a, b = theirs.split("."), ours.split(".")
-    while a and b and a[-1] == b[-1]:
+    while len(a) > 1 and a[-1] == b[-1]:
         a.pop()
         b.pop()
     return "".join(f"{level}." for level in a), "".join(f"{level}." for level in b)
