@@ -83,7 +83,7 @@ def test_empty_chains_score_zero_and_are_counted(tmp_path, capsys):
     path, output = write(tmp_path / "chains.jsonl", LAMP, *empty), tmp_path / "out.jsonl"
     main(["score-chains", str(path), "--output_file", str(output)])
     out = capsys.readouterr().out
-    assert "5 chains, of them 4 empty and 0 unparseable, which score 0" in out
+    assert "5 chains; 4 are empty and 0 unparseable, and these score 0" in out
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     for line in lines[1:]:
         assert [line["scores"][name] for name in METRICS] == [0, 0, 0, 0] and line["scores"]["reasons"] == [
@@ -116,7 +116,7 @@ def test_a_bad_line_is_named_scores_zero_and_stops_nothing(tmp_path, capsys, lin
     assert [bad["scores"][name] for name in METRICS] == [0, 0, 0, 0]
     assert bad["scores"]["reasons"][0].startswith("unparseable: ") and problem in bad["scores"]["reasons"][0]
     assert f"{path} line 3: " in captured.err and problem in captured.err
-    assert "3 chains, of them 0 empty and 1 unparseable" in captured.err
+    assert "3 chains; 0 are empty and 1 unparseable" in captured.err
 
 
 @pytest.mark.parametrize(

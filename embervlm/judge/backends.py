@@ -202,7 +202,7 @@ class CrossEncoder:
         except StopIteration:
             raise ConfigError(
                 f"entailment backend {model}: its labels are {sorted(labels)}, none is entailment or contradiction; "
-                "name an NLI model, or set id2label in its config.json"
+                "use an NLI model, or set id2label in its config.json"
             ) from None
 
     def judge(self, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
@@ -242,7 +242,7 @@ def _pooling_of(model: str) -> str:
     mode = settings.get("pooling_mode") or (" and ".join(modes) if modes else "mean")
     mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(mode, mode)
     if mode not in ("mean", "cls"):
-        raise ConfigError(f"similarity backend {model}: pools by {mode}; name a model that pools by mean or cls")
+        raise ConfigError(f"similarity backend {model}: pools by {mode}; use a model that pools by mean or cls")
     return str(mode)
 
 
@@ -256,7 +256,7 @@ def _load(model: str, tokenizer_class: Any, model_class: Any, kind: str) -> tupl
         loaded = model_class.from_pretrained(model).eval()
     except UNREADABLE as error:
         raise ConfigError(
-            f"{kind} backend {model}: cannot be loaded ({str(error).splitlines()[0]}); name a model's folder or id, "
+            f"{kind} backend {model}: cannot be loaded ({str(error).splitlines()[0]}); give a model's folder or id, "
             f"or use {EMBEDDED}"
         ) from error
     if torch.cuda.is_available():

@@ -67,7 +67,7 @@ def read_lines(path: Path) -> Iterator[ChainLine]:
         numbers += 1
         yield _broken(problem, path)
     if not numbers:
-        raise DataError(f"{path}: holds no chains; write at least one line")
+        raise DataError(f"{path}: contains no chains; write at least one line")
 
 
 def _broken(problem: str, path: Path) -> ChainLine:
@@ -93,7 +93,7 @@ def _read_line(number: int, value: Any) -> ChainLine:
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise DataError(f"steps: is {kind(steps)}, not a list of texts; write one text for each step")
     if len(steps) > MAX_STEPS:
-        raise DataError(f"steps: are {len(steps):,}; at most {MAX_STEPS} can be scored")
+        raise DataError(f"steps: there are {len(steps):,}; at most {MAX_STEPS} can be scored")
     candidates = _texts(value, "candidates")
     gold_steps = _texts(value, "gold_steps")
     facts, statements = _facts(value.get("facts"))
@@ -102,7 +102,7 @@ def _read_line(number: int, value: Any) -> ChainLine:
         raise DataError(f"instruction: is {kind(instruction)}, not a text; write the question")
     size = sum(map(len, (instruction, *steps, *gold_steps, *statements, *facts, *facts.values())))
     if size > MAX_CHARACTERS:
-        raise DataError(f"holds {size:,} characters; at most {MAX_CHARACTERS:,} can be scored")
+        raise DataError(f"has {size:,} characters; at most {MAX_CHARACTERS:,} can be scored")
     context = ChainContext(
         instruction=instruction,
         facts=facts,
@@ -231,7 +231,7 @@ def summary(scored: Sequence[Mapping[str, Any]], scorer: ChainScorer) -> list[st
     reasons = [value["scores"]["reasons"] for value in scored]
     unparseable = sum(any(reason.startswith("unparseable") for reason in found) for found in reasons)
     empty = sum("the chain is empty" in found for found in reasons)
-    out = [f"{len(scored):,} chains, of them {empty:,} empty and {unparseable:,} unparseable, which score 0"]
+    out = [f"{len(scored):,} chains; {empty:,} are empty and {unparseable:,} unparseable, and these score 0"]
     for name in (*SCORES, "adjacent_similarity"):
         found = [value["scores"][name] for value in scored if value["scores"][name] is not None]
         out.append(f"{name:<24}" + (f"{sum(found) / len(found):.4f}" if found else "n/a (no gold_answer)"))
