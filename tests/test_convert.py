@@ -566,7 +566,8 @@ def test_with_an_answer_of_its_own_all_of_the_reply_is_reasoning(folder):
             ["\u4ed6\u8bf4\uff1a\u201c\u597d\uff01\u201d", "\u8d70\u4e86\uff1f", "\u8d70\u3002"],
         ),
         ("Das Dach ist rot. \u00dcber ihm ist es blau.", ["Das Dach ist rot.", "\u00dcber ihm ist es blau."]),
-        ("Der Zug hat Nr. 5 und ca. 20 Wagen.", ["Der Zug hat Nr. 5 und ca. 20 Wagen."]),
+        ("Der Zug hat z. B. Nr. 5 und ca. 20 Wagen.", ["Der Zug hat z. B. Nr. 5 und ca. 20 Wagen."]),
+        ("No. The sky is dark, see No. 5.", ["No.", "The sky is dark, see No. 5."]),
         (
             "\u041d\u0435\u0431\u043e \u0441\u0438\u043d\u0435\u0435. \u042d\u0442\u043e \u0434\u0435\u043d\u044c.",
             [

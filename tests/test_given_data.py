@@ -122,7 +122,7 @@ def test_a_missing_field_that_is_there_under_another_name_is_pointed_at(tmp_path
     found = told(write(tmp_path, [bare, {"conversations": [{"from": "human", "value": "?"}]}, record(2)]), tmp_path)
     assert any("reasoning: is missing (there is" in text and "rationale" in text for text in found)
     assert any("answer: is missing (there is" in text and "answers" in text for text in found)
-    assert any("`embervlm data convert` reads conversations" in text for text in found)
+    assert any("`embervlm data convert --from llava` reads conversations" in text for text in found)
     path = write(tmp_path, [record(1, answer="yes", choices=["yes", "no"])])
     with pytest.raises(
         DataError, match=r'answer "yes" is not one of Drone.* \(there is "choices": call it candidates\)'

@@ -66,6 +66,14 @@ _OTHER_NAMES = {
     "answer": ("answers", "label", "output", "response", "gold_answer", "correct_answer", "final_answer"),
 }
 """Names of our fields in other data sets."""
+_CONVERTED = {
+    "conversations": "llava",
+    "messages": "sharegpt",
+    "query": "alpaca",
+    "prompt": "alpaca",
+    "problem": "alpaca",
+}
+"""Name of a question -> the format of such records."""
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
 Report = Callable[[str], None]
 
@@ -123,8 +131,8 @@ def told_unused(counts: Mapping[str, int]) -> str:
 def _called_otherwise(value: Mapping[str, Any], name: str) -> str:
     """A hint which field may be the missing field `name`, or the empty string."""
     found = [other for other in _OTHER_NAMES[name] if value.get(other) not in (None, "", [], {})]
-    if found and found[0] in ("conversations", "messages"):
-        return f" (`embervlm data convert` reads {found[0]})"
+    if found and name == "instruction" and found[0] in _CONVERTED:
+        return f" (`embervlm data convert --from {_CONVERTED[found[0]]}` reads {found[0]})"
     if found and name == "candidates":
         return f" (there is {quote(found[0])}: call it candidates)"
     return f" (there is {quote(found[0])})" if found else ""

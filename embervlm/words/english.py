@@ -103,6 +103,7 @@ _SENTENCE_END = re.compile(
 _NO_END = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Fig|approx|vs|etc|e\.g|i\.e|bzw|ca|Sr|Sra|Dra|г|ул|им|[A-ZÄÖÜА-Я])|^\s*\d+)\.$"  # noqa: RUF001
 )
+_FOR_EXAMPLE = re.compile(r"\bz\. ?B\.")  # in German
 _NO_END_BEFORE_NUMBER = re.compile(r"\b(?:No|Nr)\.$")
 _NUMBERING = re.compile(
     r"^\s*(?:[-*]\s+|step\s*\d+\s*[:.)-]?\s*|\d+\s*[:.)]\s+"
@@ -123,7 +124,8 @@ def sentences(text: str) -> tuple[str, ...]:
         for end in _SENTENCE_END.finditer(line):
             before, first = line[max(start, end.start() - 10) : end.start() + 1], end[1] or ""
             numbered = first.isdigit() and _NO_END_BEFORE_NUMBER.search(before)
-            if not first.islower() and not numbered and not _NO_END.search(before):
+            inside = numbered or _FOR_EXAMPLE.match(line, end.start() - 1)
+            if not first.islower() and not inside and not _NO_END.search(before):
                 out.append(line[start : end.end()])
                 start = end.end()
         out.append(line[start:])
