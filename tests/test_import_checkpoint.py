@@ -30,9 +30,12 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from embervlm.cli import main
+from embervlm.config import ConfigError, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.run.start import start_from
+from embervlm.world import World
 
 VISION = {
     "hidden_size": 16,
@@ -319,6 +322,12 @@ def test_our_own_checkpoint_and_a_folder_that_is_there_are_refused(tmp_path: Pat
         SystemExit, match=r"no checkpoint of EmberVLM \(its model_type is 'llava'\); try `embervlm import"
     ):
         main(["describe", "--model", str(tmp_path / "theirs")])
+
+
+def test_a_run_that_is_given_a_checkpoint_of_another_family_names_the_command(tmp_path: Path) -> None:
+    make(tmp_path / "theirs", llava())
+    with pytest.raises(ConfigError, match="is a LLaVA checkpoint; run `embervlm import-checkpoint .*theirs OUT` and"):
+        start_from(TrainConfig(model="quickstart"), World.join(), tmp_path / "theirs", 4)
 
 
 def test_a_checkpoint_of_other_parts_says_so(tmp_path: Path) -> None:

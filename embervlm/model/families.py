@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,16 @@ def parts(vision: PretrainedConfig, text: PretrainedConfig, is_tied: bool) -> di
     }
 
 
+def family_of(names: Collection[str]) -> Family | None:
+    """The family whose names these are, if any."""
+    return next((one for one in FAMILIES if all(any(re.match(key, name) for name in names) for key in one.keys)), None)
+
+
 def recognised(names: Iterable[str], path: Path) -> Family:
     """The family whose names these are; CheckpointError for none."""
     names = list(names)
-    for family in FAMILIES:
-        if all(any(re.match(key, name) for name in names) for key in family.keys):
-            return family
+    if (family := family_of(names)) is not None:
+        return family
     if any(name.startswith("reasoning_module.") for name in names) or {*BACKBONE} == {n.split(".")[0] for n in names}:
         raise CheckpointError(f"{path}: is a checkpoint of EmberVLM already; give its folder to --resume_from")
     shown = ", ".join(names[:3]) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from embervlm.config_file import model_preset
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.storage import CheckpointError, load_checkpoint_into
+from embervlm.model.families import family_of
+from embervlm.model.storage import CheckpointError, load_checkpoint_into, read_weights
 from embervlm.paths import closest_path
 from embervlm.robots.domain import domain_named
 from embervlm.world import World
@@ -41,9 +43,20 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
     try:
         load_checkpoint_into(model, checkpoint)
     except CheckpointError as error:
+        _refuse_foreign(checkpoint)
         raise ConfigError(f"{error} (this run's preset is {config.model!r}; choose with --model)") from error
     model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
     return model
+
+
+def _refuse_foreign(checkpoint: Path) -> None:
+    """ConfigError where `checkpoint` is one of another family, which can be imported."""
+    with contextlib.suppress(CheckpointError):
+        if (family := family_of(read_weights(checkpoint)[1])) is not None:
+            raise ConfigError(
+                f"--resume_from {checkpoint}: is a {family.name} checkpoint; run `embervlm "
+                f"import-checkpoint {checkpoint} OUT` and resume from OUT"
+            )
 
 
 def _say_what_was_chosen_from(config: TrainConfig, world: World, checkpoint: Path) -> None:
