@@ -193,7 +193,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num
         ("vision", {"model_type": "bert", "hidden_size": 24}, "bert does not read pictures of image_size 36"),
         ("vision", {"model_type": "siglip_vision_model", **VISION, "image_size": 48}, "pictures of image_size 36"),
         ("language", {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantized \(gptq\)"),
-        ("language", {"model_type": "t5", "d_model": 32}, "^language: t5 is no causal language model"),
+        ("language", {"model_type": "t5", "d_model": 32}, "^language: t5 is not a causal language model"),
         ("language", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "contains custom code"),
     ],
 )
