@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from training_helpers import REPOSITORY, ok, train, write_model_yaml, write_run_yaml
 
 from embervlm.config import ConfigError
 from embervlm.data.answer_space import AnswerSpace
@@ -17,7 +18,6 @@ from embervlm.data.store import prepare
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.robots.domain import DOMAINS, ROBOTS, domain_named
 from embervlm.robots.rules import ROBOT_ORDER
-from tests.training_helpers import REPOSITORY, ok, train, write_model_yaml, write_run_yaml
 
 PACKAGE = REPOSITORY / "embervlm"
 ASKS_FOR_A_DOMAIN = {

@@ -15,7 +15,7 @@ from embervlm.errors import UserError, told_in_one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("embervlm", "scripts", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-INTERNAL = {"PathError", "Preempted", "NoData", "Rejected", "Unanswered", "_Malformed"}
+INTERNAL = {"PathError", "Preempted", "NoData", "Rejected", "Unanswered", "_Malformed", "_Stuck"}
 """Caught by our own code: no user sees them."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
 
 from embervlm import run_dir
 from embervlm.cli import main
@@ -24,7 +25,6 @@ from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run import by_products
 from embervlm.run.stages import Run
 from embervlm.world import World
-from tests.training_helpers import CPU, TINY, make_data, make_tokenizer, write_model_yaml, write_run_yaml
 
 
 @pytest.fixture(scope="module")
