@@ -614,7 +614,7 @@ COMPLETE = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "train
     ],
 )
 def test_a_number_in_the_deepspeed_json_that_disagrees_is_an_error(key: str, value: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} is {value}, the run has"):
+    with pytest.raises(ConfigError, match=rf"{key} is {value}, but the run has"):
         settings_from(tmp_path, {**COMPLETE, key: value})
 
 
