@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from embervlm.config import ConfigError
-from embervlm.judge.backends import make_backends
+from embervlm.judge.backends import EMBEDDED_VERSION, make_backends
 from embervlm.judge.metrics import ChainScorer
 from embervlm.judge.reading import ChainContext
 
@@ -121,5 +121,10 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path, use):
 def test_the_embedded_judge_names_its_version_and_the_chains_it_was_fitted_on():
     plain, fitted, other = (ChainScorer.fit(chains) for chains in ([], [STEPS, STEPS[::-1]], [STEPS, STEPS]))
     versions = [scorer.backends.record["similarity"]["version"] for scorer in (plain, fitted, other)]
-    assert versions[0] == "2" and versions[1].startswith("2, fitted on 2 chains (") and len(set(versions)) == 3
+    version = str(EMBEDDED_VERSION)
+    assert (
+        versions[0] == version
+        and versions[1].startswith(f"{version}, fitted on 2 chains (")
+        and len(set(versions)) == 3
+    )
     assert fitted.backends.record["entailment"] == fitted.backends.record["similarity"]

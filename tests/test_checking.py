@@ -162,7 +162,7 @@ def test_a_picture_in_two_splits_is_found_by_its_content(scenes, tmp_path, check
     found = check([with_metadata(scenes[0], split="train"), copy])
     assert ("picture_leak", 2) in found
     path = tmp_path / "data.json"
-    with pytest.raises(DataError, match="stands in train"):
+    with pytest.raises(DataError, match="is in train"):
         split_records(read_records(path, candidates=ROBOTS))  # what training would say
 
 

@@ -133,7 +133,7 @@ def test_float_array_in_zero_to_one_equals_its_uint8_picture(shape):
     ("array", "message"),
     [
         (np.zeros((3, 8, 8), np.uint8), r"shape \[3, 8, 8\] is not .*; move the channels last"),
-        (np.zeros((0, 8, 3), np.uint8), "nothing to see"),
+        (np.zeros((0, 8, 3), np.uint8), "it is empty"),
         (np.zeros((4, 4), np.int64), "values of type int64; convert"),
         (np.full((4, 4), 200.0), "float values from 200.0 to 200.0; scale"),
         (np.full((4, 4), np.nan), "float values from nan to nan; scale"),

@@ -164,7 +164,7 @@ def test_picture_in_two_explicit_splits_is_refused_with_both_records(picture):
         record("r1", picture("a.png", b"same"), split="train"),
         record("r2", picture("b.png", b"same"), split="test"),
     ]
-    with pytest.raises(DataError, match=r"b.png: stands in train \(record r1\) and in test \(record r2\); give both"):
+    with pytest.raises(DataError, match=r"b.png: is in train \(record r1\) and in test \(record r2\); give both"):
         split_records(records)
 
 

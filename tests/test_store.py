@@ -100,7 +100,7 @@ def test_a_changed_picture_is_split_anew(tmp_path):
     prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
     Image.new("RGB", (4, 4), "red").save(tmp_path / "b.png")
     touch(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"b.png: stands in test .* and in train"):
+    with pytest.raises(DataError, match=r"b.png: is in test .* and in train"):
         prepare(tmp_path / "d.jsonl", tmp_path / "cache", candidates=ROBOTS)
 
 
@@ -212,7 +212,7 @@ def test_a_shard_that_is_missing_from_braces_is_named(shards, tmp_path):
 
 
 def test_a_pattern_that_finds_nothing_says_so(tmp_path):
-    with pytest.raises(DataError, match=r"no\*\.tar: no file there"):
+    with pytest.raises(DataError, match=r"no\*\.tar: no such file"):
         prepare(tmp_path / "no*.tar", tmp_path / "cache", candidates=ROBOTS)
 
 
