@@ -525,7 +525,8 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
     for rank in range(2):
         assert f"{rank}: in my image" in logs[on_its_gpus].read_text()
     state = run_dir.read_json(run_dir.checkpoint_path(run_dir.phase_dir(site / "out puts", 2), None) / "state.json")
-    assert state["step"] == 1 and "on what the job has (nodes: 1, GPUs per node: 2)" in logs[on_its_gpus].read_text()
+    assert state["step"] == 1
+    assert "using the job's resources (nodes: 1, GPUs per node: 2)" in logs[on_its_gpus].read_text()
 
 
 def in_an_allocation_without_srun_a_training_is_alone(bench: Bench) -> None:
