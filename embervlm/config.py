@@ -5,14 +5,12 @@ YAML keys are the field names (the Stage 4 guide's where it names one).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from embervlm.errors import UserError
-from embervlm.paths import PathError, expanded
+from embervlm.config_checks import ConfigError, bounded, filled_in, one_of, require
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
@@ -24,35 +22,6 @@ ALIASES = {"language_model_backbone": "language_model", "projection_layer": "pro
 """The guide's other names of components."""
 
 
-class ConfigError(UserError):
-    """A setting that cannot be used; the message names it and says what to write instead."""
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _bounded(config: Any, *names: str, least: float, most: float = math.inf) -> None:
-    """ConfigError if a field of `config` is outside [least, most]; None means not set."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not least <= value <= most:
-            below = "is negative" if least == 0 else f"is less than {least:g}"
-            raise ConfigError(f"{name}: {value} {f'is not in [{least:g}, {most:g}]' if most < math.inf else below}")
-
-
-def filled_in(name: str, path: str) -> str:
-    """`path` with `~` and `$NAME` expanded; ConfigError that names `name` if this is not possible."""
-    try:
-        return expanded(path)
-    except PathError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSamplingConfig:
     enabled: bool = True
@@ -62,7 +31,7 @@ class ScheduledSamplingConfig:
     """The same in its last epoch."""
 
     def __post_init__(self) -> None:
-        _bounded(self, "initial_teacher_forcing", "final_teacher_forcing", least=0, most=1)
+        bounded(self, "initial_teacher_forcing", "final_teacher_forcing", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +89,18 @@ class PhaseConfig:
             raise ConfigError(f"phase {self.name!r}: {error}" if self.name else str(error)) from None
 
     def _check(self) -> None:
-        _bounded(self, "epochs", least=1)
+        bounded(self, "epochs", least=1)
         for name in ("learning_rate", "gradient_clipping", "max_minutes"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name}: {value} is not positive")
+            require(value is None or value > 0, f"{name}: {value} is not positive")
         self._complete_multipliers()
         mixed = ("direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio")
         weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
-        _bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
-        _bounded(self, "final_lr_ratio", "validator_records_ratio", least=0, most=1)
+        bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
+        bounded(self, "final_lr_ratio", "validator_records_ratio", least=0, most=1)
         self._check_component_lists()
         for name in self.does_nothing:
-            _require(not getattr(self, name), f"{name}: {getattr(self, name)} does nothing in this phase")
+            require(not getattr(self, name), f"{name}: {getattr(self, name)} does nothing in this phase")
 
     def _complete_multipliers(self) -> None:
         given = {ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
@@ -145,7 +114,7 @@ class PhaseConfig:
         defaults = dict.fromkeys(COMPONENTS, 1.0) | dict(self.default_multipliers)
         if self.freeze_backbone:
             idle = [name for name, factor in given.items() if factor and name in BACKBONE]
-            _require(not idle, f"learning_rate_multipliers: {idle} do nothing under freeze_backbone: true")
+            require(not idle, f"learning_rate_multipliers: {idle} do nothing under freeze_backbone: true")
             defaults |= dict.fromkeys(BACKBONE, 0.0)
         complete = {name: float(given.get(name, defaults[name])) for name in COMPONENTS}
         object.__setattr__(self, "learning_rate_multipliers", complete)
@@ -157,11 +126,11 @@ class PhaseConfig:
                 name = ALIASES.get(listed, listed)
                 if name == "all":
                     wrong = [part for part, factor in multipliers.items() if (factor > 0) != should_train]
-                    _require(not wrong, f"{field_name}: says all, but {wrong} would not be trained")
+                    require(not wrong, f"{field_name}: says all, but {wrong} would not be trained")
                     continue
                 component = "reasoning_module" if name in REASONING_PARTS else name
-                _require(component in COMPONENTS, f"{field_name}: no component is called {listed!r}")
-                _require(
+                require(component in COMPONENTS, f"{field_name}: no component is called {listed!r}")
+                require(
                     (multipliers[component] > 0) == should_train,
                     f"{field_name}: lists {listed}, but its learning rate multiplier is "
                     f"{multipliers[component]:g} (freeze_backbone: {str(self.freeze_backbone).lower()})",
@@ -197,7 +166,7 @@ class Stage3Config(PhaseConfig):
     def _check(self) -> None:
         super()._check()
         learns = self.direct_loss_weight > 0 or self.dense_loss_weight > 0
-        _require(learns, "direct_loss_weight and dense_loss_weight are both 0: nothing would be learned")
+        require(learns, "direct_loss_weight and dense_loss_weight are both 0: nothing would be learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +179,7 @@ class ReasoningPhaseConfig(PhaseConfig):
         super()._check()
         needs_records = () if self.direct_records_ratio else ("direct",)  # 0 of them is a way to leave the term out
         terms = [f"{term}_loss_weight" for term in LOSS_TERMS if term not in needs_records]
-        _require(
+        require(
             any(getattr(self, name) for name in terms),
             f"{', '.join(terms)} are all 0: nothing would be learned; the guide has 0.4/0.3/0.3 "
             "in phase 1 and 0.3/0.2/0.3/0.2 in phase 2",
@@ -260,12 +229,12 @@ class AugmentationConfig:
     """Strategy -> its weight among those named; one not named is not used. What one cannot give, the others do."""
 
     def __post_init__(self) -> None:
-        _bounded(self, "target_samples", least=1)
+        bounded(self, "target_samples", least=1)
         weights = self.augmentation_strategies
         for name, weight in weights.items():
-            _one_of("augmentation_strategies", name, tuple(AUGMENTATION_STRATEGIES))
-            _require(weight >= 0, f"augmentation_strategies: {name}: {weight} is negative")
-        _require(any(weights.values()), "augmentation_strategies: no weight is above 0; leave the section out instead")
+            one_of("augmentation_strategies", name, tuple(AUGMENTATION_STRATEGIES))
+            require(weight >= 0, f"augmentation_strategies: {name}: {weight} is negative")
+        require(any(weights.values()), "augmentation_strategies: no weight is above 0; leave the section out instead")
 
 
 COMPLEXITIES = ("simple", "medium", "complex")
@@ -284,11 +253,11 @@ class CurriculumStageConfig:
     """First and last epoch, counted from 1 over both phases; by default the guide's."""
 
     def __post_init__(self) -> None:
-        _one_of("complexity", self.complexity, COMPLEXITIES)
-        _bounded(self, "max_steps", least=1)
+        one_of("complexity", self.complexity, COMPLEXITIES)
+        bounded(self, "max_steps", least=1)
         if self.epochs:
             ordered = len(self.epochs) == 2 and 1 <= self.epochs[0] <= self.epochs[1]
-            _require(ordered, f"epochs: {list(self.epochs)} is not [first, last], counted from 1")
+            require(ordered, f"epochs: {list(self.epochs)} is not [first, last], counted from 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +274,7 @@ class CurriculumConfig:
     def __post_init__(self) -> None:
         expected = 1
         for name, (first, last) in self._epochs.items():
-            _require(
+            require(
                 first == expected,
                 f"{name}.epochs: [{first}, {last}] does not start at epoch {expected}; stages follow each other "
                 "without a gap or an overlap, so give `epochs` to each",
@@ -344,7 +313,7 @@ class StageConfig:
     """Recompute activations of the backbone in the backward pass."""
 
     def __post_init__(self) -> None:
-        _bounded(self, "batch_size", "gradient_accumulation_steps", "max_reasoning_length", least=1)
+        bounded(self, "batch_size", "gradient_accumulation_steps", "max_reasoning_length", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,11 +406,11 @@ class TrainConfig:
         for name in ("model", *of_data, "resume_from", "deepspeed_config", "eval_cluster"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, filled_in(name, path))
-        _one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _one_of("resume", self.resume, ("auto", "never"))
-        _one_of("on_save_error", self.on_save_error, ("stop", "continue"))
-        _require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
-        _bounded(self, "keep_best", "keep_weights", least=0)
-        _bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
-        _bounded(self, "max_steps", "eval_steps", least=1)
+        one_of("engine", self.engine, ("deepspeed", "fsdp", "torch"))
+        one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        one_of("resume", self.resume, ("auto", "never"))
+        one_of("on_save_error", self.on_save_error, ("stop", "continue"))
+        require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
+        bounded(self, "keep_best", "keep_weights", least=0)
+        bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
+        bounded(self, "max_steps", "eval_steps", least=1)
