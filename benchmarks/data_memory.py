@@ -28,6 +28,7 @@ from embervlm.data.dataset import encode_reasoning
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
+from embervlm.data.samples import Grid
 from embervlm.data.store import RecordView
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.progress import progress_bar
@@ -102,7 +103,7 @@ class Watch:
 def time_of_batches(records: RecordView, output: Path) -> dict[int, float]:
     """Median milliseconds to plan, read, encode and collate a batch, by the place in the epoch at which it begins."""
     tokenizer = ReasoningTokenizer.from_folder(run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None))
-    samples = encode_reasoning(records, tokenizer, 6, max_length=600)
+    samples = encode_reasoning(records, tokenizer, Grid(6, 6), max_length=600)
     plan = EpochPlan(main=samples, global_batch=BATCH_SIZE, seed=0)
     pictures = PictureCache([], 72)
     collator = Collator(

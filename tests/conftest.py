@@ -163,8 +163,9 @@ def pictures(records):
 def samples(records, tokenizer):
     """The records as reasoning samples for the tiny model's 3 x 3 grid."""
     from embervlm.data.dataset import encode_reasoning
+    from embervlm.data.samples import Grid
 
-    return encode_reasoning(records, tokenizer, grid=3, max_length=512)
+    return encode_reasoning(records, tokenizer, grid=Grid(3, 3), max_length=512)
 
 
 @pytest.fixture(scope="session")

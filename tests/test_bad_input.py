@@ -20,6 +20,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import DataError, read_records, write_dataset, write_records
+from embervlm.data.samples import Grid
 from embervlm.data.store import prepare
 from embervlm.data.tokenizer import SPECIAL_TOKENS, ReasoningTokenizer, train_tokenizer
 from embervlm.robots.generate import generate_scenes
@@ -44,7 +45,7 @@ def problems(folder, *values, **options):
 
 def make_batch(records):
     """All that training makes of records before the model sees them."""
-    samples = encode_reasoning(records, TOKENIZER, 3, max_length=10**6)
+    samples = encode_reasoning(records, TOKENIZER, Grid(3, 3), max_length=10**6)
     fact_domains(records)
     encode_captions(records, TOKENIZER)
     collator = Collator(
@@ -55,7 +56,7 @@ def make_batch(records):
         image_size=12,
         grounding=True,
         pair_maker=PairMaker(records, samples, TOKENIZER),
-        dense_labels=DenseLabels(records, 3),
+        dense_labels=DenseLabels(records, Grid(3, 3)),
     )
     batch = collator([*samples, *encode_direct(records, TOKENIZER)], step=0, teacher_forcing=0.5)
     assert len(batch.record_ids) == 2 * len(records)
@@ -191,7 +192,7 @@ def test_a_text_is_read_as_it_is_and_makes_no_special_token(tmp_path, text):
     record = GOOD | {"reasoning": ["Step 1: " + " ".join(text.split()).replace("<|reasoning_end|>", "")]}
     (found,) = read(tmp_path, record | {"instruction": text})
     assert found.instruction == text
-    (sample,) = encode_reasoning([found], TOKENIZER, 3, max_length=10**6)
+    (sample,) = encode_reasoning([found], TOKENIZER, Grid(3, 3), max_length=10**6)
     assert TOKENIZER.decode(sample.prompt) == text and max(sample.prompt) < TOKENIZER.base_vocab_size
     structure = [token for token in sample.target if token >= TOKENIZER.base_vocab_size]
     wanted = ["<|reasoning_start|>", "<|step|>", "<|reasoning_end|>", "<|answer_start|>", "<|answer_end|>"]

@@ -15,6 +15,7 @@ from embervlm.curate.quality import filter_file
 from embervlm.curate.validate import validate
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.records import DataError, read_records
+from embervlm.data.samples import Grid
 from embervlm.data.splits import split_of, split_records
 from embervlm.judge.contradiction import opposite_steps
 from embervlm.report.validation import report_page, report_text, write_reports
@@ -214,7 +215,7 @@ def test_lengths_counted_with_a_tokenizer_are_those_training_refuses(records, to
     tokenizer.save(tmp_path / "tokenizer")
     path = tmp_path / "data.json"
     path.write_text(json.dumps(scenes), encoding="utf-8")
-    lengths = [len(sample.target) for sample in encode_reasoning(records, tokenizer, grid=3, max_length=512)]
+    lengths = [len(sample.target) for sample in encode_reasoning(records, tokenizer, grid=Grid(3, 3), max_length=512)]
     limit = sorted(lengths)[len(lengths) // 2]
     options = CheckOptions(tokenizer=str(tmp_path / "tokenizer"), max_reasoning_length=limit, domain=ROBOTS_DOMAIN)
     data = check_file(path, options)

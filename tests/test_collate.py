@@ -11,7 +11,7 @@ from embervlm.data.collate import DenseLabels, validator_inputs
 from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import boxes_to_mask
+from embervlm.data.samples import Grid, boxes_to_mask
 from embervlm.model.reasoning import StepValidator
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.loop import deal
@@ -89,7 +89,7 @@ def test_pictures_can_be_left_to_a_cache_of_visual_tokens(samples, make_collator
 
 
 def test_a_batch_of_records_without_pictures_is_marked_as_such(text_only, tokenizer, make_collator):
-    samples = encode_reasoning(text_only, tokenizer, grid=3, max_length=512)
+    samples = encode_reasoning(text_only, tokenizer, grid=Grid(3, 3), max_length=512)
     batch = make_collator(text_only)(samples, step=0)
     assert not batch.inputs["image_mask"].any()
     assert batch.picture_index.tolist() == [-1] * len(samples)
@@ -135,7 +135,7 @@ def test_direct_samples_ask_nothing_of_the_answer_head(records, samples, tokeniz
 
 def test_records_may_bring_candidates_of_their_own(tokenizer, make_collator):
     own = [record(metadata={"candidates": ["A", "B", "C"]}, answer=("B",)), record()]
-    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, Grid(3, 3), 512), step=0)
     assert batch.targets["answers"].tolist() == [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
     assert batch.targets["answers_real"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.counts["answer"] == 8
@@ -143,14 +143,14 @@ def test_records_may_bring_candidates_of_their_own(tokenizer, make_collator):
 
 def test_candidates_of_their_own_that_all_records_share_are_encoded_once(tokenizer, make_collator):
     own = [record(metadata={"candidates": ["Left turn", "Right"]}, answer=("Right",))] * 2
-    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, Grid(3, 3), 512), step=0)
     ids = batch.inputs["candidate_ids"]
     assert [tokenizer.decode([t for t in row if t >= 0]) for row in ids.tolist()] == ["Left turn", "Right"]
 
 
 def test_candidate_ids_are_those_of_each_records_candidates(tokenizer, make_collator):
     own = [record(metadata={"candidates": ["Left turn", "Right"]}, answer=("Right",)), record()]
-    batch = make_collator(own)(encode_reasoning(own, tokenizer, 3, 512), step=0)
+    batch = make_collator(own)(encode_reasoning(own, tokenizer, Grid(3, 3), 512), step=0)
     rows = batch.inputs["candidate_ids"].tolist()
     names = [[tokenizer.decode([t for t in ids if t >= 0]) for ids in row] for row in rows]
     assert names == [["Left turn", "Right", "", "", ""], list(ROBOTS)]
@@ -214,7 +214,7 @@ def bare(records):
 def test_without_boxes_a_chain_is_read_again_behind_a_picture_that_it_does_not_fit(
     contrast_all, records, tokenizer, make_collator
 ):
-    chains = encode_reasoning(bare(records), tokenizer, 3, 512)[:3]
+    chains = encode_reasoning(bare(records), tokenizer, Grid(3, 3), 512)[:3]
     batch = make_collator(bare(records), grounding=True)(chains, step=0)
     assert batch.counts["multimodal"] == 3 and batch.inputs["repeated"].tolist() == [0, 1, 2]
     ids, tokens, rows = batch.inputs["input_ids"], len(batch.targets["direct"]), batch.picture_index.tolist()
@@ -234,7 +234,7 @@ def test_without_boxes_a_chain_is_read_again_behind_a_picture_that_it_does_not_f
 def test_which_chains_are_contrasted_with_what_does_not_depend_on_the_rest_of_the_batch(
     records, tokenizer, make_collator
 ):
-    chains = encode_reasoning(bare(records), tokenizer, 3, 512)[:8]
+    chains = encode_reasoning(bare(records), tokenizer, Grid(3, 3), 512)[:8]
     batcher = make_collator(bare(records), grounding=True)
     whole = batcher(chains, step=5)
     alone = [batcher([chain], step=5, places=[place]) for place, chain in enumerate(chains)]
@@ -246,7 +246,7 @@ def test_which_chains_are_contrasted_with_what_does_not_depend_on_the_rest_of_th
 
 def test_a_chain_without_a_picture_that_it_does_not_fit_is_not_contrasted(records, tokenizer, make_collator):
     same = [dataclasses.replace(record, steps=records[0].steps) for record in bare(records)]
-    batch = make_collator(same, grounding=True)(encode_reasoning(same, tokenizer, 3, 512)[:2], step=0)
+    batch = make_collator(same, grounding=True)(encode_reasoning(same, tokenizer, Grid(3, 3), 512)[:2], step=0)
     assert batch.counts["multimodal"] == 0 and len(batch.picture_index) == 2
 
 
@@ -336,7 +336,7 @@ def test_dense_labels_of_a_hand_case():
     ]
     scene = {"sky": "noon", "flag": "near"}
     other = record(metadata={"boxes": [{"kind": "sky", "label": "dawn", "box": [0, 0, 1, 1]}], "scene": scene})
-    labels = DenseLabels([record(metadata={"boxes": boxes, "scene": scene}), other], grid=2)
+    labels = DenseLabels([record(metadata={"boxes": boxes, "scene": scene}), other], grid=Grid(2, 2))
     assert labels.classes == {"flag": ["near"], "sky": ["dawn", "noon"]}
     assert labels.sizes == [2, 3]
     assert labels.of({"boxes": boxes}).tolist() == [[0, 2], [0, 2], [0, 0], [1, 0]]
@@ -345,24 +345,24 @@ def test_dense_labels_of_a_hand_case():
 def test_patches_without_ground_truth_are_not_scored():
     labels = DenseLabels(
         [record(metadata={"boxes": [{"kind": "sky", "label": "noon", "box": [0, 0, 1, 1]}], "scene": {"sky": "noon"}})],
-        grid=2,
+        grid=Grid(2, 2),
     )
     assert (labels.of({}) == -1).all()
 
 
 def test_dense_labels_of_generated_records_lie_in_their_boxes(records):
-    labels = DenseLabels(records, grid=3)
+    labels = DenseLabels(records, grid=Grid(3, 3))
     kinds = list(labels.classes)
     assert set(kinds) == {"place", "weather", "sky", "load", "flag"}
     found = labels.of(records[0].metadata)
     (flag,) = (box for box in records[0].metadata["boxes"] if box["kind"] == "flag")
     marked = found[:, kinds.index("flag")] > 0
-    assert torch.equal(marked, boxes_to_mask([flag["box"]], 3))
+    assert torch.equal(marked, boxes_to_mask([flag["box"]], Grid(3, 3)))
 
 
 def test_dense_counts_leave_texts_without_a_picture_out(records, tokenizer, make_collator):
     mixed = [*encode_captions(records, tokenizer)[:1], *encode_glossary(["A rule."], tokenizer)[:1]]
-    batch = make_collator(use_reasoning=False, dense_labels=DenseLabels(records, 3))(mixed, step=0)
+    batch = make_collator(use_reasoning=False, dense_labels=DenseLabels(records, Grid(3, 3)))(mixed, step=0)
     assert batch.counts["dense"] == 9 * 5
     assert batch.targets["dense"].shape == (2, 9, 5)
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from embervlm.config import ConfigError
+from embervlm.data.samples import Grid
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.connectors import CONNECTORS, build_connector
 from embervlm.model.embervlm import build_model
 
 
-def connector(grid=4, **settings):
-    return build_connector(EmberVLMConfig(connector=settings, projection_hidden_size=5), 2, 3, grid)
+def connector(**settings):
+    return build_connector(EmberVLMConfig(connector=settings, projection_hidden_size=5), 2, 3, Grid(4, 4))
 
 
 def test_each_kind_gives_the_width_of_the_language_model():
@@ -23,10 +24,14 @@ def test_each_kind_gives_the_width_of_the_language_model():
 
 
 def test_pixel_shuffle_puts_squares_side_by_side_row_by_row():
-    built = build_connector(EmberVLMConfig(connector={"kind": "pixel_shuffle", "factor": 2}), 1, 4, 4)
+    built = build_connector(EmberVLMConfig(connector={"kind": "pixel_shuffle", "factor": 2}), 1, 4, Grid(4, 4))
     torch.nn.init.eye_(built.linear.weight)
     found = built(torch.arange(16.0).view(1, 16, 1))
     assert found.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    built = build_connector(EmberVLMConfig(connector={"kind": "pixel_shuffle", "factor": 2}), 1, 4, Grid(2, 8))
+    torch.nn.init.eye_(built.linear.weight)
+    found = built(torch.arange(16.0).view(1, 16, 1))
+    assert found.tolist() == [[[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,6 @@ def test_settings_that_make_no_connector_are_told_in_a_line(settings, told):
 
 def test_the_network_counts_the_tokens_behind_its_connector(tiny_settings):
     model = build_model({**tiny_settings, "connector": {"kind": "pixel_shuffle", "factor": 3}})
-    assert (model.vision_encoder.grid, model.grid, model.num_visual_tokens) == (3, 1, 1)
+    assert (model.vision_encoder.grid, model.grid, model.num_visual_tokens) == ((3, 3), (1, 1), 1)
     pixels = torch.zeros(2, 3, 36, 36)
     assert model.see(pixels).shape == (2, 1, model.language_model.hidden_size)

@@ -16,7 +16,7 @@ from embervlm.data.dataset import (
 )
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.records import DataError, ReasoningRecord
-from embervlm.data.samples import CAPTION, DIRECT, EDITED, Sample, boxes_to_mask, step_texts
+from embervlm.data.samples import CAPTION, DIRECT, EDITED, Grid, Sample, boxes_to_mask, step_texts
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
 from embervlm.robots.facts import SceneFacts
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -31,7 +31,7 @@ def record(record_id="r1", steps=("Look.", "It is wet.", "Conclusion: Drone."), 
 
 
 def encode_one(tokenizer, **fields):
-    (sample,) = encode_reasoning([record(**fields)], tokenizer, grid=3, max_length=512)
+    (sample,) = encode_reasoning([record(**fields)], tokenizer, grid=Grid(3, 3), max_length=512)
     return sample
 
 
@@ -101,14 +101,14 @@ def test_a_conclusion_is_told_from_the_steps(tokenizer):
 def test_all_chains_that_are_too_long_are_listed_with_their_ids(tokenizer):
     found = [record(f"long-{i}", steps=("word " * 200,)) if i % 2 else record(f"short-{i}") for i in range(4)]
     with pytest.raises(DataError) as caught:
-        encode_reasoning(found, tokenizer, grid=3, max_length=64)
+        encode_reasoning(found, tokenizer, grid=Grid(3, 3), max_length=64)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["record long-1", "record long-3"]
     assert "64" in str(caught.value)
 
 
 def test_a_chain_of_just_the_limit_is_taken(tokenizer):
     length = len(encode_one(tokenizer).target)
-    assert len(encode_reasoning([record()], tokenizer, grid=3, max_length=length)) == 1
+    assert len(encode_reasoning([record()], tokenizer, grid=Grid(3, 3), max_length=length)) == 1
 
 
 # ---- what steps look at
@@ -116,20 +116,21 @@ def test_a_chain_of_just_the_limit_is_taken(tokenizer):
 
 def test_boxes_cover_the_visual_tokens_they_touch():
     """On a 3 x 3 grid: a box in the left upper corner, and one over the right third of the two lower rows."""
-    mask = boxes_to_mask([(0.0, 0.0, 0.2, 0.3), (0.7, 0.4, 0.9, 0.9)], grid=3)
+    mask = boxes_to_mask([(0.0, 0.0, 0.2, 0.3), (0.7, 0.4, 0.9, 0.9)], grid=Grid(3, 3))
     assert mask.view(3, 3).tolist() == [[True, False, False], [False, False, True], [False, False, True]]
 
 
 def test_a_box_without_size_covers_the_visual_token_it_lies_in():
-    assert boxes_to_mask([(0.5, 0.5, 0.5, 0.5)], grid=3).nonzero().flatten().tolist() == [4]
+    assert boxes_to_mask([(0.5, 0.5, 0.5, 0.5)], grid=Grid(3, 3)).nonzero().flatten().tolist() == [4]
 
 
 def test_a_box_of_the_whole_picture_covers_everything():
-    assert boxes_to_mask([(0.0, 0.0, 1.0, 1.0)], grid=4).all()
+    assert boxes_to_mask([(0.0, 0.0, 1.0, 1.0)], grid=Grid(4, 4)).all()
+    assert boxes_to_mask([(0.0, 0.6, 0.3, 1.0)], grid=Grid(2, 4)).nonzero().flatten().tolist() == [4, 5]
 
 
 def test_no_boxes_cover_nothing():
-    assert not boxes_to_mask([], grid=2).any()
+    assert not boxes_to_mask([], grid=Grid(2, 2)).any()
 
 
 def test_a_step_looks_at_the_boxes_of_the_facts_it_reads(tokenizer):
@@ -343,5 +344,5 @@ def test_records_that_do_not_say_which_steps_state_facts_are_not_edited(records,
 
 
 def test_without_another_picture_of_the_question_there_is_nothing_to_edit(records, tokenizer):
-    (sample,) = samples = encode_reasoning(records[:1], tokenizer, grid=3, max_length=512)
+    (sample,) = samples = encode_reasoning(records[:1], tokenizer, grid=Grid(3, 3), max_length=512)
     assert num_fact_steps(records[sample.record]) and len(edit_facts(records[:1], samples, seed=0)) == 0

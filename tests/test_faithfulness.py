@@ -10,6 +10,7 @@ import torch
 
 from embervlm.data.dataset import encode_reasoning, num_fact_steps
 from embervlm.data.records import ReasoningRecord
+from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import CONCLUSION
 from embervlm.evaluation.faithfulness import (
     Faithfulness,
@@ -203,7 +204,7 @@ def test_gains_are_the_log_probabilities_of_the_gold_end_after_each_step(tiny_mo
     assert [len(values) for values in together] == [record.num_steps + 1 for record in chosen]
     for record, values in zip(chosen, together):
         assert answer_log_probs(tiny_model, see, [record], [record.steps])[0] == pytest.approx(values, abs=1e-3)
-        (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
+        (sample,) = encode_reasoning([record], tokenizer, grid=Grid(3, 3), max_length=512)
         text = torch.tensor([[*sample.prompt, *sample.target]])
         visual, seen = see(tiny_model, [record])
         index = torch.arange(sample.answer_position, text.shape[1] - 1)

@@ -168,7 +168,7 @@ def test_pictures_are_normalised_and_answered_as_the_folder_says(tmp_path: Path)
     make(tmp_path / "theirs", llava())
     model = imported(tmp_path / "theirs")
     assert (list(model.config.image_mean), list(model.config.image_std)) == (MEAN, STD)
-    assert (model.config.image_size, model.grid, model.config.imported_from) == (48, 4, "LLaVA")
+    assert (model.config.image_size, model.grid, model.config.imported_from) == (48, (4, 4), "LLaVA")
     assert model.tokenizer.base_vocab_size == 290
     assert model.tokenizer.hugging_face.convert_tokens_to_ids("<|of their own 0|>") == 257
     model.config.candidates = ("yes", "no")
@@ -524,7 +524,7 @@ def test_both_phases_start_from_an_imported_checkpoint_by_resume_from_alone(scen
     ok(train("python", *flags, "--phase", "2", "--resume_from", first))
     trained = EmberVLM.from_pretrained(tmp_path / "outputs" / "stage4" / "phase2" / "checkpoint-final")
     start = EmberVLM.from_pretrained(tmp_path / "out")
-    assert (trained.grid, trained.config.imported_from) == (4, "LLaVA")
+    assert (trained.grid, trained.config.imported_from) == ((4, 4), "LLaVA")
     moved = {
         name.split(".")[0] for name, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[name])
     }

@@ -20,6 +20,7 @@ from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.images import ImageError
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import read_records
+from embervlm.data.samples import Grid
 from embervlm.engines.param_groups import build_param_groups
 from embervlm.model.backbone import LanguageModel, VisionEncoder
 from embervlm.model.cache import roomy_cache
@@ -204,7 +205,7 @@ def test_padding_changes_no_logit(lively_model, samples, make_collator):
 
 def test_a_batch_of_text_only_records_trains_without_nan(lively_model, records, tokenizer, make_collator):
     bare = [dataclasses.replace(record, image=None) for record in records[:4]]
-    samples = encode_reasoning(bare, tokenizer, grid=3, max_length=512)
+    samples = encode_reasoning(bare, tokenizer, grid=Grid(3, 3), max_length=512)
     maker = PairMaker(bare, samples, tokenizer)
     batch = make_collator(bare, pair_maker=maker, grounding=True)(samples, step=0, teacher_forcing=0.5)
     loss = loss_of(lively_model.train(), batch)
@@ -378,7 +379,7 @@ def test_a_row_that_has_ended_writes_nothing_more(lively_model):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_chain_that_is_begun_goes_on_as_if_the_model_had_written_it(lively_model, records, tokenizer, share):
     """In a batch of unlike beginnings; a chain begun up to its conclusion is read there by the answer head."""
-    chains = encode_reasoning(records[:6], tokenizer, grid=3, max_length=512)
+    chains = encode_reasoning(records[:6], tokenizer, grid=Grid(3, 3), max_length=512)
     texts, images = [record.instruction for record in records[:6]], [record.image for record in records[:6]]
     begun = []
     for chain in chains:
@@ -792,11 +793,11 @@ VISION_FAMILIES = {
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_vision_encoder_of_any_family_gives_a_square_grid(family):
+def test_a_vision_encoder_of_any_family_gives_a_grid(family):
     settings, tokens = VISION_FAMILIES[family]
     encoder = VisionEncoder(EmberVLMConfig(vision={"config": {"model_type": family, **settings}}, image_size=64))
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, tokens, encoder.vision_dim)
-    assert encoder.grid**2 == encoder.num_visual_tokens == tokens
+    assert encoder.grid.size == encoder.num_visual_tokens == tokens
 
 
 def test_visual_tokens_can_be_pooled_to_fewer():
@@ -805,10 +806,46 @@ def test_visual_tokens_can_be_pooled_to_fewer():
     assert VisionEncoder(config).num_visual_tokens == 4
 
 
+def test_visual_tokens_can_be_pooled_to_other_rows_than_columns():
+    settings, _ = VISION_FAMILIES["vit"]
+    pictures, found = torch.randn(1, 3, 64, 64), []
+    for asked in (None, [2, 4]):
+        torch.manual_seed(0)
+        vision = {"config": {"model_type": "vit", **settings}}
+        encoder = VisionEncoder(EmberVLMConfig(vision=vision, image_size=64, num_visual_tokens=asked)).eval()
+        found.append(encoder(pictures).detach().view(*encoder.grid, -1))
+    whole, pooled = found
+    assert pooled.shape[:2] == (2, 4)
+    torch.testing.assert_close(pooled[1, 3], whole[2:, 3].mean(0))
+
+
+def test_oblong_patches_are_read_row_by_row_behind_the_class_token():
+    """Nine features: a class token and 2 x 4 patches, not 3 x 3."""
+    settings, _ = VISION_FAMILIES["vit"]
+    vision = {"config": {"model_type": "vit", **settings, "patch_size": [32, 16], "num_hidden_layers": 0}}
+    encoder = VisionEncoder(EmberVLMConfig(vision=vision, image_size=64)).eval()
+    assert encoder.grid == (2, 4)
+    dark, bright = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
+    bright[:, :, 32:, 16:32] = 1
+    changed = (encoder(dark) - encoder(bright)).abs().sum(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [1 * 4 + 1]
+
+
+@pytest.mark.parametrize("family", ["yolos", "vit_mae"])
+def test_features_that_are_no_grid_are_refused(family):
+    """Of YOLOS objects stand behind the patches; a ViT of MAE leaves most patches out."""
+    settings = {**VISION_FAMILIES["vit"][0], **({"image_size": [64, 64]} if family == "yolos" else {})}
+    with pytest.raises(ConfigError, match=f"vision: {family} gives .* does not tell in which rows and columns"):
+        VisionEncoder(EmberVLMConfig(vision={"config": {"model_type": family, **settings}}, image_size=64))
+
+
 def test_a_number_of_visual_tokens_that_is_no_square_is_refused():
     settings, _ = VISION_FAMILIES["vit"]
     config = EmberVLMConfig(vision={"config": {"model_type": "vit", **settings}}, image_size=64, num_visual_tokens=5)
-    with pytest.raises(ConfigError, match="5 is not a square"):
+    with pytest.raises(ConfigError, match=r"5 is not a square number; for other shapes give \[rows, columns\]"):
+        VisionEncoder(config)
+    config.num_visual_tokens = [2, 0]
+    with pytest.raises(ConfigError, match=r"\[2, 0\] is not \[rows, columns\], two numbers above 0"):
         VisionEncoder(config)
 
 

@@ -9,7 +9,7 @@ from embervlm.data.dataset import encode_reasoning
 from embervlm.data.facts import fact_domains
 from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMaker, contradict
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import step_texts
+from embervlm.data.samples import Grid, step_texts
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
 
@@ -162,7 +162,7 @@ def test_a_long_chain_is_read_from_its_end(tokenizer):
     record = ReasoningRecord(
         record_id="r", image=None, instruction="Q?", steps=steps, answer=("Drone",), default_candidates=ROBOTS
     )
-    (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=10**6)
+    (sample,) = encode_reasoning([record], tokenizer, grid=Grid(3, 3), max_length=10**6)
     pairs = [PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(seed))[0] for seed in range(20)]
     assert max(len(pair.previous) for pair in pairs) == MAX_PREVIOUS_TOKENS
     whole = [tokenizer.ids["<|reasoning_start|>"], *joined(steps_of(sample))]
@@ -180,7 +180,7 @@ def test_a_record_alone_without_facts_gets_only_the_negatives_that_can_be_made(t
         answer=("Drone",),
         default_candidates=ROBOTS,
     )
-    (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
+    (sample,) = encode_reasoning([record], tokenizer, grid=Grid(3, 3), max_length=512)
     maker = PairMaker([record], [sample], tokenizer)
     kinds = {p.kind for seed in range(20) for p in maker.pairs(sample, random.Random(seed), NEGATIVE_KINDS)}
     assert kinds == {"valid", "repeated", "wrong_order"}
@@ -190,7 +190,7 @@ def test_a_chain_of_one_step_without_facts_has_a_valid_pair_only(tokenizer):
     record = ReasoningRecord(
         record_id="r", image=None, instruction="Q?", steps=("Look.",), answer=("Drone",), default_candidates=ROBOTS
     )
-    (sample,) = encode_reasoning([record], tokenizer, grid=3, max_length=512)
+    (sample,) = encode_reasoning([record], tokenizer, grid=Grid(3, 3), max_length=512)
     pairs = PairMaker([record], [sample], tokenizer).pairs(sample, random.Random(0), NEGATIVE_KINDS)
     assert [pair.kind for pair in pairs] == ["valid"]
 

@@ -14,6 +14,7 @@ from embervlm.curate.teachers.answers import Rejected, Reply, answer_schema, mes
 from embervlm.curate.teachers.collection import Question
 from embervlm.data.dataset import encode_reasoning
 from embervlm.data.records import ReasoningRecord, read_records, write_records
+from embervlm.data.samples import Grid
 from embervlm.evaluation.result import _values
 from embervlm.judge.metrics import is_right
 from embervlm.model.generation import Decoding, generate_from_visual, look
@@ -120,7 +121,7 @@ def test_the_answer_head_is_asked_about_closed_records_only(tokenizer, make_coll
     steps = ("There are two red cubes.", "One more is blue.", "Conclusion: Three cubes.")
     closed = [record(name, ("Yes", "No")) for name in ("Yes", "No")]
     mixed = [dataclasses.replace(r, steps=steps) for r in (closed[0], record("Yes"), closed[1], record("three"))]
-    samples = encode_reasoning(mixed, tokenizer, grid=3, max_length=512)
+    samples = encode_reasoning(mixed, tokenizer, grid=Grid(3, 3), max_length=512)
     batch = make_collator(mixed)(samples[:], step=0)
     assert batch.targets["answers"].tolist() == [[1, 0], [0, 1]] and batch.counts["answer"] == 4
     for only_open in (samples[1:2], samples[3:]):

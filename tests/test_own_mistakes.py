@@ -10,6 +10,7 @@ import torch
 from embervlm.data.collate import Collator
 from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.negatives import PAIR_SEGMENTS, PairMaker
+from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.embervlm import build_model
@@ -32,7 +33,7 @@ def words(records):
 
 @pytest.fixture(scope="module")
 def chains(records, words):
-    return encode_reasoning(records, words, grid=3, max_length=512)
+    return encode_reasoning(records, words, grid=Grid(3, 3), max_length=512)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_value_place_is_the_first_token_of_a_known_value_in_its_step(records, 
 
 def test_records_without_facts_are_asked_nothing_of_their_own(words, pictures, records):
     bare = [dataclasses.replace(record, metadata={}) for record in records[:4]]
-    chains = encode_reasoning(bare, words, grid=3, max_length=512)
+    chains = encode_reasoning(bare, words, grid=Grid(3, 3), max_length=512)
     maker = PairMaker(bare, chains, words)
     assert maker.value_places(chains[0]) == []
     options = {"seed": 0, "image_size": 36, "pair_maker": maker}

@@ -15,6 +15,7 @@ from embervlm.data.dataset import encode_direct, encode_reasoning
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.data.records import DataError, read_records, record_to_json
+from embervlm.data.samples import Grid
 from embervlm.data.splits import split_records
 from embervlm.data.store import MARKED, SPLITS, has_field, picture_hashes, picture_paths, prepare, question_hashes
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -114,17 +115,17 @@ def test_a_damaged_store_is_built_again(name, tmp_path):
 
 def test_token_counts_are_kept_with_the_store(tmp_path, tokenizer):
     view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache", candidates=ROBOTS).split("train")
-    sizes = encode_reasoning(view, tokenizer, grid=3, max_length=1000).sizes
+    sizes = encode_reasoning(view, tokenizer, grid=Grid(3, 3), max_length=1000).sizes
     (kept,) = view.store.folder.glob("lengths-reasoning-*.npy")
     assert (np.load(kept)[:, :2] == sizes).all() and len(sizes) == len(view)
-    assert (encode_reasoning(list(view), tokenizer, grid=3, max_length=1000).sizes == sizes).all()
+    assert (encode_reasoning(list(view), tokenizer, grid=Grid(3, 3), max_length=1000).sizes == sizes).all()
 
 
 def test_chains_that_are_too_long_are_reported_from_kept_counts_too(tmp_path, tokenizer):
     view = prepare(write_texts(tmp_path / "d.jsonl", 20), tmp_path / "cache", candidates=ROBOTS).split("train")
-    encode_reasoning(view, tokenizer, grid=3, max_length=1000)
+    encode_reasoning(view, tokenizer, grid=Grid(3, 3), max_length=1000)
     with pytest.raises(DataError) as caught:
-        encode_reasoning(view, tokenizer, grid=3, max_length=10)
+        encode_reasoning(view, tokenizer, grid=Grid(3, 3), max_length=10)
     assert len(caught.value.problems) == len(view)
 
 
@@ -304,7 +305,7 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
     assert [dataclasses.replace(r, image=None) for r in train] == [dataclasses.replace(r, image=None) for r in wanted]
     plans = [
         EpochPlan(
-            main=encode_reasoning(of, tokenizer, 3, 512),
+            main=encode_reasoning(of, tokenizer, Grid(3, 3), 512),
             mixed=((encode_direct(of, tokenizer), 0.5),),
             global_batch=4,
             seed=3,

@@ -342,12 +342,13 @@ def _tokenizer(data: CheckedData, options: CheckOptions) -> ReasoningTokenizer |
 def _counted(data: CheckedData, tokenizer: ReasoningTokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Form -> the record of each text, and its tokens as `too_long` takes them."""
     from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning
+    from embervlm.data.samples import Grid
 
     train = [place for place, split in enumerate(data.splits) if split == "train"]
     captions = encode_captions([data.records[place] for place in train], tokenizer)
     out = {
         found.form: (found.rows, found.sizes)
-        for found in (encode_reasoning(data.records, tokenizer, 1), encode_direct(data.records, tokenizer))
+        for found in (encode_reasoning(data.records, tokenizer, Grid(1, 1)), encode_direct(data.records, tokenizer))
     }
     return out | {captions.form: (np.array(train, int)[captions.rows], captions.sizes)}
 

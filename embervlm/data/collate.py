@@ -15,7 +15,7 @@ from torch import Tensor
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import CAPTION, DIRECT, EDITED, REASONING, Sample, boxes_to_mask, known_boxes
+from embervlm.data.samples import CAPTION, DIRECT, EDITED, REASONING, Grid, Sample, boxes_to_mask, known_boxes
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
@@ -362,7 +362,7 @@ class DenseLabels:
     Stage 3 learns to see from it; captions alone leave a small model blind.
     """
 
-    def __init__(self, records: Sequence[ReasoningRecord], grid: int) -> None:
+    def __init__(self, records: Sequence[ReasoningRecord], grid: Grid) -> None:
         found: dict[str, set[str]] = {}
         for record in with_fields(records, "boxes"):
             for box in known_boxes(record.metadata):
@@ -371,7 +371,7 @@ class DenseLabels:
         self.classes = {kind: sorted(labels) for kind, labels in sorted(found.items())}
         """Kind -> labels; class 0 is 'not here', class 1 + i the i-th label."""
         self.grid = grid
-        self._nothing = torch.full((grid * grid, len(self.classes)), -1)
+        self._nothing = torch.full((grid.size, len(self.classes)), -1)
 
     @property
     def sizes(self) -> list[int]:

@@ -13,7 +13,17 @@ import numpy as np
 
 from embervlm.data.lengths import Limits, refuse_too_long, too_long
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import CAPTION, DIRECT, EDITED, REASONING, Sample, Samples, _attention_targets, step_texts
+from embervlm.data.samples import (
+    CAPTION,
+    DIRECT,
+    EDITED,
+    REASONING,
+    Grid,
+    Sample,
+    Samples,
+    _attention_targets,
+    step_texts,
+)
 from embervlm.data.splits import text_hash
 from embervlm.data.store import RecordView, has_field, picture_hashes
 from embervlm.data.tokenizer import DIRECT_PROMPT, ReasoningTokenizer
@@ -34,7 +44,7 @@ def _every_row(records: Sequence[ReasoningRecord]) -> np.ndarray:
 def encode_reasoning(
     records: Sequence[ReasoningRecord],
     tokenizer: ReasoningTokenizer,
-    grid: int,
+    grid: Grid,
     max_length: int | None = None,
     *,
     limits: Limits | None = None,
@@ -59,7 +69,7 @@ def encode_reasoning(
 
 
 def _encode_chains(
-    records: Sequence[ReasoningRecord], rows: Sequence[int], tokenizer: ReasoningTokenizer, grid: int
+    records: Sequence[ReasoningRecord], rows: Sequence[int], tokenizer: ReasoningTokenizer, grid: Grid
 ) -> list[Sample]:
     some = [records[row] for row in rows]
     texts = [step_texts(record) for record in some]

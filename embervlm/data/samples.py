@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,14 +62,31 @@ def step_texts(record: ReasoningRecord) -> tuple[list[str], str | None]:
     return steps, None
 
 
-def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
-    """Visual tokens that any of `boxes` (left, top, right, bottom in [0, 1]) covers, `[grid * grid]` bool, by rows."""
-    mask = torch.zeros(grid, grid, dtype=torch.bool)
+class Grid(NamedTuple):
+    """How the visual tokens of a picture stand; they are counted row by row."""
+
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns}"
+
+
+def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: Grid) -> Tensor:
+    """Visual tokens that any of `boxes` (left, top, right, bottom in [0, 1]) covers, `[rows * columns]` bool."""
+    mask = torch.zeros(grid, dtype=torch.bool)
     for left, top, right, bottom in boxes:
-        rows = slice(int(top * grid), max(int(top * grid) + 1, int(np.ceil(bottom * grid))))
-        columns = slice(int(left * grid), max(int(left * grid) + 1, int(np.ceil(right * grid))))
-        mask[rows, columns] = True
+        mask[_touched(top, bottom, grid.rows), _touched(left, right, grid.columns)] = True
     return mask.flatten()
+
+
+def _touched(first: float, last: float, count: int) -> slice:
+    """Which of `count` equal parts of [0, 1] lie between `first` and `last`: at least one."""
+    return slice(int(first * count), max(int(first * count) + 1, int(np.ceil(last * count))))
 
 
 class Samples(Lazy[Sample]):
@@ -142,18 +159,21 @@ def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [box for box in boxes if isinstance(box, Mapping) and {"kind", "box"} <= set(box)]
 
 
-def _mostly_covered(boxes: Sequence[Sequence[float]], grid: int) -> Tensor:
-    """Visual tokens of which one of `boxes` covers more than half, `[grid * grid]` bool."""
-    edges = torch.arange(grid + 1) / grid
+def _mostly_covered(boxes: Sequence[Sequence[float]], grid: Grid) -> Tensor:
+    """Visual tokens of which one of `boxes` covers more than half, `[rows * columns]` bool."""
 
-    def covered(first: float, last: float) -> Tensor:
-        return (edges[1:].clamp_max(last) - edges[:-1].clamp_min(first)).clamp_min(0) * grid
+    def covered(first: float, last: float, count: int) -> Tensor:
+        edges = torch.arange(count + 1) / count
+        return (edges[1:].clamp_max(last) - edges[:-1].clamp_min(first)).clamp_min(0) * count
 
-    shares = [covered(top, bottom)[:, None] * covered(left, right) for left, top, right, bottom in boxes]
+    shares = [
+        covered(top, bottom, grid.rows)[:, None] * covered(left, right, grid.columns)
+        for left, top, right, bottom in boxes
+    ]
     return (torch.stack(shares) > 0.5).any(0).flatten()
 
 
-def _attention_targets(metadata: Mapping[str, Any], grid: int, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
+def _attention_targets(metadata: Mapping[str, Any], grid: Grid, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
     """From `boxes` and `seen` of the metadata, where a record has them: an entry for each step and thing that it reads.
 
     A visual token that a smaller thing mostly covers belongs to that one: nobody sees a place by looking at the load.

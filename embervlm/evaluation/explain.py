@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from embervlm.data.collate import padded, validator_inputs
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
-from embervlm.data.samples import boxes_to_mask
+from embervlm.data.samples import Grid, boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import judge_texts, step_probabilities
 
@@ -75,7 +75,7 @@ def looked_at(sample: Mapping[str, Any], seen: Sequence[Sequence[str]]) -> list[
         step = {}
         for kind in kinds:
             if own := [box["box"] for box in boxes if box["kind"] == kind]:
-                inside = boxes_to_mask(own, attention["grid"][0]).numpy()
+                inside = boxes_to_mask(own, Grid(*attention["grid"])).numpy()
                 step[kind] = [round(float(np.array(shares)[inside].sum()), 4), round(float(inside.mean()), 4)]
         out.append(step)
     return out
@@ -97,12 +97,12 @@ def attention_by_thing(chains: Sequence[Sequence[Mapping[str, Sequence[float]]] 
     }
 
 
-def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: int) -> dict[str, Any]:
+def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: Grid) -> dict[str, Any]:
     steps = []
     for start, end in spans:
         mean = attention[min(start + 1, end - 1) : end].double().mean(0)
         steps.append([round(value, 4) for value in (mean / mean.sum().clamp_min(1e-12)).tolist()])
-    return {"grid": [grid, grid], "steps": steps}
+    return {"grid": list(grid), "steps": steps}
 
 
 def _validator_scores(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +16,10 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from embervlm.config import ConfigError
+from embervlm.data.samples import Grid
 from embervlm.errors import UNREADABLE
 from embervlm.model.config import EmberVLMConfig
+from embervlm.model.grid import grid_of, pooled_grid
 from embervlm.paths import closest_path, names_a_path
 
 _OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -29,6 +30,7 @@ class VisionEncoder(nn.Module):
     """Any Hugging Face vision backbone as `[batch, num_visual_tokens, vision_dim]`, before the connector."""
 
     backbone: Any
+    grid: Grid
 
     def __init__(self, config: EmberVLMConfig, load_weights: bool = False) -> None:
         super().__init__()
@@ -36,14 +38,15 @@ class VisionEncoder(nn.Module):
         if "add_pooling_layer" in inspect.signature(type(self.backbone).__init__).parameters:
             self.backbone.pooler = None  # its output is not used, so its weights would never learn
         _BatchNorm2d.put_into(self.backbone)
-        self._wanted_tokens = config.num_visual_tokens
+        self._wanted_grid = pooled_grid(config.num_visual_tokens)
+        self._size = config.image_size
         self._layer = config.vision_feature_layer
         was_training = self.backbone.training
         self.backbone.eval()
         size = config.image_size
         try:
             with torch.no_grad():
-                probe = self._features(torch.zeros(1, 3, size, size))
+                probe, self.grid = self._features(torch.zeros(1, 3, size, size))
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -54,29 +57,28 @@ class VisionEncoder(nn.Module):
             ) from error
         self.backbone.train(was_training)
         self.num_visual_tokens, self.vision_dim = probe.shape[1:]
-        self.grid = math.isqrt(self.num_visual_tokens)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[batch, 3, image_size, image_size]`, normalised -> `[batch, num_visual_tokens, vision_dim]`, row by row."""
-        return self._features(pixel_values)
+        return self._features(pixel_values)[0]
 
-    def _features(self, pixel_values: Tensor) -> Tensor:
+    def _features(self, pixel_values: Tensor) -> tuple[Tensor, Grid]:
         features: Tensor
         if self._layer is None:
             features = self.backbone(pixel_values=pixel_values).last_hidden_state
         else:
             features = self.backbone(pixel_values=pixel_values, output_hidden_states=True).hidden_states[self._layer]
         if features.dim() == 4:
+            grid = Grid(*features.shape[2:])
             features = features.flatten(2).transpose(1, 2)
-        side = math.isqrt(features.shape[1])
-        features = features[:, features.shape[1] - side * side :]  # class and register tokens stand in front
-        if self._wanted_tokens and self._wanted_tokens != side * side:
-            wanted = math.isqrt(self._wanted_tokens)
-            if wanted * wanted != self._wanted_tokens:
-                raise ConfigError(f"num_visual_tokens: {self._wanted_tokens} is not a square number")
-            grid = features.transpose(1, 2).unflatten(-1, (side, side))
-            features = F.adaptive_avg_pool2d(grid, wanted).flatten(2).transpose(1, 2)
-        return features
+        else:
+            grid = grid_of(self.backbone.config, features.shape[1], self._size)
+            features = features[:, features.shape[1] - grid.size :]  # class and register tokens stand in front
+        if self._wanted_grid and self._wanted_grid != grid:
+            in_rows = features.transpose(1, 2).unflatten(-1, grid)
+            features = F.adaptive_avg_pool2d(in_rows, self._wanted_grid).flatten(2).transpose(1, 2)
+            grid = self._wanted_grid
+        return features, grid
 
 
 class LanguageModel(nn.Module):

@@ -28,9 +28,9 @@ class EmberVLMConfig(PretrainedConfig):
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Per channel, of values in [0, 1]; so is the mean."""
-    num_visual_tokens: int | None = None
-    """Visual tokens a picture gives; a square number. None keeps the encoder's own grid, otherwise the grid is
-    average-pooled to it."""
+    num_visual_tokens: int | tuple[int, int] | None = None
+    """Visual tokens a picture gives: a square number, or `[rows, columns]`. None keeps the encoder's own grid; else it
+    is average-pooled."""
     vision_feature_layer: int | None = None
     """Which of the encoder's hidden states the picture's features are, -2 for those before its last layer. None: its
     output."""

@@ -1,7 +1,7 @@
 """Connectors between vision encoder and language model, by name: `connector: {kind: ...}` of a preset.
 
-Each takes visual features `[batch, tokens, vision_dim]` in rows of a square grid and gives `[batch, tokens / factor**2,
-hidden]`; `factor` is by how much it shortens a side of the grid.
+Each takes visual features `[batch, tokens, vision_dim]`, `grid.columns` in a row, and gives `[batch, tokens /
+factor**2, hidden]`; `factor` is by how much it shortens a side of the grid.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from embervlm.config import ConfigError
+from embervlm.data.samples import Grid
 from embervlm.model.config import EmberVLMConfig
 
 
@@ -52,22 +53,30 @@ class MLP(nn.Module):
 class PixelShuffle(nn.Module):
     """Each square of `factor` x `factor` features side by side as one, then a linear layer (Idefics3, nanoVLM)."""
 
+    columns: int
+    """Features in a row of the grid."""
+
     def __init__(self, vision_dim: int, hidden_size: int, *, factor: int, bias: bool = False) -> None:
         super().__init__()
         self.factor = factor
         self.linear = nn.Linear(vision_dim * factor**2, hidden_size, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        side = int(features.shape[1] ** 0.5) // self.factor
-        squares = features.unflatten(1, (side, self.factor, side, self.factor)).transpose(2, 3)
+        squares = features.unflatten(1, (-1, self.factor, self.columns // self.factor, self.factor)).transpose(2, 3)
         return self.linear(squares.flatten(3).flatten(1, 2))
 
 
-class Linear(PixelShuffle):
+class Linear(nn.Module):
     """One linear layer."""
 
+    factor = 1
+
     def __init__(self, vision_dim: int, hidden_size: int, *, bias: bool = True) -> None:
-        super().__init__(vision_dim, hidden_size, factor=1, bias=bias)
+        super().__init__()
+        self.linear = nn.Linear(vision_dim, hidden_size, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)
 
 
 CONNECTORS: dict[str, type[nn.Module]] = {
@@ -78,8 +87,8 @@ CONNECTORS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, grid: int) -> Any:
-    """The connector that `config` names, between `grid` x `grid` features and a language model of `hidden_size`."""
+def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, grid: Grid) -> Any:
+    """The connector that `config` names, between features in `grid` and a language model of `hidden_size`."""
     options = dict(config.connector)
     kind = options.pop("kind", "norm_mlp")
     if kind not in CONNECTORS:
@@ -97,6 +106,9 @@ def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, g
     factor = options.get("factor", 1)
     if type(factor) is not int or factor < 1:
         raise ConfigError(f"connector: factor {factor!r} is not a whole number above 0")
-    if grid % factor:
-        raise ConfigError(f"connector: factor {factor} does not divide the {grid} x {grid} features of a picture")
-    return CONNECTORS[kind](vision_dim, hidden_size, **options)
+    if grid.rows % factor or grid.columns % factor:
+        raise ConfigError(f"connector: factor {factor} does not divide the {grid} features of a picture")
+    built = CONNECTORS[kind](vision_dim, hidden_size, **options)
+    if isinstance(built, PixelShuffle):
+        built.columns = grid.columns
+    return built

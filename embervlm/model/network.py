@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
+from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, VisionEncoder, with_built_config
 from embervlm.model.config import EmberVLMConfig
@@ -62,7 +63,8 @@ class EmberVLMNetwork(PreTrainedModel):
         hidden = self.language_model.hidden_size
         features = self.vision_encoder
         self.projection = build_connector(config, features.vision_dim, hidden, features.grid)
-        self.grid = features.grid // self.projection.factor
+        factor = self.projection.factor
+        self.grid = Grid(features.grid.rows // factor, features.grid.columns // factor)
         self.reasoning_module = ReasoningModule(config, hidden, self.num_visual_tokens)
         self._tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
@@ -75,8 +77,8 @@ class EmberVLMNetwork(PreTrainedModel):
 
     @property
     def num_visual_tokens(self) -> int:
-        """What the language model reads of a picture, a square of `grid` x `grid`."""
-        return self.grid**2
+        """What the language model reads of a picture, in the rows and columns of `grid`."""
+        return self.grid.size
 
     @property
     def visual_dtype(self) -> torch.dtype:

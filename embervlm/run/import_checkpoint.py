@@ -107,9 +107,7 @@ def report(found: Imported, folder: str, words: ReasoningTokenizer) -> str:
     rows = model.language_model.vocab_size
     lines.append(f"  tokenizer: {words.base_vocab_size:,} tokens of {rows:,} embedding rows, and Stage 4's behind them")
     kind = model.config.connector.get("kind", "norm_mlp")
-    lines.append(
-        f"  a picture: {model.num_visual_tokens} visual tokens ({model.grid} x {model.grid}), connector {kind}"
-    )
+    lines.append(f"  a picture: {model.num_visual_tokens} visual tokens ({model.grid}), connector {kind}")
     return "\n".join([*lines, *(f"  {note}" for note in found.notes)])
 
 
