@@ -94,13 +94,17 @@ def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"images": ["1.png", "2.png"]}, "images: contains 2 pictures; a record has one"),
+        ({"images": ["1.png", "9.png"]}, "images: 9.png is not in "),
+        ({"images": ["1.png"] * 17}, "images: contains 17 pictures; give 1 to 16, or leave the field out"),
         ({"image": "1.png", "image_path": "2.png"}, "image_path: names another picture than image; keep one"),
         ({"picture": "9.png"}, "picture: 9.png is not in "),
         ({"photograph": "1.png"}, "photograph: names a picture in a field that is not read; rename the field to image"),
         ({"metadata": {"image": "1.png"}}, "image: names a picture in a field that is not read"),
         ({"instruction": "<image>\nWho goes?"}, "instruction: contains <image>, but the record has no picture"),
-        ({"instruction": "<image> or <image>?", "image": "1.png"}, "instruction: contains 2 picture placeholders"),
+        (
+            {"instruction": "<image> or <image>?", "image": "1.png"},
+            "instruction: contains 2 picture placeholders for 1 picture(s); write one for each, or none",
+        ),
     ],
 )
 def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(

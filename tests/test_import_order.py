@@ -33,6 +33,7 @@ PLACES = {"embervlm": "top", "embervlm.cli": "top", "embervlm.select_best": "run
 LAZY = {
     "embervlm": "the package must import where torch is not installed",
     "embervlm.select_best": "torch is needed only for a checkpoint without an evaluation",
+    "embervlm.data.record_pictures": "records are read without numpy, but for those with several pictures",
     "embervlm.curate": "data commands start without torch or transformers",
     "embervlm.curate.teachers": "so do teachers",
     "embervlm.engines.build": "DeepSpeed takes seconds to import",

@@ -15,7 +15,7 @@ import numpy as np
 from embervlm.curate.checking import check_file
 from embervlm.curate.findings import KINDS, CheckedData, CheckOptions, problem_counts
 from embervlm.data.blind import best_guess, blind_guess
-from embervlm.data.record_fields import told_unused
+from embervlm.data.record_fields import COMPOSED_OF, told_several, told_unused
 from embervlm.data.splits import SPLITS
 from embervlm.words.chain_text import format_reasoning
 
@@ -47,6 +47,9 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "num_text_only": sum(record.image is None for record in data.records),
         "unused": dict(data.unused.most_common()),
         "unused_in_words": told_unused(data.unused),
+        "several_pictures_in_words": told_several(
+            Counter(str(len(several)) for record in data.records if (several := record.metadata.get(COMPOSED_OF)))
+        ),
         "distinct": {
             "pictures": len(set(data.pictures.values())),
             "instructions": len({record.instruction for record in data.records}),

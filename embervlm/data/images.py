@@ -7,7 +7,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +17,14 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from embervlm.data.records import DataError
+from embervlm.data.composite import composite
+from embervlm.data.errors import DataError
+from embervlm.data.record_fields import MAX_PICTURES
 from embervlm.run_dir import naming_unwritten
 
 MAX_PIXELS = 200_000_000
 """Larger pictures are refused before they are decoded."""
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Sequence[Any]
 
 _TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,13 +49,18 @@ def load_image(source: ImageSource, *, size: int | None = None, name: str | None
     Transparency is laid on white; of an animation the first frame counts; 16-bit grey is scaled to 8 bits.
     Args:
         source: a path, an encoded file as bytes, a Pillow image, or an array `[H, W]` or `[H, W, 1, 3 or 4]`, uint8
-            or float in [0, 1].
+            or float in [0, 1]; or a list of these, which are laid out as in training (see `composite`).
         name: what errors call the picture; its path by default.
     Raises:
         ImageError: nothing usable there, or more than `MAX_PIXELS` pixels (found before decoding).
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(f"size={size!r} is not a positive number of pixels; give an int of at least 1, or None")
+    if isinstance(source, (list, tuple)):
+        if not 0 < len(source) <= MAX_PICTURES:
+            raise ImageError(f"{name or 'list'}: {len(source)} pictures; give 1 to {MAX_PICTURES}")
+        together = composite([Image.fromarray(load_image(one)) for one in source])
+        return _finish(together, size, name or f"{len(source)} pictures", own=False)
     if isinstance(source, np.ndarray):
         name = name or f"array of shape {list(source.shape)}"
         return _finish(_from_array(source, name), size, name, own=False)

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from embervlm.data.json_text import Decoder
-from embervlm.data.record_fields import quote, without_nulls
+from embervlm.data.record_fields import COMPOSED_OF, quote, without_nulls
 from embervlm.data.record_pictures import PICTURE_NAMES
 
 
@@ -66,9 +66,11 @@ def holds_bytes(value: Any) -> bool:
     )
 
 
-def without_bytes(value: dict[str, Any], image: str | None) -> dict[str, Any]:
-    """The record with the path of its picture instead of the content."""
+def without_bytes(value: dict[str, Any], image: str | None, composed_of: list[str] | None) -> dict[str, Any]:
+    """The record with the path of its picture instead of the content; that of a composite says of what it is made."""
     rest = {name: item for name, item in value.items() if not _is_bytes(item)}
+    if composed_of is not None:
+        rest["metadata"] = {**(rest.get("metadata") or {}), COMPOSED_OF: composed_of}
     return rest if image is None else {**rest, "image": image}
 
 

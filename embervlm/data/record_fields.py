@@ -29,6 +29,10 @@ MAX_ANSWER_CHARACTERS = 2_000
 MAX_CANDIDATES = 100
 MAX_ID_CHARACTERS = 200
 MAX_PRINTED_UNUSED = 12
+MAX_PICTURES = 16
+"""Of one record."""
+COMPOSED_OF = "composed_of"
+"""Field of the metadata with the paths of a record's pictures where it has several; its `image` is their composite."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character: JSON can spell it, UTF-8 cannot, and tokenizers refuse it."""
 
@@ -54,8 +58,8 @@ _OWN_FIELDS = frozenset(
     "id record_id image instruction question reasoning reasoning_steps answer confidence metadata num_steps".split()
 )
 _READ_METADATA = frozenset(
-    "augmentation boxes candidates caption complexity details facts fleet origin quality question_kind scene seen "
-    "source source_split split split_group step_types teacher_model validated".split()
+    "augmentation boxes candidates caption composed_of complexity details facts fleet origin quality question_kind "
+    "scene seen source source_split split split_group step_types teacher_model validated".split()
 )
 """Metadata that something reads, or that our own commands write for people to read."""
 _WITHOUT_NULLS = frozenset(("boxes", "details", "facts", "scene"))
@@ -128,6 +132,13 @@ def told_unused(counts: Mapping[str, int]) -> str:
     return f"unused fields and their number of records: {some}{more}" if some else ""
 
 
+def told_several(counts: Mapping[str, int]) -> str:
+    """A line about the records with several pictures, from their number by that of pictures; empty without any."""
+    ordered = sorted((int(number), count) for number, count in counts.items())
+    some = ", ".join(f"{count:,} with {number}" for number, count in ordered)
+    return f"records with several pictures: {some}; each one's are laid out in one, row by row" if some else ""
+
+
 def _called_otherwise(value: Mapping[str, Any], name: str) -> str:
     """A hint which field may be the missing field `name`, or the empty string."""
     found = [other for other in _OTHER_NAMES[name] if value.get(other) not in (None, "", [], {})]
@@ -171,6 +182,7 @@ def _is_caption(value: Any) -> bool:
 
 
 _METADATA_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    COMPOSED_OF: (_is_strings, "a list of strings"),
     "caption": (_is_caption, f"text of at most {MAX_INSTRUCTION_CHARACTERS} characters"),
     "facts": (_is_string_map, "an object of strings"),
     "scene": (_is_string_map, "an object of strings"),

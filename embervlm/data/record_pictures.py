@@ -1,4 +1,7 @@
-"""The picture of a record, however it is given: as a path, or as the picture itself, like in Parquet files."""
+"""The picture of a record, however it is given: as a path, or as the picture itself, like in Parquet files.
+
+Several pictures become one file, their composite.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from embervlm.data.record_fields import FieldRules, Report, kind, quote
+from embervlm.data.record_fields import COMPOSED_OF, MAX_PICTURES, FieldRules, Report, kind, quote
 from embervlm.run_dir import naming_unwritten
 
 PICTURE_NAMES = (
@@ -38,14 +41,15 @@ MAX_REMEMBERED_IMAGES = 100_000
 _SUFFIX = re.compile(
     r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
 )
-PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?\d*\|?>|\[(?:image|img)\]", re.IGNORECASE)
+PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?(\d*)\|?>|\[(?:image|img)\]", re.IGNORECASE)
 """Where other data sets put the picture into the text."""
 
 
 def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report) -> str | None:
     """The resolved path of the record's picture; None if it has none, or if something was reported.
 
-    A field that was taken for it leaves `metadata`.
+    Of several pictures it is the path of their composite, and `metadata` says of what it was made. A field that was
+    taken for it leaves `metadata`.
     """
     given = {
         name: item for name, item in value.items() if name.casefold() in PICTURE_NAMES and _names_picture(name, item)
@@ -60,18 +64,19 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
                 return None
         return None
     name = next(name for name in ("image", *given) if name in given)
-    found = _one_of(name, given[name], report)
-    if found is None:
+    found = _given_as(name, given[name], report)
+    if not found:
         return None
     for other, item in given.items():
-        if other != name and _base(_one_of(other, item, lambda _: None)) != _base(found):
+        if other != name and _bases(_given_as(other, item, lambda _: None)) != _bases(found):
             report(f"{quote(other)}: names another picture than {name}; keep one of the two")
             return None
     if name != "image":
         metadata.pop(name, None)
-    if isinstance(found, Embedded):
-        return _read_bytes(name, found, rules, report)
-    return _read_path(name, found, rules, report)
+    if len(found) > 1:
+        return _compose(name, found, metadata, rules, report)
+    (one,) = found
+    return _read_bytes(name, one, rules, report) if isinstance(one, Embedded) else _read_path(name, one, rules, report)
 
 
 def pictures_beside(output_file: Path) -> Path:
@@ -79,18 +84,35 @@ def pictures_beside(output_file: Path) -> Path:
     return output_file.with_name(f"{output_file.stem}-pictures")
 
 
-def check_placeholders(instruction: str, image: str | None, report: Report) -> str:
-    """`instruction` without its picture placeholder; the picture always comes before the text."""
-    places = PLACEHOLDER.findall(instruction)
+def check_placeholders(instruction: str, num_pictures: int, report: Report) -> str:
+    """`instruction` without picture placeholders, because the picture always comes before the text.
+
+    Of several pictures, those that stand within the text become "picture 1", "picture 2", ...: by the number that a
+    placeholder itself has (`<image_2>`), else in their order.
+    """
+    places = list(PLACEHOLDER.finditer(instruction))
     if not places:
         return instruction
-    if image is None:
+    numbers = [int(place[1]) for place in places if place[1]]
+    if not num_pictures:
         report(
-            f"instruction: contains {places[0]}, but the record has no picture; give its path in image, or remove this"
+            f"instruction: contains {places[0][0]}, but the record has no picture; give its path in image, "
+            "or remove this"
         )
-    elif len(places) > 1:
-        report(f"instruction: contains {len(places)} picture placeholders; a record has one picture: keep one of them")
-    return PLACEHOLDER.sub("", instruction).strip()
+    elif len(numbers) == len(places):
+        if max(numbers) > num_pictures or min(numbers) < 1:
+            wrong = next(place[0] for place in places if not 1 <= int(place[1]) <= num_pictures)
+            report(f"instruction: contains {wrong}, but the record has {num_pictures} picture(s); correct one of them")
+    elif len(places) != num_pictures:
+        report(
+            f"instruction: contains {len(places)} picture placeholders for {num_pictures} "
+            "picture(s); write one for each, or none"
+        )
+    stands_before = not instruction[: places[-1].start()].replace(places[0][0], "").strip()
+    if num_pictures < 2 or (stands_before and not numbers):
+        return PLACEHOLDER.sub("", instruction).strip()
+    order = iter(range(1, len(places) + 1))
+    return PLACEHOLDER.sub(lambda place: f"picture {place[1] or next(order)}", instruction).strip()
 
 
 class Embedded(NamedTuple):
@@ -121,16 +143,18 @@ def _looks_like_picture(item: Any) -> bool:
     return isinstance(item, bytes)
 
 
+def _given_as(name: str, item: Any, report: Report) -> list[str | Embedded]:
+    """The paths or contents that one field gives; [] if something was reported."""
+    items = item if isinstance(item, list) else [item]
+    if not 0 < len(items) <= MAX_PICTURES:
+        report(f"{name}: contains {len(items)} pictures; give 1 to {MAX_PICTURES}, or leave the field out")
+        return []
+    found = [_one_of(name, one, report) for one in items]
+    return [one for one in found if one is not None] if None not in found else []
+
+
 def _one_of(name: str, item: Any, report: Report) -> str | Embedded | None:
-    """The path or content that one field gives; None if something was reported."""
-    if isinstance(item, list):
-        if len(item) != 1:
-            report(
-                f"{name}: contains {len(item)} pictures; a record has one: split it into several "
-                f"records, or keep one picture"
-            )
-            return None
-        item = item[0]
+    """The path or content of one picture; None if something was reported."""
     if isinstance(item, bytes):
         return Embedded(item, "")
     if isinstance(item, dict):
@@ -144,9 +168,51 @@ def _one_of(name: str, item: Any, report: Report) -> str | Embedded | None:
     return item
 
 
-def _base(found: str | Embedded | None) -> str:
-    name = found.name if isinstance(found, Embedded) else found or ""
-    return name.rstrip("/").rpartition("/")[2]
+def _bases(found: Sequence[str | Embedded]) -> list[str]:
+    names = [one.name if isinstance(one, Embedded) else one for one in found]
+    return [name.rstrip("/").rpartition("/")[2] for name in names]
+
+
+def _compose(
+    name: str, found: Sequence[str | Embedded], metadata: dict[str, Any], rules: FieldRules, report: Report
+) -> str | None:
+    """Writes the composite to a file, named after what it is made of."""
+    if metadata.get("boxes"):
+        report("metadata.boxes: are places in one picture, but the record has several; leave them out")
+        return None
+    if rules.unpack_dir is None:
+        report(
+            f"{name}: contains {len(found)} pictures, which are not put together here; give one picture, or use "
+            "`embervlm data filter` or a training run"
+        )
+        return None
+    from embervlm.data.composite import composite_file
+    from embervlm.data.images import ImageError, load_image
+
+    digest, sources = hashlib.blake2b(digest_size=12), list[str | bytes]()
+    for one in found:
+        if isinstance(one, Embedded):
+            digest.update(hashlib.blake2b(one.data).digest())
+            sources.append(one.data)
+        elif (path := _read_path(name, one, rules, report)) is not None:
+            about = os.stat(path)
+            digest.update(repr((path, about.st_mtime_ns, about.st_size)).encode("utf-8", "surrogatepass"))
+            sources.append(path)
+    if len(sources) < len(found):
+        return None
+    out = Path(rules.unpack_dir) / f"{len(found)}-pictures-{digest.hexdigest()}.jpg"
+    try:
+        if not out.exists():
+            content = composite_file([load_image(source) for source in sources])
+            with naming_unwritten(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(out, content)
+    except ImageError as error:
+        report(f"{name}: {error}")
+        return None
+    names = [one.name if isinstance(one, Embedded) else source for one, source in zip(found, sources)]
+    metadata[COMPOSED_OF] = names
+    return os.path.realpath(out)
 
 
 def _read_bytes(name: str, found: Embedded, rules: FieldRules, report: Report) -> str | None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from embervlm.data.errors import DataError
 from embervlm.data.json_text import Decoder, JsonText
 from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
-from embervlm.data.record_fields import MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
+from embervlm.data.record_fields import COMPOSED_OF, MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
 from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
 from embervlm.data.tables import SUFFIXES, TableError, table_rows
-from embervlm.errors import UserError
 from embervlm.run_dir import atomic_text
 from embervlm.words.chain_text import (
     CONCLUSION,
@@ -47,24 +47,8 @@ __all__ = [
     "write_records",
 ]
 
-MAX_PRINTED_PROBLEMS = 50
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "nested too deeply; a record is a flat object, so remove the inner levels"
-
-
-class DataError(UserError):
-    """Something in a user's data is wrong. `problems` has every finding; the message shows the first 50."""
-
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems) or (message,)
-
-    @classmethod
-    def of(cls, problems: Sequence[str]) -> DataError:
-        lines = list(problems[:MAX_PRINTED_PROBLEMS])
-        if hidden := len(problems) - len(lines):
-            lines.append(f"... and {hidden} more")
-        return cls("\n".join(lines), problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +58,8 @@ class ReasoningRecord:
     record_id: str
     """From the record's `id` or `record_id`, else `<file name>:<n>`, n counted from 1 (JSONL: the line)."""
     image: str | None
-    """Resolved path of the picture; None for a text-only record."""
+    """Resolved path of the picture; None for a text-only record. Of several pictures it is their composite, and
+    `metadata.composed_of` has their own paths."""
     instruction: str
     steps: tuple[str, ...]
     """Without the "Step i:" prefix; bullets of a step stay in it, one per line. A conclusion stands last and starts
@@ -191,7 +176,8 @@ def read_values(values: Iterable[tuple[int, str, Any]], rules: FieldRules) -> It
             found.append(f"id: {quote(record.record_id)} is also the id of record {first}; give each its own")
             record = None
         if holds_bytes(value):
-            value = without_bytes(value, None if record is None else record.image)
+            given = (None, None) if record is None else (record.image, record.metadata.get(COMPOSED_OF))
+            value = without_bytes(value, *given)
         yield Reading(number=number, value=value, record=record, problems=tuple(found))
 
 
@@ -211,8 +197,11 @@ def read_record(value: Any, default_id: str, rules: FieldRules, report: Report) 
     found: list[str] = []
     try:
         fields = read_fields(value, default_id, rules, found.append)
+        told = len(found)
         image = fields["image"] = read_picture(value, fields["metadata"], rules, found.append)
-        fields["instruction"] = check_placeholders(fields["instruction"], image, found.append)
+        if len(found) == told:  # of a picture that is told to be wrong, its placeholder is not
+            num_pictures = 0 if image is None else len(fields["metadata"].get(COMPOSED_OF) or (image,))
+            fields["instruction"] = check_placeholders(fields["instruction"], num_pictures, found.append)
     except RecursionError:
         found = [TOO_DEEP]
     for problem in found:

@@ -23,7 +23,7 @@ import numpy as np
 from embervlm.data.answer_space import AnswerSpace, key
 from embervlm.data.images import files_digest
 from embervlm.data.lazy import Lazy
-from embervlm.data.record_fields import FieldRules, quote, unused_fields
+from embervlm.data.record_fields import COMPOSED_OF, FieldRules, quote, unused_fields
 from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
 from embervlm.data.sources import source_files, source_rules, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
@@ -31,7 +31,7 @@ from embervlm.data.tables import label_of
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""
@@ -72,6 +72,12 @@ class RecordStore:
     def unused(self) -> dict[str, int]:
         """Fields of records, and members of shards, that nothing reads, and in how many records they are."""
         counts: dict[str, int] = read_object(self.folder / "store.json")["unused"]
+        return counts
+
+    @property
+    def several_pictures(self) -> dict[str, int]:
+        """Number of records with several pictures, by how many they have."""
+        counts: dict[str, int] = read_object(self.folder / "store.json")["several_pictures"]
         return counts
 
     @property
@@ -199,15 +205,20 @@ def with_fields(records: Sequence[ReasoningRecord], *names: str) -> Iterator[Rea
         yield records[int(place)]
 
 
-def picture_paths(records: Sequence[ReasoningRecord]) -> Iterator[str]:
-    """The distinct pictures of records, in the order in which they come first."""
+def picture_paths(records: Sequence[ReasoningRecord], *, sources: bool = False) -> Iterator[str]:
+    """The distinct pictures of records, in the order in which they come first.
+
+    With `sources` each composite is followed by the pictures that it is made of.
+    """
     hashes = picture_hashes(records)
     pictured = np.flatnonzero(hashes)
     first = np.unique(hashes[pictured], return_index=True)[1]
     for place in pictured[np.sort(first)]:
-        image = records[int(place)].image
-        assert image is not None
-        yield image
+        record = records[int(place)]
+        assert record.image is not None
+        yield record.image
+        if sources:
+            yield from record.metadata.get(COMPOSED_OF) or ()
 
 
 # ---- preparing
@@ -309,7 +320,7 @@ def _open(folder: Path) -> RecordStore | None:
         return None  # absent or damaged: built again
     if lengths != {len(store)}:
         return None
-    return store if about["pictures"] == files_digest(picture_paths(store.all())) else None
+    return store if about["pictures"] == files_digest(picture_paths(store.all(), sources=True)) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +350,7 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
     """Fill `folder` as `RecordStore` describes it."""
     problems: list[str] = []
     table, offsets, questions, marks = SplitTable(problems=problems), array("q", [0]), array("Q"), bytearray()
-    ids, space, unused = array("Q"), AnswerSpace(max_closed_answers), Counter[str]()
+    ids, space, unused, several = array("Q"), AnswerSpace(max_closed_answers), Counter[str](), Counter[str]()
     with (
         naming_unwritten(folder / "records.jsonl"),
         open(folder / "records.jsonl", "wb") as file,
@@ -349,6 +360,8 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
             bar.update()
             unused.update(unused_fields(record.metadata))
             space.add(record)
+            if pictures := record.metadata.get(COMPOSED_OF):
+                several[str(len(pictures))] += 1
             ids.append(text_hash(record.record_id))
             own = {name: value for name, value in record.__dict__.items() if name != "default_candidates"}
             try:
@@ -368,7 +381,8 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
         raise no_records(source.path)
     columns: dict[str, Any] = {"offsets": offsets, "pictures": table.picture, "questions": questions, "marks": marks}
     candidates = source.rules.candidates
-    about = {"unused": unused, "answer_kinds": space.kinds, "candidates": candidates or space.closed}
+    about: dict[str, Any] = {"unused": unused, "several_pictures": several, "answer_kinds": space.kinds}
+    about["candidates"] = candidates or space.closed
     with naming_unwritten(folder):
         for name, values in columns.items():
             np.save(folder / f"{name}.npy", np.frombuffer(values, _COLUMNS[name]))
@@ -378,7 +392,7 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
         if problems:
             raise DataError.of(problems)
         np.save(folder / "splits.npy", splits)
-        pictures = files_digest(picture_paths(store))
+        pictures = files_digest(picture_paths(store, sources=True))
         write_json_atomic(folder / "store.json", {"format": STORE_FORMAT, "pictures": pictures, **about})
 
 

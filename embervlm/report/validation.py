@@ -82,8 +82,7 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{about['count']:>8,}  {about['title']}" + ("  [stops training]" if about["stops_training"] else "")
         for about in report["kinds"].values()
     ]
-    if report["unused_in_words"]:
-        lines.append(report["unused_in_words"])
+    lines += [line for name in ("several_pictures_in_words", "unused_in_words") if (line := report[name])]
     return "\n".join([*lines, verdict(report)])
 
 

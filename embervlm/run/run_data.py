@@ -18,7 +18,7 @@ from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, en
 from embervlm.data.images import PictureCache
 from embervlm.data.lengths import Limits, refuse_too_long
 from embervlm.data.negatives import cut_for_validator
-from embervlm.data.record_fields import told_unused
+from embervlm.data.record_fields import told_several, told_unused
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Sample, Samples
 from embervlm.data.sources import source_files
@@ -70,6 +70,8 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     )
     if world.rank == 0 and (unused := told_unused(store.unused)):
         print(f"{path}: {unused}")
+    if world.rank == 0 and (several := told_several(store.several_pictures)):
+        print(f"{path}: {several}")
     if world.rank == 0 and (told := told_answers(store.answer_kinds, store.candidates)):
         print(f"{path}: {told}")
     train, val = store.split("train"), store.split("val")

@@ -9,6 +9,7 @@ from typing import Any
 from embervlm.curate.formats.answers import Answer, answer_in, only_leads
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of, sentences
 from embervlm.data.record_fields import kind, quote
+from embervlm.data.record_pictures import check_placeholders
 
 Turn = tuple[str, str, str]
 """Question, reply, and the name of the reply's place in the record."""
@@ -86,6 +87,8 @@ def _records(
             at.report(f"{name}: is no picture; take a frame of it as the image, or drop the record")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         at.report(f"id: is {kind(identity)}; give a string or a number, or leave the field out")
+    if isinstance(images, list) and len(images) > 1:
+        turns = _numbered(at, turns, len(images))
     if at.problems:
         return []
     records, earlier = [], ""
@@ -105,6 +108,13 @@ def _records(
             records.append({"id": turn_id, "instruction": earlier + question, "answer": answer, **pictured, **chain})
         earlier += f"Question: {question}\nAnswer: {reply}\n"
     return records
+
+
+def _numbered(at: Source, turns: Sequence[Turn], num_pictures: int) -> list[Turn]:
+    """The turns with the numbers of their pictures in place of `<image>`, counted over all of them."""
+    texts = [text for question, reply, _ in turns for text in (question, reply)]
+    told = check_placeholders("\0".join(texts), num_pictures, at.report).split("\0")
+    return [(question, reply, where) for question, reply, (_, _, where) in zip(told[::2], told[1::2], turns)]
 
 
 _TAGS_ASKED_FOR = re.compile(r"[^.!?\n]*<(?:think|answer)>[^\n]*?(?:[.!?](?=\s|$)|$)", re.IGNORECASE | re.MULTILINE)
