@@ -83,7 +83,7 @@ def test_a_domain_is_found_by_its_name() -> None:
 
 
 @pytest.mark.slow
-def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> None:
+def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = own_data(tmp_path)
     run = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch", domain="none", report=False)
     told = ok(train("python", "--config", run, "--stages", "3", "4", processes=1)).stdout
@@ -93,11 +93,23 @@ def test_own_data_train_and_are_evaluated_without_a_domain(tmp_path: Path) -> No
     vocabulary = "\n".join(ReasoningTokenizer.from_folder(final).hugging_face.get_vocab())
     assert "Drone" not in vocabulary and "red" in vocabulary
 
-    from embervlm.evaluation.evaluate import evaluate_checkpoint
+    from embervlm.evaluation.eval_data import Evaluation
+    from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
 
     result = evaluate_checkpoint(final, "train", num_samples=6, progress=False)
     assert result["metrics"]["final_answer_accuracy"] is not None
     assert result["metrics"]["head_accuracy"] is not None
+
+    given = json.loads(data.read_text())[:2]
+    given[0] |= {"id": "first", "answer": given[0]["answer"].upper()}
+    given[1] |= {"id": "odd", "answer": "mauve", "reasoning": given[1]["reasoning"].replace("green", "mauve")}
+    (tmp_path / "other.json").write_text(json.dumps(given))
+    job = Evaluation(checkpoint=final, test_set=str(tmp_path / "other.json"), compare=False, progress=False)
+    _, (first, odd) = evaluate(job)
+    assert first["head_probabilities"].keys() == odd["head_probabilities"].keys() == {"blue", "green", "red"}
+    assert first["gold_answer"] == ["red"] and odd["gold_answer"] == ["mauve"] and not odd["correct"]
+    told = capsys.readouterr().out
+    assert "1 of the 2 records of" in told and '(record odd: "mauve"); they count as wrong' in told
 
 
 def test_few_answers_are_a_set_in_the_commonest_spelling(tmp_path: Path) -> None:

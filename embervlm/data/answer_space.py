@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from embervlm.data.records import ReasoningRecord
 
@@ -54,6 +56,16 @@ class AnswerSpace:
             return dict(self._kinds)
         counts = self._kinds - Counter(open=self._num_records)
         return {**counts, "closed": self._num_records}
+
+
+def chosen_from(record: ReasoningRecord, closed: Sequence[str]) -> ReasoningRecord:
+    """`record` with the `closed` set to choose from, and its answers spelled as there; itself if it says what is chosen
+    from. An answer outside the set stays as it is, and no choice will be right."""
+    if record.default_candidates or record.metadata.get("candidates") is not None or not closed:
+        return record
+    names = {key(name): name for name in closed}
+    answers = tuple(names.get(key(answer), answer) for answer in record.answer)
+    return replace(record, answer=answers, default_candidates=tuple(closed))
 
 
 def key(answer: str) -> str:

@@ -14,13 +14,15 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError
+from embervlm.data.answer_space import chosen_from
 from embervlm.data.domain import Domain
 from embervlm.data.facts import fact_domains
 from embervlm.data.images import PictureCache
+from embervlm.data.record_fields import quote
 from embervlm.data.records import ReasoningRecord, read_records
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
-from embervlm.data.store import RecordStore, prepare
+from embervlm.data.store import prepare
 from embervlm.evaluation.batches import see
 from embervlm.evaluation.faithfulness import NUM_SAMPLES
 from embervlm.evaluation.sharing import failing_together
@@ -101,8 +103,13 @@ class EvalData:
         return see(model, self.pictures, records)
 
 
-def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
-    """Records of the split, with what the metrics take from the training split."""
+def load_eval_data(job: Evaluation, image_size: int, closed: Sequence[str] = ()) -> EvalData:
+    """Records of the split, with what the metrics take from the training split.
+
+    Args:
+        closed: the answers that the model's training data were a set of, from which those of a `test_set` are chosen
+            too where neither its records nor a domain say it.
+    """
     if job.split not in SPLITS:
         raise ConfigError(f"--split {job.split}: unknown; choose from {', '.join(SPLITS)}")
     made_with = run_dir.trained_with(job.checkpoint)
@@ -119,27 +126,23 @@ def load_eval_data(job: Evaluation, image_size: int) -> EvalData:
     domain = domain_named(made_with.get("domain") or "robots")
     root = (None if job.test_set else job.image_root) or made_with.get("image_root")
     with tempfile.TemporaryDirectory() as elsewhere:
-        closed = int(made_with.get("max_closed_answers") or 0)
+        limit = int(made_with.get("max_closed_answers") or 0)
         read = partial(
-            prepare, candidates=domain.candidates, max_closed_answers=closed, image_root=root, allow_outside=outside
+            prepare, candidates=domain.candidates, max_closed_answers=limit, image_root=root, allow_outside=outside
         )
         store = read(path, elsewhere, ready_in=cache) if path else None
-        return _eval_data(job, store, domain, outside, job.test_set or path or "", image_size, elsewhere)
+        splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
+        if job.test_set is not None:
+            records = _read_test_set(job, domain, outside, known=splits["train"], unpack_dir=elsewhere)
+            splits[job.split] = [chosen_from(record, closed) for record in records]
+            _tell_unknown_answers(job, splits[job.split], closed)
+        return _eval_data(job, splits, domain, job.test_set or path or "", image_size)
 
 
 def _eval_data(
-    job: Evaluation,
-    store: RecordStore | None,
-    domain: Domain,
-    outside: bool,
-    path: str,
-    image_size: int,
-    unpack_dir: str,
+    job: Evaluation, splits: Mapping[str, Sequence[ReasoningRecord]], domain: Domain, path: str, image_size: int
 ) -> EvalData:
-    splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
     train = splits["train"]
-    if job.test_set is not None:
-        splits[job.split] = _read_test_set(job, domain, outside, known=train, unpack_dir=unpack_dir)
     if not splits[job.split]:
         raise ConfigError(f"{path}: the {job.split} split is empty, so there is no record to evaluate")
     records = _some(splits[job.split], job.num_samples)
@@ -184,6 +187,16 @@ def _read_test_set(
             f"results say nothing about new records"
         )
     return records
+
+
+def _tell_unknown_answers(job: Evaluation, records: Sequence[ReasoningRecord], closed: Sequence[str]) -> None:
+    unknown = [r for r in records if closed and r.default_candidates == tuple(closed) and set(r.answer) - set(closed)]
+    if unknown and job.world.rank == 0:
+        print(
+            f"{len(unknown)} of the {len(records)} records of {job.test_set} have an answer that the training data do "
+            f"not have (record {unknown[0].record_id}: {quote(', '.join(unknown[0].answer))}); they count as wrong, "
+            f"because the model chooses among {len(closed)} answers"
+        )
 
 
 def _some(records: Sequence[ReasoningRecord], count: int | None) -> list[ReasoningRecord]:

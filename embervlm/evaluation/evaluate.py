@@ -69,7 +69,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     world, models = job.world, Models(job.world.device)
     model = models(job.checkpoint)
     reasons = model.config.stage != STAGE3
-    data = load_eval_data(job, model.config.image_size)
+    data = load_eval_data(job, model.config.image_size, tuple(model.config.candidates))
     refuse_long_questions(model, [*data.records, *data.val])
     passes = passes_of(job, data, reasons=reasons)
     journal = TaskJournal(job.partial, digest_of(job, passes), world)
