@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from embervlm.config_checks import ConfigError, bounded, filled_in, one_of, require
+from embervlm.config_lora import LoraConfig, check_lora
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
@@ -58,6 +59,9 @@ class PhaseConfig:
     learning_rate_multipliers: Mapping[str, float] = field(default_factory=dict)
     """Component -> factor on `learning_rate`; 0 freezes. A component that is not named gets its default, or 0 under
     `freeze_backbone`."""
+    lora: Mapping[str, LoraConfig] = field(default_factory=dict)
+    """Component (vision_encoder, language_model) -> its adapters, which are trained at its learning rate in place of
+    its own weights; `{}` are adapters of the default size. Checkpoints hold merged weights, and the adapters apart."""
     reasoning_loss_weight: float = 0.0
     consistency_loss_weight: float = 0.0
     answer_loss_weight: float = 0.0
@@ -94,13 +98,17 @@ class PhaseConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: {value} is not positive")
         self._complete_multipliers()
+        for name in self.does_nothing:
+            value = getattr(self, name)
+            shown = ", ".join(value) if isinstance(value, Mapping) else value
+            require(not value, f"{name}: {shown} does nothing in this phase")
+        object.__setattr__(self, "lora", {ALIASES.get(name, name): lora for name, lora in self.lora.items()})
+        check_lora(self.lora, self.multipliers)
         mixed = ("direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio")
         weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
         bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
         bounded(self, "final_lr_ratio", "validator_records_ratio", least=0, most=1)
         self._check_component_lists()
-        for name in self.does_nothing:
-            require(not getattr(self, name), f"{name}: {getattr(self, name)} does nothing in this phase")
 
     def _complete_multipliers(self) -> None:
         given = {ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
@@ -152,7 +160,7 @@ class Stage3Config(PhaseConfig):
 
     does_nothing: ClassVar[tuple[str, ...]] = (
         *(f"{term}_loss_weight" for term in LOSS_TERMS if term != "direct"),
-        *("direct_records_ratio", "edited_facts_ratio"),
+        *("direct_records_ratio", "edited_facts_ratio", "lora"),
     )
 
     name: str = "perception_and_answers"
@@ -189,6 +197,8 @@ class ReasoningPhaseConfig(PhaseConfig):
 @dataclass(frozen=True, kw_only=True)
 class Phase1Config(ReasoningPhaseConfig):
     """Phase 1 with the guide's values."""
+
+    does_nothing: ClassVar[tuple[str, ...]] = (*ReasoningPhaseConfig.does_nothing, "lora")
 
     name: str = "train_reasoning_heads"
     warmup_steps: int = 500

@@ -73,10 +73,12 @@ def _places_of(cls: Any, key: str, where: str = "") -> list[str]:
     """Dotted paths of the sections of `cls` that have a setting called `key`."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
+        if name in getattr(cls, "does_nothing", ()):
+            continue
         inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         if inner is not None:
             found += _places_of(inner, key, f"{where}.{name}".lstrip("."))
-        if name == key and name not in getattr(cls, "does_nothing", ()):
+        if name == key:
             found.append(where)
     return found
 

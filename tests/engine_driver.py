@@ -18,6 +18,7 @@ from embervlm.data.collate import Batch
 from embervlm.engines.base import Engine, EngineState, NonFiniteLossError
 from embervlm.engines.build import build_engine
 from embervlm.engines.deepspeed import DeepSpeedEngine
+from embervlm.model.lora import add_adapters
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
 from embervlm.world import World
@@ -96,6 +97,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     )
     if bench.config.precision == "fp16" and bench.config.engine == "deepspeed" and world.device.type == "cpu":
         let_deepspeed_compute_in_fp16()
+    add_adapters(bench.model, phase.lora)
     module = TrainingModule(bench.model)
     if where := case.get("nan_in"):
         with torch.no_grad():

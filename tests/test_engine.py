@@ -34,6 +34,7 @@ from embervlm.engines.base import NonFiniteLossError
 from embervlm.engines.build import build_engine, resolve_precision
 from embervlm.engines.deepspeed import deepspeed_settings
 from embervlm.engines.plain import TorchEngine
+from embervlm.model.lora import is_adapter
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import learning_rate_factor
 from embervlm.world import World
@@ -50,6 +51,8 @@ SHARDED: dict[str, dict[str, Any]] = {
 """Every engine on two processes."""
 FROZEN = {**PHASE2, "learning_rate_multipliers": {**MULTIPLIERS, "vision_encoder": 0.0, "language_model": 0.0}}
 """Gradients go through the frozen language model to the projection."""
+SEEING = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+LORA = {**PHASE2, "lora": {"language_model": {"rank": 4}, "vision_encoder": SEEING}}
 CURVE_STEPS = 50
 CURVE: dict[str, Any] = {"phase": PHASE2, "steps": CURVE_STEPS}
 APART: dict[str, Any] = {"steps": 2, "forms_apart": True, "forcing": 0.5}
@@ -73,6 +76,10 @@ CASES: list[dict[str, Any]] = [
             "last_share_without_pictures": True,
             **engine,
         }
+        for name, engine in SHARDED.items()
+    ),
+    *(
+        {"name": f"lora_{name}", "phase": LORA, "steps": 2, "activation_checkpointing": True, **engine}
         for name, engine in SHARDED.items()
     ),
     *(
@@ -342,6 +349,20 @@ def test_a_rank_without_pictures_and_recomputing_over_frozen_layers_neither_hang
     wanted = alone(phase=FROZEN, steps=2, last_share_without_pictures=True, accumulation=2)
     assert changed_components(wanted["before"], wanted["after"]) == {"projection", "reasoning_module"}
     assert_same_weights(seen[f"ends_{name}"][0]["after"], wanted["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_adapters_train_alike_on_every_engine_and_what_they_are_added_to_stays(
+    name: str, alone: Callable[..., dict[str, Any]], seen: dict[str, list[Any]]
+) -> None:
+    """Against one process that recomputes nothing."""
+    wanted = alone(phase=LORA, steps=2, accumulation=2)
+    moved = {key for key, value in wanted["before"].items() if not torch.equal(value, wanted["after"][key])}
+    assert {key.split(".")[1] for key in moved} == set(MULTIPLIERS)
+    assert all(is_adapter(key) for key in moved if ".backbone." in key)
+    assert_same_weights(seen[f"lora_{name}"][0]["after"], wanted["after"])
+    assert seen[f"lora_{name}"][0]["optimizer"]["moments"].keys() == wanted["optimizer"]["moments"].keys()
 
 
 @pytest.mark.slow

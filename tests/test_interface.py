@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ def keys_of(section: Any, where: str = "") -> Iterator[str]:
             yield f"{key} | {field.type} | default {shown(value)}" + (
                 f", {shown(own)} where its section is given" if other else ""
             )
+        elif isinstance(value, Mapping):
+            yield f"{key} | a section for each name | default {shown(value)}"
+            yield from keys_of(inner(), f"{key}.<name>.")  # type: ignore[operator]
         else:
             yield f"{key} | section" + (" | default None" if value is None else "")
             yield from keys_of(inner() if value is None else value, f"{key}.")  # type: ignore[operator]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from embervlm.config import COMPONENTS, ConfigError, PhaseConfig
+from embervlm.model.lora import is_adapter
 
 AUXILIARY = "auxiliary"
 """Parts that only training needs (the dense head of Stage 3); they learn at the peak rate."""
@@ -23,12 +24,14 @@ def build_param_groups(model: nn.Module, phase: PhaseConfig) -> list[dict[str, A
         component = next((part for part in path.split(".") if part in factors), None)
         if component is None:
             raise ConfigError(f"parameter {path!r} belongs to no component of {COMPONENTS}")
-        parameter.requires_grad_(factors[component] > 0)
-        params[component].append(parameter)
+        learns = factors[component] > 0 and (component not in phase.lora or is_adapter(path))
+        parameter.requires_grad_(learns)
+        if learns:
+            params[component].append(parameter)
     groups = [
         {"name": name, "params": params[name], "lr": phase.learning_rate * factor}
         for name, factor in factors.items()
-        if factor > 0 and params[name]
+        if params[name]
     ]
     if not groups:
         raise ConfigError(f"phase {phase.name!r}: every component is frozen; nothing would be trained")

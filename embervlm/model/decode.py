@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from embervlm.model.backbone import LanguageModel
 from embervlm.model.reasoning import Looked, ReasoningHead
@@ -31,6 +32,9 @@ Step = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Cache], Tensor]
 """
 
 
+_OF_GPT2 = ("c_attn", "c_proj", "c_fc")
+
+
 def language_step(language_model: LanguageModel, room: int) -> Step:
     """The step of a language model in eval mode, for positions below `room`."""
     backbone = language_model.backbone
@@ -41,7 +45,9 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
             if all(type(module) is nn.Linear for module in linear):  # not one of an adapter, say
                 return _llama(model, room)
         if config.model_type == "gpt2" and not config.add_cross_attention:
-            return _gpt2(model)
+            linear = [module for name, module in model.h.named_modules() if name.endswith(_OF_GPT2)]
+            if all(type(module) is Conv1D for module in linear):
+                return _gpt2(model)
 
     def step(embeds: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         states: Tensor = language_model(embeds[:, None], mask.long(), positions, cache)

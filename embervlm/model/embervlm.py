@@ -19,6 +19,7 @@ from embervlm.model import interactive
 from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.generation import Decoding, generate_answers
 from embervlm.model.interactive import Reasoning
+from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
 
@@ -154,6 +155,8 @@ class EmberVLM(EmberVLMNetwork):
         dtype, device = _dtype_of(others.pop("torch_dtype", None) if dtype is None else dtype), _device_of(device_map)
         hub = {name: others.pop(name) for name in _HUB_OPTIONS if name in others}
         others.pop("trust_remote_code", None)  # nothing here runs any; AutoModel always passes it
+        if "_adapter_model_path" not in (others.get("adapter_kwargs") or {}):  # it passes these too, for no adapter
+            others.pop("adapter_kwargs", None)
         if wrong := sorted(name for name, value in others.items() if value not in (None, False, {})):
             known = ", ".join(("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
             raise ConfigError(f"from_pretrained: {', '.join(wrong)}: not known; known are {known}")
@@ -169,11 +172,16 @@ class EmberVLM(EmberVLMNetwork):
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]
-        """Write config, weights and tokenizer under the guide's file names. Not atomic; see `run_dir`."""
+        """Write config, weights and tokenizer under the guide's file names. Not atomic; see `run_dir`.
+
+        Adapters are merged into the weights, and written apart as well.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(folder))
-        save_weights(state_dict if state_dict is not None else self.state_dict(), folder, self.config.stage != STAGE3)
+        state = self.state_dict() if state_dict is None else state_dict
+        save_weights(merged(self, state), folder, self.config.stage != STAGE3)
+        save_adapters(self, state, folder)
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
 

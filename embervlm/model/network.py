@@ -68,6 +68,8 @@ class EmberVLMNetwork(PreTrainedModel):
         self.reasoning_module = ReasoningModule(config, hidden, self.num_visual_tokens)
         self._tokenizer: ReasoningTokenizer | None = None
         self.backbone_frozen = False
+        self.adapted: tuple[str, ...] = ()
+        """Components whose own weights are frozen because adapters are trained; so are their running statistics."""
         self.confidence_temperature = 1.0
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -130,6 +132,10 @@ class EmberVLMNetwork(PreTrainedModel):
         if getattr(self, "backbone_frozen", False):
             for name in BACKBONE:
                 getattr(self, name).eval()
+        for name in getattr(self, "adapted", ()):
+            for module in getattr(self, name).modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def enable_gradient_checkpointing(self) -> None:

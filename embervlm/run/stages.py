@@ -17,6 +17,7 @@ from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.negatives import PairMaker
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.lora import check_targets
 from embervlm.run.by_products import after_epoch, evaluate_saved
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
 from embervlm.run.start import model_settings, new_tokenizer, start_from
@@ -63,6 +64,7 @@ class Run:
             return done
         phase = stage.phase1 if number == 1 else stage.phase2
         model = start_from(config, self.world, start, STAGE4)
+        check_targets(model, stage.phase2.lora)
         data = self._load_data(model)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         samples, epochs = encoder.chains()
@@ -118,6 +120,7 @@ class Run:
             return done
         torch.manual_seed(config.seed)
         model = build_model(model_settings(config, STAGE3))
+        check_targets(model, config.stage4.phase2.lora)  # not only after days
         data = self._load_data(model)
         model.attach_tokenizer(new_tokenizer(config, model, data.reasoning))
         labels = DenseLabels(data.train, model.grid)
@@ -167,6 +170,7 @@ class Run:
             learning_rate=baseline.learning_rate,
             warmup_steps=baseline.warmup_steps,
             direct_loss_weight=1.0,
+            lora=config.stage4.phase2.lora,  # what learns is the same as in phase 2
             max_minutes=minutes,
             epochs=1,
         )

@@ -3,7 +3,7 @@
 A checkpoint's `training_state.pt`, read with `weights_only=True`, holds:
 
     optimizer     moments by parameter name, updates done, loss scale (`EngineState.optimizer`)
-    auxiliary     weights that only training needs
+    auxiliary     weights that only training needs: of Stage 3's dense head, of adapters and of what they are added to
     progress      step, samples, seconds
     data          `order` (`EpochPlan.digest`, seed included) and `global_batch`
     wandb_run_id  or None
@@ -29,6 +29,7 @@ import torch
 from embervlm import run_dir
 from embervlm.engines.base import Engine, EngineState, Snapshot
 from embervlm.errors import UserError
+from embervlm.model.lora import is_adapted
 from embervlm.model.storage import CheckpointError, read_tensors
 from embervlm.ranking import rank_checkpoints
 from embervlm.run_dir import TRAINING_STATE
@@ -215,7 +216,8 @@ class CheckpointStore:
     def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:
         model = {k.removeprefix(MODEL_PREFIX): v for k, v in state.weights.items() if k.startswith(MODEL_PREFIX)}
         module.model.save_pretrained(part, state_dict=model)
-        rest = {key: value for key, value in state.weights.items() if not key.startswith(MODEL_PREFIX)}
+        # merging rounds, so a resume takes adapters and what they were added to from here
+        rest = {k: v for k, v in state.weights.items() if not k.startswith(MODEL_PREFIX) or is_adapted(k)}
         torch.save({**content, "optimizer": state.optimizer, "auxiliary": rest}, part / TRAINING_STATE)
 
     def _what_stands(self) -> str:

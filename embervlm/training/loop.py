@@ -19,6 +19,7 @@ from embervlm.data.samples import Sample
 from embervlm.engines.base import Engine
 from embervlm.engines.build import build_engine
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.lora import add_adapters
 from embervlm.model.storage import load_checkpoint_into
 from embervlm.signals import Preempted, stop_noted
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
@@ -29,7 +30,7 @@ from embervlm.training.schedule import (
     teacher_forcing_ratio,
     timed_learning_rate_factor,
 )
-from embervlm.training.settings import changes, saved_with
+from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
 from embervlm.world import World
@@ -278,11 +279,14 @@ def _prepare(
         _keep_order(job, state["data"], newest, world)
         components = COMPONENTS if job.collator.use_reasoning else BACKBONE
         load_checkpoint_into(job.model, newest, components)
-        module.load_state_dict(state["auxiliary"], strict=False)
+        _keep_adapters(job, newest)
         if world.rank == 0:
             print(f"{job.name}: resuming from {newest}")
             if found := changes(saved_with(newest), job.trained_with):
                 print(f"{job.name}: continues with other settings than before: {'; '.join(found)}")
+    add_adapters(job.model, job.phase.lora, config.seed)
+    if state is not None:
+        module.load_state_dict(state["auxiliary"], strict=False)
     job.model.freeze_backbone(job.phase.freeze_backbone)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()
@@ -294,6 +298,16 @@ def _prepare(
         return engine, Progress(), cache, None
     engine.load_optimizer_state(state["optimizer"])
     return engine, Progress(**state["progress"]), cache, state["wandb_run_id"]
+
+
+def _keep_adapters(job: PhaseJob, checkpoint: Path) -> None:
+    """ConfigError if the adapters of `checkpoint` are not those of `job`."""
+    saved, now = saved_with(checkpoint).get("lora", NO_LORA), shown_lora(job.phase.lora)
+    if saved != now:
+        raise ConfigError(
+            f"{checkpoint}: was trained with other adapters (lora: {saved}; now: {now}); restore stage4.phase2.lora, "
+            "or start in another --output_dir"
+        )
 
 
 def _data_state(plan: EpochPlan) -> dict[str, Any]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
 from embervlm.config import PhaseConfig, TrainConfig
 from embervlm.config_file import model_preset
+from embervlm.config_lora import LoraConfig
 from embervlm.data.sources import source_files
 
+NO_LORA = "none"
 _NAMES_ONLY = ("name", "trainable_components", "frozen_components")
 _OF_STAGE4 = ("scheduled_sampling", "reasoning_augmentation", "max_reasoning_length")
 
@@ -27,6 +30,7 @@ def trained_with(
     values = {key: value for key, value in dataclasses.asdict(phase).items() if key not in _NAMES_ONLY}
     model = json.dumps(model_preset(config.model), sort_keys=True)
     values |= {
+        "lora": shown_lora(phase.lora),
         "seed": config.seed,
         "max_steps": config.max_steps,
         "model": {"is": config.model, "id": hashlib.blake2b(model.encode(), digest_size=8).hexdigest()},
@@ -36,6 +40,15 @@ def trained_with(
         **more,
     }
     return dict(json.loads(json.dumps(values)))  # as they are read back
+
+
+def shown_lora(lora: Mapping[str, LoraConfig]) -> str:
+    """Adapters in words, so that two settings are the same where their words are."""
+    shown = [
+        f"{component} rank {its.rank} alpha {its.alpha:g} dropout {its.dropout:g} on {' '.join(its.targets) or 'all'}"
+        for component, its in sorted(lora.items())
+    ]
+    return "; ".join(shown) or NO_LORA
 
 
 def of_stage4(config: TrainConfig) -> dict[str, Any]:
