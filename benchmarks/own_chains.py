@@ -48,7 +48,7 @@ def main() -> None:
         compare=False,
         reasoning_data=args.reasoning_data,
     )
-    data = load_eval_data(job, model.config.image_size, tuple(model.config.candidates))
+    data = load_eval_data(job, model.config.image_size, tuple(model.config.candidates), model.config.fill)
     chains: list[dict[str, Any]] = []
     for start in range(0, len(data.records), BATCH_SIZE):
         chains += answer(model, data.pictures, data.records[start : start + BATCH_SIZE], Decoding())

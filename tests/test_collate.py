@@ -339,7 +339,7 @@ def test_dense_labels_of_a_hand_case():
     labels = DenseLabels([record(metadata={"boxes": boxes, "scene": scene}), other], grid=Grid(2, 2))
     assert labels.classes == {"flag": ["near"], "sky": ["dawn", "noon"]}
     assert labels.sizes == [2, 3]
-    assert labels.of({"boxes": boxes}).tolist() == [[0, 2], [0, 2], [0, 0], [1, 0]]
+    assert labels.of(record(metadata={"boxes": boxes})).tolist() == [[0, 2], [0, 2], [0, 0], [1, 0]]
 
 
 def test_patches_without_ground_truth_are_not_scored():
@@ -347,14 +347,14 @@ def test_patches_without_ground_truth_are_not_scored():
         [record(metadata={"boxes": [{"kind": "sky", "label": "noon", "box": [0, 0, 1, 1]}], "scene": {"sky": "noon"}})],
         grid=Grid(2, 2),
     )
-    assert (labels.of({}) == -1).all()
+    assert (labels.of(record(metadata={})) == -1).all()
 
 
 def test_dense_labels_of_generated_records_lie_in_their_boxes(records):
     labels = DenseLabels(records, grid=Grid(3, 3))
     kinds = list(labels.classes)
     assert set(kinds) == {"place", "weather", "sky", "load", "flag"}
-    found = labels.of(records[0].metadata)
+    found = labels.of(records[0])
     (flag,) = (box for box in records[0].metadata["boxes"] if box["kind"] == "flag")
     marked = found[:, kinds.index("flag")] > 0
     assert torch.equal(marked, boxes_to_mask([flag["box"]], Grid(3, 3)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from embervlm.data.dataset import (
     edit_facts,
@@ -18,6 +19,7 @@ from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.samples import CAPTION, DIRECT, EDITED, Grid, Sample, boxes_to_mask, step_texts
 from embervlm.data.tokenizer import CONCLUSION, DIRECT_PROMPT
+from embervlm.evaluation.explain import without_padding
 from embervlm.robots.facts import SceneFacts
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.robots.rules import TASKS, teach
@@ -131,6 +133,24 @@ def test_a_box_of_the_whole_picture_covers_everything():
 
 def test_no_boxes_cover_nothing():
     assert not boxes_to_mask([], grid=Grid(2, 2)).any()
+
+
+def test_boxes_follow_a_picture_into_its_padded_square(tokenizer, tmp_path):
+    """Twice as wide as high, it takes up the two middle rows of four; the box, its lower left quarter, one of them."""
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    metadata = {"boxes": [{"kind": "flag", "box": [0.0, 0.5, 0.5, 1.0]}], "seen": [["flag"], [], []]}
+    found = [record(image=str(tmp_path / "a.png"), metadata=metadata)]
+    for padded_size, places in ((None, [8, 9, 12, 13]), (16, [8, 9])):
+        (sample,) = encode_reasoning(found, tokenizer, Grid(4, 4), 512, padded_size=padded_size)
+        assert sample.attend[0][1].nonzero().flatten().tolist() == places
+
+
+def test_attention_on_a_padded_picture_is_told_in_rows_and_columns_of_its_own():
+    attention = {"grid": [4, 4], "steps": [[0.1] * 4 + [0.0, 0.1, 0.0, 0.0] + [0.0, 0.0, 0.2, 0.1] + [0.05] * 4]}
+    found = without_padding(attention, (0.0, 0.25, 1.0, 0.75))
+    assert found == {"grid": [2, 4], "steps": [[0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.5, 0.25]]}
+    half = without_padding({"grid": [2, 2], "steps": [[0.25] * 4]}, (0.25, 0.0, 0.75, 1.0))
+    assert half == {"grid": [2, 1], "steps": [[0.5, 0.5]]}
 
 
 def test_a_step_looks_at_the_boxes_of_the_facts_it_reads(tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from embervlm.data import images
-from embervlm.data.images import ImageError, PictureCache, load_image
+from embervlm.data.images import ImageError, PictureCache, load_image, padded_area
 
 pytestmark = pytest.mark.filterwarnings("error")
 RED = (255, 0, 0)
@@ -225,6 +225,33 @@ def test_large_png_is_reduced_to_the_same_picture_as_a_plain_resize():
     ramp = np.linspace(0, 255, 900 * 700 * 3).reshape(700, 900, 3).astype(np.uint8)
     expected = np.asarray(Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
     assert abs(load_image(ramp, size=32) - expected).max() <= 2
+
+
+# ---- padding
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_padded_picture_keeps_its_aspect_ratio_in_the_middle_of_the_colour(photo, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    photo.save(path, exif=exif)
+    picture = load_image(path, size=16, fill=(1, 2, 3))
+    left, top, right, bottom = (round(16 * side) for side in padded_area(str(path), 16))
+    assert (left, top, right, bottom) == ((0, 4, 16, 12) if orientation == 1 else (4, 0, 12, 16))
+    filled = (picture == (1, 2, 3)).all(-1)
+    assert filled.sum() == 128 and not filled[top:bottom, left:right].any()
+    upright = load_image(photo if orientation == 1 else photo.rotate(-90, expand=True))
+    expected = np.asarray(Image.fromarray(upright).resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+    assert abs(picture[top:bottom, left:right].astype(int) - expected).max() <= 1
+
+
+def test_padded_and_squashed_pictures_are_cached_apart(paths, tmp_path):
+    for fill in (None, (0, 0, 0), (9, 9, 9)):
+        cache = PictureCache(paths, 16, tmp_path / "cache", fill)
+        np.testing.assert_array_equal(cache[paths[1]], load_image(paths[1], size=16, fill=fill))
+    assert cache.area(paths[1]) == (0, 2 / 16, 1, 14 / 16)
+    assert len(os.listdir(tmp_path / "cache")) == 3
 
 
 # ---- the cache

@@ -15,7 +15,17 @@ from torch import Tensor
 from embervlm.data.images import PictureCache
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import CAPTION, DIRECT, EDITED, REASONING, Grid, Sample, boxes_to_mask, known_boxes
+from embervlm.data.samples import (
+    CAPTION,
+    DIRECT,
+    EDITED,
+    REASONING,
+    Grid,
+    Sample,
+    boxes_in_square,
+    boxes_to_mask,
+    known_boxes,
+)
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
@@ -328,7 +338,7 @@ class Collator:
 
     def _dense(self, batch: Batch, samples: Sequence[Sample]) -> None:
         assert self.dense_labels is not None
-        labels = [self.dense_labels.of(self.records[s.record].metadata if s.record >= 0 else {}) for s in samples]
+        labels = [self.dense_labels.of(self.records[s.record] if s.record >= 0 else None) for s in samples]
         batch.targets["dense"] = torch.stack(labels)
         batch.counts["dense"] = float((batch.targets["dense"] >= 0).sum())
 
@@ -362,7 +372,7 @@ class DenseLabels:
     Stage 3 learns to see from it; captions alone leave a small model blind.
     """
 
-    def __init__(self, records: Sequence[ReasoningRecord], grid: Grid) -> None:
+    def __init__(self, records: Sequence[ReasoningRecord], grid: Grid, padded_size: int | None = None) -> None:
         found: dict[str, set[str]] = {}
         for record in with_fields(records, "boxes"):
             for box in known_boxes(record.metadata):
@@ -370,16 +380,16 @@ class DenseLabels:
                     found.setdefault(box["kind"], set()).add(box["label"])
         self.classes = {kind: sorted(labels) for kind, labels in sorted(found.items())}
         """Kind -> labels; class 0 is 'not here', class 1 + i the i-th label."""
-        self.grid = grid
+        self.grid, self._padded_size = grid, padded_size
         self._nothing = torch.full((grid.size, len(self.classes)), -1)
 
     @property
     def sizes(self) -> list[int]:
         return [1 + len(labels) for labels in self.classes.values()]
 
-    def of(self, metadata: Mapping[str, Any]) -> Tensor:
+    def of(self, record: ReasoningRecord | None) -> Tensor:
         """`[num_visual_tokens, kinds]` int64; -1 is not scored (no ground truth)."""
-        boxes = known_boxes(metadata)
+        boxes = boxes_in_square(record, self._padded_size) if record is not None else []
         return self._draw(boxes) if boxes else self._nothing
 
     def _draw(self, boxes: Sequence[Mapping[str, Any]]) -> Tensor:

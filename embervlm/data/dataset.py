@@ -48,15 +48,18 @@ def encode_reasoning(
     max_length: int | None = None,
     *,
     limits: Limits | None = None,
+    padded_size: int | None = None,
 ) -> Samples:
     """Every record with its chain. DataError lists all that are longer than `max_length` or `limits` allow.
 
     An augmented record that is too long is left out instead.
+    Args:
+        padded_size: of the square that pictures are padded to, if they are.
     """
     samples = Samples(
         REASONING,
         _every_row(records),
-        lambda rows: _encode_chains(records, rows, tokenizer, grid),
+        lambda rows: _encode_chains(records, rows, tokenizer, grid, padded_size),
         _sizes_file(records, REASONING, tokenizer),
     )
     if limits is None and max_length is None:
@@ -69,7 +72,11 @@ def encode_reasoning(
 
 
 def _encode_chains(
-    records: Sequence[ReasoningRecord], rows: Sequence[int], tokenizer: ReasoningTokenizer, grid: Grid
+    records: Sequence[ReasoningRecord],
+    rows: Sequence[int],
+    tokenizer: ReasoningTokenizer,
+    grid: Grid,
+    padded_size: int | None,
 ) -> list[Sample]:
     some = [records[row] for row in rows]
     texts = [step_texts(record) for record in some]
@@ -99,7 +106,7 @@ def _encode_chains(
                 target=target,
                 answer_position=opens,
                 step_spans=tuple(spans),
-                attend=_attention_targets(record.metadata, grid, len(spans)),
+                attend=_attention_targets(record, grid, len(spans), padded_size),
             )
         )
     return samples

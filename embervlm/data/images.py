@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -43,8 +44,17 @@ class ImageError(DataError):
     """A picture that cannot be used; the message names it and says what to do."""
 
 
-def load_image(source: ImageSource, *, size: int | None = None, name: str | None = None) -> np.ndarray:
-    """The picture as uint8 RGB `[H, W, 3]`, upright; `[size, size, 3]` (aspect ratio not kept) if `size` is given.
+Colour = Sequence[int]
+"""Red, green and blue, 0 to 255."""
+
+
+def load_image(
+    source: ImageSource, *, size: int | None = None, fill: Colour | None = None, name: str | None = None
+) -> np.ndarray:
+    """The picture as uint8 RGB `[H, W, 3]`, upright; `[size, size, 3]` if `size` is given.
+
+    To that size it is scaled whatever its shape, or, with `fill`, in its aspect ratio to the middle of a square of that
+    colour.
 
     Transparency is laid on white; of an animation the first frame counts; 16-bit grey is scaled to 8 bits.
     Args:
@@ -60,17 +70,17 @@ def load_image(source: ImageSource, *, size: int | None = None, name: str | None
         if not 0 < len(source) <= MAX_PICTURES:
             raise ImageError(f"{name or 'list'}: {len(source)} pictures; give 1 to {MAX_PICTURES}")
         together = composite([Image.fromarray(load_image(one)) for one in source])
-        return _finish(together, size, name or f"{len(source)} pictures", own=False)
+        return _finish(together, size, fill, name or f"{len(source)} pictures", own=False)
     if isinstance(source, np.ndarray):
         name = name or f"array of shape {list(source.shape)}"
-        return _finish(_from_array(source, name), size, name, own=False)
+        return _finish(_from_array(source, name), size, fill, name, own=False)
     if isinstance(source, Image.Image):
-        return _finish(source, size, name or getattr(source, "filename", "") or "Pillow image", own=False)
+        return _finish(source, size, fill, name or getattr(source, "filename", "") or "Pillow image", own=False)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = name or f"{len(source)} bytes"
         if not source:
             raise ImageError(f"{name}: no data; give the content of a picture file")
-        return _decode(io.BytesIO(source), size, name)
+        return _decode(io.BytesIO(source), size, fill, name)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ImageError(f"{name or kind}: {kind} is not a picture; give a path, bytes, a Pillow image or an array")
@@ -88,7 +98,7 @@ def load_image(source: ImageSource, *, size: int | None = None, name: str | None
     with file:
         if not os.fstat(file.fileno()).st_size:
             raise ImageError(f"{name}: the file is empty; copy it again, or drop the record")
-        return _decode(file, size, name)
+        return _decode(file, size, fill, name)
 
 
 @contextmanager
@@ -107,7 +117,7 @@ def _quiet() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(file: Any, size: int | None, name: str) -> np.ndarray:
+def _decode(file: Any, size: int | None, fill: Colour | None, name: str) -> np.ndarray:
     try:
         with _quiet():
             image = Image.open(file)
@@ -116,10 +126,10 @@ def _decode(file: Any, size: int | None, name: str) -> np.ndarray:
     except Exception as error:  # a plugin that stumbles over garbage raises what it likes (struct.error, SyntaxError)
         raise _unreadable(name, error) from error
     with image:
-        return _finish(image, size, name, own=True)
+        return _finish(image, size, fill, name, own=True)
 
 
-def _finish(image: Image.Image, size: int | None, name: str, *, own: bool) -> np.ndarray:
+def _finish(image: Image.Image, size: int | None, fill: Colour | None, name: str, *, own: bool) -> np.ndarray:
     """`own`: the image was opened here, so it may be changed in place."""
     width, height = image.size
     if width < 1 or height < 1:
@@ -134,7 +144,12 @@ def _finish(image: Image.Image, size: int | None, name: str, *, own: bool) -> np
         image.load()
         orientation = _orientation(image)
         if size is not None:
-            image = _to_rgb(_reduced(image, size), name).resize((size, size), Image.Resampling.BILINEAR)
+            scaled = (size, size) if fill is None else scaled_sides(width, height, size)
+            image = _to_rgb(_reduced(image, size), name).resize(scaled, Image.Resampling.BILINEAR)
+            if fill is not None:
+                square = Image.new("RGB", (size, size), tuple(fill))
+                square.paste(image, ((size - scaled[0]) // 2, (size - scaled[1]) // 2))
+                image = square
         else:
             image = _to_rgb(image, name)
         if orientation in _TRANSPOSE:
@@ -151,8 +166,13 @@ def _unreadable(name: str, error: Exception) -> ImageError:
 
 
 def _orientation(image: Image.Image) -> int:
+    with _quiet():
+        return _exif_orientation(image)
+
+
+def _exif_orientation(image: Image.Image) -> int:
     # Only the orientation is lost with broken EXIF data; the picture itself is still good.
-    with _quiet(), suppress(Exception):
+    with suppress(Exception):
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     return 1
 
@@ -218,6 +238,30 @@ def files_digest(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height in the same ratio, the longer of them `size`."""
+    longest = max(width, height)
+    return max(1, round(width * size / longest)), max(1, round(height * size / longest))
+
+
+Area = tuple[float, float, float, float]
+"""Left, top, right and bottom, in [0, 1] of a square."""
+
+
+@lru_cache(maxsize=65536)
+def padded_area(path: str, size: int) -> Area:
+    """Where in its padded square of `size` pixels the picture of this file is; ImageError if it cannot be read."""
+    try:
+        with _quiet(), Image.open(path) as image:
+            width, height = image.size
+            turned = _exif_orientation(image) >= 5
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    wide, high = scaled_sides(*((height, width) if turned else (width, height)), size)
+    left, top = (size - wide) // 2, (size - high) // 2
+    return left / size, top / size, (left + wide) / size, (top + high) / size
+
+
 class PictureCache:
     """All distinct pictures of `paths`, decoded once into one uint8 array `[N, size, size, 3]`: `cache[path]`.
 
@@ -227,16 +271,22 @@ class PictureCache:
     """
 
     def __init__(
-        self, paths: Iterable[str | os.PathLike[str]], size: int, cache_dir: str | os.PathLike[str] | None = None
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        size: int,
+        cache_dir: str | os.PathLike[str] | None = None,
+        fill: Colour | None = None,
     ) -> None:
-        self.size = size
+        """`fill`: as for `load_image`."""
+        self.size, self.fill = size, fill
         self._rows = {path: row for row, path in enumerate(dict.fromkeys(os.fspath(path) for path in paths))}
         self.shape = (len(self), size, size, 3)
         if cache_dir is None or not len(self):
             self.array = np.empty(self.shape, dtype=np.uint8)
             self._decode_into(self.array)
             return
-        file = Path(cache_dir) / f"pictures-{size}-{files_digest(self._rows)}.npy"
+        padded = "" if fill is None else f"-on-{bytes(fill).hex()}"
+        file = Path(cache_dir) / f"pictures-{size}{padded}-{files_digest(self._rows)}.npy"
         array = self._open(file)
         if array is None:
             self._build(file)
@@ -261,6 +311,10 @@ class PictureCache:
         if row is None:
             raise KeyError(f"{os.fspath(path)}: not among the {len(self)} cached pictures")
         return row
+
+    def area(self, path: str | os.PathLike[str]) -> Area | None:
+        """Where in its square the picture is, if pictures are padded."""
+        return None if self.fill is None else padded_area(os.fspath(path), self.size)
 
     def _open(self, file: Path) -> np.ndarray | None:
         try:
@@ -289,7 +343,7 @@ class PictureCache:
         def decode(item: tuple[str, int]) -> tuple[str, ...]:
             path, i = item
             try:
-                array[i] = load_image(path, size=self.size)
+                array[i] = load_image(path, size=self.size, fill=self.fill)
             except ImageError as error:
                 return error.problems
             return ()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embervlm.data.images import padded_area
 from embervlm.data.lazy import Lazy
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.store import kept_array
@@ -173,15 +174,27 @@ def _mostly_covered(boxes: Sequence[Sequence[float]], grid: Grid) -> Tensor:
     return (torch.stack(shares) > 0.5).any(0).flatten()
 
 
-def _attention_targets(metadata: Mapping[str, Any], grid: Grid, num_steps: int) -> tuple[tuple[int, Tensor], ...]:
+def boxes_in_square(record: ReasoningRecord, padded_size: int | None) -> list[Mapping[str, Any]]:
+    """The known boxes as the model sees the picture: in the square that it is padded to, if it is."""
+    boxes = known_boxes(record.metadata)
+    if padded_size is None or record.image is None or not boxes:
+        return boxes
+    left, top, right, bottom = padded_area(record.image, padded_size)
+    axes = [(left, right - left), (top, bottom - top)] * 2
+    return [{**box, "box": [start + side * value for (start, side), value in zip(axes, box["box"])]} for box in boxes]
+
+
+def _attention_targets(
+    record: ReasoningRecord, grid: Grid, num_steps: int, padded_size: int | None
+) -> tuple[tuple[int, Tensor], ...]:
     """From `boxes` and `seen` of the metadata, where a record has them: an entry for each step and thing that it reads.
 
     A visual token that a smaller thing mostly covers belongs to that one: nobody sees a place by looking at the load.
     """
     by_kind: dict[str, list[Sequence[float]]] = {}
-    for box in known_boxes(metadata):
+    for box in boxes_in_square(record, padded_size):
         by_kind.setdefault(box["kind"], []).append(box["box"])
-    seen = (metadata.get("seen") or ())[:num_steps]
+    seen = (record.metadata.get("seen") or ())[:num_steps]
     masks = {kind: boxes_to_mask(boxes, grid) for kind, boxes in by_kind.items()}
     covered = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
     own = {}

@@ -17,7 +17,7 @@ from embervlm.config import ConfigError
 from embervlm.data.answer_space import chosen_from
 from embervlm.data.domain import Domain
 from embervlm.data.facts import fact_domains
-from embervlm.data.images import PictureCache
+from embervlm.data.images import Colour, PictureCache
 from embervlm.data.record_fields import quote
 from embervlm.data.records import ReasoningRecord, read_records
 from embervlm.data.sources import source_files
@@ -103,12 +103,15 @@ class EvalData:
         return see(model, self.pictures, records)
 
 
-def load_eval_data(job: Evaluation, image_size: int, closed: Sequence[str] = ()) -> EvalData:
+def load_eval_data(
+    job: Evaluation, image_size: int, closed: Sequence[str] = (), fill: Colour | None = None
+) -> EvalData:
     """Records of the split, with what the metrics take from the training split.
 
     Args:
         closed: the answers that the model's training data were a set of, from which those of a `test_set` are chosen
             too where neither its records nor a domain say it.
+        fill: the colour that pictures are padded with, if they are.
     """
     if job.split not in SPLITS:
         raise ConfigError(f"--split {job.split}: unknown; choose from {', '.join(SPLITS)}")
@@ -136,11 +139,16 @@ def load_eval_data(job: Evaluation, image_size: int, closed: Sequence[str] = ())
             records = _read_test_set(job, domain, outside, known=splits["train"], unpack_dir=elsewhere)
             splits[job.split] = [chosen_from(record, closed) for record in records]
             _tell_unknown_answers(job, splits[job.split], closed)
-        return _eval_data(job, splits, domain, job.test_set or path or "", image_size)
+        return _eval_data(job, splits, domain, job.test_set or path or "", image_size, fill)
 
 
 def _eval_data(
-    job: Evaluation, splits: Mapping[str, Sequence[ReasoningRecord]], domain: Domain, path: str, image_size: int
+    job: Evaluation,
+    splits: Mapping[str, Sequence[ReasoningRecord]],
+    domain: Domain,
+    path: str,
+    image_size: int,
+    fill: Colour | None,
 ) -> EvalData:
     train = splits["train"]
     if not splits[job.split]:
@@ -151,7 +159,7 @@ def _eval_data(
     val = _some(splits["val"], CALIBRATION_RECORDS) if job.compare and job.split != "val" else []
     return EvalData(
         records=records,
-        pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size),
+        pictures=PictureCache([r.image for r in (*records, *val) if r.image], image_size, fill=fill),
         scorer=_scorer(job, reference, domains),
         domains=domains,
         domain=domain,

@@ -11,7 +11,7 @@ from embervlm import run_dir
 from embervlm.evaluation.asked import Models, digest_of, passes_of, refuse_long_questions
 from embervlm.evaluation.batches import chunks, found_by, in_order, tasks_of
 from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data
-from embervlm.evaluation.explain import explain_chains
+from embervlm.evaluation.explain import explain_chains, without_padding
 from embervlm.evaluation.faithfulness import Faithfulness
 from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.evaluation.result import complete, result_of, scored
@@ -69,7 +69,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     world, models = job.world, Models(job.world.device)
     model = models(job.checkpoint)
     reasons = model.config.stage != STAGE3
-    data = load_eval_data(job, model.config.image_size, tuple(model.config.candidates))
+    data = load_eval_data(job, model.config.image_size, tuple(model.config.candidates), model.config.fill)
     refuse_long_questions(model, [*data.records, *data.val])
     passes = passes_of(job, data, reasons=reasons)
     journal = TaskJournal(job.partial, digest_of(job, passes), world)
@@ -114,7 +114,11 @@ def _explain_tasks(job: Evaluation, data: EvalData, chains: Sequence[Mapping[str
     def explain(batch: Sequence[int], model: EmberVLM) -> list[dict[str, Any]]:
         records = [data.records[place] for place in batch]
         steps = [chains[place]["reasoning_steps"] for place in batch]
-        return explain_chains(model, *data.see(model, records), [record.instruction for record in records], steps)
+        found = explain_chains(model, *data.see(model, records), [record.instruction for record in records], steps)
+        for record, one in zip(records, found):
+            if one["attention"] and record.image and (area := data.pictures.area(record.image)) is not None:
+                one["attention"] = without_padding(one["attention"], area)
+        return found
 
     batches = chunks(range(min(job.explained, len(data.records))), EXPLAIN_BATCH)
     return tasks_of("explained", job.checkpoint, batches, explain, counted=False)

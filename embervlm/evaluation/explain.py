@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embervlm.data.collate import padded, validator_inputs
+from embervlm.data.images import Area
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.data.samples import Grid, boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
@@ -59,6 +60,29 @@ def explain_chains(
         scores = step_probabilities(model, visual[one], seen[one], instructions[place], chains[place])
         out[place] = {"attention": None, "validator_scores": [round(score, 4) for score in scores]}
     return out
+
+
+def without_padding(attention: Mapping[str, Any], area: Area) -> dict[str, Any]:
+    """The attention on the picture itself, which takes up `area` of its padded square, in rows and columns of its own.
+
+    A visual token that reaches over the picture's edge counts with the share of it that is inside.
+    """
+    grid = Grid(*attention["grid"])
+    down = _overlaps(area[1], area[3], grid.rows)
+    across = _overlaps(area[0], area[2], grid.columns)
+    steps = []
+    for shares in attention["steps"]:
+        inside = down @ np.reshape(shares, grid) @ across.T
+        steps.append([round(float(value), 4) for value in (inside / max(inside.sum(), 1e-12)).flatten()])
+    return {"grid": [len(down), len(across)], "steps": steps}
+
+
+def _overlaps(first: float, last: float, count: int) -> np.ndarray:
+    """`[parts, count]`: of `count` equal parts of [0, 1], the share that lies in each of about as large ones between
+    `first` and `last`."""
+    own = np.linspace(first, last, 1 + max(1, round((last - first) * count)))
+    edges = np.arange(count + 1) / count
+    return np.clip(np.minimum(own[1:, None], edges[1:]) - np.maximum(own[:-1, None], edges[:-1]), 0, None) * count
 
 
 def looked_at(sample: Mapping[str, Any], seen: Sequence[Sequence[str]]) -> list[dict[str, list[float]]] | None:

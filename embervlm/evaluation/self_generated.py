@@ -134,7 +134,8 @@ class _Writer:
         number, steps = settings.samples_per_record, settings.max_reasoning_steps
         decoding = Decoding(temperature=settings.temperature, seed=seed, max_reasoning_steps=steps)
         check_length(model, [record.instruction for record in records], decoding)
-        pictures = PictureCache([record.image for record in records if record.image], model.config.image_size)
+        paths = [record.image for record in records if record.image]
+        pictures = PictureCache(paths, model.config.image_size, fill=model.config.fill)
         visual, seen = (values.repeat_interleave(number, 0) for values in see(model, pictures, records))
         texts = [record.instruction for record in records for _ in range(number)]
         results = generate_from_visual(model, visual, seen, texts, decoding)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+SQUASH, PAD = "squash", "pad"
 STAGE3 = 3
 STAGE4 = 4
 
@@ -25,6 +26,9 @@ class EmberVLMConfig(PretrainedConfig):
     """The same for a causal language model."""
     image_size: int = 72
     """Side of the square picture in pixels."""
+    resize: str = SQUASH
+    """How a picture becomes square: `squash` scales both sides; `pad` keeps its aspect ratio and fills the rest with
+    the mean colour."""
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Per channel, of values in [0, 1]; so is the mean."""
@@ -63,3 +67,13 @@ class EmberVLMConfig(PretrainedConfig):
     model's shape from it and needs no preset."""
     stage: int = STAGE4
     """3 for a backbone without reasoning, 4 with the reasoning module."""
+
+    @property
+    def padded_size(self) -> int | None:
+        """Side in pixels of the square that pictures are padded to; None where they are squashed."""
+        return self.image_size if self.resize == PAD else None
+
+    @property
+    def fill(self) -> tuple[int, ...] | None:
+        """The colour, 0 to 255, that pictures are padded with; None where they are squashed."""
+        return tuple(round(255 * min(1.0, max(0.0, v))) for v in self.image_mean) if self.resize == PAD else None

@@ -16,11 +16,12 @@ from embervlm.config import BACKBONE, COMPONENTS, ConfigError
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
-from embervlm.model.config import STAGE3, STAGE4, EmberVLMConfig
+from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.generation import Decoding, generate_answers
 from embervlm.model.interactive import Reasoning
 from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
+from embervlm.model.preprocessor import with_preprocessor
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
 
 
@@ -215,7 +216,10 @@ def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) ->
     """A new model from the settings of a preset; pretrained parts are loaded where they say so."""
     if wrong := sorted(set(settings) - set(EmberVLMConfig.__annotations__)):
         raise ConfigError(f"model: unknown keys {wrong}")
-    return EmberVLM(EmberVLMConfig(**{"surprise_by_magnitude": True, **settings}), load_pretrained=load_pretrained)
+    if (resize := settings.get("resize", SQUASH)) not in (SQUASH, PAD):
+        raise ConfigError(f"resize: {resize!r} is not {SQUASH} or {PAD}")
+    whole = {"surprise_by_magnitude": True, **with_preprocessor(settings)}
+    return EmberVLM(EmberVLMConfig(**whole), load_pretrained=load_pretrained)
 
 
 AutoConfig.register("embervlm", EmberVLMConfig)

@@ -107,7 +107,7 @@ def look(model: EmberVLMNetwork, images: Sequence[Any]) -> tuple[Tensor, Tensor]
     pictures = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
     for index, image in enumerate(images):
         if image is not None:
-            pictures[index] = torch.from_numpy(load_image(image, size=size).copy())
+            pictures[index] = torch.from_numpy(load_image(image, size=size, fill=model.config.fill).copy())
     return model.see_pictures(pictures), torch.tensor([image is not None for image in images], device=model.device)
 
 

@@ -15,15 +15,16 @@ from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 from embervlm import run_dir
 from embervlm.config import BACKBONE
 from embervlm.errors import UNREADABLE
+from embervlm.model.config import PAD
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.families import ORIGIN, Family, gpt2_of, recognised
+from embervlm.model.preprocessor import NO_PREPROCESSOR, preprocessor_of
 from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder
 
 COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias)$")
 """Buffers in older files that every model computes itself."""
 _TOWER = "vision_model."
 """A level of names that some versions of transformers have in a vision tower, and others have not."""
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(kw_only=True)
@@ -40,11 +41,11 @@ class Imported:
     """What else its user should know, a sentence each."""
 
 
-def import_folder(name: str | Path, reasoning: Mapping[str, Any]) -> Imported:
+def import_folder(name: str | Path, own: Mapping[str, Any]) -> Imported:
     """The model that the checkpoint `name` (a folder or hub id) holds, without tokenizer.
 
     Args:
-        reasoning: Sizes of the reasoning module, which no such checkpoint has.
+        own: Settings that no such checkpoint has: sizes of the reasoning module, `resize`.
 
     Raises:
         CheckpointError: what it is cannot be told, or ours does not compute it, or something is missing.
@@ -52,7 +53,7 @@ def import_folder(name: str | Path, reasoning: Mapping[str, Any]) -> Imported:
     folder = resolve_folder(name)
     path, state = read_weights(folder)
     family = recognised(state, path)
-    settings = {**reasoning, **family.settings(_configuration(folder, family), folder)}
+    settings = {**own, **family.settings(_configuration(folder, family), folder)}
     state = family.reshaped(state)
     renamed = _renamed(family, state, path)
     language = settings["language"]["built"]
@@ -62,9 +63,9 @@ def import_folder(name: str | Path, reasoning: Mapping[str, Any]) -> Imported:
     weights: dict[str, Tensor] = {}
     taken: dict[str, list[tuple[str, str]]] = {part: [] for part in BACKBONE}
     dropped: list[tuple[str, str]] = []
-    own = model.state_dict().keys()
+    names = model.state_dict().keys()
     for theirs, ours in renamed.items():
-        found = next((spelled for spelled in _spellings(ours) if spelled in own), None)
+        found = next((spelled for spelled in _spellings(ours) if spelled in names), None)
         if found is None and COMPUTED.search(theirs):
             dropped.append((theirs, "computed anew"))
             continue
@@ -172,24 +173,10 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 def picture_settings(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Mean and deviation of the pictures from the folder's own preprocessor, and what of it is not followed."""
-    size = settings["image_size"]
-    notes = [f"pictures: whole, scaled to {size} x {size} without cropping, padding or tiles"]
-    file = next((folder / name for name in _PREPROCESSORS if (folder / name).is_file()), None)
-    if file is None:
-        if "image_mean" not in settings:
-            notes.append(
-                f"pictures: no {_PREPROCESSORS[0]} in {folder}, so values are scaled to [-1, 1]; correct image_mean "
-                "and image_std in config.json where the encoder was trained with others"
-            )
-        return {}, notes
-    given = run_dir.read_object(file)
-    given = given.get("image_processor", given)
-    if given.get("do_normalize") is False:
-        return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}, notes
-    found = {}
-    for name in ("image_mean", "image_std"):
-        values = given.get(name)
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-            raise CheckpointError(f"{file}: {name} is {values!r}, not three numbers")
-        found[name] = tuple(map(float, values))
-    return found, notes
+    size, found = settings["image_size"], preprocessor_of(folder)
+    kept = "padded to a square" if settings.get("resize") == PAD else "scaled"
+    notes = [f"pictures: whole, {kept} to {size} x {size} without cropping or tiles"]
+    if found is None:
+        return {}, notes if "image_mean" in settings else [*notes, f"pictures: {NO_PREPROCESSOR.format(folder)}"]
+    means = {name: value for name, value in found.settings.items() if name != "image_size"}
+    return means, [*notes, *(f"pictures: {note}" for note in found.notes)]

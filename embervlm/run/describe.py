@@ -8,6 +8,7 @@ import json
 from embervlm.config import BACKBONE
 from embervlm.config_file import model_preset
 from embervlm.model.embervlm import build_model
+from embervlm.model.preprocessor import preprocessor_notes
 
 
 def describe_options(parser: argparse.ArgumentParser) -> None:
@@ -36,3 +37,5 @@ def describe(model: str, *, as_json: bool) -> None:
     print(f"{'total':<16} {total:>12,}")
     print(f"trainable in phase 1: {phase1:,} ({phase1 / total:.1%}), in phase 2: {total:,} (100.0%)")
     print(f"visual tokens: {built.num_visual_tokens}")
+    for line in preprocessor_notes(model_preset(model)):
+        print(line)

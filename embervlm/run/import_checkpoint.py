@@ -13,6 +13,7 @@ from embervlm import run_dir
 from embervlm.config import BACKBONE, ConfigError
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.model.config import PAD, SQUASH
 from embervlm.model.families import FAMILIES
 from embervlm.model.importing import Imported, import_folder, import_language
 
@@ -25,6 +26,7 @@ def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type="path", metavar="FOLDER", help=f"checkpoint folder or hub id: {known}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, for --resume_from")
     parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where FOLDER has none")
+    parser.add_argument("--resize", choices=(SQUASH, PAD), default=SQUASH, help="how a picture becomes square")
     parser.add_argument(
         "--language_only",
         action="store_true",
@@ -32,7 +34,7 @@ def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, language_only: bool) -> None:
+def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, resize: str, language_only: bool) -> None:
     """Write `out` and print what became of every weight."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; name a new folder, or delete it")
@@ -41,7 +43,7 @@ def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, language
         return
     settings = model_preset(REASONING_LIKE)
     reasoning = {key: value for key, value in settings.items() if key.startswith(("reasoning_", "validator_"))}
-    found = import_folder(folder, reasoning)
+    found = import_folder(folder, {**reasoning, "resize": resize})
     words = _tokenizer(tokenizer or folder, found.model.language_model.vocab_size)
     found.model.attach_tokenizer(words)
     _write(found.model.save_pretrained, out)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from embervlm.config import ConfigError, PhaseConfig, TrainConfig
 from embervlm.curate.augment import augment_cached
 from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
-from embervlm.data.images import PictureCache
+from embervlm.data.images import Colour, PictureCache
 from embervlm.data.lengths import Limits, refuse_too_long
 from embervlm.data.negatives import cut_for_validator
 from embervlm.data.record_fields import told_several, told_unused
@@ -48,7 +49,7 @@ class RunData:
     """For each epoch of both phases, the `reasoning` records that it trains on; [] without a curriculum."""
 
 
-def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
+def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour | None = None) -> RunData:
     """Read, split and decode the data of a run; every problem of the file is reported before training."""
     path = Path(config.reasoning_data)
     if not all(file.exists() for file in source_files(path) or [path]):
@@ -78,7 +79,7 @@ def load_data(config: TrainConfig, image_size: int, world: World) -> RunData:
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
-    pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache))
+    pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache, fill))
     # what a file holds of augmentations goes to the end, so that the given records have the same places in both
     augmented = has_field(train, "augmentation")
     train = train.take(np.argsort(augmented, kind="stable"))
@@ -119,14 +120,17 @@ class Encoder:
         Raises:
             DataError: names every record of any split that is too long for training or evaluation.
         """
-        data, tokenizer, grid, limits = self.data, self.model.tokenizer, self.model.grid, self._limits
+        data, tokenizer, limits = self.data, self.model.tokenizer, self._limits
+        encode = partial(
+            encode_reasoning, tokenizer=tokenizer, grid=self.model.grid, padded_size=self.model.config.padded_size
+        )
 
         def fitting() -> Samples:
             chains = (data.reasoning, data.val, data.test)
-            asked = [(records, encode_reasoning(records, tokenizer, grid)) for records in chains]
+            asked = [(records, encode(records)) for records in chains]
             asked += [(records, encode_direct(records, tokenizer)) for records in (data.train, data.val, data.test)]
             refuse_too_long(asked, limits)
-            return encode_reasoning(data.reasoning, tokenizer, grid, limits=limits)
+            return encode(data.reasoning, limits=limits)
 
         samples, epochs = first_on_rank_0(self.world, fitting), data.epochs
         if len(samples) < len(data.reasoning):

@@ -12,12 +12,14 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError, PhaseConfig, TrainConfig
+from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.negatives import PairMaker
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.lora import check_targets
+from embervlm.model.preprocessor import preprocessor_notes
 from embervlm.run.by_products import after_epoch, evaluate_saved
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
 from embervlm.run.start import model_settings, new_tokenizer, start_from
@@ -41,6 +43,8 @@ class Run:
         resume = Path(self.config.resume_from) if self.config.resume_from else None
         stage3 = run_dir.checkpoint_path(run_dir.stage3_dir(self.output), None)
         first_on_rank_0(self.world, lambda: self._check_finished(stages, phase))
+        if self.world.rank == 0:
+            print("".join(f"{line}\n" for line in preprocessor_notes(model_preset(self.config.model))), end="")
         if "3" in stages:
             stage3 = self.stage3()
         if "4" in stages:
@@ -123,7 +127,7 @@ class Run:
         check_targets(model, config.stage4.phase2.lora)  # not only after days
         data = self._load_data(model)
         model.attach_tokenizer(new_tokenizer(config, model, data.reasoning))
-        labels = DenseLabels(data.train, model.grid)
+        labels = DenseLabels(data.train, model.grid, model.config.padded_size)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         encoder.chains()  # what Stage 4 refuses is refused now
         direct = encoder.direct()
@@ -200,7 +204,7 @@ class Run:
 
     def _load_data(self, model: EmberVLM) -> RunData:
         if self._data is None:
-            self._data = load_data(self.config, model.config.image_size, self.world)
+            self._data = load_data(self.config, model.config.image_size, self.world, model.config.fill)
         model.config.candidates = list(self._data.train.store.candidates)
         return self._data
 
