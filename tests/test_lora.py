@@ -15,6 +15,7 @@ from training_helpers import (
     PHASE2,
     TINY,
     Bench,
+    assert_same_weights,
     changed_components,
     make_data,
     ok,
@@ -198,10 +199,7 @@ def bench(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     save_stage3(folder / "start", TINY, read_records(data, candidates=ROBOTS))
     model = write_model_yaml(folder)
-    lora = {"language_model": {"rank": 4, "dropout": 0.1}, "vision_encoder": LORA["vision_encoder"]}
-    write_run_yaml(
-        folder, model, data, stage4__phase2__lora=lora, stage4__gradient_checkpointing=True, sample_records=0
-    )
+    write_run_yaml(folder, model, data, stage4__phase2__lora=LORA, stage4__gradient_checkpointing=True)
     return folder
 
 
@@ -241,6 +239,18 @@ def test_a_resumed_phase_equals_the_one_that_was_not_stopped_bit_for_bit(bench: 
         name = f"adapters/{component}/adapter_model.safetensors"
         saved, again = (load_file(run_dir.checkpoint_path(place, None) / name) for place in (straight, folder))
         assert saved and all(torch.equal(value, again[key]) for key, value in saved.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_another_engine_on_two_processes_resumes_what_plain_torch_saved(
+    engine: str, bench: Path, straight: Path
+) -> None:
+    folder = copy_at_step_2(straight, bench / engine)
+    flags = ("--engine", "deepspeed", "--zero_stage", "3") if engine == "zero3" else ("--engine", engine)
+    start(bench, bench / engine, *flags, "--batch_size", "2", processes=2)
+    found, wanted = (weights_of(run_dir.checkpoint_path(place, None)) for place in (folder, straight))
+    assert_same_weights(found, wanted, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from embervlm import cli
 from embervlm.cluster import check_recipes, load_recipe, recipe_names
 from embervlm.config import ConfigError, PhaseConfig, StageConfig, TrainConfig
+from embervlm.config_lora import LoraConfig
 from embervlm.run.plan import GPUS, GUIDE_MINUTES, bytes_sent, make_plan, optimizer_steps, print_plan, state_bytes
 
 PHASE2 = PhaseConfig(reasoning_loss_weight=0.3, consistency_loss_weight=0.2, answer_loss_weight=0.3, epochs=2)
@@ -145,6 +146,38 @@ def test_parameters_are_counted_from_the_built_model(plan: dict[str, Any], tiny_
         parts[name] for name in ("reasoning_head", "step_validator", "answer_head")
     )
     assert phase2["learning_parameters"] == plan["total_parameters"] == sum(parts.values())
+
+
+def test_adapters_are_counted_by_hand_and_frozen_weights_have_no_state(config: TrainConfig) -> None:
+    """Rank 4 on q_proj of two layers, 32 x 32: 2 * 4 * (32 + 32), beside what is not the language model."""
+    lora = {"language_model": LoraConfig(rank=4, targets=("q_proj",))}
+    phase2 = dataclasses.replace(PHASE2, lora=lora)
+    stage = dataclasses.replace(config.stage4, phase2=phase2)
+    made = make_plan(
+        "a100x8", config=dataclasses.replace(config, stage4=stage), records=1000, question_tokens=8, chain_tokens=16
+    )
+    parts, found = made["parameters"], made["phases"][1]
+    assert found["learning_parameters"] == made["total_parameters"] - parts["language_model"] + 2 * 4 * (32 + 32)
+    memory = found["memory_bytes"]["0"]
+    assert memory["optimizer"] == 12 * found["learning_parameters"]
+    assert memory["parameters"] == 2 * (made["total_parameters"] + 2 * 4 * (32 + 32))
+
+
+def test_describe_counts_what_a_run_trains(
+    tiny_model_yaml: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    lora = {"language_model": {"rank": 4, "targets": ["q_proj"]}}
+    path.write_text(yaml.safe_dump({"model": str(tiny_model_yaml), "stage4": {"phase2": {"lora": lora}}}))
+    cli.main(["describe", "--config", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapters"] == 2 * 4 * (32 + 32)
+    rest = found["total"] - found["components"]["language_model"]
+    assert found["trainable"]["phase2"] == rest + found["adapters"]
+    cli.main(["describe", "--model", str(tiny_model_yaml)])
+    assert f"in phase 2: {found['total']:,} (100.0%)" in capsys.readouterr().out
 
 
 def test_a_frozen_backbone_needs_less_memory_and_time_than_one_that_learns(plan: dict[str, Any]) -> None:

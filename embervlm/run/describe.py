@@ -5,28 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 
-from embervlm.config import BACKBONE
-from embervlm.config_file import model_preset
-from embervlm.model.embervlm import build_model
+from embervlm.config import ConfigError, StageConfig
+from embervlm.config_file import load_train_config, model_preset
 from embervlm.model.preprocessor import preprocessor_notes
+from embervlm.run.plan_counts import count_parameters, empty_model
 
 
 def describe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type="path", required=True, help="preset in configs/model/, or a YAML")
+    parser.add_argument("--model", type="path", help="preset in configs/model/, or a YAML; default: that of --config")
+    parser.add_argument("--config", type="path", help="a run's YAML, for what it trains; default: the guide's phases")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
 
 
-def describe(model: str, *, as_json: bool) -> None:
+def describe(model: str | None, config: str | None, *, as_json: bool) -> None:
     """Print the parameters of each part, how many are trained in each phase, and the visual tokens of a picture."""
-    built = build_model(model_preset(model), load_pretrained=False)
+    run = load_train_config(config) if config else None
+    model = model or (run.model if run else None)
+    if model is None:
+        raise ConfigError("give --model, or the --config of a run")
+    settings, stage = model_preset(model), run.stage4 if run else StageConfig()
+    built = empty_model(settings)
     parts = built.parameter_counts()
     total = sum(parts.values())
-    phase1 = total - sum(parts[name] for name in BACKBONE)
+    (_, phase1), (with_adapters, phase2) = (count_parameters(settings, phase) for phase in (stage.phase1, stage.phase2))
     report = {
         "model": model,
         "components": parts,
         "total": total,
-        "trainable": {"phase1": phase1, "phase2": total},
+        "adapters": with_adapters - total,
+        "trainable": {"phase1": phase1, "phase2": phase2},
         "visual_tokens": built.num_visual_tokens,
     }
     if as_json:
@@ -35,7 +42,10 @@ def describe(model: str, *, as_json: bool) -> None:
     for name, count in parts.items():
         print(f"{name:<16} {count:>12,}  {count / total:6.1%}")
     print(f"{'total':<16} {total:>12,}")
-    print(f"trainable in phase 1: {phase1:,} ({phase1 / total:.1%}), in phase 2: {total:,} (100.0%)")
+    if stage.phase2.lora:
+        print(f"{'adapters':<16} {with_adapters - total:>12,}  in phase 2: {', '.join(stage.phase2.lora)}")
+    share = phase2 / with_adapters
+    print(f"trainable in phase 1: {phase1:,} ({phase1 / total:.1%}), in phase 2: {phase2:,} ({share:.1%})")
     print(f"visual tokens: {built.num_visual_tokens}")
-    for line in preprocessor_notes(model_preset(model)):
+    for line in preprocessor_notes(settings):
         print(line)

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
-from embervlm.config import BACKBONE, REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, TrainConfig
+from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, TrainConfig
 from embervlm.config_file import load_train_config, model_preset
 from embervlm.model.embervlm import EmberVLM
 from embervlm.progress import progress_bar
-from embervlm.run.plan_counts import MicroBatch, count_micro_batch, empty_model
+from embervlm.run.plan_counts import MicroBatch, count_micro_batch, count_parameters, empty_model
 from embervlm.training.visual_cache import MAX_BYTES
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -134,7 +133,8 @@ def make_plan(
             chain_tokens=chain_tokens,
             cached_pictures=_caches_pictures(model, phase, records),
         )
-        planned = _plan_phase(phase, counted, parts, recipe, gpu, records=records, utilisation=utilisation)
+        sizes = count_parameters(settings, phase)
+        planned = _plan_phase(phase, counted, sizes, recipe, gpu, records=records, utilisation=utilisation)
         phases.append({"phase": number, **planned, "flops_6nd": 6 * sum(parts.values()) * recipe.global_batch * tokens})
     return {
         "cluster": cluster,
@@ -177,17 +177,15 @@ def _gpu_of(recipe: ClusterRecipe, cluster: str) -> Gpu:
 def _plan_phase(
     phase: PhaseConfig,
     counted: MicroBatch,
-    parts: Mapping[str, int],
+    sizes: tuple[int, int],
     recipe: ClusterRecipe,
     gpu: Gpu,
     *,
     records: int,
     utilisation: float,
 ) -> dict[str, Any]:
-    """Memory per ZeRO stage, work and time of one phase. `parts`: parameters of each component."""
-    component = {name: name if name in BACKBONE else "reasoning_module" for name in parts}
-    learning = sum(count for name, count in parts.items() if phase.multipliers[component[name]] > 0)
-    total, accumulation = sum(parts.values()), recipe.gradient_accumulation_steps
+    """Memory per ZeRO stage, work and time of one phase. `sizes`: of `count_parameters`."""
+    (total, learning), accumulation = sizes, recipe.gradient_accumulation_steps
     on: dict[str, Any] = {"num_gpus": recipe.num_gpus, "precision": recipe.precision}
     memory = {}
     for zero_stage in ZERO_STAGES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from embervlm.config import PhaseConfig, StageConfig
+from embervlm.config_lora import LoraConfig
 from embervlm.data.collate import Batch, Collator
 from embervlm.data.negatives import PairMaker
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import DIRECT, EDITED, REASONING, Sample
 from embervlm.engines.param_groups import build_param_groups
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.lora import add_adapters
 from embervlm.robots.domain import ROBOTS
 from embervlm.training.module import TrainingModule
 from embervlm.words.chain_text import CONCLUSION
@@ -49,17 +51,26 @@ def count_micro_batch(
 ) -> MicroBatch:
     """`step_on` for a model of these settings on fake tensors; `lengths` as in `micro_batch`."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model = empty_model(settings).to(dtype)
+    model = empty_model(settings, phase.lora).to(dtype)
     batch = micro_batch(model, stage, phase, **lengths)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         return step_on(prepare(model, stage, phase), batch)
 
 
-def empty_model(settings: dict[str, Any]) -> EmberVLM:
-    """The model of a preset with shapes and no weights (PyTorch's meta device)."""
+def empty_model(settings: dict[str, Any], lora: Mapping[str, LoraConfig] = {}) -> EmberVLM:
+    """The model of a preset with shapes and no weights (PyTorch's meta device), and with the adapters of `lora`."""
     with torch.device("meta"):
-        return build_model(settings, load_pretrained=False)
+        model = build_model(settings, load_pretrained=False)
+        add_adapters(model, lora)
+    return model
+
+
+def count_parameters(settings: dict[str, Any], phase: PhaseConfig) -> tuple[int, int]:
+    """Parameters of a model of these settings in `phase`, its adapters included, and those of them that are trained."""
+    model = empty_model(settings, phase.lora)
+    learning = sum(parameter.numel() for group in build_param_groups(model, phase) for parameter in group["params"])
+    return sum(parameter.numel() for parameter in model.parameters()), learning
 
 
 def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> TrainingModule:
