@@ -330,10 +330,12 @@ def _tokenizer(data: CheckedData, options: CheckOptions) -> ReasoningTokenizer |
     """What a run would count with, as far as that is known here."""
     if options.tokenizer is None and options.vocab_size is None:
         return None
-    from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
+    from embervlm.data.tokenizer import TEXT_FORMAT, ReasoningTokenizer, tokenizer_of
 
     if options.tokenizer is not None:
-        return ReasoningTokenizer.from_folder(options.tokenizer)
+        tokenizer = ReasoningTokenizer.from_folder(options.tokenizer)
+        tokenizer.use(TEXT_FORMAT, tokenizer.chat_prompt() if options.chat_template else None)
+        return tokenizer
     train = [record for record, split in zip(data.records, data.splits) if split == "train"]
     train.sort(key=lambda record: bool(record.metadata.get("augmentation")))  # as training has them
     return tokenizer_of(train, options.vocab_size or 0, options.domain.glossary) if train else None

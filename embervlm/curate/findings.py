@@ -87,6 +87,8 @@ class CheckOptions:
     num_visual_tokens: int = 0
     tokenizer: str | None = None
     """Folder of the tokenizer that counts them."""
+    chat_template: bool = True
+    """Whether its chat template, if it has one, makes the prompts."""
     vocab_size: int | None = None
     """Without a tokenizer: of the one that a run trains on the records. None: an estimate."""
     open_pictures: bool = True

@@ -80,13 +80,10 @@ def _encode_chains(
 ) -> list[Sample]:
     some = [records[row] for row in rows]
     texts = [step_texts(record) for record in some]
-    # a space in front, so that a word is the same token at a step's start as within
-    flat = [
-        " " + text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))
-    ]
-    encoded = iter(tokenizer.encode_many(flat))
-    prompts = tokenizer.encode_many([record.instruction for record in some])
-    answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in some])
+    flat = [text for steps, conclusion in texts for text in (*steps, *([] if conclusion is None else [conclusion]))]
+    encoded = iter(tokenizer.following(flat))
+    prompts = tokenizer.prompts([record.instruction for record in some])
+    answers = tokenizer.following([", ".join(record.answer) for record in some])
     samples = []
     for row, record, (steps, conclusion), prompt, answer in zip(rows, some, texts, prompts, answers, strict=True):
         step_ids = [next(encoded) for _ in steps]
@@ -186,8 +183,8 @@ def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokeni
 
     def encode(rows: Sequence[int]) -> list[Sample]:
         some = [records[row] for row in rows]
-        prompts = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in some])
-        answers = tokenizer.encode_many([" " + ", ".join(record.answer) for record in some])
+        prompts = tokenizer.prompts([record.instruction + DIRECT_PROMPT for record in some])
+        answers = tokenizer.following([", ".join(record.answer) for record in some])
         return [
             Sample(record=row, form=DIRECT, prompt=prompt, target=[*answer, tokenizer.end_of_text])
             for row, prompt, answer in zip(rows, prompts, answers, strict=True)
@@ -201,10 +198,10 @@ def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningToke
     pictures = picture_hashes(records)
     rows = np.flatnonzero(has_field(records, "caption") & (pictures != 0)).astype(np.int32)
     rows = rows[np.sort(np.unique(pictures[rows], return_index=True)[1])]
-    prompt = tokenizer.encode(CAPTION_PROMPT)
+    (prompt,) = tokenizer.prompts([CAPTION_PROMPT])
 
     def encode(rows: Sequence[int]) -> list[Sample]:
-        captions = tokenizer.encode_many([" " + records[row].metadata["caption"] for row in rows])
+        captions = tokenizer.following([records[row].metadata["caption"] for row in rows])
         return [
             Sample(record=row, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
             for row, ids in zip(rows, captions, strict=True)

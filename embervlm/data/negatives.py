@@ -138,7 +138,7 @@ class PairMaker:
             ids = whole[start:end]
             for name, value in facts.items():
                 at = text.casefold().find(f"{name} is {value}".casefold())
-                before = self._tokenizer.encode(" " + text[: at + len(name) + len(" is")]) if at >= 0 else ids
+                (before,) = self._tokenizer.following([text[: at + len(name) + len(" is")]]) if at >= 0 else [ids]
                 if before == ids[: len(before)] and len(before) < len(ids):  # no token reaches into the value
                     out.append((start + len(before), start - 1, end))
         return out
@@ -174,7 +174,7 @@ class PairMaker:
         wrong = contradict(text, record.metadata.get("facts") or {}, self._domains, rng)
         if wrong == text:
             return None
-        step = [steps[index][0], *self._tokenizer.encode(" " + wrong)]
+        step = [steps[index][0], *self._tokenizer.following([wrong])[0]]
         return StepPair(kind=kind, previous=self._previous(steps, index), step=step)
 
     @staticmethod

@@ -32,9 +32,12 @@ SPECIAL_TOKENS = (
 )
 """Tokens that Stage 4 adds; their ids follow the base vocabulary in this order."""
 
+FIRST_FORMAT, TEXT_FORMAT = 1, 2
+"""`text_format` of older models, and of new ones."""
 CONCLUSION = "Conclusion: "
 DIRECT_PROMPT = "\nAnswer:"
 END_OF_TEXT = "<|endoftext|>"
+_QUESTION = "QUESTION"
 MAX_TOKEN_CHARACTERS = 19
 MAX_TOKENIZER_RECORDS = 20_000
 """Records, evenly spaced, that a tokenizer of our own is trained on: its memory grows with the text."""
@@ -104,15 +107,27 @@ class ReasoningTokenizer:
         self.ids = {token: self.base_vocab_size + index for index, token in enumerate(SPECIAL_TOKENS)}
         if [base.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] != list(self.ids.values()):
             raise ConfigError(f"tokenizer: the Stage 4 tokens {SPECIAL_TOKENS} are not at its end in this order")
-        backend = getattr(base, "backend_tokenizer", None)
-        if backend is None:
-            raise ConfigError("tokenizer: needs a fast tokenizer (a folder with tokenizer.json)")
-        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend = _without_limits(base)
         self._backend.encode_special_tokens = True  # text never becomes a special token
-        self._backend.no_padding()
-        self._backend.no_truncation()
         eos = base.eos_token_id
         self.end_of_text: int = eos if eos is not None else self.ids["<|answer_end|>"]
+        self.use(FIRST_FORMAT, None)
+
+    def use(self, text_format: int, prompt: Sequence[str] | None) -> None:
+        """Encode as a model does whose configuration has these; see `EmberVLMConfig`."""
+        self._prompt = (prompt[0], prompt[1]) if prompt else None
+        self._bos, self._space = list[int](), " "
+        if self._prompt is not None:
+            self._templated = _without_limits(self.hugging_face)
+            self._added = tuple(self.hugging_face.get_added_vocab())
+        if text_format == FIRST_FORMAT:
+            return
+        both, first = self.encode("a b"), self.encode("a")
+        behind = both[len(first) :]
+        if behind != self.encode(" b") and behind == self.encode("b"):
+            self._space = ""  # like SentencePiece, it puts one there itself
+        whole = self._backend.encode("a").ids
+        self._bos = whole[: whole.index(first[0])] if first and first[0] in whole else []
 
     def __len__(self) -> int:
         return self.base_vocab_size + len(SPECIAL_TOKENS)
@@ -142,7 +157,32 @@ class ReasoningTokenizer:
 
     def digest(self) -> str:
         """Changes with anything that changes how text is encoded."""
-        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=12).hexdigest()
+        own = [self._bos, self._space, self._prompt] if self._bos or not self._space or self._prompt else ""
+        return hashlib.blake2b(f"{self._backend.to_str()}{own}".encode(), digest_size=12).hexdigest()
+
+    def chat_prompt(self) -> tuple[str, str] | None:
+        """Text before and behind a user's question, by the tokenizer's chat template; None where it has none.
+
+        Raises:
+            ConfigError: the template does not take a single question of a user.
+        """
+        if not self.hugging_face.chat_template:
+            return None
+        reason = "the question is not in what it gives"
+        for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):
+            try:
+                text = self.hugging_face.apply_chat_template(
+                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # templates are programs, and raise what they like
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                continue
+            if text.count(_QUESTION) == 1:
+                before, _, behind = text.partition(_QUESTION)
+                return before, behind
+        raise ConfigError(
+            f"tokenizer: its chat template makes no prompt of a user's question ({reason}); set chat_template: false"
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -151,6 +191,32 @@ class ReasoningTokenizer:
         if len(texts) < 64:  # waking the threads of `encode_batch` would take longer than the work
             return [self.encode(text) for text in texts]
         return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def following(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that stand behind others: with a space in front, so that a word is the same token at the
+        start of a step as within it."""
+        return self.encode_many([self._space + text for text in texts])
+
+    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """The ids of everything that stands between the picture and what the model writes.
+
+        A question alone, behind BOS where the tokenizer puts one in front of a text; or in its chat template, whose
+        special tokens count while those in a question stay text.
+        """
+        if self._prompt is None:
+            return [[*self._bos, *ids] for ids in self.encode_many(questions)]
+        before, behind = self._prompt
+        out = []
+        for question in questions:
+            if any(token in question for token in self._added):
+                ids = [*self._with_special(before), *self.encode(question), *self._with_special(behind)]
+            else:
+                ids = self._with_special(before + question + behind)
+            out.append(ids)
+        return out
+
+    def _with_special(self, text: str) -> list[int]:
+        return self._templated.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; Stage 4 tokens are left out."""
@@ -168,7 +234,7 @@ class ReasoningTokenizer:
     def step_ids(self, steps: Sequence[str]) -> list[list[int]]:
         """Each step's ids, with the token that marks it as a step or as the conclusion."""
         marks = [self.ids["<|conclusion|>" if step.startswith(CONCLUSION) else "<|step|>"] for step in steps]
-        texts = self.encode_many([" " + step.removeprefix(CONCLUSION) for step in steps])
+        texts = self.following([step.removeprefix(CONCLUSION) for step in steps])
         return [[mark, *text] for mark, text in zip(marks, texts)]
 
     def parse_generated(self, ids: Sequence[int]) -> tuple[list[str], str | None]:
@@ -202,6 +268,17 @@ class ReasoningTokenizer:
         return steps, None if answer is None else self.decode(answer).strip()
 
 
+def _without_limits(base: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of what encodes, without padding and truncation."""
+    backend = getattr(base, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError("tokenizer: needs a fast tokenizer (a folder with tokenizer.json)")
+    out = Tokenizer.from_str(backend.to_str())
+    out.no_padding()
+    out.no_truncation()
+    return out
+
+
 def _renamed(base: PreTrainedTokenizerFast, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
     """`base` with the same ids, and with `tokens` under other names."""
     spelled = json.loads(base.backend_tokenizer.to_str())
@@ -209,4 +286,6 @@ def _renamed(base: PreTrainedTokenizerFast, tokens: Sequence[str]) -> PreTrained
         if token["content"] in tokens:
             token["content"] = f"{token['content'][:-2]}_of_before|>"
     kept = {name: value for name, value in base.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spelled)), **kept)
+    out = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spelled)), **kept)
+    out.chat_template = base.chat_template
+    return out

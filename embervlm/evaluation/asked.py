@@ -102,7 +102,7 @@ def refuse_long_questions(model: EmberVLM, records: Sequence[ReasoningRecord]) -
     room, tokenizer, visual = model.text_room, model.tokenizer, model.num_visual_tokens
     if room is None:
         return
-    asked = tokenizer.encode_many([record.instruction + DIRECT_PROMPT for record in records])
+    asked = tokenizer.prompts([record.instruction + DIRECT_PROMPT for record in records])
     problems = [
         f"record {record.record_id}: instruction: {len(ids):,} tokens and {visual:,} of the picture, but the language "
         f"model reads {room + visual:,} with the answer; shorten it, or leave the record out"

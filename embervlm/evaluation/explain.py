@@ -31,7 +31,7 @@ def explain_chains(
     Args:
         visual, seen: As `see` gives them, one row for each chain.
     """
-    prompts = model.tokenizer.encode_many(list(instructions))
+    prompts = model.tokenizer.prompts(instructions)
     steps = [model.tokenizer.step_ids(chain) for chain in chains]
     start = model.tokenizer.ids["<|reasoning_start|>"]
     rows = [[*prompt, start, *(t for step in own for t in step)] for prompt, own in zip(prompts, steps)]

@@ -178,7 +178,8 @@ def go_on(model: EmberVLM, see: See, probes: Sequence[Probe], decoding: Decoding
     out: list[dict[str, Any]] = [{"no_room": True} for _ in probes]
     fitting = list(range(len(probes)))
     if room is not None:  # a chain that is begun may leave none for an answer
-        taken = [len(tokenizer.encode(probe.record.instruction)) + 1 + len(ids) for probe, ids in zip(probes, begun)]
+        prompts = tokenizer.prompts([probe.record.instruction for probe in probes])
+        taken = [len(prompt) + 1 + len(ids) for prompt, ids in zip(prompts, begun)]
         fitting = [place for place in fitting if taken[place] < room]
     if not fitting:
         return out
@@ -205,10 +206,14 @@ def answer_log_probs(
     for place, (record, chain) in enumerate(zip(records, chains)):
         steps = _without_conclusion(chain)
         _, conclusion = step_texts(record)
-        prompt = [*tokenizer.encode(record.instruction), tokenizer.ids["<|reasoning_start|>"]]
-        gold = [] if conclusion is None else tokenizer.encode(" " + conclusion)
-        gold = [*gold, tokenizer.ids["<|reasoning_end|>"], tokenizer.ids["<|answer_start|>"]]
-        gold += [*tokenizer.encode(" " + ", ".join(record.answer)), tokenizer.ids["<|answer_end|>"]]
+        prompt = [*tokenizer.prompts([record.instruction])[0], tokenizer.ids["<|reasoning_start|>"]]
+        concluded, answer = tokenizer.following([conclusion or "", ", ".join(record.answer)])
+        gold = [
+            *([] if conclusion is None else concluded),
+            tokenizer.ids["<|reasoning_end|>"],
+            tokenizer.ids["<|answer_start|>"],
+        ]
+        gold += [*answer, tokenizer.ids["<|answer_end|>"]]
         starts = [[*prompt, *_begun(tokenizer, steps[:n], conclusion is not None)] for n in range(len(steps) + 1)]
         if room is None or max(map(len, starts)) + len(gold) <= room:
             rows += [(place, [*begun, *gold], len(begun)) for begun in starts]

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from embervlm.data.tokenizer import FIRST_FORMAT
+
 SQUASH, PAD = "squash", "pad"
 STAGE3 = 3
 STAGE4 = 4
@@ -24,6 +26,13 @@ class EmberVLMConfig(PretrainedConfig):
     checkpoint adds `built`, the part's whole configuration, and then needs neither id nor folder."""
     language: dict[str, Any] = field(default_factory=dict)
     """The same for a causal language model."""
+    chat_template: bool = True
+    """Of a new model: put a question into the chat template of its tokenizer, where that has one."""
+    prompt: tuple[str, str] | None = None
+    """Text before and behind a question: what the chat template gave when the model was made. None: nothing."""
+    text_format: int = FIRST_FORMAT
+    """How text becomes ids. 2: a question alone begins with BOS where the tokenizer adds one, and no space is doubled
+    where it adds one itself. 1 in files of older models."""
     image_size: int = 72
     """Side of the square picture in pixels."""
     resize: str = SQUASH

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError
-from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.data.tokenizer import TEXT_FORMAT, ReasoningTokenizer
 from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
@@ -218,7 +218,7 @@ def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) ->
         raise ConfigError(f"model: unknown keys {wrong}")
     if (resize := settings.get("resize", SQUASH)) not in (SQUASH, PAD):
         raise ConfigError(f"resize: {resize!r} is not {SQUASH} or {PAD}")
-    whole = {"surprise_by_magnitude": True, **with_preprocessor(settings)}
+    whole = {"surprise_by_magnitude": True, "text_format": TEXT_FORMAT, **with_preprocessor(settings)}
     return EmberVLM(EmberVLMConfig(**whole), load_pretrained=load_pretrained)
 
 

@@ -92,8 +92,8 @@ def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: 
     limit = model.language_model.max_positions
     if limit is None or decoding.max_new_tokens is None:
         return
-    for index, text in enumerate(instructions):
-        length = model.num_visual_tokens + len(model.tokenizer.encode(text)) + decoding.max_new_tokens + 8
+    for index, prompt in enumerate(model.tokenizer.prompts(instructions)):
+        length = model.num_visual_tokens + len(prompt) + decoding.max_new_tokens + 8
         if length > limit:
             raise ConfigError(
                 f"instruction {index}: with the picture and {decoding.max_new_tokens} new tokens it has {length} "
@@ -136,10 +136,11 @@ def generate_from_visual(
     begun = begun or [()] * len(instructions)
     if decoding.reasoning:
         start = tokenizer.ids["<|reasoning_start|>"]
-        prompts = [[*tokenizer.encode(text), start, *ids] for text, ids in zip(instructions, begun)]
+        prompts = [[*prompt, start, *ids] for prompt, ids in zip(tokenizer.prompts(instructions), begun)]
+    elif decoding.form == "direct":
+        prompts = tokenizer.prompts([text + DIRECT_PROMPT for text in instructions])
     else:
-        suffix = DIRECT_PROMPT if decoding.form == "direct" else ""
-        prompts = [tokenizer.encode(text + suffix) for text in instructions]
+        prompts = tokenizer.encode_many(instructions)
     with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
         writer = _Writer(model, visual.to(model.visual_dtype), image_mask, prompts, decoding)
         writer.run()

@@ -265,7 +265,7 @@ def step_probabilities(
     """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one picture."""
     if not steps:
         return []
-    prompt, ids = model.tokenizer.encode(question), model.tokenizer.step_ids(steps)
+    (prompt,), ids = model.tokenizer.prompts([question]), model.tokenizer.step_ids(steps)
     start = model.tokenizer.ids["<|reasoning_start|>"]
     previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
     texts = [(prompt, before, step) for before, step in zip(previous, ids)]

@@ -107,7 +107,13 @@ class EmberVLMNetwork(PreTrainedModel):
 
     def attach_tokenizer(self, tokenizer: ReasoningTokenizer) -> None:
         tokenizer.check_rows(self.language_model.vocab_size)
+        tokenizer.use(self.config.text_format, self.config.prompt)
         self._tokenizer = tokenizer
+
+    def adopt_tokenizer(self, tokenizer: ReasoningTokenizer) -> None:
+        """Attach it to a new model, which then puts questions as its chat template does, if it has one."""
+        self.config.prompt = tokenizer.chat_prompt() if self.config.chat_template else None
+        self.attach_tokenizer(tokenizer)
 
     @property
     def tokenizer(self) -> ReasoningTokenizer:

@@ -177,6 +177,7 @@ def _checked_as(*, domain: str, model: str, tokenizer: str | None, **options: An
         positions=built.language_model.max_positions,
         num_visual_tokens=built.num_visual_tokens,
         tokenizer=tokenizer or (language["name_or_path"] if brings_own else None),
+        chat_template=built.config.chat_template,
         vocab_size=built.language_model.vocab_size,
         **options,
     )

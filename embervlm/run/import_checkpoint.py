@@ -28,13 +28,21 @@ def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where FOLDER has none")
     parser.add_argument("--resize", choices=(SQUASH, PAD), default=SQUASH, help="how a picture becomes square")
     parser.add_argument(
+        "--no_chat_template",
+        action="store_false",
+        dest="chat_template",
+        help="give the language model the question alone, though its tokenizer has a chat template",
+    )
+    parser.add_argument(
         "--language_only",
         action="store_true",
         help="take the language model alone; OUT is then a Hugging Face folder, for `language` of a model preset",
     )
 
 
-def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, resize: str, language_only: bool) -> None:
+def import_checkpoint(
+    folder: str, out: Path, tokenizer: str | None, *, resize: str, chat_template: bool, language_only: bool
+) -> None:
     """Write `out` and print what became of every weight."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; name a new folder, or delete it")
@@ -43,9 +51,9 @@ def import_checkpoint(folder: str, out: Path, tokenizer: str | None, *, resize: 
         return
     settings = model_preset(REASONING_LIKE)
     reasoning = {key: value for key, value in settings.items() if key.startswith(("reasoning_", "validator_"))}
-    found = import_folder(folder, {**reasoning, "resize": resize})
+    found = import_folder(folder, {**reasoning, "resize": resize, "chat_template": chat_template})
     words = _tokenizer(tokenizer or folder, found.model.language_model.vocab_size)
-    found.model.attach_tokenizer(words)
+    found.model.adopt_tokenizer(words)
     _write(found.model.save_pretrained, out)
     print(report(found, folder, words))
     print(f"{out}: written; train on it with `python launch/train.py --stages 4 --resume_from {out}`")
@@ -108,9 +116,17 @@ def report(found: Imported, folder: str, words: ReasoningTokenizer) -> str:
     lines.append(f"  new: reasoning_module, {new:,} parameters, initialised when Stage 4 starts")
     rows = model.language_model.vocab_size
     lines.append(f"  tokenizer: {words.base_vocab_size:,} tokens of {rows:,} embedding rows, and Stage 4's behind them")
+    lines.append(f"  prompt: {_prompt(model.config.prompt)}")
     kind = model.config.connector.get("kind", "norm_mlp")
     lines.append(f"  a picture: {model.num_visual_tokens} visual tokens ({model.grid}), connector {kind}")
     return "\n".join([*lines, *(f"  {note}" for note in found.notes)])
+
+
+def _prompt(prompt: tuple[str, str] | None) -> str:
+    if prompt is None:
+        return "the question alone"
+    before, behind = (text if len(text) <= 40 else f"{text[:20]}...{text[-20:]}" for text in prompt)
+    return f"by the tokenizer's chat template: {before!r}, the question, {behind!r}"
 
 
 def _starts(theirs: str, ours: str) -> tuple[str, str]:

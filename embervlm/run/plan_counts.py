@@ -182,8 +182,11 @@ class MadeUpTokenizer:
     def check_rows(self, num_rows: int) -> None:
         """Nothing to check: the vocabulary is as large as the embedding."""
 
-    def encode(self, text: str) -> list[int]:
-        return [0] * len(text.split())
+    def use(self, text_format: int, prompt: Sequence[str] | None) -> None:
+        """Nothing to set: no text is encoded."""
+
+    def following(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[0] * len(text.split()) for text in texts]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [[0] * 4 for _ in texts]

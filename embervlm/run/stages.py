@@ -126,7 +126,7 @@ class Run:
         model = build_model(model_settings(config, STAGE3))
         check_targets(model, config.stage4.phase2.lora)  # not only after days
         data = self._load_data(model)
-        model.attach_tokenizer(new_tokenizer(config, model, data.reasoning))
+        model.adopt_tokenizer(new_tokenizer(config, model, data.reasoning))
         labels = DenseLabels(data.train, model.grid, model.config.padded_size)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         encoder.chains()  # what Stage 4 refuses is refused now

@@ -14,7 +14,7 @@ from embervlm import run_dir
 from embervlm.config import ConfigError, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.tokenizer import ReasoningTokenizer, tokenizer_of
+from embervlm.data.tokenizer import FIRST_FORMAT, ReasoningTokenizer, tokenizer_of
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.families import family_of
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, read_weights
@@ -36,7 +36,7 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
         raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
     if (checkpoint / "COMPLETE").is_file():
         run_dir.verify_checkpoint(checkpoint)
-    settings = model_settings(config, stage)
+    settings = {**model_settings(config, stage), **_text_settings(checkpoint)}
     _say_what_was_chosen_from(config, world, checkpoint)
     torch.manual_seed(config.seed)
     model = build_model(settings, load_pretrained=False)
@@ -47,6 +47,13 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
         raise ConfigError(f"{error} (this run's preset is {config.model!r}; choose with --model)") from error
     model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
     return model
+
+
+def _text_settings(checkpoint: Path) -> dict[str, Any]:
+    """How the model of `checkpoint` reads text, which it has learned and no preset says."""
+    path = checkpoint / "config.json"
+    found = run_dir.read_object(path) if path.is_file() else {}
+    return {"prompt": found.get("prompt"), "text_format": found.get("text_format", FIRST_FORMAT)}
 
 
 def _refuse_foreign(checkpoint: Path) -> None:
