@@ -15,6 +15,7 @@ COMMANDS = {
         "import_checkpoint",
         "make a Stage 4 starting checkpoint from another model family",
     ),
+    "export": ("run.export", "export", "write a checkpoint as safetensors, for the Auto classes of transformers"),
     "data generate": ("run.data", "generate", "write chains with a teacher or the model itself, or import people's"),
     "data merge": ("run.data", "merge", "join the shards of a job into one data set"),
     "data validate": ("run.data", "validate", "list every problem of a data set, and count its contents"),

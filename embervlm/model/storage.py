@@ -24,7 +24,8 @@ WEIGHTS = "pytorch_model.bin"
 REASONING_WEIGHTS = "reasoning_module.bin"
 REASONING_PREFIX = "reasoning_module."
 INDEX = ".index.json"
-WEIGHT_FILES = (WEIGHTS, "model.safetensors", WEIGHTS + INDEX, "model.safetensors" + INDEX)
+SAFETENSORS = "model.safetensors"
+WEIGHT_FILES = (WEIGHTS, SAFETENSORS, WEIGHTS + INDEX, SAFETENSORS + INDEX)
 """The weights are in the first that is there."""
 _INSIDE = ("model", "state_dict", "model_state_dict", "module")
 """Where a trainer's dictionary keeps the weights."""
@@ -52,6 +53,17 @@ def save_weights(state: Mapping[str, Tensor], folder: Path, with_reasoning: bool
         )
     else:
         torch.save({key: value for key, value in state.items() if key not in reasoning}, folder / WEIGHTS)
+
+
+def save_safetensors(state: Mapping[str, Tensor], folder: Path, with_reasoning: bool) -> None:
+    """Write the weights as transformers does, into `model.safetensors`; of tied weights one, as the format wants it."""
+    from safetensors.torch import save_file
+
+    kept: dict[int, tuple[str, Tensor]] = {}
+    for key, value in state.items():
+        if with_reasoning or not key.startswith(REASONING_PREFIX):
+            kept.setdefault(value.data_ptr() if value.numel() else -len(kept), (key, value))
+    save_file(dict(kept.values()), folder / SAFETENSORS, metadata={"format": "pt"})
 
 
 def load_checkpoint_into(model: nn.Module, folder: Path, components: Sequence[str] | None = None) -> None:

@@ -44,8 +44,7 @@ def import_checkpoint(
     folder: str, out: Path, tokenizer: str | None, *, resize: str, chat_template: bool, language_only: bool
 ) -> None:
     """Write `out` and print what became of every weight."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: is there already; name a new folder, or delete it")
+    refuse_existing(out)
     if language_only:
         _import_language(folder, out, tokenizer)
         return
@@ -54,7 +53,7 @@ def import_checkpoint(
     found = import_folder(folder, {**reasoning, "resize": resize, "chat_template": chat_template})
     words = _tokenizer(tokenizer or folder, found.model.language_model.vocab_size)
     found.model.adopt_tokenizer(words)
-    _write(found.model.save_pretrained, out)
+    write_folder(found.model.save_pretrained, out)
     print(report(found, folder, words))
     print(f"{out}: written; train on it with `python launch/train.py --stages 4 --resume_from {out}`")
 
@@ -68,7 +67,7 @@ def _import_language(folder: str, out: Path, tokenizer: str | None) -> None:
         found.backbone.save_pretrained(part)
         words.save(part)
 
-    _write(save, out)
+    write_folder(save, out)
     kinds = sorted({name.partition(".")[0] for name in found.dropped})
     print(f"{folder}: a {found.family} checkpoint")
     print(f"  language_model: {found.num_taken} weights taken ({found.backbone.config.model_type}, {rows:,} rows)")
@@ -86,7 +85,13 @@ def _tokenizer(folder: str, num_rows: int) -> ReasoningTokenizer:
     return words
 
 
-def _write(save: Callable[[Path], None], out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """ConfigError if there is anything at `out` but an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: is there already; name a new folder, or delete it")
+
+
+def write_folder(save: Callable[[Path], None], out: Path) -> None:
     """`save` into a folder beside `out`, which takes its place when whole."""
     part = run_dir.new_tmp_dir(out.parent)
     try:

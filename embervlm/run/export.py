@@ -1,0 +1,39 @@
+"""`embervlm export`: a checkpoint as a folder that the Auto classes of transformers open."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from embervlm import run_dir
+from embervlm.model.config import STAGE3
+from embervlm.model.embervlm import EmberVLM
+from embervlm.model.storage import resolve_folder, save_safetensors
+from embervlm.run.import_checkpoint import refuse_existing, write_folder
+
+
+def export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type="path", metavar="CHECKPOINT", help="checkpoint folder or hub id")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+
+
+def export(checkpoint: str, out: Path) -> None:
+    """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, and how its confidence is
+    calibrated. Adapters are merged in every checkpoint, so they are here."""
+    refuse_existing(out)
+    folder = resolve_folder(checkpoint)
+    model = EmberVLM.from_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+
+    def save(part: Path) -> None:
+        model.config.save_pretrained(str(part))
+        save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
+        model.tokenizer.save(part)
+        if (fitted := run_dir.calibration_path(folder)).exists():
+            run_dir.calibration_path(part).parent.mkdir()
+            shutil.copy(fitted, run_dir.calibration_path(part))
+
+    write_folder(save, out)
+    print(f"{out}: written; `from embervlm import EmberVLM` makes it known to AutoConfig, AutoModel and AutoTokenizer,")
+    print(f'and EmberVLM.from_pretrained("{out}") opens it as well')
