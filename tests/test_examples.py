@@ -22,7 +22,8 @@ def example(name: str, *args: object) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_how_to_start_it(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 60 and f"python examples/{path.name} " in "\n".join(lines[:6])
+    is_test_bed = "pip install" in "\n".join(lines[:6])
+    assert len(lines) < (350 if is_test_bed else 60) and f"python examples/{path.name} " in "\n".join(lines[:6])
 
 
 def test_a_model_is_asked(lively_model, records, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
