@@ -23,6 +23,8 @@ from embervlm.data.images import ImageError, load_image
 from embervlm.data.record_pictures import check_placeholders
 from embervlm.data.records import DataError, read_records, write_records
 from embervlm.data.store import prepare
+from embervlm.evaluation.own_chains import save_to_dataset
+from embervlm.model.interactive import Reasoning
 from embervlm.report.validation import summary
 from embervlm.robots.domain import NO_DOMAIN
 
@@ -186,6 +188,22 @@ def test_a_model_is_asked_about_a_list_of_pictures_laid_out_as_in_training(tmp_p
     assert stored.image is not None and np.abs(asked.astype(int) - load_image(stored.image, size=36)).max() < 8
     with pytest.raises(ImageError, match="list: 0 pictures; give 1 to 16"):
         load_image([])
+
+
+def test_a_chain_about_several_pictures_is_kept_with_all_of_them(tmp_path: Path) -> None:
+    cards(tmp_path)
+    given = Reasoning(
+        question="Which color is first?",
+        steps=["The first card is red.", "Conclusion: red."],
+        answer="red",
+        answer_set=["red"],
+        confidence=0.9,
+        image=[tmp_path / "red.png", Image.open(tmp_path / "blue.png")],
+        candidates=("blue", "red"),
+    )
+    path = save_to_dataset(given, tmp_path / "own" / "chains.jsonl")
+    (record,) = prepare(path, tmp_path / "cache").all()
+    assert len(record.metadata["composed_of"]) == 2 and all(Path(p).exists() for p in record.metadata["composed_of"])
 
 
 @pytest.mark.slow

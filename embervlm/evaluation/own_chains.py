@@ -81,10 +81,13 @@ def save_to_dataset(reasoning: Any, path: str | Path = OWN_CHAINS) -> Path:
     return path
 
 
-def _keep_picture(image: Any, folder: Path) -> str | None:
-    """The picture's path relative to `folder`, where a copy lies under a name made of its content."""
+def _keep_picture(image: Any, folder: Path) -> Any:
+    """The picture's path relative to `folder`, where a copy lies under a name made of its content; of several a
+    list."""
     if image is None:
         return None
+    if isinstance(image, (list, tuple)):
+        return [_keep_picture(one, folder) for one in image]
     images = folder / "images"
     images.mkdir(exist_ok=True)
     if isinstance(image, (str, Path)):

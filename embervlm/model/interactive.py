@@ -57,10 +57,10 @@ class Reasoning:
         return format_reasoning(self.steps)
 
     def record(self) -> dict[str, Any]:
-        """As a record of the unified format. Its picture has to be a path."""
-        image = None if self.image is None else str(self.image)
+        """As a record of the unified format. Its picture has to be a path, or a list of paths."""
+        several = isinstance(self.image, (list, tuple))
         return {
-            "image": image,
+            "image": list(map(str, self.image)) if several else None if self.image is None else str(self.image),
             "instruction": self.question,
             "reasoning": f"{REASONING_START}{format_reasoning(self.steps)}{REASONING_END}",
             "answer": self.answer_set,
