@@ -15,6 +15,11 @@ COMMANDS = {
         "import_checkpoint",
         "make a Stage 4 starting checkpoint from another model family",
     ),
+    "new-checkpoint": (
+        "run.new_checkpoint",
+        "new_checkpoint",
+        "put a vision encoder and a language model together, without training",
+    ),
     "export": ("run.export", "export", "write a checkpoint as safetensors, for the Auto classes of transformers"),
     "data generate": ("run.data", "generate", "write chains with a teacher or the model itself, or import people's"),
     "data merge": ("run.data", "merge", "join the shards of a job into one data set"),

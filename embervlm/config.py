@@ -41,6 +41,8 @@ class PhaseConfig:
 
     default_multipliers: ClassVar[Mapping[str, float]] = {}
     """Factor of a component that `learning_rate_multipliers` does not name; 1 if this does not name it either."""
+    named_multipliers: ClassVar[frozenset[str]] = frozenset()
+    """Components that `learning_rate_multipliers` named, before it was completed."""
     does_nothing: ClassVar[tuple[str, ...]] = ()
     """Fields that have no effect in this kind of phase, so any value other than 0 is a mistake."""
 
@@ -126,6 +128,7 @@ class PhaseConfig:
             defaults |= dict.fromkeys(BACKBONE, 0.0)
         complete = {name: float(given.get(name, defaults[name])) for name in COMPONENTS}
         object.__setattr__(self, "learning_rate_multipliers", complete)
+        object.__setattr__(self, "named_multipliers", frozenset(given))
 
     def _check_component_lists(self) -> None:
         multipliers = self.multipliers
@@ -148,6 +151,11 @@ class PhaseConfig:
     def multipliers(self) -> dict[str, float]:
         """Factor on the learning rate for every component."""
         return dict(self.learning_rate_multipliers)
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Parts of the backbone that do not learn."""
+        return tuple(name for name in BACKBONE if not self.multipliers[name])
 
     @property
     def loss_weights(self) -> dict[str, float]:

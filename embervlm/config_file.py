@@ -233,6 +233,16 @@ def model_preset(name: str) -> dict[str, Any]:
     return values
 
 
+def frozen_in_stage3(config: TrainConfig) -> tuple[str, ...]:
+    """The components that Stage 3 leaves as they are because they are pretrained and nothing says otherwise."""
+    stage3, preset = config.stage3, model_preset(config.model)
+    trained = {ALIASES.get(name, name) for name in stage3.trainable_components} | stage3.named_multipliers
+    if "all" in trained:
+        return ()
+    parts = {"vision_encoder": preset.get("vision"), "language_model": preset.get("language")}
+    return tuple(name for name, part in parts.items() if name not in trained and part and part.get("pretrained"))
+
+
 def shape_of(checkpoint: Path) -> dict[str, Any]:
     """The settings of the model in `checkpoint`, without what belongs to its own run."""
     found = run_dir.read_object(checkpoint / CONFIG)

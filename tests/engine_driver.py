@@ -102,7 +102,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     if where := case.get("nan_in"):
         with torch.no_grad():
             dict(module.named_parameters())[where].fill_(float("nan"))
-    bench.model.freeze_backbone(phase.freeze_backbone)
+    bench.model.freeze(phase.frozen_parts)
     if case.get("activation_checkpointing"):
         bench.model.enable_gradient_checkpointing()
     bench.model.train()

@@ -97,13 +97,13 @@ def test_logits_without_reasoning_are_the_language_models_own(tiny_model, batch)
 
 def test_phase1_gives_gradients_to_the_reasoning_module_alone(tiny_model, batch):
     build_param_groups(tiny_model, PhaseConfig(freeze_backbone=True))
-    tiny_model.freeze_backbone(True)
+    tiny_model.freeze(BACKBONE)
     loss_of(tiny_model.train(), batch).backward()
     assert {name.split(".")[0] for name in gradients(tiny_model)} == {"reasoning_module"}
 
 
 def test_every_part_of_the_reasoning_module_learns_in_phase1(lively_model, batch):
-    lively_model.freeze_backbone(True)
+    lively_model.freeze(BACKBONE)
     loss_of(lively_model.train(), batch).backward()
     found = gradients(lively_model.reasoning_module)
     idle = {name for name, _ in lively_model.reasoning_module.named_parameters()} - set(found)
@@ -111,7 +111,7 @@ def test_every_part_of_the_reasoning_module_learns_in_phase1(lively_model, batch
 
 
 def test_the_embeddings_of_the_added_tokens_learn_while_the_language_model_is_frozen(tiny_model, batch):
-    tiny_model.freeze_backbone(True)
+    tiny_model.freeze(BACKBONE)
     loss_of(tiny_model.train(), batch).backward()
     rows = tiny_model.reasoning_module.reasoning_head.token_embedding.weight.grad.abs().sum(1)
     assert (rows > 0).all()
@@ -119,7 +119,7 @@ def test_the_embeddings_of_the_added_tokens_learn_while_the_language_model_is_fr
 
 def test_the_output_rows_of_added_tokens_learn_though_no_input_holds_them(tiny_model, batch):
     """Of a text whose inputs are base tokens only, the rows still get a gradient from the softmax."""
-    tiny_model.freeze_backbone(True)
+    tiny_model.freeze(BACKBONE)
     ids = torch.full((1, 3), 5)
     out = tiny_model(
         input_ids=ids,
@@ -133,15 +133,15 @@ def test_the_output_rows_of_added_tokens_learn_though_no_input_holds_them(tiny_m
 
 
 def test_a_frozen_backbone_stays_in_eval_mode(tiny_model):
-    tiny_model.freeze_backbone(True)
+    tiny_model.freeze(BACKBONE)
     tiny_model.train()
     assert not any(module.training for name in BACKBONE for module in getattr(tiny_model, name).modules())
     assert tiny_model.reasoning_module.training
 
 
 def test_a_thawed_backbone_trains_again(tiny_model, batch):
-    tiny_model.freeze_backbone(True)
-    tiny_model.freeze_backbone(False)
+    tiny_model.freeze(BACKBONE)
+    tiny_model.freeze(())
     loss_of(tiny_model.train(), batch).backward()
     assert {name.split(".")[0] for name in gradients(tiny_model)} == set(COMPONENTS)
     assert all(getattr(tiny_model, name).training for name in COMPONENTS)
@@ -159,7 +159,7 @@ def test_running_statistics_of_a_frozen_backbone_do_not_move(tiny_settings, toke
     }
     model = build_model({**tiny_settings, "vision": vision})
     model.attach_tokenizer(tokenizer)
-    model.freeze_backbone(True)
+    model.freeze(BACKBONE)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     model.see(model.normalise(batch.inputs["pictures"]))

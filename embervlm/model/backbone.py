@@ -155,7 +155,15 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
             )
     with _said_clearly(part, name):
         if pretrained:
-            return auto.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
+            found, told = auto.from_pretrained(
+                name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+            if missing := sorted(key for key in told["missing_keys"] if not key.startswith("pooler.")):
+                raise ConfigError(
+                    f"{part}: {name!r} has not all weights of a {config.model_type}: {len(missing)} are missing "
+                    f"({missing[0]}, ...); it is damaged, or of another model than its config.json says"
+                )
+            return found
         try:
             return auto.from_config(config, dtype=torch.float32)
         except ValueError as error:

@@ -6,7 +6,7 @@ May touch tensors and its own parameters; knows neither text, decoding nor files
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class EmberVLMNetwork(PreTrainedModel):
         self.grid = Grid(features.grid.rows // factor, features.grid.columns // factor)
         self.reasoning_module = ReasoningModule(config, hidden, self.num_visual_tokens)
         self._tokenizer: ReasoningTokenizer | None = None
-        self.backbone_frozen = False
+        self.frozen: frozenset[str] = frozenset()
         self.adapted: tuple[str, ...] = ()
         """Components whose own weights are frozen because adapters are trained; so are their running statistics."""
         self.confidence_temperature = 1.0
@@ -125,19 +125,19 @@ class EmberVLMNetwork(PreTrainedModel):
     def base_vocab_size(self) -> int:
         return self.tokenizer.base_vocab_size
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Run the backbone without gradients and in eval mode, so that its buffers do not move either.
+    def freeze(self, parts: Iterable[str]) -> None:
+        """Run these parts of the backbone in eval mode, so that their buffers do not move either; all of them without
+        gradients.
 
         Which parameters learn is `build_param_groups`' business: a tied output embedding is used past the backbone.
         """
-        self.backbone_frozen = frozen
+        self.frozen = frozenset(parts)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> EmberVLMNetwork:
         super().train(mode)
-        if getattr(self, "backbone_frozen", False):
-            for name in BACKBONE:
-                getattr(self, name).eval()
+        for name in getattr(self, "frozen", ()):
+            getattr(self, name).eval()
         for name in getattr(self, "adapted", ()):
             for module in getattr(self, name).modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -161,7 +161,7 @@ class EmberVLMNetwork(PreTrainedModel):
             self.train(was_training)
 
     def _backbone_context(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.no_grad() if self.backbone_frozen else contextlib.nullcontext()
+        return torch.no_grad() if self.frozen.issuperset(BACKBONE) else contextlib.nullcontext()
 
     # -- pieces of the forward pass ----------------------------------------------------------------------------------
 

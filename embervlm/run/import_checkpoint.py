@@ -8,12 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, ConfigError
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.config import PAD, SQUASH
+from embervlm.model.embervlm import EmberVLM
 from embervlm.model.families import FAMILIES
 from embervlm.model.importing import Imported, import_folder, import_language
 
@@ -48,20 +50,24 @@ def import_checkpoint(
     if language_only:
         _import_language(folder, out, tokenizer)
         return
-    settings = model_preset(REASONING_LIKE)
-    reasoning = {key: value for key, value in settings.items() if key.startswith(("reasoning_", "validator_"))}
-    found = import_folder(folder, {**reasoning, "resize": resize, "chat_template": chat_template})
-    words = _tokenizer(tokenizer or folder, found.model.language_model.vocab_size)
+    found = import_folder(folder, {**reasoning_sizes(), "resize": resize, "chat_template": chat_template})
+    words = tokenizer_for(tokenizer or folder, found.model.language_model.vocab_size)
     found.model.adopt_tokenizer(words)
     write_folder(found.model.save_pretrained, out)
     print(report(found, folder, words))
     print(f"{out}: written; train on it with `python launch/train.py --stages 4 --resume_from {out}`")
 
 
+def reasoning_sizes() -> dict[str, Any]:
+    """The settings of the reasoning module that a model without one gets."""
+    settings = model_preset(REASONING_LIKE)
+    return {key: value for key, value in settings.items() if key.startswith(("reasoning_", "validator_"))}
+
+
 def _import_language(folder: str, out: Path, tokenizer: str | None) -> None:
     found = import_language(folder)
     rows = found.backbone.get_input_embeddings().weight.shape[0]
-    words = _tokenizer(tokenizer or folder, rows)
+    words = tokenizer_for(tokenizer or folder, rows)
 
     def save(part: Path) -> None:
         found.backbone.save_pretrained(part)
@@ -76,7 +82,7 @@ def _import_language(folder: str, out: Path, tokenizer: str | None) -> None:
     print("with a vision encoder of your own choice, and train it from Stage 3 on: `--stages 3 4 --model PRESET.yaml`")
 
 
-def _tokenizer(folder: str, num_rows: int) -> ReasoningTokenizer:
+def tokenizer_for(folder: str, num_rows: int) -> ReasoningTokenizer:
     try:
         words = ReasoningTokenizer.from_folder(folder)
         words.check_rows(num_rows)
@@ -117,14 +123,19 @@ def report(found: Imported, folder: str, words: ReasoningTokenizer) -> str:
     for reason, count in reasons.items():
         first = next(name for name, why in found.dropped if why == reason)
         lines.append(f"  dropped: {count} ({first}{', ...' if count > 1 else ''}): {reason}")
+    return "\n".join([*lines, *model_lines(model, words), *(f"  {note}" for note in found.notes)])
+
+
+def model_lines(model: EmberVLM, words: ReasoningTokenizer) -> list[str]:
+    """What is new, and how text and pictures are read, a line each."""
     new = sum(parameter.numel() for parameter in model.reasoning_module.parameters())
-    lines.append(f"  new: reasoning_module, {new:,} parameters, initialised when Stage 4 starts")
-    rows = model.language_model.vocab_size
-    lines.append(f"  tokenizer: {words.base_vocab_size:,} tokens of {rows:,} embedding rows, and Stage 4's behind them")
-    lines.append(f"  prompt: {_prompt(model.config.prompt)}")
-    kind = model.config.connector.get("kind", "norm_mlp")
-    lines.append(f"  a picture: {model.num_visual_tokens} visual tokens ({model.grid}), connector {kind}")
-    return "\n".join([*lines, *(f"  {note}" for note in found.notes)])
+    rows, kind = model.language_model.vocab_size, model.config.connector.get("kind", "norm_mlp")
+    return [
+        f"  new: reasoning_module, {new:,} parameters, initialised when Stage 4 starts",
+        f"  tokenizer: {words.base_vocab_size:,} tokens of {rows:,} embedding rows, and Stage 4's behind them",
+        f"  prompt: {_prompt(model.config.prompt)}",
+        f"  a picture: {model.num_visual_tokens} visual tokens ({model.grid}), connector {kind}",
+    ]
 
 
 def _prompt(prompt: tuple[str, str] | None) -> str:

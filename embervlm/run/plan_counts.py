@@ -80,7 +80,7 @@ def prepare(model: EmberVLM, stage: StageConfig, phase: PhaseConfig) -> Training
     module = TrainingModule(model)
     build_param_groups(module, phase)
     module.train()
-    model.freeze_backbone(phase.freeze_backbone)
+    model.freeze(phase.frozen_parts)
     if stage.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return module

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from embervlm import run_dir
-from embervlm.config import ConfigError, PhaseConfig, TrainConfig
+from embervlm.config import BACKBONE, ConfigError, PhaseConfig, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
@@ -122,6 +122,9 @@ class Run:
         wanted = self._stage3_settings()
         if (done := self._finished(folder, wanted)) is not None:
             return done
+        if self.world.rank == 0 and (frozen := config.stage3.frozen_parts):
+            rest = " and ".join(name for name in BACKBONE if name not in frozen)
+            print(f"stage 3: trains {rest}; {' and '.join(frozen)} stay as they are (stage3.learning_rate_multipliers)")
         torch.manual_seed(config.seed)
         model = build_model(model_settings(config, STAGE3))
         check_targets(model, config.stage4.phase2.lora)  # not only after days

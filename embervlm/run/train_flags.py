@@ -15,7 +15,7 @@ import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, StageConfig, TrainConfig
-from embervlm.config_file import brings_its_shape, load_train_config
+from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
 
@@ -98,6 +98,11 @@ def load_config(args: argparse.Namespace) -> TrainConfig:
     config = load_train_config(args.config, overrides, names)
     if "model" not in overrides and config.resume_from and brings_its_shape(config.resume_from):
         config = dataclasses.replace(config, model=config.resume_from)
+    if "3" in stages_of(args) and (frozen := frozen_in_stage3(config)):
+        factors = {**config.stage3.multipliers, **dict.fromkeys(frozen, 0.0)}
+        config = dataclasses.replace(
+            config, stage3=dataclasses.replace(config.stage3, learning_rate_multipliers=factors)
+        )
     return config
 
 

@@ -119,7 +119,7 @@ class _Training:
         if self.config.eval_steps:
             self._evaluate(final)
         self.tracker.close()
-        job.model.freeze_backbone(False)
+        job.model.freeze(())
         return final
 
     def _total_steps(self) -> int:
@@ -287,7 +287,7 @@ def _prepare(
     add_adapters(job.model, job.phase.lora, config.seed)
     if state is not None:
         module.load_state_dict(state["auxiliary"], strict=False)
-    job.model.freeze_backbone(job.phase.freeze_backbone)
+    job.model.freeze(job.phase.frozen_parts)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()
     cache = None
