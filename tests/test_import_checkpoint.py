@@ -16,11 +16,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Idefics3Config,
     LlamaConfig,
     LlavaConfig,
+    LlavaOnevisionConfig,
+    PaliGemmaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -33,7 +36,9 @@ from embervlm.cli import main
 from embervlm.config import ConfigError, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.evaluation.explain import explain_chains
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.generation import look
 from embervlm.run.start import start_from
 from embervlm.world import World
 
@@ -57,6 +62,8 @@ LANGUAGE = {
 }
 IMAGE = 300
 """The id that stands for a visual token in their sequences."""
+ONE_VIEW = {"image_sizes": torch.tensor([[48, 48]] * 2), "batch_num_images": torch.tensor([2])}
+"""LLaVA-OneVision reads each of several pictures once, whole."""
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -76,6 +83,11 @@ def smolvlm() -> SmolVLMConfig:
     return SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=4)
 
 
+def onevision(**settings: Any) -> LlavaOnevisionConfig:
+    vision, text = SiglipVisionConfig(**VISION, vision_use_head=False), Qwen2Config(**LANGUAGE, **settings)
+    return LlavaOnevisionConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **settings)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "llava of Qwen2 and SigLIP": lambda: llava(
@@ -90,6 +102,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "idefics3": idefics3,
     "idefics3 tied": lambda: idefics3(tie_word_embeddings=True),
     "smolvlm": smolvlm,
+    "llava onevision": lambda: onevision(),
+    "llava onevision tied": lambda: onevision(tie_word_embeddings=True),
 }
 
 
@@ -142,12 +156,13 @@ def test_logits_are_those_of_the_family_itself(name: str, batch: Any, tmp_path: 
     ours = imported(tmp_path / "theirs")
     pixels, ids, mask = batch
     real, num = mask.bool(), ours.num_visual_tokens
-    given = pixels if "llava" in name else pixels[:, None]  # Idefics3 takes several pictures a text
+    given = pixels[:, None] if "idefics3" in name or "smolvlm" in name else pixels  # they take several a text
     visual = torch.full((2, num), IMAGE)
     wanted = theirs(
         input_ids=torch.cat([visual, ids], 1),
         attention_mask=torch.cat([torch.ones_like(visual), mask], 1),
         pixel_values=given,
+        **(ONE_VIEW if "onevision" in name else {}),
     ).logits[:, num:]
     found = our_logits(ours, pixels, [True, True], ids, mask)
     assert wanted.std() > 0.1
@@ -258,7 +273,10 @@ def test_a_family_that_is_not_known_is_told_with_its_first_names(tmp_path: Path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).rename(folder / name)
     told = refused(folder)
-    assert "of no known family (its first names are qformer.a, qformer.b, qformer.c); known are LLaVA, SmolVLM" in told
+    assert (
+        "of no known family (its first names are qformer.a, qformer.b, qformer.c); known are LLaVA-OneVision, LLaVA, S"
+        in told
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,8 +297,34 @@ def test_what_is_computed_otherwise_is_refused(changes: dict[str, Any], wanted: 
 def test_a_weight_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     make(tmp_path / "theirs", llava())
     file = tmp_path / "theirs" / "model.safetensors"
-    save_file({**load_file(file), "image_newline": torch.zeros(32)}, file)
-    assert "image_newline: no part of a LLaVA model" in refused(tmp_path / "theirs")
+    save_file({**load_file(file), "image_column": torch.zeros(32)}, file)
+    assert "image_column: no part of a LLaVA model" in refused(tmp_path / "theirs")
+
+
+def test_a_language_model_that_looks_both_ways_is_refused(tmp_path: Path) -> None:
+    vision, text = SiglipVisionConfig(**VISION, vision_use_head=False), GemmaConfig(**LANGUAGE, head_dim=16)
+    make(tmp_path / "theirs", PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=32))
+    told = refused(tmp_path / "theirs")
+    assert "a PaliGemma checkpoint, whose language model looks in both directions over picture and question" in told
+
+
+def test_the_token_behind_a_picture_stands_for_no_place(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "theirs", onevision())
+    model = imported(tmp_path / "theirs")
+    assert "a picture: 17 visual tokens (4 x 4), connector mlp" in lines_of(capsys.readouterr().out)
+    assert (model.grid.size, model.num_visual_tokens) == (16, 17)
+    model.config.candidates = ("yes", "no")
+    image = torch.zeros(9, 9, 3).numpy()
+    found = model.generate_with_reasoning(image, "Is it there?", max_new_tokens=4)
+    assert found["num_tokens"] == 4
+    visual, seen = look(model, [image])
+    (explained,) = explain_chains(model, visual, seen, ["Is it there?"], [["It is.", "Conclusion: yes."]])
+    assert explained["attention"]["grid"] == [4, 4]
+    assert [len(step) for step in explained["attention"]["steps"]] == [16, 16]
+    text = torch.tensor([[3, 4, 5]])
+    batch = {"input_ids": text, "text_mask": text > 0, "image_mask": seen, "visual": visual}
+    out = model(**batch, ground_index=torch.tensor([1]))
+    assert (out.grounding_attention.shape, out.patch_features.shape) == ((1, 16), (1, 16, 32))
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

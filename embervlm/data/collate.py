@@ -388,7 +388,7 @@ class DenseLabels:
         return [1 + len(labels) for labels in self.classes.values()]
 
     def of(self, record: ReasoningRecord | None) -> Tensor:
-        """`[num_visual_tokens, kinds]` int64; -1 is not scored (no ground truth)."""
+        """`[grid.size, kinds]` int64; -1 is not scored (no ground truth)."""
         boxes = boxes_in_square(record, self._padded_size) if record is not None else []
         return self._draw(boxes) if boxes else self._nothing
 

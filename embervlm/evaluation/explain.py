@@ -124,7 +124,7 @@ def attention_by_thing(chains: Sequence[Sequence[Mapping[str, Sequence[float]]] 
 def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: Grid) -> dict[str, Any]:
     steps = []
     for start, end in spans:
-        mean = attention[min(start + 1, end - 1) : end].double().mean(0)
+        mean = attention[min(start + 1, end - 1) : end, : grid.size].double().mean(0)
         steps.append([round(value, 4) for value in (mean / mean.sum().clamp_min(1e-12)).tolist()])
     return {"grid": list(grid), "steps": steps}
 

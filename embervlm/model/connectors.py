@@ -1,7 +1,8 @@
 """Connectors between vision encoder and language model, by name: `connector: {kind: ...}` of a preset.
 
 Each takes visual features `[batch, tokens, vision_dim]`, `grid.columns` in a row, and gives `[batch, tokens /
-factor**2, hidden]`; `factor` is by how much it shortens a side of the grid.
+factor**2, hidden]`; `factor` is by how much it shortens a side of the grid. Some put `num_behind`
+tokens of their own behind these.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -32,11 +34,16 @@ class NormMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers as wide as the language model, with an activation between them (LLaVA 1.5)."""
+    """Two linear layers as wide as the language model, with an activation between them (LLaVA 1.5).
+
+    With `newline` a learned token stands behind the last row (LLaVA-OneVision).
+    """
 
     factor = 1
 
-    def __init__(self, vision_dim: int, hidden_size: int, *, activation: str = "gelu", bias: bool = True) -> None:
+    def __init__(
+        self, vision_dim: int, hidden_size: int, *, activation: str = "gelu", bias: bool = True, newline: bool = False
+    ) -> None:
         super().__init__()
         if activation not in ACT2FN:
             raise ConfigError(f"connector: activation {activation!r} is not known; known are {', '.join(ACT2FN)}")
@@ -45,9 +52,14 @@ class MLP(nn.Module):
             ACT2FN[activation],
             nn.Linear(hidden_size, hidden_size, bias=bias),
         )
+        self.num_behind = int(newline)
+        self.newline = nn.Parameter(0.02 * torch.randn(hidden_size)) if newline else None
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        out = self.layers(features)
+        if self.newline is None:
+            return out
+        return torch.cat([out, self.newline.to(out.dtype).expand(len(out), 1, -1)], dim=1)
 
 
 class PixelShuffle(nn.Module):

@@ -60,7 +60,7 @@ def recognised(names: Iterable[str], path: Path) -> Family:
     if any(name.startswith("reasoning_module.") for name in names) or {*BACKBONE} == {n.split(".")[0] for n in names}:
         raise CheckpointError(f"{path}: is a checkpoint of EmberVLM already; give its folder to --resume_from")
     shown = ", ".join(names[:3]) or "none"
-    known = ", ".join(family.name for family in FAMILIES)
+    known = ", ".join(IMPORTABLE)
     raise CheckpointError(f"{path}: of no known family (its first names are {shown}); known are {known}")
 
 
@@ -181,24 +181,39 @@ def _origin(config: Any, folder: Path) -> dict[str, Any]:
     )
 
 
+def _onevision(config: Any, folder: Path) -> dict[str, Any]:
+    settings = _llava(config, folder)
+    return {**settings, "connector": {**settings["connector"], "newline": True}}
+
+
+def _paligemma(config: Any, folder: Path) -> dict[str, Any]:
+    raise CheckpointError(
+        f"{folder}: a PaliGemma checkpoint, whose language model looks in both directions over picture and question; "
+        "here every token sees only those before it, so this would compute something else and is not imported"
+    )
+
+
+_LLAVA_NAMES = (
+    (r"(model\.)?vision_tower\.", "vision_encoder.backbone."),
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "projection.layers.0."),
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "projection.layers.2."),
+    (r"(language_model\.)?lm_head\.", "language_model.backbone.lm_head."),
+    (r"language_model\.model\.|(model\.)?language_model\.", "language_model.backbone.model."),
+)
+_LLAVA_KEYS = (
+    r"(model\.)?vision_tower\.",
+    r"(model\.)?multi_modal_projector\.linear_1\.",
+    r"(model\.)?language_model\.",
+)
 FAMILIES = (
     Family(
-        name="LLaVA",
-        model_types=("llava",),
-        keys=(
-            r"(model\.)?vision_tower\.",
-            r"(model\.)?multi_modal_projector\.linear_1\.",
-            r"(model\.)?language_model\.",
-        ),
-        names=(
-            (r"(model\.)?vision_tower\.", "vision_encoder.backbone."),
-            (r"(model\.)?multi_modal_projector\.linear_1\.", "projection.layers.0."),
-            (r"(model\.)?multi_modal_projector\.linear_2\.", "projection.layers.2."),
-            (r"(language_model\.)?lm_head\.", "language_model.backbone.lm_head."),
-            (r"language_model\.model\.|(model\.)?language_model\.", "language_model.backbone.model."),
-        ),
-        settings=_llava,
+        name="LLaVA-OneVision",
+        model_types=("llava_onevision",),
+        keys=(*_LLAVA_KEYS, r"(model\.)?image_newline$"),
+        names=(*_LLAVA_NAMES, (r"(model\.)?image_newline$", "projection.newline")),
+        settings=_onevision,
     ),
+    Family(name="LLaVA", model_types=("llava",), keys=_LLAVA_KEYS, names=_LLAVA_NAMES, settings=_llava),
     Family(
         name="SmolVLM/Idefics3",
         model_types=("idefics3", "smolvlm"),
@@ -247,4 +262,12 @@ FAMILIES = (
         ),
         settings=_origin,
     ),
+    Family(
+        name="PaliGemma",
+        model_types=("paligemma",),
+        keys=(r"(model\.)?vision_tower\.", r"(model\.)?multi_modal_projector\.linear\.", r"(model\.)?language_model\."),
+        names=_LLAVA_NAMES,
+        settings=_paligemma,
+    ),
 )
+IMPORTABLE = tuple(family.name for family in FAMILIES if family.settings is not _paligemma)

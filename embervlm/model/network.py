@@ -35,8 +35,8 @@ class EmberVLMOutput(ModelOutput):
         token_logits: `[scored, vocab]` of the scored positions only.
         answer_logits: `[records, candidates]`.
         validator_logits: `[pairs]`.
-        grounding_attention: `[grounded, num_visual_tokens]`, the reasoning head's attention at the grounded tokens.
-        patch_features: `[batch, num_visual_tokens, hidden]`.
+        grounding_attention: `[grounded, grid.size]`, the reasoning head's attention at the grounded tokens.
+        patch_features: `[batch, grid.size, hidden]`, the projected visual tokens that stand for a place.
     """
 
     token_logits: Tensor | None = None
@@ -79,8 +79,9 @@ class EmberVLMNetwork(PreTrainedModel):
 
     @property
     def num_visual_tokens(self) -> int:
-        """What the language model reads of a picture, in the rows and columns of `grid`."""
-        return self.grid.size
+        """What the language model reads of a picture: the rows and columns of `grid`, and what a connector adds."""
+        num_behind: int = getattr(self.projection, "num_behind", 0)
+        return self.grid.size + num_behind
 
     @property
     def visual_dtype(self) -> torch.dtype:
@@ -255,7 +256,7 @@ class EmberVLMNetwork(PreTrainedModel):
             wanted = batch.ground_index is not None
             hidden, attention = self.refine(hidden, input_ids, visual, batch.image_mask, want_attention=wanted)
         flat = hidden.flatten(0, 1)
-        out = EmberVLMOutput(patch_features=visual)
+        out = EmberVLMOutput(patch_features=visual[:, : self.grid.size])
         if batch.score_index is not None:
             out.token_logits = self.token_logits(flat.index_select(0, batch.score_index))
         if batch.answer_index is not None and batch.candidate_ids is not None:
@@ -269,7 +270,8 @@ class EmberVLMNetwork(PreTrainedModel):
         if batch.pair_record is not None:
             out.validator_logits = self._judge_pairs(batch, visual, out.token_logits)
         if batch.ground_index is not None and attention is not None:
-            out.grounding_attention = attention.flatten(0, 1).index_select(0, batch.ground_index)
+            looked = attention.flatten(0, 1).index_select(0, batch.ground_index)
+            out.grounding_attention = looked[:, : self.grid.size]
         return out
 
     def _sampled_ids(self, batch: Inputs, visual: Tensor) -> Tensor:

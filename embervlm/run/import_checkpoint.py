@@ -16,7 +16,7 @@ from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.config import PAD, SQUASH
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.families import FAMILIES
+from embervlm.model.families import IMPORTABLE
 from embervlm.model.importing import Imported, import_folder, import_language
 
 REASONING_LIKE = "embervlm-39m"
@@ -24,7 +24,7 @@ REASONING_LIKE = "embervlm-39m"
 
 
 def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    known = ", ".join(family.name for family in FAMILIES)
+    known = ", ".join(IMPORTABLE)
     parser.add_argument("folder", type="path", metavar="FOLDER", help=f"checkpoint folder or hub id: {known}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, for --resume_from")
     parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where FOLDER has none")

@@ -109,7 +109,7 @@ def micro_batch(
         cached_pictures: Give visual tokens that were computed beforehand, as for a frozen encoder.
     """
     tokenizer: Any = MadeUpTokenizer(model.language_model.vocab_size)
-    chain = made_up_chain(question_tokens, chain_tokens, model.num_visual_tokens)
+    chain = made_up_chain(question_tokens, chain_tokens, model.grid.size)
     edited = replace(chain, form=EDITED, picture_of=1, step_spans=(), attend=())
     direct = Sample(record=0, form=DIRECT, prompt=chain.prompt, target=[0] * ANSWER_TOKENS)
     collator = Collator(
@@ -155,11 +155,11 @@ RECORDS = [
 """Two records that differ in a fact, so that one's steps are wrong for the other. What a box shows is supervised."""
 
 
-def made_up_chain(question_tokens: int, chain_tokens: int, num_visual_tokens: int) -> Sample:
+def made_up_chain(question_tokens: int, chain_tokens: int, num_places: int) -> Sample:
     """The chain of a record in `RECORDS`: steps of equal length, each of which looks at the whole picture."""
     num_steps = min(NUM_STEPS, chain_tokens)
     edges = [question_tokens + chain_tokens * step // num_steps for step in range(num_steps + 1)]
-    whole = torch.ones(num_visual_tokens, dtype=torch.bool)
+    whole = torch.ones(num_places, dtype=torch.bool)
     return Sample(
         record=0,
         form=REASONING,

@@ -63,7 +63,7 @@ def grounding_loss_sum(attention: Tensor, target: Tensor) -> Tensor:
     Attention supervision: tokens of a step that reads something off the picture should look where it is.
 
     Args:
-        attention: `[grounded, num_visual_tokens]`, at most 1 in sum.
+        attention: `[grounded, grid.size]`, at most 1 in sum.
         target: the same shape, bool; a row without any is not counted.
     """
     inside = (attention * target).sum(-1)
@@ -74,8 +74,8 @@ def dense_loss_sum(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
     """Summed cross-entropy of what is in each patch.
 
     Args:
-        logits: `[batch, num_visual_tokens, sum(sizes)]`, the classes of each kind side by side.
-        labels: `[batch, num_visual_tokens, len(sizes)]` int64; -1 is not scored.
+        logits: `[batch, grid.size, sum(sizes)]`, the classes of each kind side by side.
+        labels: `[batch, grid.size, len(sizes)]` int64; -1 is not scored.
     """
     parts = logits.float().split(sizes, dim=-1)
     sums = [
