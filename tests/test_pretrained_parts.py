@@ -1,6 +1,8 @@
 """Parts from folders of others: what a checkpoint takes from them, and what is said where they are not there."""
 
 import os
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -91,6 +93,42 @@ def test_a_folder_whose_weights_are_not_all_there_is_refused(parts):
     save_file({key: value for key, value in load_file(file).items() if "layernorm" not in key}, file, {"format": "pt"})
     with pytest.raises(SystemExit, match=r"vision: .*has not all weights of a vit: \d+ are missing \("):
         put_together(parts)
+
+
+def without_a_shard(folder):
+    AutoModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def as_a_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model": folder}))
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+def of_pictures(folder):
+    shutil.copytree(folder.with_name("vision"), folder, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part", "told"),
+    [
+        (without_a_shard, "vision", r"model-00002-of-0000\d.safetensors: missing, 1 of the \d files"),
+        (as_a_pickle, "vision", "vision: .* contains more than weights, and reading the rest could run code"),
+        (cut_short, "language", "language: cannot read .*; save or download it again"),
+        (of_pictures, "language", "language: vit is not a causal language model"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_told_in_one_line(damage, part, told, parts):
+    damage(parts / part)
+    with pytest.raises(SystemExit, match=told) as ended:
+        put_together(parts)
+    assert "\n" not in str(ended.value) and "hf download" not in str(ended.value)
 
 
 def run_config(*flags):

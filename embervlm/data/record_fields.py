@@ -323,7 +323,10 @@ def _read_answer(
             report("metadata.candidates: lists a choice twice; keep each once")
             return ()
         if len(own) > MAX_CANDIDATES:
-            report(f"metadata.candidates: {len(own)} choices, more than {MAX_CANDIDATES}; keep fewer")
+            report(
+                f"metadata.candidates: {len(own)} choices, more than {MAX_CANDIDATES}; keep fewer, or write [] for a "
+                "free-text answer"
+            )
             return ()
         if problem := next(filter(None, (_text_problem(name, MAX_ANSWER_CHARACTERS) for name in own)), ""):
             report(f"metadata.candidates: {problem}")

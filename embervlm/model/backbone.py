@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from embervlm.config import ConfigError
 from embervlm.data.samples import Grid
-from embervlm.errors import UNREADABLE
+from embervlm.errors import UNREADABLE, UserError
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.grid import grid_of, pooled_grid
+from embervlm.model.storage import shards_of
 from embervlm.paths import closest_path, names_a_path
 
 _OF_THE_FOLDER = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -154,21 +157,31 @@ def _build(part: str, auto: Any, spec: dict[str, Any], load_weights: bool) -> nn
                 "use one of a fixed size, such as google/siglip2-base-patch16-224 (its model_type is siglip)"
             )
     with _said_clearly(part, name):
-        if pretrained:
-            found, told = auto.from_pretrained(
-                name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-            if missing := sorted(key for key in told["missing_keys"] if not key.startswith("pooler.")):
-                raise ConfigError(
-                    f"{part}: {name!r} has not all weights of a {config.model_type}: {len(missing)} are missing "
-                    f"({missing[0]}, ...); it is damaged, or of another model than its config.json says"
-                )
-            return found
         try:
+            if pretrained:
+                return _loaded(part, auto, name, config)
             return auto.from_config(config, dtype=torch.float32)
         except ValueError as error:
+            if isinstance(error, UserError) or (pretrained and "nrecognized configuration" not in str(error)):
+                raise
             wanted = "picture encoder" if part == "vision" else "causal language model"
             raise ConfigError(f"{part}: {config.model_type} is not a {wanted} ({_first_line(error)[:200]})") from error
+
+
+def _loaded(part: str, auto: Any, name: str, config: PretrainedConfig) -> nn.Module:
+    """The model with its weights; ConfigError where one is missing, which the library would leave random."""
+    for index in Path(name).glob("*.index.json"):
+        shards_of(index)
+    model, told = auto.from_pretrained(
+        name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(key for key in told["missing_keys"] if not key.startswith("pooler.")):
+        raise ConfigError(
+            f"{part}: {name!r} has not all weights of a {config.model_type}: {len(missing)} are missing "
+            f"({missing[0]}, ...); it is damaged, or of another model than its config.json says"
+        )
+    out: nn.Module = model
+    return out
 
 
 def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) -> PretrainedConfig:
@@ -204,6 +217,8 @@ def hugging_face_config(part: str, spec: dict[str, Any], *, pretrained: bool) ->
 
 
 def _not_found(part: str, name: str, error: Exception | str) -> str:
+    if Path(name).exists():
+        return f"{part}: cannot read {name!r} ({_first_line(error)[:200]}); save or download it again"
     return (
         f"{part}: cannot get {name!r} ({_first_line(error)}). Without network or cache, download it elsewhere "
         f"(`hf download {name} --local-dir DIR`) and set {part}.name_or_path to that folder, "
@@ -216,11 +231,16 @@ def _said_clearly(part: str, name: str) -> Iterator[None]:
     """Turns an error of Hugging Face while reading `name` into a ConfigError."""
     try:
         yield
-    except ConfigError:
+    except UserError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{part}: {name!r} has weights in a .bin file that is damaged or contains more than weights, and reading "
+            "the rest could run code; save only the weights, as safetensors"
+        ) from error
     except ImportError as error:
         raise ConfigError(f"{part}: {name!r} needs a package that is not installed: {_first_line(error)}") from error
-    except UNREADABLE as error:
+    except (*UNREADABLE, SafetensorError, RuntimeError, EOFError) as error:
         raise ConfigError(_not_found(part, name, error)) from error
 
 

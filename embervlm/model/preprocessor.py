@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,33 @@ def preprocessor_of(name: str | Path) -> Preprocessor | None:
         ConfigError: a value that cannot be read.
     """
     for file_name in _FILES:
-        file = Path(name) / file_name
-        if not Path(name).is_dir() and not names_a_path(name):
-            try:
-                found = cached_file(
-                    str(name),
-                    file_name,
-                    _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False,
-                )
-            except UNREADABLE:
-                found = None
-            file = Path(found) if found else file
-        if file.is_file():
+        of_hub = not Path(name).is_dir() and not names_a_path(name)
+        file = _from_hub(str(name), file_name) if of_hub else Path(name) / file_name
+        if file is not None and file.is_file():
             given = run_dir.read_object(file)
             return _read(given.get("image_processor", given), f"{name}/{file_name}")
     return None
+
+
+@lru_cache
+def _from_hub(name: str, file_name: str) -> Path | None:
+    """The file in the hub's cache, or downloaded; None where it is not there. Asked once: without network it takes
+    half a minute."""
+    try:
+        found = cached_file(name, file_name, _raise_exceptions_for_missing_entries=False)
+    except UNREADABLE:
+        return None
+    return Path(found) if found else None
 
 
 def with_preprocessor(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` of a preset with what the vision encoder's own folder says and the preset does not."""
     if (name := _name_of_vision(settings)) is None:
         return dict(settings)
+    config = hugging_face_config("vision", settings["vision"], pretrained=False)
     found = preprocessor_of(name)
     out = {**(found.settings if found else {}), **settings}
     if "image_size" not in out:
-        config = hugging_face_config("vision", settings["vision"], pretrained=False)
         size = getattr(getattr(config, "vision_config", None) or config, "image_size", None)
         out |= {"image_size": size} if isinstance(size, int) else {}
     return out

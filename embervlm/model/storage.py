@@ -116,17 +116,7 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 def _named_tensors(path: Path) -> dict[str, Tensor]:
     """Names as the model has them -> tensors, of one file or of those that an index names."""
     if path.name.endswith(INDEX):
-        files = run_dir.read_object(path, "weight_map")["weight_map"]
-        if not isinstance(files, dict):
-            raise CheckpointError(f"{path}: its weight_map is not a JSON object; use another checkpoint")
-        names = sorted(set(map(str, files.values())))
-        if missing := [name for name in names if not path.with_name(name).is_file()]:
-            listed = ", ".join(str(path.with_name(name)) for name in missing[:3])
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise CheckpointError(
-                f"{listed}{more}: missing, {len(missing)} of the {len(names)} files of {path.name}; download them again"
-            )
-        shards = [_named_tensors(path.with_name(name)) for name in names]
+        shards = [_named_tensors(shard) for shard in shards_of(path)]
         return {key: value for shard in shards for key, value in shard.items()}
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     while isinstance(state, dict) and (
@@ -136,6 +126,21 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: does not contain named tensors")
     return _unwrapped(state)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names; CheckpointError where one is missing."""
+    files = run_dir.read_object(index, "weight_map")["weight_map"]
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{index}: its weight_map is not a JSON object; use another checkpoint")
+    names = sorted(set(map(str, files.values())))
+    if missing := [name for name in names if not index.with_name(name).is_file()]:
+        listed = ", ".join(str(index.with_name(name)) for name in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{listed}{more}: missing, {len(missing)} of the {len(names)} files of {index.name}; download them again"
+        )
+    return [index.with_name(name) for name in names]
 
 
 def read_tensors(path: Path) -> Any:

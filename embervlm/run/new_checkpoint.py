@@ -60,8 +60,8 @@ def new_checkpoint(
         "stage": 3,
         "imported_from": "separate parts",
     }
-    notes = preprocessor_notes(settings)
     model = build_model(settings)
+    notes = preprocessor_notes(settings)
     words = tokenizer_for(tokenizer or language, model.language_model.vocab_size)
     model.adopt_tokenizer(words)
     write_folder(model.save_pretrained, out)
