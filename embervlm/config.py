@@ -85,6 +85,11 @@ class PhaseConfig:
     """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
     max_minutes: float | None = None
     """Stop after this much wall-clock time, with warmup and decay stretched over it; None trains `epochs`."""
+    stop_at_plateau: bool = False
+    """Keep the peak rate until the loss on the val split no longer falls, then decay over a quarter as many steps and
+    stop. `epochs` is then the most, and a model that does not look at the picture yet trains on."""
+    plateau_steps: int = 200
+    """Optimizer steps between two measurements of that loss."""
     weight_decay: float = 0.01
     gradient_clipping: float = 1.0
 
@@ -95,7 +100,9 @@ class PhaseConfig:
             raise ConfigError(f"phase {self.name!r}: {error}" if self.name else str(error)) from None
 
     def _check(self) -> None:
-        bounded(self, "epochs", least=1)
+        bounded(self, "epochs", "plateau_steps", least=1)
+        both = self.stop_at_plateau and self.max_minutes is not None
+        require(not both, "stop_at_plateau and max_minutes: give one of them")
         for name in ("learning_rate", "gradient_clipping", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: {value} is not positive")

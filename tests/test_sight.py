@@ -37,6 +37,8 @@ def test_a_model_whose_words_do_not_depend_on_the_picture_gains_nothing(tiny_mod
         tiny_model.projection.norm.bias.zero_()
     tiny_model.train()
     found = sight(tiny_model, pictures, records[:12])
-    assert found is not None and found.num_records == 12 and abs(found.gain) < 1e-4 and not found.looks
+    assert found is not None and found.num_texts == 12 and abs(found.gain) < 1e-4 and not found.looks
     assert tiny_model.training
-    assert sight(tiny_model, pictures, [dataclasses.replace(record, image=None) for record in records[:4]]) is None
+    text_only = sight(tiny_model, pictures, [dataclasses.replace(record, image=None) for record in records[:4]])
+    assert text_only is not None and text_only.num_texts == 0 and text_only.looks and text_only.loss > 0
+    assert sight(tiny_model, pictures, []) is None

@@ -194,20 +194,28 @@ def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokeni
 
 
 def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:
-    """A caption for every picture that has one."""
+    """A caption for every picture that has one; where it has none, what each chain about it says is the caption."""
     pictures = picture_hashes(records)
-    rows = np.flatnonzero(has_field(records, "caption") & (pictures != 0)).astype(np.int32)
-    rows = rows[np.sort(np.unique(pictures[rows], return_index=True)[1])]
+    captioned = np.flatnonzero(has_field(records, "caption") & (pictures != 0)).astype(np.int32)
+    captioned = captioned[np.sort(np.unique(pictures[captioned], return_index=True)[1])]
+    others = np.flatnonzero((pictures != 0) & ~np.isin(pictures, pictures[captioned])).astype(np.int32)
+    rows = np.sort(np.concatenate([captioned, others]))
     (prompt,) = tokenizer.prompts([CAPTION_PROMPT])
 
     def encode(rows: Sequence[int]) -> list[Sample]:
-        captions = tokenizer.following([records[row].metadata["caption"] for row in rows])
+        captions = tokenizer.following([_caption(records[row]) for row in rows])
         return [
             Sample(record=row, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
             for row, ids in zip(rows, captions, strict=True)
         ]
 
-    return Samples(CAPTION, rows, encode, _sizes_file(records, CAPTION, tokenizer))
+    return Samples(CAPTION, rows, encode, _sizes_file(records, "picture-texts", tokenizer))
+
+
+def _caption(record: ReasoningRecord) -> str:
+    """What a record says of its picture without being asked: the steps before the conclusion, or the answer alone."""
+    steps, conclusion = step_texts(record)
+    return record.metadata.get("caption") or " ".join(steps) or conclusion or ", ".join(record.answer)
 
 
 def encode_glossary(

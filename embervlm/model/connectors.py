@@ -24,13 +24,17 @@ class NormMLP(nn.Module):
 
     factor = 1
 
-    def __init__(self, vision_dim: int, hidden_size: int, *, width: int) -> None:
+    def __init__(self, vision_dim: int, hidden_size: int, *, width: int, positions: int = 0) -> None:
+        """`positions`: visual tokens of a picture, to each of which a learned vector of its place is added; none: 0."""
         super().__init__()
         self.norm = nn.LayerNorm(vision_dim)
         self.layers = nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, hidden_size))
+        if positions:
+            self.places = nn.Parameter(0.02 * torch.randn(positions, hidden_size))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(self.norm(features))
+        out: Tensor = self.layers(self.norm(features))
+        return out + self.places if hasattr(self, "places") else out
 
 
 class MLP(nn.Module):
@@ -120,6 +124,8 @@ def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, g
         raise ConfigError(f"connector: factor {factor!r} is not a whole number above 0")
     if grid.rows % factor or grid.columns % factor:
         raise ConfigError(f"connector: factor {factor} does not divide the {grid} features of a picture")
+    if kind == "norm_mlp" and options.get("positions"):  # `true` in a preset: convolutions hardly say where things are
+        options["positions"] = grid.rows * grid.columns
     built = CONNECTORS[kind](vision_dim, hidden_size, **options)
     if isinstance(built, PixelShuffle):
         built.columns = grid.columns

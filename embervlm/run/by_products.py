@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from embervlm import run_dir
 from embervlm.config import TrainConfig
 from embervlm.errors import UserError
 from embervlm.evaluation.evaluate import evaluate_checkpoint
-from embervlm.evaluation.sight import sight
+from embervlm.evaluation.sight import Form, sight
 from embervlm.model.embervlm import EmberVLM
 from embervlm.run.eval_jobs import submit_evaluation
 from embervlm.run.run_data import RunData
@@ -18,24 +20,32 @@ from embervlm.world import World
 _log = logging.getLogger(__name__)
 
 
-def after_epoch(
-    config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int, ended: str | None
-) -> None:
-    """Write the chains of an epoch; an error is only printed, and training continues.
+def after_epoch(config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int) -> None:
+    """Write the chains of an epoch."""
+    with _only_warned(world, f"epoch {epoch}: no samples"):
+        write_samples(config, world, model, data, epoch)
 
-    `ended`: the phase whose last epoch this was; then it also prints whether the model looks at the picture.
 
-    No process waits for another here, so it may go wrong on one alone.
+def say_whether_it_looks(world: World, data: RunData, ended: str, form: Form, model: EmberVLM) -> None:
+    """Print whether the pictures of the val split matter to `model`, with which the phase `ended`."""
+    with _only_warned(world, f"{ended}: not known whether the model looks at the picture"):
+        found = sight(model, data.pictures, data.val or data.train, form)
+        if found is not None and found.num_texts and world.rank == 0:
+            print(f"{ended}: {found}")
+
+
+@contextmanager
+def _only_warned(world: World, what: str) -> Iterator[None]:
+    """An error is only printed, and training continues.
+
+    No process waits for another inside, so it may go wrong on one alone.
     """
     try:
-        write_samples(config, world, model, data, epoch)
-        if ended is not None and (found := sight(model, data.pictures, data.val or data.train)) is not None:
-            if world.rank == 0:
-                print(f"{ended}: {found}")
+        yield
     except Exception as error:  # a device may be out of memory
         if world.rank == 0 or not isinstance(error, UserError):  # the latter is the same on every process
             reason = str(error) if isinstance(error, run_dir.WriteError) else f"{type(error).__name__}: {error}"
-            _log.warning("epoch %d: no samples (%s); training continues", epoch, reason)
+            _log.warning("%s (%s); training continues", what, reason)
 
 
 def write_samples(config: TrainConfig, world: World, model: EmberVLM, data: RunData, epoch: int) -> None:

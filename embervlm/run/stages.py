@@ -16,11 +16,12 @@ from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.negatives import PairMaker
+from embervlm.evaluation.sight import encode_chains, encode_stage3, sight
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.lora import check_targets
 from embervlm.model.preprocessor import preprocessor_notes
-from embervlm.run.by_products import after_epoch, evaluate_saved
+from embervlm.run.by_products import after_epoch, evaluate_saved, say_whether_it_looks
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
 from embervlm.run.start import model_settings, new_tokenizer, start_from
 from embervlm.run.train_flags import known_to_harm
@@ -103,15 +104,10 @@ class Run:
             accumulation=stage.gradient_accumulation_steps,
             scheduled_sampling=stage.scheduled_sampling,
             gradient_checkpointing=stage.gradient_checkpointing,
-            after_epoch=lambda trained, epoch: after_epoch(
-                config,
-                self.world,
-                trained,
-                data,
-                first_epoch + epoch,
-                f"phase {number}" if epoch == phase.epochs - 1 else None,
-            ),
+            after_epoch=lambda trained, epoch: after_epoch(config, self.world, trained, data, first_epoch + epoch),
+            at_end=partial(say_whether_it_looks, self.world, data, f"phase {number}", encode_chains),
             after_save=partial(evaluate_saved, config, self.world),
+            measure=partial(sight, pictures=data.pictures, records=data.val, form=encode_chains),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
@@ -154,6 +150,8 @@ class Run:
             pictures=data.pictures,
             batch_size=config.stage3_batch_size,
             dense_sizes=labels.sizes,
+            measure=partial(sight, pictures=data.pictures, records=data.val, form=encode_stage3),
+            at_end=partial(say_whether_it_looks, self.world, data, "stage 3", encode_stage3),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)

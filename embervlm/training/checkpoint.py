@@ -59,6 +59,10 @@ class Progress:
     """Records seen."""
     overflows: int = 0
     """Updates that were repeated because an fp16 gradient was not finite."""
+    val_losses: tuple[float, ...] = ()
+    """Measured so far where the phase stops at a plateau."""
+    decay_from: int | None = None
+    """Step at which such a plateau was found."""
 
 
 class CheckpointStore:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ from embervlm.model.embervlm import EmberVLM
 from embervlm.model.lora import add_adapters
 from embervlm.model.storage import load_checkpoint_into
 from embervlm.signals import Preempted, stop_noted
+from embervlm.training import plateau
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import (
@@ -34,6 +35,18 @@ from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
 from embervlm.world import World
+
+
+class Measured(Protocol):
+    """What a model does on the val split."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether the picture matters to it."""
 
 
 @dataclass(kw_only=True)
@@ -54,8 +67,12 @@ class PhaseJob:
     gradient_checkpointing: bool = False
     after_epoch: Callable[[EmberVLM, int], None] | None = None
     """Called on every process with the model and the epoch just finished, counted from 1 within the phase."""
+    at_end: Callable[[EmberVLM], None] | None = None
+    """Called on every process with the trained model, once it is saved."""
     after_save: Callable[[Path], None] | None = None
     """Called on every process after a checkpoint of `eval_steps`, and with them after the final one."""
+    measure: Callable[[EmberVLM], Measured | None] | None = None
+    """Called on every process where `phase.stop_at_plateau`; None of data without a val split."""
     samples_wanted: int | None = None
     """Stop after this many records instead of after `epochs`."""
     trained_with: dict[str, Any] = field(default_factory=dict)
@@ -111,11 +128,15 @@ class _Training:
             while progress.step < self.total and not self._out_of_time():
                 self.store.poll()
                 if self._step() and progress.step < self.total:
+                    self._measure_if_due()
                     self._save_if_due()
             if progress.step == 0:
                 raise RuntimeError(f"{job.name}: no step was done")
             final = self._save(final=True)
             self._end_epoch()
+            if job.at_end is not None:
+                with self.engine.whole():
+                    job.at_end(job.model)
         if self.config.eval_steps:
             self._evaluate(final)
         self.tracker.close()
@@ -126,7 +147,9 @@ class _Training:
         phase, steps = self.job.phase, self.job.total_steps
         if phase.max_minutes is not None:
             return self.config.max_steps or 10**9
-        total = min(steps, self.config.max_steps or steps)
+        total = self.most = min(steps, self.config.max_steps or steps)
+        if phase.stop_at_plateau:
+            total = plateau.total_steps(self.progress.decay_from, self.most)
         if self.world.rank == 0 and shortened_warmup(phase.warmup_steps, total) < phase.warmup_steps:
             print(
                 f"{self.job.name}: warmup_steps {phase.warmup_steps} covers all of its {total} steps; "
@@ -188,7 +211,34 @@ class _Training:
         if phase.max_minutes is not None:
             spent_ratio = progress.elapsed_s / (60 * phase.max_minutes)
             return timed_learning_rate_factor(progress.step, phase.warmup_steps, spent_ratio, phase.final_lr_ratio)
+        if phase.stop_at_plateau:
+            warmup_steps = shortened_warmup(phase.warmup_steps, self.most)
+            return plateau.rate_factor(
+                progress.step, progress.decay_from, self.most, warmup_steps, phase.final_lr_ratio
+            )
         return learning_rate_factor(progress.step, self.total, phase.warmup_steps, phase.final_lr_ratio)
+
+    def _measure_if_due(self) -> None:
+        """Measure the loss on the val split, and begin the decay at a plateau."""
+        job, progress = self.job, self.progress
+        due = job.phase.stop_at_plateau and progress.step % job.phase.plateau_steps == 0
+        if not due or progress.decay_from is not None or job.measure is None:
+            return
+        with self.engine.whole():
+            found = self.world.broadcast(job.measure(job.model))
+        job.model.train()
+        if found is None:
+            return
+        progress.val_losses += (found.loss,)
+        if found.looks and plateau.is_plateau(progress.val_losses):
+            progress.decay_from = progress.step
+            self.total = self._total_steps()
+            self.tracker.shorten(self.total)
+            if self.world.rank == 0:
+                print(
+                    f"{job.name}: the val loss no longer falls ({found.loss:.3f}): the learning rate decays from step "
+                    f"{progress.step} to the end at {self.total}"
+                )
 
     def _speed(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """The values of a log line besides the losses."""
@@ -198,6 +248,8 @@ class _Training:
             "elapsed_s": progress.elapsed_s,
             "save_stall_s": self.store.stalled_s + self.engine.copy_wait_s,
         }
+        if progress.val_losses:
+            values["val_loss"] = progress.val_losses[-1]
         if scale is not None:
             values |= {"loss_scale": scale["scale"], "overflows": progress.overflows}
         if self.config.log_records:

@@ -85,6 +85,12 @@ class Tracker:
             flat |= {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}
             self._to_wandb(lambda run: run.log(flat, step=step))
 
+    def shorten(self, total_steps: int) -> None:
+        """Show that the phase ends at `total_steps`."""
+        if self._active:
+            self.bar.total = total_steps
+            self.bar.refresh()
+
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
         """An error in W&B only loses its curves; `metrics.jsonl` has them all."""
         if self._run is None:

@@ -1,0 +1,41 @@
+"""When a phase has learned what it can: its loss on the val split no longer falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+MIN_IMPROVEMENT = 0.01
+"""Share of the best loss by which a measurement must be below it to count as progress."""
+PATIENCE = 3
+"""Measurements without progress that make a plateau."""
+DECAY_RATIO = 0.25
+"""Steps of the decay for each step before it."""
+
+
+def is_plateau(losses: Sequence[float]) -> bool:
+    """Whether the last `PATIENCE` of the measured losses brought no progress."""
+    if len(losses) <= PATIENCE:
+        return False
+    return min(losses[-PATIENCE:]) > (1 - MIN_IMPROVEMENT) * min(losses[:-PATIENCE])
+
+
+def total_steps(decay_from: int | None, most: int) -> int:
+    """Steps of a phase whose decay began at `decay_from`, or has not begun, and that has at most `most`."""
+    return most if decay_from is None else min(most, decay_from + _decay_steps(decay_from))
+
+
+def rate_factor(step: int, decay_from: int | None, most: int, warmup_steps: float, final_ratio: float) -> float:
+    """Factor on the peak rate: linear warmup, the peak, and a cosine down to `final_ratio` (warmup, stable, decay).
+
+    Without a plateau the decay begins where it ends at `most`. Source: MiniCPM (Hu et al. 2024), section 4.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    start = math.floor(most / (1 + DECAY_RATIO)) if decay_from is None else decay_from
+    done = min(1.0, max(0.0, (step - start) / _decay_steps(start)))
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _decay_steps(start: int) -> int:
+    return max(1, math.ceil(DECAY_RATIO * start))
