@@ -55,3 +55,10 @@ def test_the_network_counts_the_tokens_behind_its_connector(tiny_settings):
     assert (model.vision_encoder.grid, model.grid, model.num_visual_tokens) == ((3, 3), (1, 1), 1)
     pixels = torch.zeros(2, 3, 36, 36)
     assert model.see(pixels).shape == (2, 1, model.language_model.hidden_size)
+
+
+def test_a_place_of_its_own_tells_equal_features_apart():
+    plain, placed = connector(kind="norm_mlp"), connector(kind="norm_mlp", positions=True)
+    out = placed(torch.ones(1, 16, 2))
+    assert out.shape == (1, 16, 3) and len({tuple(row) for row in out[0].tolist()}) == 16
+    assert set(placed.state_dict()) - set(plain.state_dict()) == {"places"}

@@ -225,7 +225,18 @@ def test_every_picture_has_one_caption(records, tokenizer):
         assert tokenizer.decode(sample.target[:-1]).strip() == records[sample.record].metadata["caption"]
 
 
-def test_records_without_a_caption_give_none(tokenizer):
+def test_what_each_chain_says_of_a_picture_without_a_caption_is_its_caption(records, tokenizer):
+    image = records[0].image
+    own = [replace(r, metadata={}) if r.image == image else r for r in records]
+    captions = encode_captions(own, tokenizer)
+    without = [s for s in captions if own[s.record].image == image]
+    assert len(captions) - len(without) == len({r.image for r in records}) - 1
+    assert [s.record for s in without] == [row for row, r in enumerate(own) if r.image == image]
+    for sample in without:
+        assert tokenizer.decode(sample.target[:-1]).strip() == " ".join(step_texts(own[sample.record])[0])
+
+
+def test_records_without_a_picture_give_none(tokenizer):
     assert len(encode_captions([record()], tokenizer)) == 0
 
 

@@ -13,26 +13,26 @@ import torch
 from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning
 from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
-from embervlm.data.samples import Sample
+from embervlm.data.samples import Grid, Sample
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.evaluation.batches import alike, see, text_log_probs
 from embervlm.model.embervlm import EmberVLM
 
 NUM_RECORDS = 128
-Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, int], list[Sample]]
-"""Makes texts of records; the last argument is the side of the grid of visual tokens."""
+Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, Grid], list[Sample]]
+"""Makes texts of records; the last argument is the grid of visual tokens."""
 BLIND = (
     "the model does not look at the picture. It needs one of these: boxes and captions in the records, more "
     "epochs of Stage 3, or a pretrained vision encoder (`vision` of the model preset)"
 )
 
 
-def encode_chains(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int) -> list[Sample]:
+def encode_chains(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:
     """The chains of Stage 4, with their answers."""
     return list(encode_reasoning(records, tokenizer, grid))
 
 
-def encode_stage3(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: int) -> list[Sample]:
+def encode_stage3(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:
     """The texts of Stage 3: direct answers and captions."""
     return [*encode_direct(records, tokenizer), *encode_captions(records, tokenizer)]
 

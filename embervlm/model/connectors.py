@@ -125,7 +125,7 @@ def build_connector(config: EmberVLMConfig, vision_dim: int, hidden_size: int, g
     if grid.rows % factor or grid.columns % factor:
         raise ConfigError(f"connector: factor {factor} does not divide the {grid} features of a picture")
     if kind == "norm_mlp" and options.get("positions"):  # `true` in a preset: convolutions hardly say where things are
-        options["positions"] = grid.rows * grid.columns
+        options["positions"] = grid.size
     built = CONNECTORS[kind](vision_dim, hidden_size, **options)
     if isinstance(built, PixelShuffle):
         built.columns = grid.columns
