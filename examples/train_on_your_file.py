@@ -18,20 +18,19 @@ from embervlm.data.records import read_records
 from embervlm.run.train import main as train
 from embervlm.run_dir import checkpoint_path, phase_dir
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-DOMAIN = ["--domain", "none"]  # the answers come from your file, not from the embedded robots
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "own_data.yaml"
 
 
 def main(records: str, output_dir: str, *flags: str) -> None:
+    own = ["--model", "own_data", "--domain", "none"]  # the answers come from your file, not from the embedded robots
+
     # every problem in the file, with its line and what to do; ends here where one would stop training
     report = Path(output_dir) / "validation.txt"
-    embervlm(["data", "validate", "--data_file", records, "--output_report", str(report), *DOMAIN])
+    embervlm(["data", "validate", "--data_file", records, "--output_report", str(report), *own])
 
     # Stage 3 (perception and answers), then both phases of Stage 4; the same command again resumes
-    train(
-        ["--config", str(RECIPE), "--stages", "3", "4", "--engine", "torch", "--reasoning_data", records]
-        + ["--output_dir", output_dir, *DOMAIN, *flags]
-    )
+    stages = ["--config", str(RECIPE), "--stages", "3", "4"]
+    train([*stages, "--reasoning_data", records, "--output_dir", output_dir, *flags])
 
     model = EmberVLM.from_pretrained(checkpoint_path(phase_dir(output_dir, 2), None))
     record = read_records(Path(records), candidates=model.config.candidates)[0]

@@ -55,3 +55,26 @@ def test_a_file_of_ones_own_is_trained_on(tmp_path: Path, capsys: pytest.Capture
         signal.signal(number, handler)
     said = capsys.readouterr().out
     assert "every record can be used for training" in said and records[0]["instruction"] in said and "(given: " in said
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "chain"),
+    [
+        ("what color is the shape?", "teal", ["The question asks for the color.", "The color is teal."]),
+        ("is no circle present?", "no", ["The question asks whether a circle is absent.", "so the answer is no."]),
+        ("is there a red shape?", "no", ["The question asks whether a red shape is there.", "A red shape is absent"]),
+    ],
+)
+def test_chains_of_easy_vqa_say_what_the_pictures_own_questions_tell(
+    question: str, answer: str, chain: list[str]
+) -> None:
+    made = runpy.run_path(str(REPOSITORY / "examples" / "make_easy_vqa.py"))
+    others = [("is there a circle in the image?", "yes"), ("does the image not contain a black shape?", "yes")]
+    colors = [color for color in made["COLORS"] if color not in ("teal", "black")]
+    others += [(f"is there a {color} shape?", "no") for color in colors]  # teal is what they leave
+    shown = made["what_is_shown"](others)
+    assert shown == ("teal", "circle")
+    assert made["what_is_shown"](others[:1]) == ("", "circle")
+    found = made["chain"](question, answer, *shown)
+    assert found.startswith("Step 1: The picture shows a teal circle.\nStep 2: ") and "\nConclusion: " in found
+    assert all(part in found for part in chain)
