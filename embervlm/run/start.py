@@ -68,7 +68,7 @@ def _refuse_foreign(checkpoint: Path) -> None:
 
 def _say_what_was_chosen_from(config: TrainConfig, world: World, checkpoint: Path) -> None:
     path, domain = checkpoint / "config.json", domain_named(config.domain)
-    if checkpoint.is_relative_to(config.output_dir):  # of this run, with the same data
+    if checkpoint.is_relative_to(config.output_dir) or not domain.candidates:  # then the data name the answers
         return
     own = tuple((run_dir.read_object(path).get("candidates") if path.exists() else None) or domain.candidates)
     if own != domain.candidates and world.rank == 0:
