@@ -90,6 +90,8 @@ class PhaseConfig:
     stop. `epochs` is then the most, and a model that does not look at the picture yet trains on."""
     plateau_steps: int = 200
     """Optimizer steps between two measurements of that loss."""
+    plateau_improvement: float = 0.01
+    """Share by which the best loss must fall within three measurements; less is a plateau."""
     weight_decay: float = 0.01
     gradient_clipping: float = 1.0
 
@@ -116,7 +118,7 @@ class PhaseConfig:
         mixed = ("direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio")
         weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
         bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
-        bounded(self, "final_lr_ratio", "validator_records_ratio", least=0, most=1)
+        bounded(self, "final_lr_ratio", "validator_records_ratio", "plateau_improvement", least=0, most=1)
         self._check_component_lists()
 
     def _complete_multipliers(self) -> None:

@@ -39,7 +39,7 @@ from embervlm.training import plateau
     ],
 )
 def test_three_measurements_without_progress_are_a_plateau(losses: list[float], found: bool) -> None:
-    assert plateau.is_plateau(losses) is found
+    assert plateau.is_plateau(losses, 0.01) is found
 
 
 def test_the_rate_stays_at_its_peak_until_the_plateau_and_decays_over_a_quarter_as_many_steps() -> None:

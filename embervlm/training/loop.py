@@ -230,7 +230,7 @@ class _Training:
         if found is None:
             return
         progress.val_losses += (found.loss,)
-        if found.looks and plateau.is_plateau(progress.val_losses):
+        if found.looks and plateau.is_plateau(progress.val_losses, job.phase.plateau_improvement):
             progress.decay_from = progress.step
             self.total = self._total_steps()
             self.tracker.shorten(self.total)

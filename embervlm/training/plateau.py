@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MIN_IMPROVEMENT = 0.01
-"""Share of the best loss by which a measurement must be below it to count as progress."""
 PATIENCE = 3
 """Measurements without progress that make a plateau."""
 DECAY_RATIO = 0.25
 """Steps of the decay for each step before it."""
 
 
-def is_plateau(losses: Sequence[float]) -> bool:
-    """Whether the last `PATIENCE` of the measured losses brought no progress."""
+def is_plateau(losses: Sequence[float], improvement: float) -> bool:
+    """Whether the last `PATIENCE` of the measured losses brought less than this share of the best one before."""
     if len(losses) <= PATIENCE:
         return False
-    return min(losses[-PATIENCE:]) > (1 - MIN_IMPROVEMENT) * min(losses[:-PATIENCE])
+    return min(losses[-PATIENCE:]) > (1 - improvement) * min(losses[:-PATIENCE])
 
 
 def total_steps(decay_from: int | None, most: int) -> int:
