@@ -2,8 +2,8 @@
 
     pip install --no-deps easy-vqa
     python examples/make_easy_vqa.py data/easy_vqa
-    python launch/train.py --config configs/own_data.yaml --reasoning_data data/easy_vqa/records.jsonl \
-        --output_dir outputs/easy_vqa
+    deepspeed --num_gpus 2 launch/train.py --config configs/own_data.yaml --stages 3 4 \
+        --reasoning_data data/easy_vqa/records.jsonl --output_dir outputs/easy_vqa
     embervlm evaluate --checkpoint outputs/easy_vqa/stage4/phase2/checkpoint-final --split test \
         --output_file outputs/easy_vqa/test.json
 
