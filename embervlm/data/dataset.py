@@ -194,28 +194,36 @@ def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokeni
 
 
 def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:
-    """A caption for every picture that has one; where it has none, what each chain about it says is the caption."""
+    """A caption for every picture that has one; where it has none, what each chain about it says is one.
+
+    Such a chain stands behind its question. Without it a model would learn to make up what is asked for, and to name
+    that instead of reading the question.
+    """
     pictures = picture_hashes(records)
     captioned = np.flatnonzero(has_field(records, "caption") & (pictures != 0)).astype(np.int32)
     captioned = captioned[np.sort(np.unique(pictures[captioned], return_index=True)[1])]
     others = np.flatnonzero((pictures != 0) & ~np.isin(pictures, pictures[captioned])).astype(np.int32)
     rows = np.sort(np.concatenate([captioned, others]))
-    (prompt,) = tokenizer.prompts([CAPTION_PROMPT])
 
     def encode(rows: Sequence[int]) -> list[Sample]:
-        captions = tokenizer.following([_caption(records[row]) for row in rows])
+        some = [records[row] for row in rows]
+        given = [record.metadata.get("caption") for record in some]
+        prompts = tokenizer.prompts(
+            [CAPTION_PROMPT if text else f"{r.instruction} {CAPTION_PROMPT}" for r, text in zip(some, given)]
+        )
+        captions = tokenizer.following([text or _before_conclusion(record) for record, text in zip(some, given)])
         return [
             Sample(record=row, form=CAPTION, prompt=prompt, target=[*ids, tokenizer.end_of_text])
-            for row, ids in zip(rows, captions, strict=True)
+            for row, prompt, ids in zip(rows, prompts, captions, strict=True)
         ]
 
     return Samples(CAPTION, rows, encode, _sizes_file(records, "picture-texts", tokenizer))
 
 
-def _caption(record: ReasoningRecord) -> str:
-    """What a record says of its picture without being asked: the steps before the conclusion, or the answer alone."""
+def _before_conclusion(record: ReasoningRecord) -> str:
+    """The steps that lead to the conclusion, or what there is instead: it alone, or the answer."""
     steps, conclusion = step_texts(record)
-    return record.metadata.get("caption") or " ".join(steps) or conclusion or ", ".join(record.answer)
+    return " ".join(steps) or conclusion or ", ".join(record.answer)
 
 
 def encode_glossary(
