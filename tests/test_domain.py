@@ -67,6 +67,14 @@ def test_only_files_with_a_reason_import_the_robots() -> None:
     assert found == ASKS_FOR_A_DOMAIN.keys()
 
 
+def test_the_report_does_not_know_that_answers_are_robots() -> None:
+    folder = REPOSITORY / "embervlm" / "report"
+    pages = [*folder.glob("*.jinja"), *folder.glob("*.js"), *folder.glob("*.py")]
+    assert len(pages) > 10
+    for page in pages:
+        assert not re.search(r"\brobots?\b", page.read_text(encoding="utf-8"), re.IGNORECASE), page.name
+
+
 def test_an_answer_without_candidates_is_the_domains_or_open(tmp_path: Path) -> None:
     path = own_data(tmp_path, 3)
     assert {record.candidates for record in read_records(path)} == {()}

@@ -104,8 +104,8 @@ def test_each_filter_shows_what_fits_and_they_combine(driver: Any, pages: Path) 
     assert len(all_of(driver, "#list .mark.wrong")) == len(all_of(driver, "#list button")) == len(wrong)
     assert one(driver, "#detail .question").text == wrong[0]["instruction"]
     choose(driver, "#f-correct", "right or wrong")
-    choose(driver, "#f-robot", "Humanoid")
-    found = [item for item in data if "Humanoid" in item["robots"]]
+    choose(driver, "#f-answer", "Humanoid")
+    found = [item for item in data if "Humanoid" in item["answers"]]
     assert count(driver).startswith(f"{len(found)} of") and 0 < len(found) < len(data)
     choose(driver, "#f-complexity", "simple")
     found = [item for item in found if item["complexity"] == "simple"]

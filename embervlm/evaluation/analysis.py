@@ -109,7 +109,7 @@ def analysis_text(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
             lines += [f"answers by {title}", *(f"  {name:<24}{_group(row)}" for name, row in groups.items()), ""]
     candidates = {name: row for name, row in (result.get("per_candidate") or {}).items() if row.get("support")}
     if candidates:
-        lines.append("answers by robot")
+        lines.append("answers by what is right")
         lines += [
             f"  {name:<24}precision {_share(row['precision'])}, recall {_share(row['recall'])}, "
             f"right for {row['support']:.0f}"

@@ -257,7 +257,7 @@ def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[st
         "image": sample.image,
         "complexity": sample.complexity,
         "kind": sample.question_kind,
-        "robots": sample.robots,
+        "answers": sample.answers,
         "goldSteps": sample.gold_steps,
         "head": sample.head_answer,
         "scores": list(sample.scores.items()),

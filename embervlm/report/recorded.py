@@ -64,8 +64,8 @@ class Sample:
     """Known boxes: `kind`, `label` and `box` (left, top, right, bottom in [0, 1])."""
 
     @property
-    def robots(self) -> list[str]:
-        """Every robot that is right or was named."""
+    def answers(self) -> list[str]:
+        """Every answer that is right or was given."""
         return sorted({*self.gold_answer, *self.answer_set})
 
 

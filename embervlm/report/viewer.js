@@ -44,7 +44,7 @@ let withAttention = true;
 
 function setUpSamples() {
   const samples = data.samples;
-  options(byId("f-robot"), distinct(samples.flatMap((sample) => sample.robots)), "all robots");
+  options(byId("f-answer"), distinct(samples.flatMap((sample) => sample.answers)), "all answers");
   options(byId("f-complexity"), distinct(samples.map((sample) => sample.complexity)), "all");
   options(byId("f-kind"), distinct(samples.map((sample) => sample.kind)), "all kinds");
   for (const event of ["input", "change"]) filters.addEventListener(event, filter);
@@ -53,11 +53,11 @@ function setUpSamples() {
 }
 
 function filter() {
-  const wanted = Object.fromEntries(["correct", "robot", "complexity", "kind", "text"].map((name) => [name, byId(`f-${name}`).value]));
+  const wanted = Object.fromEntries(["correct", "answer", "complexity", "kind", "text"].map((name) => [name, byId(`f-${name}`).value]));
   const text = wanted.text.trim().toLowerCase();
   shown = data.samples.filter((sample) =>
     (!wanted.correct || (wanted.correct === "right") === sample.correct)
-    && (!wanted.robot || sample.robots.includes(wanted.robot))
+    && (!wanted.answer || sample.answers.includes(wanted.answer))
     && (!wanted.complexity || sample.complexity === wanted.complexity)
     && (!wanted.kind || sample.kind === wanted.kind)
     && (!text || [sample.id, sample.instruction, ...sample.steps].some((part) => part.toLowerCase().includes(text))));
