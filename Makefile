@@ -53,7 +53,8 @@ test-fast: install
 	$(BIN)/pytest $(SPREAD) -n 2 -m "not slow"
 
 test: lint install-slurm install-browser
-	$(BIN)/pytest $(SPREAD) -n 3
+	$(BIN)/pytest $(SPREAD) -n 3 -m "not timed"
+	$(BIN)/pytest -m timed
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

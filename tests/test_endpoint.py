@@ -549,12 +549,11 @@ def test_no_more_requests_are_in_flight_than_concurrency_and_a_pause_is_none(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_64_requests_in_flight_come_near_the_ideal_rate(tmp_path):
-    # 80 answers a second, so that other tests on the same processors do not decide: what is guarded is that all stay in
-    # flight through faults. `python tests/measure_endpoint.py` measures at 320 a second.
-    for attempt in range(2):
+    for attempt in range(3):  # others on the machine may take its processors for a while
         (tmp_path / str(attempt)).mkdir()
-        share = measure(tmp_path / str(attempt), num_questions=1600, concurrency=64, delay_s=0.8, fault_rate=0.05)
+        share = measure(tmp_path / str(attempt), num_questions=6400, concurrency=64, delay_s=0.2, fault_rate=0.05)
         if share >= 0.8:
             return
-    pytest.fail(f"{share:.1%} of the ideal rate at the second attempt")
+    pytest.fail(f"{share:.1%} of the ideal rate at the third attempt")
