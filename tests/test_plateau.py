@@ -56,33 +56,54 @@ def test_without_a_plateau_the_decay_ends_with_the_last_epoch() -> None:
     assert plateau.total_steps(None, 1000) == 1000 == plateau.total_steps(950, 1000)
 
 
+def start(folder: Path, output: Path) -> list[str]:
+    checkpoint = str(folder / "stage3" / "checkpoint-final")
+    config = ["--config", str(folder / "run.yaml"), "--stages", "4", "--phase", "2"]
+    return [*config, "--resume_from", checkpoint, "--output_dir", str(output)]
+
+
+def bench(folder: Path, **phase2: object) -> Path:
+    """Records without pictures, where there is nothing to look at, and a run whose loss cannot fall."""
+    data = make_data(folder)
+    without_pictures = [{**record, "image": None} for record in json.loads(data.read_text())]
+    data.write_text(json.dumps(without_pictures))
+    save_stage3(folder / "stage3", TINY, read_records(data, candidates=ROBOTS))
+    run = write_run_yaml(folder, write_model_yaml(folder), data, engine="torch", save_steps=1, sample_records=1)
+    settings = yaml.safe_load(run.read_text())
+    settings["stage4"]["phase2"] |= dict(stop_at_plateau=True, plateau_steps=1, learning_rate=1e-9, **phase2)
+    run.write_text(yaml.safe_dump(settings))
+    return data
+
+
+@pytest.mark.slow
+def test_a_decay_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
+    bench(tmp_path, epochs=1)
+    said = ok(train("python", *start(tmp_path, tmp_path / "out"), "--max_steps", 5)).stdout
+    assert "no longer falls" not in said  # the measurement at step 4 would be one, but the decay began there
+
+
+@pytest.mark.slow
+def test_a_plateau_without_val_records_is_refused_before_training(tmp_path: Path) -> None:
+    data = bench(tmp_path)
+    records = [{**r, "metadata": {**r["metadata"], "split": "train"}} for r in json.loads(data.read_text())]
+    data.write_text(json.dumps(records))
+    failed = train("python", *start(tmp_path, tmp_path / "out"))
+    assert failed.returncode != 0 and "has no records in the val split" in failed.stderr
+
+
 @pytest.mark.slow
 def test_a_phase_ends_early_at_a_plateau_and_a_resume_ends_where_it_would_have(tmp_path: Path) -> None:
-    data = make_data(tmp_path)
-    without_pictures = [{**record, "image": None} for record in json.loads(data.read_text())]  # nothing to look at
-    data.write_text(json.dumps(without_pictures))
-    save_stage3(tmp_path / "stage3", TINY, read_records(data, candidates=ROBOTS))
-    flat = dict(stop_at_plateau=True, plateau_steps=1, epochs=9, learning_rate=1e-9)
-    run = write_run_yaml(tmp_path, write_model_yaml(tmp_path), data, engine="torch", save_steps=1, sample_records=1)
-    settings = yaml.safe_load(run.read_text())
-    settings["stage4"]["phase2"] |= flat
-    run.write_text(yaml.safe_dump(settings))
-
-    def start(output: Path) -> str:
-        start = str(tmp_path / "stage3" / "checkpoint-final")
-        flags = ["--stages", "4", "--phase", "2", "--resume_from", start, "--output_dir", str(output)]
-        return ok(train("python", "--config", run, *flags)).stdout
-
+    bench(tmp_path, epochs=9)
     straight, again = tmp_path / "straight", tmp_path / "again"
     # 4 measurements without progress, then a quarter as many steps, where 9 epochs have some 60
-    assert "the val loss no longer falls" in start(straight)
+    assert "the val loss no longer falls" in ok(train("python", *start(tmp_path, straight))).stdout
     steps = [found.step for found in run_dir.list_checkpoints(run_dir.phase_dir(straight, 2)) if not found.is_final]
     assert steps[-1] == 4
     for keep_step in (2, 4):  # before the plateau, and at it
         shutil.copytree(straight, again / str(keep_step))
         phase = run_dir.phase_dir(again / str(keep_step), 2)
         unfinish(phase, keep_step=keep_step)
-        start(again / str(keep_step))
+        ok(train("python", *start(tmp_path, again / str(keep_step))))
         final = run_dir.checkpoint_path(phase, None)
         assert json.loads((final / "state.json").read_text())["step"] == 5
         expected = weights_of(run_dir.checkpoint_path(run_dir.phase_dir(straight, 2), None))

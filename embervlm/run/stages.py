@@ -16,7 +16,7 @@ from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.negatives import PairMaker
-from embervlm.evaluation.sight import encode_chains, encode_stage3, sight
+from embervlm.evaluation.sight import Form, Sight, encode_chains, encode_stage3, sight
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.lora import check_targets
@@ -107,7 +107,7 @@ class Run:
             after_epoch=lambda trained, epoch: after_epoch(config, self.world, trained, data, first_epoch + epoch),
             at_end=partial(say_whether_it_looks, self.world, data, f"phase {number}", encode_chains),
             after_save=partial(evaluate_saved, config, self.world),
-            measure=partial(sight, pictures=data.pictures, records=data.val, form=encode_chains),
+            measure=self._measure(phase, data, encode_chains),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
@@ -150,7 +150,7 @@ class Run:
             pictures=data.pictures,
             batch_size=config.stage3_batch_size,
             dense_sizes=labels.sizes,
-            measure=partial(sight, pictures=data.pictures, records=data.val, form=encode_stage3),
+            measure=self._measure(config.stage3, data, encode_stage3),
             at_end=partial(say_whether_it_looks, self.world, data, "stage 3", encode_stage3),
             trained_with=wanted,
         )
@@ -221,6 +221,15 @@ class Run:
             dense_labels=dense,
             **options,
         )
+
+    def _measure(self, phase: PhaseConfig, data: RunData, form: Form) -> partial[Sight | None]:
+        """Measures the val loss; ConfigError if a phase is to stop by it and there are no records for that."""
+        if phase.stop_at_plateau and not len(data.val):
+            raise ConfigError(
+                f"stop_at_plateau: {self.config.reasoning_data} has no records in the val split; set it to false, or "
+                "give some records `metadata.split: val`"
+            )
+        return partial(sight, pictures=data.pictures, records=data.val, form=form)
 
     def _finished(self, folder: Path, wanted: dict[str, Any]) -> Path | None:
         """The final checkpoint of `folder`, if there is one; ConfigError if it was trained with other settings than

@@ -222,7 +222,8 @@ class _Training:
         """Measure the loss on the val split, and begin the decay at a plateau."""
         job, progress = self.job, self.progress
         due = job.phase.stop_at_plateau and progress.step % job.phase.plateau_steps == 0
-        if not due or progress.decay_from is not None or job.measure is None:
+        decays = progress.decay_from is not None or progress.step >= plateau.latest_start(self.most)
+        if not due or decays or job.measure is None:
             return
         with self.engine.whole():
             found = self.world.broadcast(job.measure(job.model))

@@ -23,6 +23,11 @@ def total_steps(decay_from: int | None, most: int) -> int:
     return most if decay_from is None else min(most, decay_from + _decay_steps(decay_from))
 
 
+def latest_start(most: int) -> int:
+    """Step at which the decay of a phase of `most` steps begins where no plateau was found before."""
+    return math.floor(most / (1 + DECAY_RATIO))
+
+
 def rate_factor(step: int, decay_from: int | None, most: int, warmup_steps: float, final_ratio: float) -> float:
     """Factor on the peak rate: linear warmup, the peak, and a cosine down to `final_ratio` (warmup, stable, decay).
 
@@ -30,7 +35,7 @@ def rate_factor(step: int, decay_from: int | None, most: int, warmup_steps: floa
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    start = math.floor(most / (1 + DECAY_RATIO)) if decay_from is None else decay_from
+    start = latest_start(most) if decay_from is None else decay_from
     done = min(1.0, max(0.0, (step - start) / _decay_steps(start)))
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
