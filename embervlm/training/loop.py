@@ -96,6 +96,8 @@ class _Training:
     def __init__(self, job: PhaseJob, config: TrainConfig, world: World) -> None:
         self.job, self.config, self.world = job, config, world
         self.engine, self.progress, self.cache, wandb_run_id = _prepare(job, config, world)
+        steps = job.total_steps if job.phase.max_minutes is None else 10**9
+        self.most = min(steps, config.max_steps or steps)
         self.total = self._total_steps()
         self.settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
         self.store = CheckpointStore(
@@ -144,10 +146,9 @@ class _Training:
         return final
 
     def _total_steps(self) -> int:
-        phase, steps = self.job.phase, self.job.total_steps
+        phase, total = self.job.phase, self.most
         if phase.max_minutes is not None:
-            return self.config.max_steps or 10**9
-        total = self.most = min(steps, self.config.max_steps or steps)
+            return total
         if phase.stop_at_plateau:
             total = plateau.total_steps(self.progress.decay_from, self.most)
         if self.world.rank == 0 and shortened_warmup(phase.warmup_steps, total) < phase.warmup_steps:
@@ -221,9 +222,9 @@ class _Training:
     def _measure_if_due(self) -> None:
         """Measure the loss on the val split, and begin the decay at a plateau."""
         job, progress = self.job, self.progress
-        due = job.phase.stop_at_plateau and progress.step % job.phase.plateau_steps == 0
-        decays = progress.decay_from is not None or progress.step >= plateau.latest_start(self.most)
-        if not due or decays or job.measure is None:
+        if job.measure is None or not job.phase.stop_at_plateau or progress.step % job.phase.plateau_steps:
+            return
+        if progress.decay_from is not None or progress.step >= plateau.latest_start(self.most):
             return
         with self.engine.whole():
             found = self.world.broadcast(job.measure(job.model))
