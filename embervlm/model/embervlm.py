@@ -23,6 +23,7 @@ from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.preprocessor import with_preprocessor
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
+from embervlm.model.streaming import ANSWER, OnText, Pieces
 
 
 class EmberVLM(EmberVLMNetwork):
@@ -36,6 +37,7 @@ class EmberVLM(EmberVLMNetwork):
         instruction: Any = "",
         max_reasoning_steps: int | None = None,
         return_reasoning: bool = True,
+        on_text: OnText | None = None,
         **decoding: Any,
     ) -> Any:
         """The answer with its reasons; for lists of pictures and instructions a list, computed as one batch.
@@ -46,6 +48,7 @@ class EmberVLM(EmberVLMNetwork):
             max_reasoning_steps: Most steps of the chain, its conclusion included; None is what the training data
                 needed, with a margin.
             return_reasoning: False leaves `reasoning_steps` out of the result.
+            on_text: Called with every `Piece` of text as it is written (`embervlm.model.streaming`).
             decoding: See `embervlm.model.generation.Decoding`.
 
         Returns:
@@ -57,23 +60,25 @@ class EmberVLM(EmberVLMNetwork):
         if images is None:
             images = [None] * len(instructions)
         settings = Decoding(max_reasoning_steps=max_reasoning_steps, **decoding)
-        results = generate_answers(self, images, instructions, settings)
+        pieces = None if on_text is None else Pieces(self.tokenizer, on_text, None if settings.reasoning else ANSWER)
+        results = generate_answers(self, images, instructions, settings, pieces)
         if not return_reasoning:
             for result in results:
                 del result["reasoning_steps"]
         return results[0] if single else results
 
     def generate_reasoning(
-        self, image: Any, question: str, constraint: str | None = None, **decoding: Any
+        self, image: Any, question: str, constraint: str | None = None, on_text: OnText | None = None, **decoding: Any
     ) -> Reasoning:
         """A chain with its answer, as an object that `verify_reasoning` and `reason` take.
 
         Args:
             constraint: `"ensure_logical_consistency"` draws more chains where `verify_reasoning` finds fault with the
                 likeliest one, and gives the one with the fewest faults.
+            on_text: As in `generate_with_reasoning`; it hears the likeliest chain.
             decoding: See `embervlm.model.generation.Decoding`.
         """
-        return interactive.reason(self, image, question, None, constraint, Decoding(**decoding))
+        return interactive.reason(self, image, question, None, constraint, Decoding(**decoding), on_text)
 
     def verify_reasoning(self, reasoning: Any, image: Any = None, question: str | None = None) -> bool:
         """Whether a chain passes all checks: not cut off, at least two steps, none twice, a conclusion that names the
@@ -90,13 +95,15 @@ class EmberVLM(EmberVLMNetwork):
         """The reasons why `verify_reasoning` rejects a chain, a sentence each."""
         return interactive.verify(self, reasoning, image, question)
 
-    def reason(self, image: Any, question: str, previous_reasoning: Any = None, **decoding: Any) -> dict[str, Any]:
+    def reason(
+        self, image: Any, question: str, previous_reasoning: Any = None, on_text: OnText | None = None, **decoding: Any
+    ) -> dict[str, Any]:
         """`{"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}` of a question or a follow-up.
 
         A follow-up is asked behind the question before. Of the reasoning before, the first steps that still hold by
         the step validator begin the new chain, and the model continues it.
         """
-        found = interactive.reason(self, image, question, previous_reasoning, None, Decoding(**decoding))
+        found = interactive.reason(self, image, question, previous_reasoning, None, Decoding(**decoding), on_text)
         return {
             "reasoning": found,
             "reasoning_steps": found.steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,8 @@ class Decoding:
         )
 
 
+OnToken = Callable[[int, int], None]
+"""Called with each token as it is written: its text's place in the batch, and the token's id."""
 UNKNOWN_STEPS, UNKNOWN_TOKENS = MAX_STEPS + 1, 512
 """Limits where a checkpoint does not say what its training data needed."""
 
@@ -72,7 +74,11 @@ def _with_margin(longest: int | None, least: int, unknown: int) -> int:
 
 @torch.inference_mode()
 def generate_answers(
-    model: EmberVLMNetwork, images: Sequence[Any], instructions: Sequence[str], decoding: Decoding
+    model: EmberVLMNetwork,
+    images: Sequence[Any],
+    instructions: Sequence[str],
+    decoding: Decoding,
+    on_token: OnToken | None = None,
 ) -> list[dict[str, Any]]:
     """One result per pair of picture and instruction; see `EmberVLM.generate_with_reasoning`."""
     if len(images) != len(instructions):
@@ -81,7 +87,7 @@ def generate_answers(
     if empty := [index for index, text in enumerate(instructions) if not text.strip()]:
         raise ConfigError(f"instruction {empty[0]} is empty; write a question or a task")
     with model.in_eval_mode():
-        return generate_from_visual(model, *look(model, images), instructions, decoding)
+        return generate_from_visual(model, *look(model, images), instructions, decoding, on_token=on_token)
 
 
 def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: Decoding) -> None:
@@ -120,6 +126,7 @@ def generate_from_visual(
     decoding: Decoding,
     own_candidates: Sequence[Sequence[str] | None] = (),
     begun: Sequence[Sequence[int]] = (),
+    on_token: OnToken | None = None,
 ) -> list[dict[str, Any]]:
     """The same from visual tokens `[batch, num_visual_tokens, hidden]`, in the precision of the weights, whatever
     `torch.autocast` says.
@@ -129,6 +136,7 @@ def generate_from_visual(
             those of `decoding`.
         begun: for each instruction the ids of a chain, behind its start, that the model continues; the results'
             steps begin with it.
+        on_token: hears of every token as it is written; what it raises ends the writing.
     """
     tokenizer = model.tokenizer
     default = decoding.candidates or tuple(model.config.candidates)
@@ -142,7 +150,7 @@ def generate_from_visual(
     else:
         prompts = tokenizer.encode_many(instructions)
     with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
-        writer = _Writer(model, visual.to(model.visual_dtype), image_mask, prompts, decoding)
+        writer = _Writer(model, visual.to(model.visual_dtype), image_mask, prompts, decoding, on_token)
         writer.run()
         head = writer.head_probabilities(choices)
     return [
@@ -227,9 +235,15 @@ class _Writer:
     """
 
     def __init__(
-        self, model: EmberVLMNetwork, visual: Tensor, image_mask: Tensor, prompts: list[list[int]], decoding: Decoding
+        self,
+        model: EmberVLMNetwork,
+        visual: Tensor,
+        image_mask: Tensor,
+        prompts: list[list[int]],
+        decoding: Decoding,
+        on_token: OnToken | None = None,
     ) -> None:
-        self.model, self.visual, self.image_mask = model, visual, image_mask
+        self.model, self.visual, self.image_mask, self.on_token = model, visual, image_mask, on_token
         self.decoding = decoding.for_model(model.config)
         self.most_steps, most_tokens = self.decoding.max_reasoning_steps or 1, self.decoding.max_new_tokens or 1
         self.limit = limit = model.language_model.max_positions
@@ -356,6 +370,8 @@ class _Writer:
             if row.done:
                 continue
             row.ids.append(token)
+            if self.on_token is not None:
+                self.on_token(row.place, token)
             if token == self.ids["<|step|>"]:
                 row.num_steps += 1
             elif token in (self.ids["<|conclusion|>"], self.ids["<|reasoning_end|>"]) and not row.concluded:

@@ -13,8 +13,9 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.data.collate import validator_inputs
 from embervlm.model.config import STAGE3
-from embervlm.model.generation import Decoding, check_length, generate_from_visual, look
+from embervlm.model.generation import Decoding, OnToken, check_length, generate_from_visual, look
 from embervlm.model.network import EmberVLMNetwork
+from embervlm.model.streaming import OnText, Pieces
 from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
 from embervlm.words.claims import conclusion_fault
 from embervlm.words.english import sentences
@@ -130,6 +131,7 @@ def reason(
     previous: Any = None,
     constraint: str | None = None,
     decoding: Decoding | None = None,
+    on_text: OnText | None = None,
 ) -> Reasoning:
     """One chain; see `EmberVLM.generate_reasoning` and `EmberVLM.reason`."""
     decoding = decoding or Decoding()
@@ -147,20 +149,25 @@ def reason(
             question = f"{earlier.question.strip()} {question.strip()}".strip()
             kept = _still_holds(model, visual, seen, question, earlier.steps)
         check_length(model, [question], decoding)
+        begun = [token for ids in model.tokenizer.step_ids(kept) for token in ids]
+        pieces = None if on_text is None else Pieces(model.tokenizer, on_text)
+        if pieces is not None:
+            pieces.all(0, begun)
 
-        def draw(count: int, how: Decoding) -> list[Reasoning]:
+        def draw(count: int, how: Decoding, on_token: OnToken | None = None) -> list[Reasoning]:
             results = generate_from_visual(
                 model,
                 visual.expand(count, -1, -1),
                 seen.expand(count),
                 [question] * count,
                 how,
-                begun=[[token for ids in model.tokenizer.step_ids(kept) for token in ids]] * count,
+                begun=[begun] * count,
+                on_token=on_token,
             )
             about = {"instruction": question, "image": image}
             return [replace(as_reasoning({**result, **about}), kept_steps=len(kept)) for result in results]
 
-        (likeliest,) = draw(1, decoding)
+        (likeliest,) = draw(1, decoding, pieces)
         if constraint is None or not faults(model, likeliest, visual, seen):
             return likeliest
         warmer = replace(decoding, temperature=decoding.temperature or TEMPERATURE, seed=decoding.seed + 1)
