@@ -27,7 +27,8 @@ from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
 from embervlm.evaluation.result import METRICS, gains
 from embervlm.evaluation.sharing import TaskJournal
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, set_confidence
+from embervlm.model.generation import Decoding
+from embervlm.model.voting import set_confidence
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.evaluate import evaluate_to_file
 from embervlm.select_best import main as select_best

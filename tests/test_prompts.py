@@ -119,9 +119,9 @@ def test_training_generation_and_a_loaded_checkpoint_use_the_same_prompt(tiny_se
     monkeypatch.setattr(
         _Writer,
         "__init__",
-        lambda self, model, visual, mask, prompts, decoding, start=_Writer.__init__: (
+        lambda self, model, visual, mask, prompts, *settings, start=_Writer.__init__: (
             asked.append(prompts),
-            start(self, model, visual, mask, prompts, decoding),
+            start(self, model, visual, mask, prompts, *settings),
         )[1],
     )
     model = build_model(tiny_settings).eval()

@@ -12,7 +12,7 @@ from embervlm.cli import main
 from embervlm.curate.teachers.collection import Question
 from embervlm.data.records import read_records, write_records
 from embervlm.evaluation.self_generated import SelfGeneration, _Writer
-from embervlm.model.interactive import step_probabilities
+from embervlm.model.judging import step_probabilities
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.training.losses import loss_sums
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embervlm.model.generation import set_confidence
+from embervlm.model.voting import set_confidence
 
 NUM_BINS = 10
 MIN_SAMPLES = 20

@@ -15,7 +15,7 @@ from embervlm.data.images import Area
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.data.samples import Grid, boxes_to_mask
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.interactive import judge_texts, step_probabilities
+from embervlm.model.judging import judge_texts, step_probabilities
 
 
 @torch.inference_mode()

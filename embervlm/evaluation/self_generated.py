@@ -35,7 +35,7 @@ from embervlm.judge.metrics import is_right
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import Decoding, check_length, generate_from_visual
-from embervlm.model.interactive import step_probabilities
+from embervlm.model.judging import step_probabilities
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import CONCLUSION, format_reasoning
 from embervlm.words.claims import conclusion_fault

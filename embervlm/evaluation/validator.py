@@ -18,7 +18,7 @@ from embervlm.evaluation.sharing import Task
 from embervlm.judge.metrics import balanced_accuracy
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.interactive import judge_texts
+from embervlm.model.judging import judge_texts
 
 
 def validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: int = 0) -> list[Task]:

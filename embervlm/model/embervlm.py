@@ -53,7 +53,8 @@ class EmberVLM(EmberVLMNetwork):
 
         Returns:
             `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`; `cut_off` is "steps" or
-            "tokens" where that limit cut the text off, else None.
+            "tokens" where that limit cut the text off, else None. With `num_chains` above 1 also `votes`,
+            answer -> votes; see `embervlm.model.voting.elected`.
         """
         single = isinstance(instruction, str)
         images, instructions = ([image], [instruction]) if single else (image, instruction)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from embervlm.model.cache import keep_rows, roomy_cache
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.decode import head_step, language_step
 from embervlm.model.network import EmberVLMNetwork
+from embervlm.model.voting import set_confidence, vote
 from embervlm.words.chain_text import parse_answer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +41,22 @@ class Decoding:
     """`reasoning`: chain and answer; `direct`: only the answer; `text`: continue the instruction unchanged."""
     candidates: tuple[str, ...] = ()
     """Answers to choose among; empty means those of the model's config."""
+    num_chains: int = 1
+    """Chains that are drawn for each question, whose answers vote (self-consistency, Wang et al. 2023). Above 1, a
+    temperature of 0 is one of 0.7."""
+    weigh_votes: bool = False
+    """Whether a vote counts as much as the step validator believes its chain: the mean probability of its steps."""
 
     def __post_init__(self) -> None:
-        for name in ("max_reasoning_steps", "max_new_tokens"):
+        for name in ("max_reasoning_steps", "max_new_tokens", "num_chains"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ConfigError(f"{name}: {limit} is less than 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must be at least 0 and top_p in (0, 1]")
         if self.form not in ("reasoning", "direct", "text"):
             raise ConfigError(f"form: {self.form!r} is not reasoning, direct or text")
+        if self.num_chains > 1 and self.temperature == 0:  # all of them would be the same
+            object.__setattr__(self, "temperature", VOTING_TEMPERATURE)
 
     @property
     def reasoning(self) -> bool:
@@ -62,6 +72,8 @@ class Decoding:
         )
 
 
+VOTING_TEMPERATURE = 0.7
+"""The temperature at which chains are drawn to vote, where none is given (Wang et al. 2023, section 3.1)."""
 OnToken = Callable[[int, int], None]
 """Called with each token as it is written: its text's place in the batch, and the token's id."""
 UNKNOWN_STEPS, UNKNOWN_TOKENS = MAX_STEPS + 1, 512
@@ -136,7 +148,8 @@ def generate_from_visual(
             those of `decoding`.
         begun: for each instruction the ids of a chain, behind its start, that the model continues; the results'
             steps begin with it.
-        on_token: hears of every token as it is written; what it raises ends the writing.
+        on_token: hears of every token as it is written; what it raises ends the writing. With `num_chains` the texts
+            of the first question come first.
     """
     tokenizer = model.tokenizer
     default = decoding.candidates or tuple(model.config.candidates)
@@ -152,11 +165,16 @@ def generate_from_visual(
     with torch.autocast(visual.device.type, enabled=False):  # a step works on the weights as they are
         writer = _Writer(model, visual.to(model.visual_dtype), image_mask, prompts, decoding, on_token)
         writer.run()
-        head = writer.head_probabilities(choices)
-    return [
+        head = writer.head_probabilities(writer.for_each_chain(choices))
+    results = [
         _result(model, row, ids, candidates, probabilities, decoding)
-        for row, ids, candidates, probabilities in zip(writer.everyone, begun, choices, head)
+        for row, ids, candidates, probabilities in zip(
+            writer.everyone, writer.for_each_chain(begun), writer.for_each_chain(choices), head
+        )
     ]
+    if decoding.num_chains == 1:
+        return results
+    return vote(model, visual, image_mask, instructions, results, weigh=decoding.weigh_votes and decoding.reasoning)
 
 
 def _result(
@@ -193,20 +211,6 @@ def _result(
         if answer:
             result["confidence"] = set_confidence(found, answer, model.confidence_temperature)
     return result
-
-
-def set_confidence(probabilities: Mapping[str, float], answer: Collection[str], temperature: float = 1.0) -> float:
-    """How sure the answer head is of exactly the set `answer`: of each candidate in it, and of no other.
-
-    Args:
-        temperature: divides the head's logits; above 1 it is less sure than it said.
-    """
-    log_confidence = 0.0
-    for name, probability in probabilities.items():
-        p = min(max(probability, 1e-15), 1 - 1e-15)
-        logit = (math.log(p) - math.log1p(-p)) / temperature
-        log_confidence -= math.log1p(math.exp(-logit if name in answer else logit))
-    return math.exp(log_confidence)
 
 
 @dataclass(slots=True)
@@ -257,9 +261,9 @@ class _Writer:
         step, conclusion = self.ids["<|step|>"], self.ids["<|conclusion|>"]
         self.everyone = [  # a prompt may hold a chain's beginning
             _Row(place, prompt.count(step), conclusion in prompt, not decoding.reasoning, most_tokens)
-            for place, prompt in enumerate(prompts)
+            for place, prompt in enumerate(self.for_each_chain(prompts))
         ]
-        for row, prompt in zip(self.everyone, prompts):
+        for row, prompt in zip(self.everyone, self.for_each_chain(prompts)):
             length = visual.shape[1] + len(prompt)
             row.room = most_tokens if limit is None else min(most_tokens, limit - length)
             if row.room < 1:
@@ -279,6 +283,8 @@ class _Writer:
     def run(self) -> None:
         """Write every row to its end."""
         hidden = self._read_prompts()
+        if self.decoding.num_chains > 1:
+            hidden = self._multiply(hidden)
         self.conclusion_state = hidden.clone()
         num_visual, room = self.visual.shape[1], self.room
         positions = (self.image_mask.long() * num_visual + self.text_mask.sum(1))[:, None]
@@ -346,6 +352,20 @@ class _Writer:
                 cache=self.head_cache,
             )
         return hidden[:, -1]
+
+    def for_each_chain(self, of_questions: Sequence[T]) -> list[T]:
+        """Whatever there is for each question, once for each of its chains."""
+        return [one for one in of_questions for _ in range(self.decoding.num_chains)]
+
+    def _multiply(self, hidden: Tensor) -> Tensor:
+        """As many rows for each question as it gets chains: picture and prompt have been read once."""
+        rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(self.decoding.num_chains)
+        self.visual, self.image_mask, self.text_mask = self.visual[rows], self.image_mask[rows], self.text_mask[rows]
+        keep_rows(self.language_cache, rows)
+        if self.looked is not None:
+            keep_rows(self.head_cache, rows)
+            self.looked = self.looked.rows(rows)
+        return hidden[rows]
 
     def _write(self, hidden: Tensor) -> tuple[Tensor, list[_Row], bool]:
         """The next token of each row, the rows that conclude with it, and whether all tokens are text."""

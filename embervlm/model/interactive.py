@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
-from embervlm.data.collate import validator_inputs
 from embervlm.model.config import STAGE3
 from embervlm.model.generation import Decoding, OnToken, check_length, generate_from_visual, look
+from embervlm.model.judging import step_probabilities
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.streaming import OnText, Pieces
 from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
@@ -51,6 +51,10 @@ class Reasoning:
     """What the answer was chosen from: () for an open answer, None where it is not known."""
     cut_off: str | None = None
     """`steps` or `tokens` where that limit cut the text off."""
+    num_chains: int = 1
+    """Chains that were drawn, of which this is one with the elected answer."""
+    votes: dict[str, float] = field(default_factory=dict)
+    """Answer -> its votes, the elected one first; {} of a single chain."""
 
     def __str__(self) -> str:
         if self.sections:
@@ -170,7 +174,8 @@ def reason(
         (likeliest,) = draw(1, decoding, pieces)
         if constraint is None or not faults(model, likeliest, visual, seen):
             return likeliest
-        warmer = replace(decoding, temperature=decoding.temperature or TEMPERATURE, seed=decoding.seed + 1)
+        temperature = decoding.temperature or TEMPERATURE
+        warmer = replace(decoding, num_chains=1, temperature=temperature, seed=decoding.seed + 1)
         return _most_consistent(model, [likeliest, *draw(ATTEMPTS, warmer)], visual, seen)
 
 
@@ -192,6 +197,8 @@ def as_reasoning(given: Any) -> Reasoning:
                 confidence=float(given.get("confidence", 0)),
                 candidates=tuple(given["head_probabilities"] or ()) if "head_probabilities" in given else None,
                 cut_off=given.get("cut_off"),
+                num_chains=int(given.get("num_chains", 1)),
+                votes=dict(given.get("votes") or {}),
             )
     if isinstance(given, str):
         given = parse_reasoning_text(given)
@@ -263,26 +270,3 @@ def verify(model: EmberVLMNetwork, reasoning: Any, image: Any = None, question: 
     with model.in_eval_mode():
         visual, seen = look(model, [image if image is not None else given.image])
         return faults(model, replace(given, question=asked), visual, seen)
-
-
-@torch.inference_mode()
-def step_probabilities(
-    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
-) -> list[float]:
-    """The step validator's probability that each step follows, in [0, 1]; `visual` and `seen` are of one picture."""
-    if not steps:
-        return []
-    (prompt,), ids = model.tokenizer.prompts([question]), model.tokenizer.step_ids(steps)
-    start = model.tokenizer.ids["<|reasoning_start|>"]
-    previous = [[start, *(t for step in ids[:i] for t in step)] for i in range(len(ids))]
-    texts = [(prompt, before, step) for before, step in zip(previous, ids)]
-    logits = judge_texts(model, visual.expand(len(ids), -1, -1), seen.expand(len(ids)), texts)
-    return logits.sigmoid().tolist()  # type: ignore[no-any-return]
-
-
-def judge_texts(
-    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, texts: Sequence[tuple[list[int], list[int], list[int]]]
-) -> Tensor:
-    """The step validator's logits `[texts]`; a text is the ids of a question, of the steps before, and of the step."""
-    inputs = validator_inputs(texts, model.max_pair_tokens)
-    return model.judge_steps(visual, seen, **{name: value.to(visual.device) for name, value in inputs.items()})
