@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from training_helpers import CPU, TINY, make_tokenizer, write_model_yaml
 
 from embervlm.config import ConfigError, TrainConfig
 from embervlm.data.store import prepare
 from embervlm.evaluation.eval_data import Evaluation
-from embervlm.model.embervlm import build_model
+from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.generation import Decoding
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.run_data import told_answers
-from embervlm.run.start import model_settings, start_from
+from embervlm.run.start import adopt_tokenizer, model_settings, start_from
 from embervlm.world import World
 
 
@@ -36,6 +37,22 @@ def test_a_run_says_that_it_does_not_take_over_the_answers_of_the_checkpoint(tmp
     started = start_from(config, World(0, 1, CPU), tmp_path / "start", 4)
     assert ("its answers (Yes, No) are not used" in capsys.readouterr().out) is told
     assert tuple(started.config.candidates) == ROBOTS
+
+
+def test_a_new_model_embeds_the_tokens_of_its_data_and_no_more(tmp_path, records):
+    torch.manual_seed(0)
+    language = {"config": {**TINY["language"]["config"], "vocab_size": 4096}}
+    config = TrainConfig(model=str(write_model_yaml(tmp_path, language=language)), output_dir=str(tmp_path / "out"))
+    model = build_model(model_settings(config, 3))
+    adopt_tokenizer(config, model, records)
+    used = model.tokenizer.base_vocab_size
+    assert used <= model.language_model.vocab_size < used + 64 and model.language_model.vocab_size % 64 == 0
+    model.save_pretrained(tmp_path / "stage3")
+    started = start_from(config, World(0, 1, CPU), tmp_path / "stage3", 4)
+    again = EmberVLM.from_pretrained(tmp_path / "stage3")
+    for found in (started, again):
+        theirs = found.language_model.backbone.get_input_embeddings().weight
+        torch.testing.assert_close(theirs, model.language_model.backbone.get_input_embeddings().weight)
 
 
 def test_a_start_counts_the_records_by_what_their_answers_are_chosen_from(tmp_path):

@@ -88,6 +88,20 @@ def test_logits_are_those_of_the_model_itself(family: str) -> None:
     assert not [name for name in model.state_dict() if not name.startswith("backbone.")]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere", "gemma2"])
+def test_a_shorter_vocabulary_leaves_the_logits_of_the_tokens_that_stay(family: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(config(language=language(family))).eval()
+    states, before = 50 * torch.randn(3, 32), model.vocab_size
+    with torch.no_grad():
+        wanted = model.logits(states)
+        model.keep_rows(40)
+        assert before > 64 == model.vocab_size == model.backbone.config.vocab_size
+        torch.testing.assert_close(model.logits(states), wanted[:, :64])
+        model.keep_rows(500)  # never longer: new rows would be random
+    assert model.vocab_size == len(model.backbone.get_output_embeddings().weight) == 64
+
+
 @pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "minicpm3"])
 def test_scores_of_other_tokens_are_scaled_as_the_vocabularys_are(family: str) -> None:
     model = LanguageModel(config(language=language(family))).eval()

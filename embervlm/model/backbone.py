@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,14 @@ class LanguageModel(nn.Module):
             if not torch.allclose(_logits(head, states), self.logits(states), rtol=1e-4):
                 self._head = partial(_logits, head)
                 self._scaled = partial(_logits, _without_modules(head, [self.backbone.get_output_embeddings()]))
+
+    def keep_rows(self, num_tokens: int) -> None:
+        """Keep embedding rows for `num_tokens` tokens, up to the next multiple of 64, and drop those behind them."""
+        rows = 64 * math.ceil(num_tokens / 64)
+        if rows < self.vocab_size:
+            self.backbone.resize_token_embeddings(rows)
+            self.vocab_size = rows
+            self._find_head()
 
     @property
     def max_positions(self) -> int | None:

@@ -116,6 +116,12 @@ class EmberVLMNetwork(PreTrainedModel):
         self.config.prompt = tokenizer.chat_prompt() if self.config.chat_template else None
         self.attach_tokenizer(tokenizer)
 
+    def adopt_own_tokenizer(self, tokenizer: ReasoningTokenizer) -> None:
+        """Attach a tokenizer that was made for this model alone, which then embeds no more than its tokens."""
+        self.language_model.keep_rows(tokenizer.base_vocab_size)
+        self.config.language = with_built_config(self.config.language, self.language_model.backbone)
+        self.attach_tokenizer(tokenizer)
+
     @property
     def tokenizer(self) -> ReasoningTokenizer:
         if self._tokenizer is None:

@@ -47,5 +47,11 @@ def describe(model: str | None, config: str | None, *, as_json: bool) -> None:
     share = phase2 / with_adapters
     print(f"trainable in phase 1: {phase1:,} ({phase1 / total:.1%}), in phase 2: {phase2:,} ({share:.1%})")
     print(f"visual tokens: {built.num_visual_tokens}")
+    if not settings["language"].get("pretrained") and "built" not in settings["language"]:
+        rows, width = built.language_model.vocab_size, built.language_model.hidden_size
+        print(
+            f"vocabulary: up to {rows:,} tokens ({rows * width:,} parameters); a run that makes its tokenizer from its "
+            "data keeps as many rows as that has"
+        )
     for line in preprocessor_notes(settings):
         print(line)

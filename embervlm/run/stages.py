@@ -23,7 +23,7 @@ from embervlm.model.lora import check_targets
 from embervlm.model.preprocessor import preprocessor_notes
 from embervlm.run.by_products import after_epoch, evaluate_saved, say_whether_it_looks
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
-from embervlm.run.start import model_settings, new_tokenizer, start_from
+from embervlm.run.start import adopt_tokenizer, model_settings, start_from
 from embervlm.run.train_flags import known_to_harm
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.loop import PhaseJob, train_phase
@@ -125,7 +125,7 @@ class Run:
         model = build_model(model_settings(config, STAGE3))
         check_targets(model, config.stage4.phase2.lora)  # not only after days
         data = self._load_data(model)
-        model.adopt_tokenizer(new_tokenizer(config, model, data.reasoning))
+        adopt_tokenizer(config, model, data.reasoning)
         labels = DenseLabels(data.train, model.grid, model.config.padded_size)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         encoder.chains()  # what Stage 4 refuses is refused now

@@ -36,7 +36,7 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
         raise ConfigError(f"--resume_from {checkpoint}: no such checkpoint{close}; {hint}")
     if (checkpoint / "COMPLETE").is_file():
         run_dir.verify_checkpoint(checkpoint)
-    settings = {**model_settings(config, stage), **_text_settings(checkpoint)}
+    settings = _as_in(checkpoint, model_settings(config, stage))
     _say_what_was_chosen_from(config, world, checkpoint)
     torch.manual_seed(config.seed)
     model = build_model(settings, load_pretrained=False)
@@ -49,11 +49,16 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
     return model
 
 
-def _text_settings(checkpoint: Path) -> dict[str, Any]:
-    """How the model of `checkpoint` reads text, which it has learned and no preset says."""
+def _as_in(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with how the model of `checkpoint` reads text, which no preset says: its form and its vocabulary."""
     path = checkpoint / "config.json"
     found = run_dir.read_object(path) if path.is_file() else {}
-    return {"prompt": found.get("prompt"), "text_format": found.get("text_format", FIRST_FORMAT)}
+    language = settings["language"]
+    rows = (found.get("language", {}).get("built") or {}).get("vocab_size")
+    if rows and not language.get("pretrained") and "vocab_size" in (language.get("config") or {}):
+        language = {**language, "config": {**language["config"], "vocab_size": rows}}
+    text = {"prompt": found.get("prompt"), "text_format": found.get("text_format", FIRST_FORMAT)}
+    return {**settings, "language": language, **text}
 
 
 def _refuse_foreign(checkpoint: Path) -> None:
@@ -91,9 +96,11 @@ def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
     return {**settings, "stage": stage, "candidates": candidates}
 
 
-def new_tokenizer(config: TrainConfig, model: EmberVLM, records: Sequence[ReasoningRecord]) -> ReasoningTokenizer:
-    """The tokenizer of the preset's pretrained language model, else one trained on `records`."""
+def adopt_tokenizer(config: TrainConfig, model: EmberVLM, records: Sequence[ReasoningRecord]) -> None:
+    """Give a new `model` the tokenizer of the preset's pretrained language model, else one trained on `records`."""
     language = model_preset(config.model)["language"]
     if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
-        return ReasoningTokenizer.from_folder(language["name_or_path"])
-    return tokenizer_of(records, model.language_model.vocab_size, domain_named(config.domain).glossary)
+        model.adopt_tokenizer(ReasoningTokenizer.from_folder(language["name_or_path"]))
+    else:
+        glossary = domain_named(config.domain).glossary
+        model.adopt_own_tokenizer(tokenizer_of(records, model.language_model.vocab_size, glossary))
