@@ -21,6 +21,8 @@ COMMANDS = {
         "put a vision encoder and a language model together, without training",
     ),
     "export": ("run.export", "export", "write a checkpoint as safetensors, for the Auto classes of transformers"),
+    "ask": ("run.ask", "ask", "ask a checkpoint a question about a picture"),
+    "chat": ("run.chat", "chat", "ask about a picture, then follow up, in a loop"),
     "data generate": ("run.data", "generate", "write chains with a teacher or the model itself, or import people's"),
     "data merge": ("run.data", "merge", "join the shards of a job into one data set"),
     "data validate": ("run.data", "validate", "list every problem of a data set, and count its contents"),

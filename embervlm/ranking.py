@@ -113,6 +113,39 @@ def rank_checkpoints(
     return sorted(ranking, key=worth, reverse=True)
 
 
+def checkpoint_to_use(output: str | Path = "outputs") -> Path:
+    """The checkpoint to work with where none is named: that of the newest run in or below `output`.
+
+    Of the run it is the last stage that has one: phase 2, phase 1, Stage 3. Of the stage it is the best by its
+    evaluations on the val split, as `select_best_checkpoint` ranks them; the last where none was evaluated.
+    Raises:
+        NoCheckpointError: there is no complete checkpoint.
+    """
+    output = Path(output)
+    stages = ("stage4/phase2", "stage4/phase1", "stage3")
+    found: list[tuple[float, int, Path]] = []
+    for depth in ("", "*/", "*/*/"):
+        for place, stage in enumerate(stages):
+            for marker in output.glob(f"{depth}{stage}/checkpoint-*/{COMPLETE}"):
+                found.append((marker.stat().st_mtime, -place, marker.parents[len(stage.split("/")) + 1]))
+    if not found:
+        raise NoCheckpointError(
+            f"{output}: no complete checkpoint in it; name one with --checkpoint, or make one: `make quickstart`"
+        )
+    _, _, run = max(found)
+    stage = next(stage for stage in stages if list_checkpoints(run / stage))
+    best = best_checkpoints(run / stage, 1)
+    return best[0] if best else list_checkpoints(run / stage)[-1].path
+
+
+def best_checkpoints(folder: Path, count: int) -> list[Path]:
+    """The `count` best checkpoints by the val evaluations in `folder`; [] if none was evaluated."""
+    if not count or not any(eval_path(f.path, "val").exists() for f in list_checkpoints(folder)):
+        return []
+    ranked = rank_checkpoints(folder)
+    return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:count]
+
+
 def _nothing_in(checkpoints_dir: Path) -> str:
     """Says which folders were expected, and which nearby folders have checkpoints."""
     text = (

@@ -17,11 +17,11 @@ from training_helpers import CPU, MULTIPLIERS, PHASE2, Bench, make_data, phase_c
 from embervlm import run_dir
 from embervlm.engines.base import Engine, Snapshot
 from embervlm.engines.build import build_engine
+from embervlm.ranking import best_checkpoints
 from embervlm.training.checkpoint import (
     CheckpointStore,
     Progress,
     SaveError,
-    best_checkpoints,
     is_finished,
     load_training_state,
     newest_sound,

@@ -54,13 +54,12 @@ class Pieces:
         self._chains: dict[int, _Chain] = {}
 
     def __call__(self, place: int, token: int) -> None:
-        chain = self._chains.setdefault(place, _Chain(self._first, int(self._first is not None)))
+        chain = self._chains.setdefault(place, _Chain(self._first))
         over = token >= self._tokenizer.base_vocab_size or token == self._tokenizer.end_of_text
         if over and chain.section is not None:
             self._tell(place, chain, whole=True)
         if token in self._marks:
-            chain.section, chain.number = self._marks[token], chain.number + 1
-            chain.ids, chain.shown = [], 0
+            chain.section, chain.ids, chain.shown = self._marks[token], [], 0
         elif over:
             chain.section = None
         elif chain.section is not None:
@@ -79,6 +78,7 @@ class Pieces:
             text = text.rstrip().rstrip(_UNFINISHED)
         if not (new := text[chain.shown :].rstrip() if whole else text[chain.shown :]):
             return
+        chain.number += chain.shown == 0  # a step without text is none
         piece = Piece(place=place, section=chain.section, number=chain.number, text=new, begins=chain.shown == 0)
         chain.shown += len(new)
         self._on_text(piece)

@@ -31,7 +31,7 @@ from embervlm.engines.base import Engine, EngineState, Snapshot
 from embervlm.errors import UserError
 from embervlm.model.lora import is_adapted
 from embervlm.model.storage import CheckpointError, read_tensors
-from embervlm.ranking import rank_checkpoints
+from embervlm.ranking import best_checkpoints
 from embervlm.run_dir import TRAINING_STATE
 from embervlm.slurm_commands import awaiting_evaluation
 from embervlm.training.module import TrainingModule
@@ -246,14 +246,6 @@ def _reason_of(error: BaseException, part: Path | None) -> BaseException:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def best_checkpoints(folder: Path, count: int) -> list[Path]:
-    """The `count` best checkpoints by the val evaluations in `folder`; [] if none was evaluated."""
-    if not count or not any(run_dir.eval_path(f.path, "val").exists() for f in run_dir.list_checkpoints(folder)):
-        return []
-    ranked = rank_checkpoints(folder)
-    return [Path(entry.checkpoint) for entry in ranked if entry.eligible][:count]
 
 
 def is_finished(folder: Path, world: World) -> bool:
