@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,20 +77,60 @@ def _path_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports what is wrong with a flag, without listing all flags.
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says of every flag whether it is required, else its default, where its help does not name that already."""
 
-    It expands `~` and `$NAME` in values of type `Path`, and of type `"path"` for text.
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or action.nargs == 0 or "default" in text.lower():
+            return text
+        if action.required:
+            return f"{text} (required)"
+        return text if action.default in (None, [], "", argparse.SUPPRESS) else f"{text} (default: {_shown(action)})"
+
+
+def _shown(action: argparse.Action) -> str:
+    """The default as it is typed; a list is several words."""
+    words = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+    return " ".join(map(str, words)).replace("%", "%%")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that reports what is wrong with a command line, without listing all flags, and guesses what was meant.
+
+    Its `--help` says every default and ends with an example. It expands `~` and `$NAME` in values of type `Path`, and
+    of type `"path"` for text.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
+        options = {"formatter_class": _Help, "epilog": f"example:\n  {example}" if example else None, **options}
         super().__init__(*args, **options)
+        self.example = example
         self.register("type", Path, _path_of)
         self.register("type", "path", _path_text)
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.match(r"unrecognized arguments: (--\w+)", message)
-        known = [flag for action in self._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(wrong[1], known, n=1) if wrong else []
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"{message}{hint} (--help lists the flags)")
+        wrong = re.match(r"unrecognized arguments:.*?(--\w+)", message)
+        raise UsageError(f"{message}{_meant(wrong[1], self._flags()) if wrong else ''} (--help lists the flags)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        hint = _meant(str(value), list(map(str, action.choices)))
+        if isinstance(action, argparse._SubParsersAction):
+            raise UsageError(f"{self.prog}: no command {value!r}{hint} (--help lists the commands)")
+        raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(map(str, action.choices))}{hint}")
+
+    def _flags(self) -> list[str]:
+        """Those of its subcommands too: the parser above them is the one that meets what is left over."""
+        out: list[str] = []
+        for action in self._actions:
+            out += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                out += [flag for inner in action.choices.values() for flag in inner._flags()]
+        return out
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -19,7 +19,7 @@ def add_flag(
     *,
     flag: str = "",
     **changed: Any,
-) -> None:
+) -> argparse.Action:
     """`--<key>` for a field of the dataclass `section`: its type, its default, its docstring as help.
 
     Args:
@@ -35,7 +35,7 @@ def add_flag(
     default = None if field.default is dataclasses.MISSING else field.default
     settings = {"default": default, "help": docstrings_of(section).get(name), "dest": key}
     settings |= {"action": "store_true"} if kind is bool else {"type": kind}
-    parser.add_argument(f"--{flag or name}", **{**settings, **changed})
+    return parser.add_argument(f"--{flag or name}", **{**settings, **changed})
 
 
 def plain_type(hint: Any) -> Any:

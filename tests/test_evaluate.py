@@ -370,7 +370,7 @@ def refused(checkpoint, tmp_path, *flags):
 def test_nothing_to_evaluate_is_an_error(checkpoint, tmp_path, capsys):
     assert "--num_samples 0: there is nothing to evaluate" in refused(checkpoint, tmp_path, "--num_samples", "0")
     refused(checkpoint, tmp_path, "--split", "dev")
-    assert "invalid choice: 'dev'" in capsys.readouterr().err
+    assert "'dev' is not one of train, val, test" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--split dev: unknown; choose from train, val, test"):
         evaluate(Evaluation(checkpoint=checkpoint, split="dev"))
     assert "no_such_metric" in refused(checkpoint, tmp_path, "--reasoning_metrics", "no_such_metric")

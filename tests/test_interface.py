@@ -106,8 +106,9 @@ def test_every_flag_and_yaml_key_is_as_listed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_flags_help_is_the_text_under_its_field() -> None:
     texts = {action.dest: action.help for action in train_flags.parser()._actions}
-    assert texts["keep_best"] == "Number of best evaluated checkpoints to keep in addition, by their weights."
-    assert texts["phase2_epochs"] == "Passes over the records."  # inherited by the phase's class
+    kept = "Number of best evaluated checkpoints to keep in addition, by their weights"
+    assert texts["keep_best"] == f"{kept} (default: as in --config)"
+    assert texts["phase2_epochs"] == "Passes over the records (default: as in --config)"  # inherited by its class
     assert not [flag for flag in train_flags.FLAGS if not texts[flag]]
 
 

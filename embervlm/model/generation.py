@@ -36,7 +36,9 @@ class Decoding:
     temperature: float = 0.0
     """0 always takes the most likely token."""
     top_p: float = 1.0
+    """Draws among the likeliest tokens that together have this probability (nucleus sampling, Holtzman et al. 2020)."""
     seed: int = 0
+    """Of the draws."""
     form: str = "reasoning"
     """`reasoning`: chain and answer; `direct`: only the answer; `text`: continue the instruction unchanged."""
     candidates: tuple[str, ...] = ()

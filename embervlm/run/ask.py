@@ -31,7 +31,7 @@ NO_PICTURE = "-"
 
 def ask_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type="path", metavar="IMAGE", help="picture file; - asks without a picture")
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", help="in quotes")
     checkpoint_option(parser)
     add_flag(parser, Decoding, "num_chains", flag="chains")
     add_flag(parser, Decoding, "weigh_votes")

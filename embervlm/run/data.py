@@ -35,8 +35,8 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples_per_record", type=int, help="chains for each question; teacher 1, self 4")
     parser.add_argument("--temperature", type=float, help="default: the endpoint's own; self: 0.8")
     rules = parser.add_argument_group("--teacher_model rules")
-    rules.add_argument("--questions_per_picture", type=int, default=1)
-    rules.add_argument("--seed", type=int, default=0)
+    rules.add_argument("--questions_per_picture", type=int, default=1, help="records that share a picture")
+    rules.add_argument("--seed", type=int, default=0, help="of scenes and wordings")
     rules.add_argument("--workers", type=int, help="processes that draw pictures; default: one per core")
     own = parser.add_argument_group("--source self")
     own.add_argument("--checkpoint", type=Path, help="a Stage 4 checkpoint")
@@ -82,8 +82,8 @@ def generate(source: str, *, domain: str, **options: Any) -> None:
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
-    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD", help="file of a shard; several")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL of all of them")
     parser.add_argument(
         "--image_root", type=Path, help="folder that image paths are relative to; default: each file's folder"
     )
@@ -188,8 +188,13 @@ def augment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL; the report goes beside it")
     add_flag(parser, AugmentationConfig, "target_samples")
     add_flag(parser, AugmentationConfig, "validate_reasoning")
-    parser.add_argument("--no_validate_reasoning", action="store_false", dest="validate_reasoning")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no_validate_reasoning",
+        action="store_false",
+        dest="validate_reasoning",
+        help="keep chains that the checks reject",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is changed, and how")
     _domain_option(parser)
 
 

@@ -22,9 +22,9 @@ from embervlm.run.evaluate import data_options, decoding_options, evaluate_to_fi
 
 
 def try_reasoning_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--num_samples", type=int, default=10)
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--num_samples", type=int, default=10, help="records to ask about")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the records")
     parser.add_argument("--visualize", action="store_true", help="also draw where the model looked at each step")
     parser.add_argument(
         "--output_dir", type=Path, help="folder for the drawings; default: evals/samples in the checkpoint"
@@ -59,9 +59,9 @@ def try_reasoning(
 
 
 def analyze_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--test_set", type=Path, required=True, help="file of records; all of them are used")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for figures, pages and the verdict")
     parser.add_argument("--num_samples", type=int, help="at most this many records")
     parser.add_argument(
         "--explain_samples", type=int, default=200, help="number of chains saved with attention and step scores"
@@ -110,8 +110,8 @@ def _write_analysis(result: dict[str, Any], path: Path) -> None:
 
 
 def check_phases_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--phase1_checkpoint", type=Path, required=True)
-    parser.add_argument("--phase2_checkpoint", type=Path, required=True)
+    parser.add_argument("--phase1_checkpoint", type=Path, required=True, help="where phase 1 ended")
+    parser.add_argument("--phase2_checkpoint", type=Path, required=True, help="any of phase 2")
     parser.add_argument(
         "--start_checkpoint",
         type=Path,

@@ -32,11 +32,11 @@ METRIC_GROUPS = {
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", type=int, default=4, choices=(3, 4))
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--reasoning_metrics", nargs="+", default=["all"])
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
-    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--stage", type=int, default=4, choices=(3, 4), help="which stage the checkpoint is of")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--reasoning_metrics", nargs="+", default=["all"], help="all, a group, or names of metrics")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the records")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSON to write")
     parser.add_argument("--save_reasoning_samples", action="store_true", help="write the chains beside the output file")
     parser.add_argument(
         "--explain_samples", type=int, default=200, help="number of chains saved with attention and step scores"

@@ -41,6 +41,7 @@ class Quickstart:
     """One quickstart run; every part that is already finished in `output_dir` is skipped."""
 
     output_dir: Path = Path("outputs/quickstart")
+    """Folder for data, checkpoints, evaluation and report."""
     smoke: bool = False
     """The same steps in under a minute; the figures mean nothing."""
     input_dataset: Path | None = None

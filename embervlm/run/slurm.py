@@ -263,8 +263,13 @@ def ended(requeues: Requeues, exit_code: int) -> int:
 
 
 def _parser() -> OneLineParser:
-    out = OneLineParser(prog="python -m embervlm.run.slurm", description=__doc__, allow_abbrev=False)
-    out.add_argument("action", choices=("place", "chain", "output_dir", "started", "ended"))
+    out = OneLineParser(
+        prog="python -m embervlm.run.slurm",
+        description=__doc__,
+        allow_abbrev=False,
+        example="python -m embervlm.run.slurm output_dir --config configs/quickstart.yaml",
+    )
+    out.add_argument("action", choices=("place", "chain", "output_dir", "started", "ended"), help="what to say or do")
     out.add_argument("--script", help="script to submit, relative to the repository root")
     out.add_argument("--of_phase", type=int, choices=(1, 2), help="the phase that the script trains")
     out.add_argument("--batch", action="store_true", help="Slurm runs the script as a job")

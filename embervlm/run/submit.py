@@ -300,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     out = OneLineParser(
         prog="launch/submit.py",
         allow_abbrev=False,
+        example="python launch/submit.py --cluster a100x4 --stages 3 4 --output_dir outputs",
         description="Submit a training job on the nodes of a recipe. All other flags are those of launch/train.py.",
     )
     out.add_argument(

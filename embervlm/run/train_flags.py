@@ -56,7 +56,12 @@ FLAGS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    out = OneLineParser(prog="launch/train.py", description="Train Stage 3, Stage 4 or baselines.", allow_abbrev=False)
+    out = OneLineParser(
+        prog="launch/train.py",
+        description="Train Stage 3, Stage 4 or baselines. Flags override --cluster, which overrides --config.",
+        example="python launch/train.py --stages 3 4 --output_dir outputs --reasoning_data data/reasoning_data.json",
+        allow_abbrev=False,
+    )
     out.add_argument(
         "--config", type="path", default=str(REPOSITORY / "configs" / "training_stages.yaml"), help="the run's YAML"
     )
@@ -68,12 +73,13 @@ def parser() -> argparse.ArgumentParser:
         f"Default: ${CLUSTER_VARIABLE}",
     )
     out.add_argument("--stages", nargs="+", default=["4"], help="3, 4, baseline; several in order")
-    out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4")
+    out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4; default: both")
     out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
     out.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML")
     out.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     for flag, key in FLAGS.items():
-        add_flag(out, TrainConfig, key, flag=flag, default=None, dest=flag)  # None: the YAML decides
+        action = add_flag(out, TrainConfig, key, flag=flag, default=None, dest=flag)  # None: the YAML decides
+        action.help = f"{(action.help or '').rstrip('.')} (default: as in --config)"
     return out
 
 

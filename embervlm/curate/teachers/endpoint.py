@@ -58,7 +58,9 @@ class EndpointConfig:
     max_usd_total: float | None = None
     """The same in dollars; needs both prices."""
     usd_per_million_input: float = 0.0
+    """Price of a million tokens that the teacher reads."""
     usd_per_million_output: float = 0.0
+    """Price of a million tokens that it writes."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "attempts", "samples_per_record", "max_answer_tokens"):
