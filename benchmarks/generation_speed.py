@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from embervlm.config_file import model_preset
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.generation import Decoding, _Writer
+from embervlm.model.writer import Writer
 
 
 def build(preset: str) -> EmberVLM:
@@ -46,7 +47,7 @@ def build(preset: str) -> EmberVLM:
 def ours(model: EmberVLM, batch: int, prompt: int, new: int) -> None:
     visual = torch.randn(batch, model.num_visual_tokens, model.language_model.hidden_size)
     prompts = torch.randint(1, 250, (batch, prompt)).tolist()
-    writer = _Writer(model, visual, torch.ones(batch, dtype=torch.bool), prompts, Decoding(max_new_tokens=new))
+    writer = Writer(model, visual, torch.ones(batch, dtype=torch.bool), prompts, Decoding(max_new_tokens=new))
     writer.end_ids = ()  # nothing ends a text
     writer.run()
     assert all(len(row.ids) == new for row in writer.everyone)

@@ -24,8 +24,8 @@ from embervlm.evaluation.batches import BATCH_SIZE, answer
 from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data
 from embervlm.evaluation.explain import attention_by_thing, explain_chains, looked_at
 from embervlm.evaluation.own_steps import OwnSteps
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5)
 

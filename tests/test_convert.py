@@ -859,7 +859,8 @@ def test_text_only_records_of_every_kind_of_candidates_train_in_both_phases_unde
 def test_in_evaluation_each_record_chooses_among_its_own_candidates(tiny_model):
     import torch
 
-    from embervlm.model.generation import Decoding, generate_from_visual, look
+    from embervlm.model.decoding import Decoding
+    from embervlm.model.generation import generate_from_visual, look
 
     with torch.no_grad():
         visual, seen = look(tiny_model, [None, None])

@@ -26,8 +26,8 @@ from embervlm.evaluation.eval_data import Evaluation
 from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
 from embervlm.evaluation.result import METRICS, gains
 from embervlm.evaluation.sharing import TaskJournal
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding
 from embervlm.model.voting import set_confidence
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.evaluate import evaluate_to_file
@@ -453,7 +453,8 @@ def test_an_evaluation_reaches_the_wandb_run_of_its_training(checkpoint, tmp_pat
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tiny_settings, tokenizer, records):
     from embervlm.model.embervlm import build_model
-    from embervlm.model.generation import _Writer, look
+    from embervlm.model.generation import look
+    from embervlm.model.writer import Writer
 
     language = tiny_settings["language"]
     if family == "gpt2":
@@ -469,7 +470,7 @@ def test_text_with_our_cache_is_token_for_token_that_of_transformers(family, tin
     prompts = [tokenizer.encode(text) for text in texts]
     with torch.inference_mode():
         visual, seen = look(model, [records[0].image, None, records[1].image, records[2].image])
-        writer = _Writer(model, visual, seen, prompts, Decoding(max_new_tokens=40, form="text"))
+        writer = Writer(model, visual, seen, prompts, Decoding(max_new_tokens=40, form="text"))
         writer.end_ids = ()  # nothing ends a text
         writer.run()
         ours = [row.ids for row in writer.everyone]

@@ -21,7 +21,8 @@ from embervlm.evaluation.faithfulness import (
     probes_of,
     summarise,
 )
-from embervlm.model.generation import Decoding, look
+from embervlm.model.decoding import Decoding
+from embervlm.model.generation import look
 from embervlm.report.table import faithfulness_lines
 from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
 from embervlm.robots.domain import plant_mistake

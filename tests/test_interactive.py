@@ -183,7 +183,7 @@ def test_under_the_constraint_the_chain_with_the_fewest_faults_is_given(lively_m
 
     monkeypatch.setattr(interactive, "faults", faults)
     found = lively_model.generate_reasoning(
-        records[0].image, "Fly.", constraint="ensure_logical_consistency", max_new_tokens=12
+        records[0].image, "Fly.", constraint="ensure_logical_consistency", max_new_tokens=40, temperature=1.5, seed=2
     )
     assert len(drawn) == 1 + 1 + interactive.ATTEMPTS and found is drawn[3]
     assert len({tuple(one.steps) for one in drawn}) > 2

@@ -13,8 +13,9 @@ from embervlm.cli import main
 from embervlm.config import ConfigError
 from embervlm.data.records import read_records
 from embervlm.model.config import EmberVLMConfig
+from embervlm.model.decoding import UNKNOWN_TOKENS, Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import UNKNOWN_TOKENS, Decoding, generate_answers
+from embervlm.model.generation import generate_answers
 from embervlm.ranking import rank_checkpoints
 from embervlm.report.table import cut_off_lines
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS

@@ -19,8 +19,8 @@ from embervlm.evaluation.asked import refuse_long_questions
 from embervlm.evaluation.batches import see
 from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.faithfulness import Probe, answer_log_probs, go_on, summarise
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.generation import Decoding
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run import by_products
 from embervlm.run.stages import Run

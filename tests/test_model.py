@@ -26,8 +26,9 @@ from embervlm.model.backbone import LanguageModel, VisionEncoder
 from embervlm.model.cache import roomy_cache
 from embervlm.model.config import STAGE3, EmberVLMConfig
 from embervlm.model.decode import language_step
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import build_model
-from embervlm.model.generation import Decoding, generate_answers, generate_from_visual
+from embervlm.model.generation import generate_answers, generate_from_visual
 from embervlm.model.reasoning import StepValidator
 from embervlm.model.storage import CheckpointError, load_checkpoint_into
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
@@ -318,12 +319,13 @@ def see(model, images):
 
 def generate_ids(model, images, instructions, settings):
     """Generated ids of each row."""
-    from embervlm.model.generation import _Writer, look
+    from embervlm.model.generation import look
+    from embervlm.model.writer import Writer
 
     with torch.inference_mode():
         visual, mask = look(model, images)
         prompts = [[*model.tokenizer.encode(t), model.tokenizer.ids["<|reasoning_start|>"]] for t in instructions]
-        writer = _Writer(model, visual, mask, prompts, settings)
+        writer = Writer(model, visual, mask, prompts, settings)
         writer.run()
         return [row.ids for row in writer.everyone]
 
@@ -986,3 +988,33 @@ def test_a_record_of_the_data_file_can_be_answered(lively_model, scene_data):
         image.save(buffer, "PNG")
     result = lively_model.generate_with_reasoning(buffer.getvalue(), record.instruction, max_new_tokens=4)
     assert set(result["head_answer"]) <= set(ROBOTS)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_within_the_nucleus_says():
+    import random
+
+    from embervlm.model.writer import Row, draw
+
+    def rows(**how):
+        decoding = Decoding(**how)
+        about = {"decoding": decoding, "num_steps": 0, "concluded": False, "in_answer": False, "room": 9}
+        return [Row(place=place, random=random.Random(f"3 {place}"), **about) for place in range(4000)]
+
+    scores = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(4000, -1)
+    assert torch.allclose(share(draw(scores, rows(temperature=1.0))), torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.02)
+    squared = torch.tensor([0.25, 0.09, 0.0, 0.04]) / 0.38
+    assert torch.allclose(share(draw(scores, rows(temperature=0.5))), squared, atol=0.02)
+    nucleus = torch.tensor([0.625, 0.375, 0.0, 0.0])
+    assert torch.allclose(share(draw(scores, rows(temperature=1.0, top_p=0.7))), nucleus, atol=0.02)
+
+
+def share(tokens):
+    return torch.bincount(tokens, minlength=4) / len(tokens)
+
+
+def test_a_drawn_text_does_not_depend_on_what_is_drawn_beside_it(lively_model, records):
+    settings = Decoding(max_new_tokens=20, temperature=1.5, seed=4)
+    images, texts = [record.image for record in records[:4]], [record.instruction for record in records[:4]]
+    together = generate_ids(lively_model, images, texts, settings)
+    fewer = generate_ids(lively_model, [images[0], None], [texts[0], "Fly."], settings)
+    assert together[0] == fewer[0] and len({tuple(ids) for ids in together}) == 4

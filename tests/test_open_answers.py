@@ -17,7 +17,8 @@ from embervlm.data.records import ReasoningRecord, read_records, write_records
 from embervlm.data.samples import Grid
 from embervlm.evaluation.result import _values
 from embervlm.judge.metrics import is_right
-from embervlm.model.generation import Decoding, generate_from_visual, look
+from embervlm.model.decoding import Decoding
+from embervlm.model.generation import generate_from_visual, look
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.words.chain_text import parse_answer
 from embervlm.words.open_answers import same_answers

@@ -4,7 +4,7 @@ import pytest
 
 from embervlm.evaluation.explain import attention_by_thing, looked_at
 from embervlm.evaluation.own_steps import OwnSteps, auroc, summarise
-from embervlm.model.generation import Decoding
+from embervlm.model.decoding import Decoding
 from embervlm.report.table import own_steps_lines
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 

@@ -13,7 +13,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import DIRECT_PROMPT, FIRST_FORMAT, TEXT_FORMAT, ReasoningTokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.generation import _Writer
+from embervlm.model.writer import Writer
 
 TEXTS = ["Which robot flies over the wet cliff?", "It is wet, so the drone flies.", "user assistant Answer Drone"] * 3
 CHATML = (
@@ -117,9 +117,9 @@ def test_a_template_that_takes_no_question_is_told():
 def test_training_generation_and_a_loaded_checkpoint_use_the_same_prompt(tiny_settings, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        _Writer,
+        Writer,
         "__init__",
-        lambda self, model, visual, mask, prompts, *settings, start=_Writer.__init__: (
+        lambda self, model, visual, mask, prompts, *settings, start=Writer.__init__: (
             asked.append(prompts),
             start(self, model, visual, mask, prompts, *settings),
         )[1],

@@ -29,7 +29,7 @@ def test_the_pieces_of_a_batch_are_its_chains(lively_model, records):
         [records[0].image, None, records[1].image],
         [QUESTION, "What flies?", QUESTION],
         temperature=1.5,
-        seed=3,
+        seed=1,
         max_new_tokens=60,
         on_text=heard.append,
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embervlm.config import ConfigError
-from embervlm.model.generation import VOTING_TEMPERATURE, Decoding
+from embervlm.model.decoding import VOTING_TEMPERATURE, Decoding
 from embervlm.model.voting import elected
 
 QUESTION = "Which robots are suited?"

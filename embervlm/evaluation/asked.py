@@ -20,8 +20,8 @@ from embervlm.evaluation.batches import BATCH_SIZE, alike, answer, tasks_of
 from embervlm.evaluation.eval_data import EvalData, Evaluation
 from embervlm.evaluation.sharing import Task
 from embervlm.judge.metrics import is_right
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding
 from embervlm.version import __version__
 
 

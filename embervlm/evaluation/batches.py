@@ -15,8 +15,9 @@ from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.reading import ChainContext
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, generate_from_visual
+from embervlm.model.generation import generate_from_visual
 
 BATCH_SIZE = 64
 See = Callable[[EmberVLM, Sequence[ReasoningRecord]], tuple[torch.Tensor, torch.Tensor]]

@@ -28,8 +28,8 @@ from embervlm.evaluation.faithfulness import NUM_SAMPLES
 from embervlm.evaluation.sharing import failing_together
 from embervlm.judge.backends import EMBEDDED
 from embervlm.judge.metrics import ChainScorer
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding
 from embervlm.robots.domain import domain_named
 from embervlm.world import World
 

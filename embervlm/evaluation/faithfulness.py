@@ -25,8 +25,9 @@ from embervlm.data.tokenizer import CONCLUSION, ReasoningTokenizer
 from embervlm.evaluation.batches import See, alike, chunks, found_by, in_order, tasks_of, text_log_probs
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.metrics import bootstrap_interval, final_answer_accuracy, is_right
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, generate_from_visual
+from embervlm.model.generation import generate_from_visual
 
 NUM_SAMPLES = 200
 """Number of tested records, by default."""

@@ -20,8 +20,9 @@ from embervlm.evaluation.explain import explain_chains
 from embervlm.evaluation.sharing import Key, Task
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import balanced_accuracy, is_right
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, generate_from_visual
+from embervlm.model.generation import generate_from_visual
 
 NUM_SAMPLES = 200
 """Number of records whose chains are tested."""

@@ -33,8 +33,9 @@ from embervlm.evaluation.batches import BATCH_SIZE, chunks, cut_off_reasons, kno
 from embervlm.judge.faults import judge_steps
 from embervlm.judge.metrics import is_right
 from embervlm.model.config import STAGE3
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, check_length, generate_from_visual
+from embervlm.model.generation import check_length, generate_from_visual
 from embervlm.model.judging import step_probabilities
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import CONCLUSION, format_reasoning

@@ -17,7 +17,8 @@ from embervlm.data.tokenizer import TEXT_FORMAT, ReasoningTokenizer
 from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
-from embervlm.model.generation import Decoding, generate_answers
+from embervlm.model.decoding import Decoding
+from embervlm.model.generation import generate_answers
 from embervlm.model.interactive import Reasoning
 from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
@@ -49,7 +50,7 @@ class EmberVLM(EmberVLMNetwork):
                 needed, with a margin.
             return_reasoning: False leaves `reasoning_steps` out of the result.
             on_text: Called with every `Piece` of text as it is written (`embervlm.model.streaming`).
-            decoding: See `embervlm.model.generation.Decoding`.
+            decoding: See `embervlm.model.decoding.Decoding`.
 
         Returns:
             `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`; `cut_off` is "steps" or
@@ -77,7 +78,7 @@ class EmberVLM(EmberVLMNetwork):
             constraint: `"ensure_logical_consistency"` draws more chains where `verify_reasoning` finds fault with the
                 likeliest one, and gives the one with the fewest faults.
             on_text: As in `generate_with_reasoning`; it hears the likeliest chain.
-            decoding: See `embervlm.model.generation.Decoding`.
+            decoding: See `embervlm.model.decoding.Decoding`.
         """
         return interactive.reason(self, image, question, None, constraint, Decoding(**decoding), on_text)
 

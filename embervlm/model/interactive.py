@@ -12,7 +12,8 @@ from torch import Tensor
 
 from embervlm.config import ConfigError
 from embervlm.model.config import STAGE3
-from embervlm.model.generation import Decoding, OnToken, check_length, generate_from_visual, look
+from embervlm.model.decoding import Decoding, OnToken
+from embervlm.model.generation import check_length, generate_from_visual, look
 from embervlm.model.judging import step_probabilities
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.streaming import OnText, Pieces

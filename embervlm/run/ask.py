@@ -17,8 +17,9 @@ from embervlm.evaluation.asked import load_model
 from embervlm.evaluation.batches import cut_off_reasons
 from embervlm.evaluation.explain import explain_chains, without_padding
 from embervlm.model.config import STAGE3
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding, look
+from embervlm.model.generation import look
 from embervlm.options import add_flag, chosen
 from embervlm.paths import closest_path
 from embervlm.ranking import checkpoint_to_use

@@ -10,8 +10,8 @@ from typing import Any
 from embervlm.config import ConfigError
 from embervlm.errors import UserError
 from embervlm.model.config import STAGE3
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import Decoding
 from embervlm.model.interactive import Reasoning
 from embervlm.options import chosen
 from embervlm.run.ask import answer_lines, checkpoint_option, model_to_ask, picture_of

@@ -12,7 +12,7 @@ from embervlm.evaluation.analysis import analysis_text, sample_text, samples_ver
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.evaluation.evaluate import evaluate
 from embervlm.evaluation.transition import check_transition, transition_text
-from embervlm.model.generation import Decoding
+from embervlm.model.decoding import Decoding
 from embervlm.options import chosen
 from embervlm.report.figures import write_attention, write_figures
 from embervlm.report.pages import best_examples, failure_cases, samples_page

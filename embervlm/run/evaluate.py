@@ -15,7 +15,7 @@ from embervlm.evaluation import evaluate as evaluation
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.evaluation.evaluate import keep_in_checkpoint
 from embervlm.evaluation.result import METRICS
-from embervlm.model.generation import Decoding
+from embervlm.model.decoding import Decoding
 from embervlm.options import add_flag, chosen
 from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
 from embervlm.run.report import send_evaluation
