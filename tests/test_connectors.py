@@ -16,7 +16,7 @@ def connector(**settings):
 
 def test_each_kind_gives_the_width_of_the_language_model():
     features = torch.randn(2, 16, 2)
-    options = {"pixel_shuffle": {"factor": 2}}
+    options = {"pixel_shuffle": {"factor": 2}, "norm_adapter": {"width": 4, "bottleneck": 2}}
     for kind in CONNECTORS:
         built = connector(kind=kind, **options.get(kind, {}))
         assert built(features).shape == (2, 16 // built.factor**2, 3)
@@ -37,7 +37,7 @@ def test_pixel_shuffle_puts_squares_side_by_side_row_by_row():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"kind": "resampler"}, "kind 'resampler' is not known; known are norm_mlp, mlp, linear, pixel_shuffle"),
+        ({"kind": "resampler"}, "kind 'resampler' is not known; known are norm_mlp, mlp, linear, norm_adapter"),
         ({"kind": "pixel_shuffle"}, "pixel_shuffle needs factor"),
         ({"kind": "pixel_shuffle", "factor": 3}, "factor 3 does not divide the 4 x 4 features"),
         ({"kind": "pixel_shuffle", "factor": 0}, "factor 0 is not a whole number above 0"),

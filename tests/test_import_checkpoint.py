@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from training_helpers import ok, train, write_run_yaml
 from transformers import (
     AutoModelForCausalLM,
@@ -35,10 +38,15 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from embervlm.cli import main
 from embervlm.config import ConfigError, TrainConfig
 from embervlm.config_file import model_preset
+from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.evaluation.explain import explain_chains
+from embervlm.model.config import EmberVLMConfig
+from embervlm.model.connectors import build_connector
 from embervlm.model.embervlm import EmberVLM, build_model
+from embervlm.model.families import FAMILIES, ORIGIN
 from embervlm.model.generation import look
+from embervlm.model.importing import _renamed
 from embervlm.run.start import start_from
 from embervlm.world import World
 
@@ -491,6 +499,40 @@ def test_a_nanovlm_that_computes_something_else_is_refused(changes: Any, wanted:
     assert "lacks 'vit_hidden_dim', which that of a nanoVLM has" in refused(tmp_path / "theirs")
 
 
+ORIGIN_SHAPES = {
+    "vision_encoder.backbone.stem.conv1.c.weight": [24, 3, 3, 3],
+    "vision_encoder.ln_vision.weight": [384],
+    "vision_encoder.ln_vision.bias": [384],
+    "vision_encoder.projection.0.weight": [384, 384],
+    "vision_encoder.projection.0.bias": [384],
+    "vision_encoder.projection.1.weight": [384],
+    "vision_encoder.projection.1.bias": [384],
+    "fusion_module.vision_proj.weight": [32, 384],
+    "fusion_module.vision_proj.bias": [32],
+    "fusion_module.pre_norm.weight": [32],
+    "fusion_module.pre_norm.bias": [32],
+    "fusion_module.adapter.down_proj.weight": [48, 32],
+    "fusion_module.adapter.down_proj.bias": [48],
+    "fusion_module.adapter.up_proj.weight": [32, 48],
+    "fusion_module.adapter.up_proj.bias": [32],
+    "fusion_module.adapter.layer_norm.weight": [32],
+    "fusion_module.adapter.layer_norm.bias": [32],
+    "fusion_module.output_norm.weight": [32],
+    "fusion_module.output_norm.bias": [32],
+    "reasoning_module.step_embed.weight": [4, 8],
+    "reasoning_loss.weight": [2],
+}
+"""Beside the language model's, and of the vision encoder one; its own `config.json` has more keys than these."""
+ORIGIN_CONFIG = {
+    "vision_model": "repvit_m0_9",
+    "num_visual_tokens": 8,
+    "vision_output_dim": 384,
+    "image_size": 224,
+    "language_hidden_size": 32,
+    "language_num_heads": 2,
+    "language_vocab_size": 257,
+    "fusion_bottleneck_dim": 48,
+}
 ORIGIN_TOKENS = ("reasoning_start", "reasoning_end", "robot_selection", "action_plan", "image")
 
 
@@ -503,22 +545,70 @@ def origin(tmp_path: Path) -> tuple[Path, Any]:
     words.save_pretrained(tmp_path / "words")
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
     weights = {f"language_model.model.{name}": value.clone() for name, value in theirs.state_dict().items()}
-    for name in ("vision_encoder.backbone.stem.conv1.c.weight", "vision_encoder.ln_vision.weight"):
-        weights[name] = torch.zeros(2)
-    for name in ("fusion_module.vision_proj.weight", "reasoning_module.step_embed.weight", "reasoning_loss.weight"):
-        weights[name] = torch.zeros(2)
+    weights |= {name: torch.randn(shape) for name, shape in ORIGIN_SHAPES.items()}
+    if find_spec("timm") is not None:
+        import timm
+
+        encoder = timm.create_model("repvit_m0_9", num_classes=0).state_dict()
+        weights |= {f"vision_encoder.backbone.{name}": value.clone() for name, value in encoder.items()}
     (folder := tmp_path / "theirs").mkdir()
-    (folder / "config.json").write_text(json.dumps({"vision_model": "repvit_m0_9", "language_num_heads": 2}))
+    (folder / "config.json").write_text(json.dumps(ORIGIN_CONFIG))
     torch.save({name: value.bfloat16() for name, value in weights.items()}, folder / "pytorch_model.bin")
     return folder, theirs
 
 
 def test_the_origin_is_recognised_and_its_way_out_is_told(origin: Any) -> None:
+    if find_spec("timm") is None:
+        told = refused(origin[0])
+        assert "Stage 3 checkpoint of euhidaman/EmberVLM, whose vision encoder is repvit_m0_9 of timm" in told
+        assert "pip install 'embervlm[timm]'" in told and "--language_only" in told
+    change(origin[0], vision_model="repvit_xxs")
     told = refused(origin[0])
-    assert (
-        "Stage 3 checkpoint of euhidaman/EmberVLM, whose vision encoder (repvit_m0_9 of timm) is not computed" in told
-    )
-    assert "--language_only" in told
+    assert "vision encoder 'repvit_xxs', which is none of timm's" in told and "--language_only" in told
+
+
+@torch.no_grad()
+def test_the_origins_way_from_features_to_the_language_model_is_ours(origin: Any) -> None:
+    """Its `RepViTEncoder` behind the backbone and its `FusionModule`, written out."""
+    weights = torch.load(origin[0] / "pytorch_model.bin")
+    state = {name: value.float() for name, value in weights.items()}
+    (family,) = [one for one in FAMILIES if one.name == ORIGIN]
+    renamed = _renamed(family, state, origin[0])
+    assert not [name for name in renamed if name.startswith("reasoning")]
+    features = torch.randn(2, 8, 384)
+    options = {"kind": "norm_adapter", "width": 384, "bottleneck": 48}
+    ours = build_connector(EmberVLMConfig(connector=options), 384, 32, Grid(2, 4))
+    own = {ours.removeprefix("projection."): state[theirs] for theirs, ours in renamed.items() if "projection." in ours}
+    ours.load_state_dict(own)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = norm(features, "vision_encoder.ln_vision")
+    x = norm(linear(x, "vision_encoder.projection.0"), "vision_encoder.projection.1")
+    x = norm(linear(x, "fusion_module.vision_proj"), "fusion_module.pre_norm")
+    inner = linear(F.gelu(linear(x, "fusion_module.adapter.down_proj")), "fusion_module.adapter.up_proj")
+    x = norm(x + norm(inner, "fusion_module.adapter.layer_norm"), "fusion_module.output_norm")
+    torch.testing.assert_close(ours(features), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed: it needs torchvision")
+@torch.no_grad()
+def test_the_whole_origin_is_taken_with_timm(origin: Any, tmp_path: Path, capsys: Any) -> None:
+    """`benchmarks/origin_parity.py` compares its numbers with those of its own code."""
+    model = imported(origin[0], None, "--tokenizer", str(tmp_path / "words"))
+    told = lines_of(capsys.readouterr().out)
+    assert "dropped: 2 (reasoning_module.step_embed.weight, ...): its heads for robots, plans and actions" in str(told)
+    assert (model.grid, model.config.image_size) == ((2, 4), 224)
+    ids = torch.tensor([[5, 258, 7, 261]])
+    mask = torch.ones_like(ids).bool()
+    read = model.read(torch.zeros(1, model.num_visual_tokens, 32), torch.tensor([False]), ids, mask)
+    wanted = origin[1].to(torch.bfloat16).float()(ids).logits
+    torch.testing.assert_close(model.language_model.logits(read), wanted, rtol=1e-4, atol=1e-4)
+    assert model.generate_with_reasoning(np.zeros((50, 70, 3), np.uint8), "a", max_new_tokens=4)["num_tokens"] > 0
 
 
 @torch.no_grad()

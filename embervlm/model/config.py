@@ -48,8 +48,8 @@ class EmberVLMConfig(PretrainedConfig):
     """Which of the encoder's hidden states the picture's features are, -2 for those before its last layer. None: its
     output."""
     connector: dict[str, Any] = field(default_factory=dict)
-    """What leads from visual features to the language model: `{"kind": norm_mlp | mlp | linear | pixel_shuffle}` and
-    the kind's own keys, see `connectors.py`. Without a kind it is `norm_mlp`."""
+    """What leads from visual features to the language model: `{"kind": norm_mlp | mlp | linear | norm_adapter |
+    pixel_shuffle}` and the kind's own keys, see `connectors.py`. Without a kind it is `norm_mlp`."""
     projection_hidden_size: int = 256
     """Hidden width of the connector `norm_mlp`."""
     reasoning_width: int = 96

@@ -66,6 +66,28 @@ class MLP(nn.Module):
         return torch.cat([out, self.newline.to(out.dtype).expand(len(out), 1, -1)], dim=1)
 
 
+class NormAdapter(nn.Module):
+    """Norm and projection, projection and norm, then an adapter with a bottleneck (euhidaman/EmberVLM)."""
+
+    factor = 1
+
+    def __init__(self, vision_dim: int, hidden_size: int, *, width: int, bottleneck: int) -> None:
+        """`width`: of what stands between both projections."""
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_dim)
+        self.features = nn.Sequential(nn.Linear(vision_dim, width), nn.LayerNorm(width))
+        self.project = nn.Sequential(nn.Linear(width, hidden_size), nn.LayerNorm(hidden_size))
+        self.adapter = nn.Sequential(
+            nn.Linear(hidden_size, bottleneck), nn.GELU(), nn.Linear(bottleneck, hidden_size), nn.LayerNorm(hidden_size)
+        )
+        self.output_norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.project(self.features(self.norm(features)))
+        out: Tensor = self.output_norm(projected + self.adapter(projected))
+        return out
+
+
 class PixelShuffle(nn.Module):
     """Each square of `factor` x `factor` features side by side as one, then a linear layer (Idefics3, nanoVLM)."""
 
@@ -99,6 +121,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "norm_mlp": NormMLP,
     "mlp": MLP,
     "linear": Linear,
+    "norm_adapter": NormAdapter,
     "pixel_shuffle": PixelShuffle,
 }
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig, SiglipVisionConfig
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, SiglipVisionConfig, TimmWrapperConfig
 
 from embervlm.config import BACKBONE
 from embervlm.model.storage import CheckpointError
 
-ORIGIN = "EmberVLM of euhidaman"
+ORIGIN = "euhidaman/EmberVLM"
+ORIGIN_LANGUAGE = r"language_model\.model\.(?=transformer\.|lm_head\.)|language_model\.(?=lm_head\.)"
+"""What stands before the names of its language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,13 @@ class Family:
     """(Regular expression for the start of a name, what stands there in ours)."""
     inner: tuple[tuple[str, str], ...] = ()
     """(Text anywhere in a name, what stands there in ours)."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """(Regular expression for the start of a name, why these weights have no place here)."""
     reshaped: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     """The weights with those split or reshaped that ours has in another form."""
-    settings: Callable[[Any, Path], dict[str, Any]]
-    """Of the model that its configuration describes; raises CheckpointError for what ours does not compute."""
+    settings: Callable[[Any, Mapping[str, Tensor], Path], dict[str, Any]]
+    """Of the model that its configuration and its weights describe; raises CheckpointError for what ours does not
+    compute."""
 
 
 def parts(vision: PretrainedConfig, text: PretrainedConfig, is_tied: bool) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def recognised(names: Iterable[str], path: Path) -> Family:
     raise CheckpointError(f"{path}: of no known family (its first names are {shown}); known are {known}")
 
 
-def _llava(config: Any, folder: Path) -> dict[str, Any]:
+def _llava(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if not isinstance(layer, int):
         raise CheckpointError(f"{folder}/config.json: vision_feature_layer {layer} is several layers; one is read here")
@@ -85,14 +92,14 @@ def _llava(config: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _idefics3(config: Any, folder: Path) -> dict[str, Any]:
+def _idefics3(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     return {
         **parts(config.vision_config, config.text_config, config.tie_word_embeddings),
         "connector": {"kind": "pixel_shuffle", "factor": config.scale_factor},
     }
 
 
-def _nanovlm(config: Any, folder: Path) -> dict[str, Any]:
+def _nanovlm(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     try:
         if config.get("vit_cls_flag") or config.get("lm_attn_scaling", 1) != 1:
             raise CheckpointError(
@@ -147,6 +154,13 @@ def _nanovlm_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def language_of(start: str, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """Of each weight behind `start`, a regular expression: its name there, its whole name, its value."""
+    for name, value in state.items():
+        if match := re.match(start, name):
+            yield name[match.end() :], name, value
+
+
 def gpt2_of(config: dict[str, Any], state: Mapping[str, Tensor], folder: Path) -> GPT2Config:
     """The configuration of the origin's language model, from the shapes of `state`, by transformers' names.
 
@@ -172,21 +186,43 @@ def gpt2_of(config: dict[str, Any], state: Mapping[str, Tensor], folder: Path) -
     )
 
 
-def _origin(config: Any, folder: Path) -> dict[str, Any]:
-    vision = config.get("vision_model") or config.get("vision_backbone") or "timm"
-    raise CheckpointError(
-        f"{folder}: a Stage 3 checkpoint of euhidaman/EmberVLM, whose vision encoder ({vision} of timm) is not "
-        "computed here; take its language model with --language_only and put it together with another vision encoder "
-        "(docs/own_data.md)"
-    )
+def _origin(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    vision, tokens = config.get("vision_model"), config.get("num_visual_tokens")
+    alone = "its language model alone can be taken with --language_only (docs/own_data.md)"
+    if not str(vision).startswith("repvit_m") or not tokens:
+        raise CheckpointError(
+            f"{folder}: a Stage 3 checkpoint of {ORIGIN} with the vision encoder {vision!r}, which is none of timm's "
+            f"and not computed here; {alone}"
+        )
+    if find_spec("timm") is None:
+        raise CheckpointError(
+            f"{folder}: a Stage 3 checkpoint of {ORIGIN}, whose vision encoder is {vision} of timm; that needs `pip "
+            f"install 'embervlm[timm]'`, or {alone}"
+        )
+    encoder = TimmWrapperConfig(architecture=str(vision).split(".")[0], do_pooling=False)
+    language = {name: value for name, _, value in language_of(ORIGIN_LANGUAGE, state)}
+    side = math.isqrt(tokens)
+    return {
+        "vision": {"built": encoder.to_dict()},
+        "language": {"built": gpt2_of(config, language, folder).to_dict()},
+        "image_size": config["image_size"],
+        "image_mean": (0.485, 0.456, 0.406),  # in its code, and in no file of the checkpoint
+        "image_std": (0.229, 0.224, 0.225),
+        "num_visual_tokens": tokens if side * side == tokens else (2, 4),  # as its encoder pools
+        "connector": {
+            "kind": "norm_adapter",
+            "width": config["vision_output_dim"],
+            "bottleneck": config["fusion_bottleneck_dim"],
+        },
+    }
 
 
-def _onevision(config: Any, folder: Path) -> dict[str, Any]:
-    settings = _llava(config, folder)
+def _onevision(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    settings = _llava(config, state, folder)
     return {**settings, "connector": {**settings["connector"], "newline": True}}
 
 
-def _paligemma(config: Any, folder: Path) -> dict[str, Any]:
+def _paligemma(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     raise CheckpointError(
         f"{folder}: a PaliGemma checkpoint, whose language model looks in both directions over picture and question; "
         "here every token sees only those before it, so this would compute something else and is not imported"
@@ -255,10 +291,19 @@ FAMILIES = (
         name=ORIGIN,
         keys=(r"vision_encoder\.backbone\.", r"vision_encoder\.ln_vision\.", r"fusion_module\.", r"language_model\."),
         names=(
-            (
-                r"language_model\.model\.(?=transformer\.|lm_head\.)|language_model\.(?=lm_head\.)",
-                "language_model.backbone.",
-            ),
+            (ORIGIN_LANGUAGE, "language_model.backbone."),
+            (r"vision_encoder\.backbone\.", "vision_encoder.backbone.timm_model."),
+            (r"vision_encoder\.ln_vision\.", "projection.norm."),
+            (r"vision_encoder\.projection\.", "projection.features."),
+            (r"fusion_module\.vision_proj\.", "projection.project.0."),
+            (r"fusion_module\.pre_norm\.", "projection.project.1."),
+            (r"fusion_module\.adapter\.down_proj\.", "projection.adapter.0."),
+            (r"fusion_module\.adapter\.up_proj\.", "projection.adapter.2."),
+            (r"fusion_module\.adapter\.layer_norm\.", "projection.adapter.3."),
+            (r"fusion_module\.output_norm\.", "projection.output_norm."),
+        ),
+        left_out=(
+            (r"reasoning_module\.|reasoning_loss\.", "its heads for robots, plans and actions; Stage 4 has its own"),
         ),
         settings=_origin,
     ),

@@ -17,12 +17,13 @@ from embervlm.config import BACKBONE
 from embervlm.errors import UNREADABLE
 from embervlm.model.config import PAD
 from embervlm.model.embervlm import EmberVLM, build_model
-from embervlm.model.families import ORIGIN, Family, gpt2_of, recognised
+from embervlm.model.families import ORIGIN, ORIGIN_LANGUAGE, Family, gpt2_of, language_of, recognised
 from embervlm.model.preprocessor import NO_PREPROCESSOR, preprocessor_of
 from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder
 
-COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias)$")
+COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|attn\.(masked_)?bias)$")
 """Buffers in older files that every model computes itself."""
+_EMBEDDINGS = ("model.embed_tokens", "transformer.wte")
 _TOWER = "vision_model."
 """A level of names that some versions of transformers have in a vision tower, and others have not."""
 
@@ -53,7 +54,7 @@ def import_folder(name: str | Path, own: Mapping[str, Any]) -> Imported:
     folder = resolve_folder(name)
     path, state = read_weights(folder)
     family = recognised(state, path)
-    settings = {**own, **family.settings(_configuration(folder, family), folder)}
+    settings = {**own, **family.settings(_configuration(folder, family), state, folder)}
     state = family.reshaped(state)
     renamed = _renamed(family, state, path)
     language = settings["language"]["built"]
@@ -62,7 +63,7 @@ def import_folder(name: str | Path, own: Mapping[str, Any]) -> Imported:
     model = build_model({**settings, **pictures, "stage": 3, "imported_from": family.name}, load_pretrained=False)
     weights: dict[str, Tensor] = {}
     taken: dict[str, list[tuple[str, str]]] = {part: [] for part in BACKBONE}
-    dropped: list[tuple[str, str]] = []
+    dropped = _left_out(family, state)
     names = model.state_dict().keys()
     for theirs, ours in renamed.items():
         found = next((spelled for spelled in _spellings(ours) if spelled in names), None)
@@ -103,14 +104,15 @@ def import_language(name: str | Path) -> Language:
             num_taken=len(pairs),
             dropped=[theirs for part in ("vision_encoder", "projection") for theirs, _ in found.taken[part]],
         )
-    (start, _), *_ = family.names
-    own = {name[match.end() :]: value for name, value in state.items() if (match := re.match(start, name))}
+    of_language = list(language_of(ORIGIN_LANGUAGE, state))
+    own = {name: value for name, _, value in of_language}
     backbone = GPT2LMHeadModel(gpt2_of(_configuration(folder, family), own, folder))
-    own = {name: value for name, value in own.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    own = {name: value for name, value in own.items() if not COMPUTED.search(name)}
     load_state(
         backbone, own, {name.partition(".")[0] for name in backbone.state_dict()}, path, advice="see config.json"
     )
-    dropped = [name for name in state if not re.match(start, name)]
+    taken = {whole for _, whole, _ in of_language}
+    dropped = [name for name in state if name not in taken]
     return Language(backbone=backbone, family=family.name, num_taken=len(own), dropped=dropped)
 
 
@@ -135,7 +137,8 @@ def _configuration(folder: Path, family: Family) -> Any:
 def _renamed(family: Family, state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
     """Their name -> ours; CheckpointError for names that the family does not have."""
     renamed, unknown = {}, []
-    for name in state:
+    left_out = {name for name, _ in _left_out(family, state)}
+    for name in (name for name in state if name not in left_out):
         for start, ours in family.names:
             if match := re.match(start, name):
                 rest = name[match.end() :]
@@ -154,11 +157,16 @@ def _renamed(family: Family, state: Mapping[str, Tensor], path: Path) -> dict[st
     return renamed
 
 
+def _left_out(family: Family, state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Names that have no place here, and why."""
+    return [(name, why) for name in state for start, why in family.left_out if re.match(start, name)]
+
+
 def _is_tied(renamed: Mapping[str, str], state: Mapping[str, Tensor], asked: bool) -> bool:
     """Whether one matrix is input and output embedding; a file of such a model may hold it once or twice."""
     theirs = {ours: name for name, ours in renamed.items()}
-    pair = [theirs.get(f"language_model.backbone.{name}.weight") for name in ("lm_head", "model.embed_tokens")]
-    head, embedding = pair
+    head, *words = (theirs.get(f"language_model.backbone.{name}.weight") for name in ("lm_head", *_EMBEDDINGS))
+    embedding = next(filter(None, words), None)
     if head is None or embedding is None:
         return True
     return asked and torch.equal(state[head], state[embedding])
