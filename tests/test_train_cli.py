@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -62,7 +63,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(bench: Path) -> Path:
     """Output folder of Stage 3 and both phases, two steps each, under the deepspeed launcher."""
     output = bench / "trained"
-    ok(
+    done = ok(
         train(
             "deepspeed",
             "--config",
@@ -78,6 +79,8 @@ def trained(bench: Path) -> Path:
             str(STEPS),
         )
     )
+    (bench / "stdout").write_text(done.stdout)
+    (bench / "stderr").write_text(done.stderr)
     return output
 
 
@@ -134,6 +137,22 @@ def test_the_log_holds_the_closed_form_rate_of_every_group_at_every_step(
         factor = learning_rate_factor(step, STEPS, config.warmup_steps, config.final_lr_ratio)
         wanted = {name: scale * config.learning_rate * factor for name, scale in config.multipliers.items() if scale}
         assert line["learning_rate"] == pytest.approx(wanted)
+
+
+@pytest.mark.slow
+def test_the_output_says_what_is_trained_how_it_goes_and_what_to_do_next(trained: Path, bench: Path) -> None:
+    said, bars = (bench / "stdout").read_text(), (bench / "stderr").read_text()
+    assert re.search(r"(?m)^phase 1: train_reasoning_heads\n  model +\S+tiny.yaml, [\d,]+ parameters\n  trains ", said)
+    assert re.search(r"(?m)^  trains +([\d,]+) \(\d[\d.]*%\): reasoning_module \1$", said)
+    assert re.search(r"(?m)^  steps +2, of \d+ records each: 2 processes x \d+", said)
+    final = run_dir.checkpoint_path(run_dir.phase_dir(trained, 2), None)
+    assert said.count("saved ") == 3 and f"saved {final}\n" in said
+    assert f'Ask it: embervlm ask PICTURE "QUESTION" --checkpoint {final}\n' in said
+    assert "\r" not in bars and re.search(r"(?m)^phase 2: 2/2 \[.* epoch 1/\d, loss [\d.]+ \(reasoning ", bars)
+    for number in (1, 2):
+        weights = phase_config((PHASE1, PHASE2)[number - 1]).loss_weights
+        for line in metrics(trained, number):
+            assert line["total_loss"] == pytest.approx(sum(weights[term] * loss for term, loss in line["loss"].items()))
 
 
 @pytest.mark.slow

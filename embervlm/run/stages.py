@@ -26,7 +26,8 @@ from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, 
 from embervlm.run.start import adopt_tokenizer, model_settings, start_from
 from embervlm.run.train_flags import known_to_harm
 from embervlm.training.checkpoint import is_finished
-from embervlm.training.loop import PhaseJob, train_phase
+from embervlm.training.job import PhaseJob
+from embervlm.training.loop import train_phase
 from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
 from embervlm.world import World
 
@@ -39,26 +40,32 @@ class Run:
         self.output = Path(config.output_dir)
         self._data: RunData | None = None
 
-    def go(self, stages: Sequence[str], phase: int | None) -> None:
-        """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder."""
+    def go(self, stages: Sequence[str], phase: int | None) -> Path:
+        """Run `stages` in order, starting from `resume_from` or the checkpoints of this output folder.
+
+        Returns the last final checkpoint, that of Stage 4 where it is one of them.
+        """
         resume = Path(self.config.resume_from) if self.config.resume_from else None
         stage3 = run_dir.checkpoint_path(run_dir.stage3_dir(self.output), None)
         first_on_rank_0(self.world, lambda: self._check_finished(stages, phase))
         if self.world.rank == 0:
             print("".join(f"{line}\n" for line in preprocessor_notes(model_preset(self.config.model))), end="")
+        final = resume or stage3
         if "3" in stages:
-            stage3 = self.stage3()
+            final = stage3 = self.stage3()
         if "4" in stages:
             if self.world.rank == 0:
                 print("".join(f"{line}\n" for line in known_to_harm(self.config.stage4)), end="")
             start = resume or stage3
             if phase in (None, 1):
-                start = self.phase(1, start)
+                final = start = self.phase(1, start)
             if phase in (None, 2):
                 first = run_dir.checkpoint_path(run_dir.phase_dir(self.output, 1), None)
-                self.phase(2, start if phase is None else (resume or first))
+                final = self.phase(2, start if phase is None else (resume or first))
         if "baseline" in stages:
-            self.baselines(resume or stage3)
+            baselines = self.baselines(resume or stage3)
+            final = final if "4" in stages else baselines[-1]
+        return final
 
     def phase(self, number: int, start: Path) -> Path:
         """Train phase 1 or 2 of Stage 4 from the weights in `start`."""

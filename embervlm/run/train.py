@@ -18,6 +18,7 @@ from embervlm.errors import UserError, told_in_one_line
 from embervlm.run.eval_jobs import check_eval_cluster
 from embervlm.run.owner import owning
 from embervlm.run.train_flags import check_start, load_config, parser, stages_of
+from embervlm.run_dir import eval_results_path
 from embervlm.signals import EXIT_FAULT, EXIT_REQUEUE, Preempted, listen
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
     try:
         check_cluster(args.cluster, world.size)
         with _owned_by_all(config.output_dir, world):
-            Run(config, world).go(stages, args.phase)
+            final = Run(config, world).go(stages, args.phase)
     except UserError:
         raise
     except Preempted as stopped:
@@ -61,8 +62,31 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
         sys.exit(EXIT_FAULT)
     finally:
         world.leave()
-    if config.report and world.rank == 0 and "4" in stages:
-        write_run_report(config)
+    if world.rank == 0:
+        if config.report and "4" in stages:
+            write_run_report(config)
+        print("\n".join(closing_lines(args, stages, config, final)))
+
+
+def closing_lines(args: argparse.Namespace, stages: list[str], config: TrainConfig, final: Path) -> list[str]:
+    """Where the result is, and the command that one would type next."""
+    lines = [f"Checkpoint: {final}"]
+    if "4" in stages and args.phase in (None, 2):
+        written = eval_results_path(config.output_dir)
+        return [
+            *lines,
+            f'Ask it: embervlm ask PICTURE "QUESTION" --checkpoint {final}',
+            f"Evaluate it: embervlm evaluate --checkpoint {final} --output_file {written} --save_reasoning_samples",
+        ]
+    if stages == ["baseline"]:
+        return lines
+    own = "" if args.config == parser().get_default("config") else f" --config {args.config}"
+    what = "--stages 4 --phase 2" if "4" in stages else "--stages 4"
+    return [
+        *lines,
+        f"Next: embervlm train{own} {what} --resume_from {final} --output_dir {config.output_dir} "
+        f"--reasoning_data {config.reasoning_data}",
+    ]
 
 
 def check_cluster(name: str | None, num_processes: int) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import asdict, dataclass
@@ -82,16 +83,18 @@ class CheckpointStore:
         keep_weights: int = 0,
         on_error: str = "stop",
         in_background: bool = True,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> None:
         """
         Args:
             on_error: `stop` raises SaveError at the step after; `continue` warns.
             in_background: False waits in `save` until the checkpoint is on disk.
+            on_saved: Called with the path of each checkpoint that is on disk, in the thread that wrote it.
         """
         self.folder, self._world = folder, world
         self._keep_last, self._keep_best, self._keep_weights = keep_last, keep_best, keep_weights
         self._on_error = on_error
-        self._in_background = in_background
+        self._in_background, self._on_saved = in_background, on_saved
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.stalled_s = 0.0
@@ -210,6 +213,8 @@ class CheckpointStore:
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
             raise SaveError(f"{target}: not written: {reason}") from error
+        if self._on_saved is not None:
+            self._on_saved(target)
         try:
             kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
             run_dir.prune_checkpoints(self.folder, self._keep_last, kept, self._keep_weights)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from embervlm.config import BACKBONE, COMPONENTS, ConfigError, PhaseConfig, ScheduledSamplingConfig, TrainConfig
-from embervlm.data.collate import Batch, Collator
+from embervlm.config import BACKBONE, COMPONENTS, ConfigError, TrainConfig
+from embervlm.data.collate import Batch
 from embervlm.data.epoch_plan import EpochPlan
-from embervlm.data.images import PictureCache
 from embervlm.data.samples import Sample
 from embervlm.engines.base import Engine
 from embervlm.engines.build import build_engine
-from embervlm.model.embervlm import EmberVLM
 from embervlm.model.lora import add_adapters
 from embervlm.model.storage import load_checkpoint_into
+from embervlm.progress import note
 from embervlm.signals import Preempted, stop_noted
-from embervlm.training import plateau
+from embervlm.training import plateau, summary
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
+from embervlm.training.job import PhaseJob
 from embervlm.training.module import TrainingModule
 from embervlm.training.schedule import (
     learning_rate_factor,
@@ -35,54 +35,6 @@ from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
 from embervlm.world import World
-
-
-class Measured(Protocol):
-    """What a model does on the val split."""
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-
-    @property
-    def looks(self) -> bool:
-        """Whether the picture matters to it."""
-
-
-@dataclass(kw_only=True)
-class PhaseJob:
-    """One phase to train, with everything it needs."""
-
-    name: str
-    folder: Path
-    phase: PhaseConfig
-    model: EmberVLM
-    plan: EpochPlan
-    collator: Collator
-    pictures: PictureCache
-    batch_size: int
-    accumulation: int = 1
-    scheduled_sampling: ScheduledSamplingConfig = field(default_factory=lambda: ScheduledSamplingConfig(enabled=False))
-    dense_sizes: list[int] | None = None
-    gradient_checkpointing: bool = False
-    after_epoch: Callable[[EmberVLM, int], None] | None = None
-    """Called on every process with the model and the epoch just finished, counted from 1 within the phase."""
-    at_end: Callable[[EmberVLM], None] | None = None
-    """Called on every process with the trained model, once it is saved."""
-    after_save: Callable[[Path], None] | None = None
-    """Called on every process after a checkpoint of `eval_steps`, and with them after the final one."""
-    measure: Callable[[EmberVLM], Measured | None] | None = None
-    """Called on every process where `phase.stop_at_plateau`; None of data without a val split."""
-    samples_wanted: int | None = None
-    """Stop after this many records instead of after `epochs`."""
-    trained_with: dict[str, Any] = field(default_factory=dict)
-    """See `settings.trained_with`."""
-
-    @property
-    def total_steps(self) -> int:
-        if self.samples_wanted is not None:
-            return max(1, round(self.samples_wanted / self.plan.global_batch))
-        return self.plan.num_steps(self.phase.epochs)
 
 
 def train_phase(job: PhaseJob, config: TrainConfig, world: World) -> Path:
@@ -108,6 +60,7 @@ class _Training:
             keep_weights=config.keep_weights,
             on_error=config.on_save_error,
             in_background=config.background_saves,
+            on_saved=self._say_saved,
         )
         self.tracker = Tracker(
             job.folder,
@@ -115,6 +68,7 @@ class _Training:
             name=job.name,
             first_step=self.progress.step,
             total_steps=None if job.phase.max_minutes else self.total,
+            epochs=job.phase.epochs if job.samples_wanted is None else None,
             project=config.wandb_project,
             run_name=config.wandb_run_name,
             settings=self.settings["config"],
@@ -122,6 +76,7 @@ class _Training:
         )
         self.started = replace(self.progress)
         self.began = time.monotonic()
+        self.end_is_said = False
 
     def run(self) -> Path:
         job, progress = self.job, self.progress
@@ -142,6 +97,9 @@ class _Training:
         if self.config.eval_steps:
             self._evaluate(final)
         self.tracker.close()
+        if self.world.rank == 0:
+            took = summary.duration(progress.elapsed_s)
+            print(f"{job.name}: finished after {progress.step:,} steps, {took} of training", flush=True)
         job.model.freeze(())
         return final
 
@@ -185,10 +143,25 @@ class _Training:
         progress.step, progress.samples = step + 1, progress.samples + len(samples)
         values = None
         if progress.step % self.config.log_steps == 0 or progress.step == self.total:
-            values = {"epoch": epoch + 1, "loss": terms, "learning_rate": engine.rates, "teacher_forcing": forcing}
+            total = sum(job.phase.loss_weights[term] * value for term, value in terms.items())
+            values = {"epoch": epoch + 1, "loss": terms, "total_loss": total}
+            values |= {"learning_rate": engine.rates, "teacher_forcing": forcing}
             values |= self._speed(batches)
         self.tracker.advance(progress.step, values)
+        self._say_when_it_ends()
         return True
+
+    def _say_when_it_ends(self) -> None:
+        if self.end_is_said or self.job.phase.max_minutes is not None or self.world.rank != 0:
+            return
+        done, seconds = self.progress.step - self.started.step, self.progress.elapsed_s - self.started.elapsed_s
+        if line := summary.expected_end(self.job.name, done, seconds, self.total - self.progress.step):
+            self.end_is_said = True
+            note(line)
+
+    def _say_saved(self, path: Path) -> None:
+        losses = self.progress.val_losses
+        note(summary.saved_line(path, losses[-1] if losses else None))
 
     def _micro_batches(self, samples: Sequence[Sample], step: int, forcing: float) -> list[Batch]:
         batches = []
@@ -237,7 +210,7 @@ class _Training:
             self.total = self._total_steps()
             self.tracker.shorten(self.total)
             if self.world.rank == 0:
-                print(
+                note(
                     f"{job.name}: the val loss no longer falls ({found.loss:.3f}): the learning rate decays from step "
                     f"{progress.step} to the end at {self.total}"
                 )
@@ -342,6 +315,8 @@ def _prepare(
     if state is not None:
         module.load_state_dict(state["auxiliary"], strict=False)
     job.model.freeze(job.phase.frozen_parts)
+    if world.rank == 0:
+        print("\n".join(summary.opening(job, config, world)), flush=True)
     if job.gradient_checkpointing:
         job.model.enable_gradient_checkpointing()
     cache = None

@@ -36,13 +36,14 @@ class Tracker:
         name: str,
         first_step: int,
         total_steps: int | None,
+        epochs: int | None = None,
         project: str | None = None,
         run_name: str | None = None,
         settings: Mapping[str, Any] | None = None,
         wandb_run_id: str | None = None,
     ) -> None:
         """`wandb_run_id` is that of the checkpoint that the phase resumes."""
-        self._active, self._folder = active, folder
+        self._active, self._folder, self._epochs = active, folder, epochs
         self._run: Any = None
         self._lines_missing = False
         self.wandb_run_id = wandb_run_id
@@ -77,13 +78,19 @@ class Tracker:
         if values is None:
             return
         self._append(json.dumps({"step": step, **values}) + "\n")
-        shown = {key: f"{value:.3f}" for key, value in values["loss"].items()}
-        self.bar.set_postfix(shown | {"samples/s": f"{values['samples_per_s']:.0f}"}, refresh=False)
+        self.bar.set_postfix_str(self._shown(values), refresh=False)
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
-            flat |= {"samples_per_s": values["samples_per_s"], "epoch": values["epoch"]}
+            flat |= {key: values[key] for key in ("samples_per_s", "epoch", "total_loss") if key in values}
             self._to_wandb(lambda run: run.log(flat, step=step))
+
+    def _shown(self, values: Mapping[str, Any]) -> str:
+        """Epoch, total loss, terms and rate."""
+        epoch = f"epoch {values['epoch']}" + (f"/{self._epochs}" if self._epochs else "")
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in values["loss"].items())
+        total = f"loss {values['total_loss']:.3f} ({terms})" if "total_loss" in values else terms
+        return f"{epoch}, {total}, {values['samples_per_s']:.0f} samples/s"
 
     def shorten(self, total_steps: int) -> None:
         """Show that the phase ends at `total_steps`."""
