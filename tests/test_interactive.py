@@ -108,7 +108,7 @@ def test_a_follow_up_keeps_the_steps_that_still_hold(lively_model, records, sure
     assert found["reasoning"].kept_steps == 2 and found["reasoning_steps"][0] == CHAIN[0]
     assert found["reasoning_steps"][1].startswith(CHAIN[1])  # an untrained model may not end it
     assert found["reasoning"].question == "Which? And if it is fragile?"
-    assert set(found) == {"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}
+    assert set(found) == {"reasoning", "reasoning_steps", "answer", "answer_set", "confidence", "known", "why"}
 
 
 def test_earlier_reasoning_may_be_a_result_steps_or_text():

@@ -25,6 +25,7 @@ from embervlm.data.splits import SPLITS
 from embervlm.data.store import prepare
 from embervlm.evaluation.batches import see
 from embervlm.evaluation.faithfulness import NUM_SAMPLES
+from embervlm.evaluation.known import KnownData
 from embervlm.evaluation.sharing import failing_together
 from embervlm.judge.backends import EMBEDDED
 from embervlm.judge.metrics import ChainScorer
@@ -97,6 +98,8 @@ class EvalData:
     domain: Domain
     val: list[ReasoningRecord] = field(default_factory=list)
     """Where the split is another one: records to calibrate on."""
+    known: KnownData | None = None
+    """What to tell known questions by; None where there is too little, or a test set in val's place."""
 
     def see(self, model: EmberVLM, records: Sequence[ReasoningRecord]) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual tokens of the records' pictures, and which have one."""
@@ -164,6 +167,7 @@ def _eval_data(
         domains=domains,
         domain=domain,
         val=val,
+        known=None if job.test_set is not None else KnownData.of(reference if train else [], splits["val"]),
     )
 
 

@@ -13,6 +13,7 @@ from embervlm.evaluation.batches import chunks, found_by, in_order, tasks_of
 from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data
 from embervlm.evaluation.explain import explain_chains, without_padding
 from embervlm.evaluation.faithfulness import Faithfulness
+from embervlm.evaluation.known import keep_known
 from embervlm.evaluation.own_steps import OwnSteps
 from embervlm.evaluation.result import complete, result_of, scored
 from embervlm.evaluation.sharing import Key, Task, TaskJournal, failing_together, share_out
@@ -102,6 +103,7 @@ def evaluate(job: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             samples = [scored(record, found, data) for record, found in zip(data.records, chains)]
             details = [detail for part in found_by("explained", explained) for detail in part]
             complete(samples, data, passes, details)
+            keep_known(model, job.checkpoint, data.known, of_training=job.reasoning_data is None)
             result = result_of(job, model, data, samples, passes, answers)
             result["own_steps"] = None if own_steps is None else own_steps.result(explained)
             if faithfulness is not None:

@@ -33,11 +33,15 @@ class Decoding:
     temperature of 0 is one of 0.7."""
     weigh_votes: bool = False
     """Whether a vote counts as much as the step validator believes its chain: the mean probability of its steps."""
+    min_known: float = 0.5
+    """Least `known` of a question, in [0, 1], that gets an answer; 0 answers all. An evaluation never refuses."""
 
     def __post_init__(self) -> None:
         for name in ("max_reasoning_steps", "max_new_tokens", "num_chains"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ConfigError(f"{name}: {limit} is less than 1")
+        if not 0 <= self.min_known <= 1:
+            raise ConfigError(f"min_known: {self.min_known} is not in [0, 1]")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must be at least 0 and top_p in (0, 1]")
         if self.form not in ("reasoning", "direct", "text"):

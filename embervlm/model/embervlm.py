@@ -20,6 +20,7 @@ from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.decoding import Decoding
 from embervlm.model.generation import generate_answers
 from embervlm.model.interactive import Reasoning
+from embervlm.model.known import read_known
 from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.preprocessor import with_preprocessor
@@ -56,6 +57,11 @@ class EmberVLM(EmberVLMNetwork):
             `{"reasoning_steps": [...], "answer": "Drone, Humanoid", "confidence": 0.93, ...}`; `cut_off` is "steps" or
             "tokens" where that limit cut the text off, else None. With `num_chains` above 1 also `votes`,
             answer -> votes; see `embervlm.model.voting.elected`.
+
+            `answer` is None, and `why` a sentence, where the model wrote none or the question is unlike those of
+            training: where `known`, in [0, 1], is below `min_known`. `confidence` is the answer head's probability
+            times `known`; `answer_set` and `text` are what the model wrote all the same. `known` is None, and no
+            question is refused, before the checkpoint has been evaluated.
         """
         single = isinstance(instruction, str)
         images, instructions = ([image], [instruction]) if single else (image, instruction)
@@ -100,7 +106,8 @@ class EmberVLM(EmberVLMNetwork):
     def reason(
         self, image: Any, question: str, previous_reasoning: Any = None, on_text: OnText | None = None, **decoding: Any
     ) -> dict[str, Any]:
-        """`{"reasoning", "reasoning_steps", "answer", "answer_set", "confidence"}` of a question or a follow-up.
+        """`{"reasoning", "reasoning_steps", "answer", "answer_set", "confidence", "known", "why"}` of a question or a
+        follow-up; see `generate_with_reasoning` for an answer that is None.
 
         A follow-up is asked behind the question before. Of the reasoning before, the first steps that still hold by
         the step validator begin the new chain, and the model continues it.
@@ -112,6 +119,8 @@ class EmberVLM(EmberVLMNetwork):
             "answer": found.answer,
             "answer_set": found.answer_set,
             "confidence": found.confidence,
+            "known": found.known,
+            "why": found.why,
         }
 
     def generate_with_template(
@@ -149,7 +158,8 @@ class EmberVLM(EmberVLMNetwork):
     ) -> EmberVLM:
         """The model in a checkpoint folder (or of a hub id), ready to answer.
 
-        Where the checkpoint has been evaluated, its `confidence` is calibrated with what was fitted then.
+        Where the checkpoint has been evaluated, its `confidence` is calibrated with what was fitted then, and it
+        refuses questions that are unlike those of its training.
 
         Args:
             config: In place of the checkpoint's own.
@@ -179,6 +189,7 @@ class EmberVLM(EmberVLMNetwork):
         load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
         model.confidence_temperature = run_dir.read_temperature(folder)
+        model.known = read_known(folder)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]

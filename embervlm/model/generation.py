@@ -13,6 +13,7 @@ from embervlm.config import ConfigError
 from embervlm.data.images import load_image
 from embervlm.data.tokenizer import DIRECT_PROMPT, ReasoningTokenizer
 from embervlm.model.decoding import Decoding, OnToken
+from embervlm.model.known import Verdict, settled
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.voting import set_confidence, vote
 from embervlm.model.writer import Row, Writer
@@ -34,7 +35,16 @@ def generate_answers(
     if empty := [index for index, text in enumerate(instructions) if not text.strip()]:
         raise ConfigError(f"instruction {empty[0]} is empty; write a question or a task")
     with model.in_eval_mode():
-        return generate_from_visual(model, *look(model, images), instructions, decoding, on_token=on_token)
+        visual, seen = look(model, images)
+        results = generate_from_visual(model, visual, seen, instructions, decoding, on_token=on_token)
+    return settled(results, known_of(model, visual, seen, instructions, decoding), decoding.min_known)
+
+
+def known_of(
+    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, questions: Sequence[str], decoding: Decoding
+) -> list[Verdict] | None:
+    """What `settled` takes; None of a model that was never evaluated, and of a text that is only continued."""
+    return None if model.known is None or decoding.form == "text" else model.known.of(visual, seen, questions)
 
 
 def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: Decoding) -> None:

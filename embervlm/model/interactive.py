@@ -13,8 +13,9 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding, OnToken
-from embervlm.model.generation import check_length, generate_from_visual, look
+from embervlm.model.generation import check_length, generate_from_visual, known_of, look
 from embervlm.model.judging import step_probabilities
+from embervlm.model.known import settled
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.streaming import OnText, Pieces
 from embervlm.words.chain_text import CONCLUSION, REASONING_END, REASONING_START, format_reasoning, parse_reasoning_text
@@ -40,8 +41,10 @@ class Reasoning:
     question: str
     steps: list[str]
     """The conclusion last, as `Conclusion: ...`."""
-    answer: str
+    answer: str | None
+    """None where there is none to trust: `why` says why."""
     answer_set: list[str]
+    """As the model wrote it, whatever `answer` is."""
     confidence: float
     image: Any = None
     sections: list[tuple[str, str]] = field(default_factory=list)
@@ -56,6 +59,10 @@ class Reasoning:
     """Chains that were drawn, of which this is one with the elected answer."""
     votes: dict[str, float] = field(default_factory=dict)
     """Answer -> its votes, the elected one first; {} of a single chain."""
+    known: float | None = None
+    """How well the question is known, in [0, 1]; None where that was not measured."""
+    why: str | None = None
+    """A sentence that says why there is no answer; None where there is one."""
 
     def __str__(self) -> str:
         if self.sections:
@@ -154,6 +161,7 @@ def reason(
             question = f"{earlier.question.strip()} {question.strip()}".strip()
             kept = _still_holds(model, visual, seen, question, earlier.steps)
         check_length(model, [question], decoding)
+        found = known_of(model, visual, seen, [question], decoding)
         begun = [token for ids in model.tokenizer.step_ids(kept) for token in ids]
         pieces = None if on_text is None else Pieces(model.tokenizer, on_text)
         if pieces is not None:
@@ -169,6 +177,7 @@ def reason(
                 begun=[begun] * count,
                 on_token=on_token,
             )
+            results = settled(results, None if found is None else found * count, how.min_known)
             about = {"instruction": question, "image": image}
             return [replace(as_reasoning({**result, **about}), kept_steps=len(kept)) for result in results]
 
@@ -193,13 +202,15 @@ def as_reasoning(given: Any) -> Reasoning:
                 question=str(given.get("instruction", "")),
                 image=given.get("image"),
                 steps=list(steps),
-                answer=str(given.get("answer", "")),
+                answer=None if (answer := given.get("answer", "")) is None else str(answer),
                 answer_set=answers,
                 confidence=float(given.get("confidence", 0)),
                 candidates=tuple(given["head_probabilities"] or ()) if "head_probabilities" in given else None,
                 cut_off=given.get("cut_off"),
                 num_chains=int(given.get("num_chains", 1)),
                 votes=dict(given.get("votes") or {}),
+                known=given.get("known"),
+                why=given.get("why"),
             )
     if isinstance(given, str):
         given = parse_reasoning_text(given)

@@ -23,6 +23,7 @@ from embervlm.model.backbone import LanguageModel, VisionEncoder, with_built_con
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.connectors import build_connector
 from embervlm.model.inputs import Inputs
+from embervlm.model.known import Known
 from embervlm.model.own_mistakes import own_mistakes, together
 from embervlm.model.reasoning import ReasoningModule, StepValidator
 
@@ -71,6 +72,7 @@ class EmberVLMNetwork(PreTrainedModel):
         self.adapted: tuple[str, ...] = ()
         """Components whose own weights are frozen because adapters are trained; so are their running statistics."""
         self.confidence_temperature = 1.0
+        self.known: Known | None = None
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Every part initialises itself when it is built."""

@@ -36,6 +36,7 @@ def ask_options(parser: argparse.ArgumentParser) -> None:
     checkpoint_option(parser)
     add_flag(parser, Decoding, "num_chains", flag="chains")
     add_flag(parser, Decoding, "weigh_votes")
+    add_flag(parser, Decoding, "min_known")
     parser.add_argument("--candidates", nargs="+", help="answers to choose among; default: those of the checkpoint")
     parser.add_argument(
         "--open", dest="open_page", action="store_true", help="show where the model looked at each step, in a browser"
@@ -108,7 +109,8 @@ def answer_lines(result: Mapping[str, Any], style: Style) -> list[str]:
     if result.get("num_chains", 1) > 1:
         shown = "; ".join(f"{answer} {count:g}" for answer, count in result["votes"].items()) or "none"
         lines.append(f"{style.bold('Votes:')} {shown} (of {result['num_chains']} chains)")
-    return lines + [style.yellow(f"Note: {reason}") for reason in cut_off_reasons(result)]
+    notes = [*cut_off_reasons(result), *filter(None, [result.get("why")])]
+    return lines + [style.yellow(f"Note: {note}") for note in notes]
 
 
 def page_of(model: EmberVLM, picture: str | None, question: str, result: Mapping[str, Any]) -> Path:

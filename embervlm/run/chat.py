@@ -13,7 +13,7 @@ from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.interactive import Reasoning
-from embervlm.options import chosen
+from embervlm.options import add_flag, chosen
 from embervlm.run.ask import answer_lines, checkpoint_option, model_to_ask, picture_of
 from embervlm.run.evaluate import decoding_options
 from embervlm.run.terminal import ChainPrinter, Style
@@ -27,6 +27,7 @@ HELP = """Type a question; the next one follows up on it.
 def chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type="path", metavar="IMAGE", help="picture file; - asks without a picture")
     checkpoint_option(parser)
+    add_flag(parser, Decoding, "min_known")
     decoding_options(parser)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from embervlm import run_dir
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.known import known_path
 from embervlm.model.storage import resolve_folder, save_safetensors
 from embervlm.run.import_checkpoint import refuse_existing, write_folder
 
@@ -20,7 +21,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
 
 def export(checkpoint: str, out: Path) -> None:
     """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, and how its confidence is
-    calibrated. Adapters are merged in every checkpoint, so they are here."""
+    calibrated and known questions are told. Adapters are merged in every checkpoint, so they are here."""
     refuse_existing(out)
     folder = resolve_folder(checkpoint)
     model = EmberVLM.from_pretrained(folder)
@@ -30,9 +31,10 @@ def export(checkpoint: str, out: Path) -> None:
         model.config.save_pretrained(str(part))
         save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
         model.tokenizer.save(part)
-        if (fitted := run_dir.calibration_path(folder)).exists():
-            run_dir.calibration_path(part).parent.mkdir()
-            shutil.copy(fitted, run_dir.calibration_path(part))
+        for path_of in (run_dir.calibration_path, known_path):
+            if (fitted := path_of(folder)).exists():
+                path_of(part).parent.mkdir(exist_ok=True)
+                shutil.copy(fitted, path_of(part))
 
     write_folder(save, out)
     print(f"{out}: written; `from embervlm import EmberVLM` makes it known to AutoConfig, AutoModel and AutoTokenizer,")
