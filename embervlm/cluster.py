@@ -28,11 +28,15 @@ class ClusterRecipe:
     """Nodes and GPUs of a job, and the settings that fit them. One process per GPU."""
 
     nodes: int
+    """Nodes of a job."""
     gpus_per_node: int
+    """GPUs of a node, all of which are used."""
     gpu_type: str
     """The site's name for this GPU type: the constraint, or the type within the gres."""
     precision: str
+    """As in a run's YAML."""
     zero_stage: int
+    """As in a run's YAML."""
     batch_size: int
     """Records per GPU and micro-batch."""
     gradient_accumulation_steps: int
@@ -42,6 +46,7 @@ class ClusterRecipe:
     phase1_minutes: int
     """Time limit of a phase 1 job; about twice what the guide expects. A job that reaches it is requeued."""
     phase2_minutes: int
+    """The same for phase 2."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from embervlm.config_checks import ConfigError, bounded, filled_in, one_of, require
+from embervlm.config_data import AugmentationConfig, CurriculumConfig
 from embervlm.config_lora import LoraConfig, check_lora
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ ALIASES = {"language_model_backbone": "language_model", "projection_layer": "pro
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSamplingConfig:
     enabled: bool = True
+    """Put the model's own tokens into some places of the chains that it is trained on."""
     initial_teacher_forcing: float = 1.0
     """Share of gold tokens among the chain's inputs in a phase's first epoch."""
     final_teacher_forcing: float = 0.5
@@ -47,6 +49,7 @@ class PhaseConfig:
     """Fields that have no effect in this kind of phase, so any value other than 0 is a mistake."""
 
     name: str = ""
+    """What messages call it."""
     epochs: int = 5
     """Passes over the records."""
     learning_rate: float = 1e-4
@@ -54,10 +57,13 @@ class PhaseConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warmup; cosine decay to `final_lr_ratio` follows."""
     final_lr_ratio: float = 0.1
+    """The last learning rate as a share of the peak."""
     freeze_backbone: bool = False
+    """Train only the reasoning module."""
     trainable_components: tuple[str, ...] = ()
     """The guide's list; only checked against `freeze_backbone` and the multipliers."""
     frozen_components: tuple[str, ...] = ()
+    """The guide's list of the others; checked in the same way."""
     learning_rate_multipliers: Mapping[str, float] = field(default_factory=dict)
     """Component -> factor on `learning_rate`; 0 freezes. A component that is not named gets its default, or 0 under
     `freeze_backbone`."""
@@ -65,9 +71,13 @@ class PhaseConfig:
     """Component (vision_encoder, language_model) -> its adapters, which are trained at its learning rate in place of
     its own weights; `{}` are adapters of the default size. Checkpoints hold merged weights, and the adapters apart."""
     reasoning_loss_weight: float = 0.0
+    """Weight of writing the chain and the answer, token by token."""
     consistency_loss_weight: float = 0.0
+    """Weight of the step validator: does a step follow?"""
     answer_loss_weight: float = 0.0
+    """Weight of the answer head: which candidates are right?"""
     multimodal_loss_weight: float = 0.0
+    """Weight of looking at the things that a step reads, if the data have boxes."""
     direct_loss_weight: float = 0.0
     """Weight of answering directly, without a chain; without it, phase 2 forgets how to do this."""
     validator_records_ratio: float = 1.0
@@ -93,7 +103,9 @@ class PhaseConfig:
     plateau_improvement: float = 0.01
     """Share by which the best loss must fall within three measurements; less is a plateau."""
     weight_decay: float = 0.01
+    """Of AdamW, for every parameter that learns."""
     gradient_clipping: float = 1.0
+    """Greatest norm of the gradient over all parameters."""
 
     def __post_init__(self) -> None:
         try:
@@ -240,90 +252,12 @@ class Phase2Config(ReasoningPhaseConfig):
     multimodal_loss_weight: float = 0.2
 
 
-AUGMENTATION_STRATEGIES: Mapping[str, float] = {"paraphrase": 0.3, "reorder": 0.2, "expand": 0.3, "simplify": 0.2}
-"""The guide's shares of the new records."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
-    """Augmentation: more chains made from those of the training split, before training."""
-
-    target_samples: int = 50000
-    """Total number of training records, including the given ones; fewer if no more distinct chains can be made."""
-    validate_reasoning: bool = True
-    """Check the claims and the conclusion of every new chain."""
-    augmentation_strategies: Mapping[str, float] = field(default_factory=lambda: AUGMENTATION_STRATEGIES)
-    """Strategy -> its weight among those named; one not named is not used. What one cannot give, the others do."""
-
-    def __post_init__(self) -> None:
-        bounded(self, "target_samples", least=1)
-        weights = self.augmentation_strategies
-        for name, weight in weights.items():
-            one_of("augmentation_strategies", name, tuple(AUGMENTATION_STRATEGIES))
-            require(weight >= 0, f"augmentation_strategies: {name}: {weight} is negative")
-        require(any(weights.values()), "augmentation_strategies: no weight is above 0; leave the section out instead")
-
-
-COMPLEXITIES = ("simple", "medium", "complex")
-"""Levels of chain complexity, the simplest first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurriculumStageConfig:
-    """Which records an epoch of this stage trains on."""
-
-    max_steps: int
-    """Maximum number of numbered steps in a chain, without the conclusion."""
-    complexity: str = "complex"
-    """One of `COMPLEXITIES`; simpler records are used as well."""
-    epochs: tuple[int, ...] = ()
-    """First and last epoch, counted from 1 over both phases; by default the guide's."""
-
-    def __post_init__(self) -> None:
-        one_of("complexity", self.complexity, COMPLEXITIES)
-        bounded(self, "max_steps", least=1)
-        if self.epochs:
-            ordered = len(self.epochs) == 2 and 1 <= self.epochs[0] <= self.epochs[1]
-            require(ordered, f"epochs: {list(self.epochs)} is not [first, last], counted from 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """Short and simple chains first. The last stage lasts to the end of the run."""
-
-    stage1: CurriculumStageConfig = CurriculumStageConfig(max_steps=3, complexity="simple")
-    """Epochs 1 to 3."""
-    stage2: CurriculumStageConfig = CurriculumStageConfig(max_steps=5, complexity="medium")
-    """Epochs 4 to 7."""
-    stage3: CurriculumStageConfig = CurriculumStageConfig(max_steps=10, complexity="complex")
-    """Epochs 8 to 10."""
-
-    def __post_init__(self) -> None:
-        expected = 1
-        for name, (first, last) in self._epochs.items():
-            require(
-                first == expected,
-                f"{name}.epochs: [{first}, {last}] does not start at epoch {expected}; stages follow each other "
-                "without a gap or an overlap, so give `epochs` to each",
-            )
-            expected = last + 1
-
-    @property
-    def _epochs(self) -> dict[str, tuple[int, ...]]:
-        guide = {"stage1": (1, 3), "stage2": (4, 7), "stage3": (8, 10)}
-        return {name: getattr(self, name).epochs or epochs for name, epochs in guide.items()}
-
-    def stage_of(self, epoch: int) -> tuple[str, CurriculumStageConfig]:
-        """Name and settings of the stage that `epoch`, from 1 over both phases, belongs to."""
-        name = next((name for name, (_, last) in self._epochs.items() if epoch <= last), "stage3")
-        return name, getattr(self, name)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Stage 4: both phases and what they share."""
 
     name: str = "cot_reasoning"
+    """The guide's; nothing depends on it."""
     phase1: Phase1Config = Phase1Config()
     phase2: Phase2Config = Phase2Config()
     batch_size: int = 32
@@ -348,8 +282,11 @@ class BaselineConfig:
     """More training with direct answers only, to measure what reasoning adds."""
 
     learning_rate: float = 1e-4
+    """Peak learning rate of all parts."""
     warmup_steps: int = 20
+    """Optimizer steps of linear warmup."""
     batch_size: int = 32
+    """Records per device."""
     same_time: bool = True
     """Also train for as much wall-clock time as both phases took."""
 
@@ -389,6 +326,7 @@ class TrainConfig:
     """A DeepSpeed JSON to use instead of the one for `zero_stage` and `precision`."""
     stage3: Stage3Config = Stage3Config()
     stage3_batch_size: int = 64
+    """Records per device in Stage 3."""
     stage4: StageConfig = StageConfig()
     curriculum: CurriculumConfig | None = None
     """None trains on all records in every epoch."""
@@ -403,6 +341,7 @@ class TrainConfig:
     """Optimizer steps between evaluations on the val split; there is one at the end too. None leaves them to
     `select_best`."""
     eval_samples: int = 64
+    """Val records that such an evaluation asks about."""
     eval_cluster: str | None = None
     """Node recipe for evaluation on one GPU, in a separate Slurm job while training continues; None evaluates between
     two steps."""

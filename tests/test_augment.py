@@ -13,7 +13,8 @@ from fractions import Fraction
 import pytest
 
 from embervlm.cli import main
-from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
+from embervlm.config import ConfigError
+from embervlm.config_data import AUGMENTATION_STRATEGIES, AugmentationConfig
 from embervlm.curate.augment import GIVE_UP_AFTER, augment, augment_cached
 from embervlm.curate.duplicates import ChainIndex, find_duplicates
 from embervlm.curate.paraphrase import RuleParaphraser

@@ -11,7 +11,8 @@ import yaml
 from training_helpers import REPOSITORY, TINY, make_data, ok, save_stage3, train, write_model_yaml
 
 from embervlm import run_dir
-from embervlm.config import AUGMENTATION_STRATEGIES, COMPONENTS, ConfigError, TrainConfig
+from embervlm.config import COMPONENTS, ConfigError, TrainConfig
+from embervlm.config_data import AUGMENTATION_STRATEGIES
 from embervlm.config_file import from_mapping, load_train_config
 from embervlm.data.records import read_records
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from embervlm import run_dir
-from embervlm.config import AUGMENTATION_STRATEGIES, AugmentationConfig, ConfigError
+from embervlm.config import ConfigError
+from embervlm.config_data import AUGMENTATION_STRATEGIES, AugmentationConfig
 from embervlm.curate.duplicates import ChainIndex
 from embervlm.curate.strategies import PARALLEL, STRATEGIES, Origin, Paraphrase, Row, fault_of, paraphraser
 from embervlm.data.domain import Domain

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from embervlm.config import COMPLEXITIES, ConfigError, CurriculumConfig
+from embervlm.config import ConfigError
+from embervlm.config_data import COMPLEXITIES, CurriculumConfig
 from embervlm.data.facts import reader_of
 from embervlm.data.records import DataError, ReasoningRecord
 from embervlm.data.store import RecordView, kept_array

@@ -39,8 +39,9 @@ class EmberVLMConfig(PretrainedConfig):
     """How a picture becomes square: `squash` scales both sides; `pad` keeps its aspect ratio and fills the rest with
     the mean colour."""
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """What is subtracted from a picture, per channel."""
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Per channel, of values in [0, 1]; so is the mean."""
+    """What it is then divided by; both for values in [0, 1]."""
     num_visual_tokens: int | tuple[int, int] | None = None
     """Visual tokens a picture gives: a square number, or `[rows, columns]`. None keeps the encoder's own grid; else it
     is average-pooled."""
@@ -53,13 +54,21 @@ class EmberVLMConfig(PretrainedConfig):
     projection_hidden_size: int = 256
     """Hidden width of the connector `norm_mlp`."""
     reasoning_width: int = 96
+    """Width of the reasoning head's states."""
     reasoning_ffn: int = 192
+    """Hidden width of its feed-forward layers."""
     reasoning_layers: int = 2
+    """Number of its layers."""
     reasoning_heads: int = 4
+    """Attention heads of each."""
     validator_width: int = 64
+    """Width of the step validator's states."""
     validator_ffn: int = 128
+    """Hidden width of its feed-forward layers."""
     validator_layers: int = 2
+    """Number of its layers."""
     validator_heads: int = 4
+    """Attention heads of each."""
     surprise_by_magnitude: bool = False
     """The step validator reads the logarithm of its surprises; False in files of older models."""
     candidates: tuple[str, ...] = ()

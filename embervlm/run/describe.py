@@ -8,6 +8,7 @@ import json
 from embervlm.config import ConfigError, StageConfig
 from embervlm.config_file import load_train_config, model_preset
 from embervlm.model.preprocessor import preprocessor_notes
+from embervlm.run.config_reference import reference
 from embervlm.run.plan_counts import count_parameters, empty_model
 
 
@@ -15,10 +16,16 @@ def describe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type="path", help="preset in configs/model/, or a YAML; default: that of --config")
     parser.add_argument("--config", type="path", help="a run's YAML, for what it trains; default: the guide's phases")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--config_reference", action="store_true", help="print docs/configuration.md: every key of the YAML files"
+    )
 
 
-def describe(model: str | None, config: str | None, *, as_json: bool) -> None:
+def describe(model: str | None, config: str | None, *, as_json: bool, config_reference: bool = False) -> None:
     """Print the parameters of each part, how many are trained in each phase, and the visual tokens of a picture."""
+    if config_reference:
+        print(reference(), end="")
+        return
     run = load_train_config(config) if config else None
     model = model or (run.model if run else None)
     if model is None:
