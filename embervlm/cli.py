@@ -46,6 +46,12 @@ COMMANDS = {
         "ask about a picture, then follow up, in a loop",
         "embervlm chat picture.jpg --checkpoint outputs/stage4/phase2/checkpoint-final",
     ),
+    "serve": (
+        "run.serve",
+        "serve",
+        "answer OpenAI's chat completions at a port, with a page to ask from",
+        "embervlm serve --checkpoint outputs/stage4/phase2/checkpoint-final --port 8000",
+    ),
     "data generate": (
         "run.data",
         "generate",

@@ -114,12 +114,16 @@ def tokenizer(records):
 @pytest.fixture
 def tiny_model(tiny_settings, tokenizer):
     """A new model with the same weights in every test, in eval mode."""
+    return make_tiny(tiny_settings, tokenizer)
+
+
+def make_tiny(settings, tokenizer):
     import torch
 
     from embervlm.model.embervlm import build_model
 
     torch.manual_seed(0)
-    model = build_model(tiny_settings)
+    model = build_model(settings)
     model.attach_tokenizer(tokenizer)
     return model.eval()
 
@@ -127,17 +131,21 @@ def tiny_model(tiny_settings, tokenizer):
 @pytest.fixture
 def lively_model(tiny_model):
     """The tiny model with every part switched on, as after some training: no part's output is zero."""
+    return enliven(tiny_model)
+
+
+def enliven(model):
     import torch
 
     torch.manual_seed(1)
-    head = tiny_model.reasoning_module.reasoning_head
+    head = model.reasoning_module.reasoning_head
     torch.nn.init.normal_(head.output.weight, std=2.0)
     torch.nn.init.normal_(head.token_embedding.weight, std=0.05)
     torch.nn.init.normal_(head.nothing_seen, std=0.5)
-    for block in tiny_model.language_model.backbone.base_model.layers:
+    for block in model.language_model.backbone.base_model.layers:
         for weight in block.parameters():
             weight.data.mul_(4)
-    return tiny_model
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ ORDER = (
     "engines",
     "training",
     "evaluation",
+    "serve",
     "run",
     "top",
 )

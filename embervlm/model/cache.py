@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -62,3 +65,23 @@ def roomy_cache(room: int) -> Cache:
 def keep_rows(cache: Cache, rows: Tensor) -> None:
     for layer in cache.layers:
         layer.batch_select_indices(rows)
+
+
+def joined(caches: Sequence[Cache], begins: Sequence[int], room: int) -> Cache:
+    """One cache with the rows of all, padded with zeros on the left to the longest; of each, what lies before its
+    `begins` is left out."""
+    out = roomy_cache(room)
+    for index in range(len(caches[0].layers)):
+        states = [[getattr(cache.layers[index], name) for cache in caches] for name in ("keys", "values")]
+        keys, values = (
+            left_padded([each[:, :, begin:] for each, begin in zip(parts, begins)], dim=2) for parts in states
+        )
+        out.update(keys, values, index)
+    return out
+
+
+def left_padded(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The rows of all `parts`, zeros before those that are shorter in dimension `dim`."""
+    longest = max(part.shape[dim] for part in parts)
+    behind = [0, 0] * (parts[0].dim() - dim - 1)
+    return torch.cat([F.pad(part, [*behind, longest - part.shape[dim], 0]) for part in parts])

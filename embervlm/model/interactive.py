@@ -159,7 +159,7 @@ def reason(
         if previous is not None:
             earlier = as_reasoning(previous)
             question = f"{earlier.question.strip()} {question.strip()}".strip()
-            kept = _still_holds(model, visual, seen, question, earlier.steps)
+            kept = still_holds(model, visual, seen, question, earlier.steps)
         check_length(model, [question], decoding)
         found = known_of(model, visual, seen, [question], decoding)
         begun = [token for ids in model.tokenizer.step_ids(kept) for token in ids]
@@ -219,9 +219,7 @@ def as_reasoning(given: Any) -> Reasoning:
     raise ConfigError(f"reasoning: {type(given).__name__} is not a result of generate_reasoning, nor steps, nor text")
 
 
-def _still_holds(
-    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]
-) -> list[str]:
+def still_holds(model: EmberVLMNetwork, visual: Tensor, seen: Tensor, question: str, steps: Sequence[str]) -> list[str]:
     """The first steps of an earlier chain that the step validator also lets pass after `question`."""
     body = [step for step in steps if not step.startswith(CONCLUSION)]
     kept = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,22 @@ class Looked:
     def packed(self) -> Looked:
         """In one piece each, which attention reads faster token for token."""
         return Looked([(key.contiguous(), value.contiguous()) for key, value in self.keys_values], self.visible)
+
+    @classmethod
+    def together(cls, parts: Sequence[Looked]) -> Looked:
+        """The rows of all `parts`."""
+        pairs = [
+            (torch.cat([key for key, _ in of_layer]), torch.cat([value for _, value in of_layer]))
+            for of_layer in zip(*(part.keys_values for part in parts))
+        ]
+        if all(part.visible is None for part in parts):
+            return cls(pairs, None)
+        rows = [(part.visible, part.keys_values[0][0]) for part in parts]
+        everything = [
+            key.new_ones((len(key), 1, 1, key.shape[2]), dtype=torch.bool) if visible is None else visible
+            for visible, key in rows
+        ]
+        return cls(pairs, torch.cat(everything))
 
     def rows(self, kept: Tensor) -> Looked:
         """Of these rows of the batch."""

@@ -9,13 +9,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from embervlm.config import ConfigError
 from embervlm.data.collate import padded
-from embervlm.model.cache import keep_rows, roomy_cache
+from embervlm.model.cache import joined, keep_rows, left_padded, roomy_cache
 from embervlm.model.decode import HeadStep, Step, head_step, language_step
 from embervlm.model.decoding import Decoding, OnToken
 from embervlm.model.network import EmberVLMNetwork
+from embervlm.model.reasoning import Looked
 
 T = TypeVar("T")
 
@@ -261,6 +263,33 @@ class Writer:
         for place, more in zip(full, wanted.tolist()):
             if more and not self.rows[place].done:
                 self.rows[place].cut_off = self.rows[place].cut_off or "steps"
+
+    def join(self, others: Sequence[Writer]) -> None:
+        """Take over the rows of `others`, which have begun with the same model; their results stay with them.
+
+        This writer has a row that is not done.
+        """
+        if len(alive := [place for place, row in enumerate(self.rows) if not row.done]) < len(self.rows):
+            self.keep(alive)
+        writers = [self, *others]
+        self.rows = [row for writer in writers for row in writer.rows]
+        self.hidden = torch.cat([writer.hidden for writer in writers])
+        self.positions = torch.cat([writer.positions for writer in writers])
+        language = [writer.mask[:, : writer.seen] for writer in writers]
+        head = [writer.head_keys[:, : writer.head_seen] == 0 for writer in writers]
+        room = max(row.room - len(row.ids) for row in self.rows)
+
+        def together(masks: list[Tensor], caches: list[Cache]) -> tuple[Tensor, Cache]:
+            begins = [int(mask.any(0).long().argmax()) for mask in masks]  # what no row left looks at is dropped
+            mask = left_padded([mask[:, begin:] for mask, begin in zip(masks, begins)], dim=1)
+            return mask, joined(caches, begins, mask.shape[1] + room)
+
+        language_mask, self.language_cache = together(language, [writer.language_cache for writer in writers])
+        head_mask, self.head_cache = together(head, [writer.head_cache for writer in writers])
+        if self.looked is not None:
+            self.looked = Looked.together([writer.looked for writer in writers if writer.looked is not None])
+        self.see_keys(language_mask, head_mask)
+        self.steps = None
 
     def keep(self, alive: Sequence[int]) -> Tensor:
         """Leave out all rows but those at these places, which are given back as a tensor."""
