@@ -27,18 +27,23 @@ def import_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(IMPORTABLE)
     parser.add_argument("folder", type="path", metavar="FOLDER", help=f"checkpoint folder or hub id: {known}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, for --resume_from")
-    parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where FOLDER has none")
+    add_reading_options(parser, "FOLDER")
+    parser.add_argument(
+        "--language_only",
+        action="store_true",
+        help="take the language model alone; OUT is then a Hugging Face folder, for `language` of a model preset",
+    )
+
+
+def add_reading_options(parser: argparse.ArgumentParser, source: str) -> None:
+    """How text and pictures are read by a model that is made from pretrained parts; `source` has the language model."""
+    parser.add_argument("--tokenizer", type="path", help=f"folder or hub id of the tokenizer, where {source} has none")
     parser.add_argument("--resize", choices=(SQUASH, PAD), default=SQUASH, help="how a picture becomes square")
     parser.add_argument(
         "--no_chat_template",
         action="store_false",
         dest="chat_template",
         help="give the language model the question alone, though its tokenizer has a chat template",
-    )
-    parser.add_argument(
-        "--language_only",
-        action="store_true",
-        help="take the language model alone; OUT is then a Hugging Face folder, for `language` of a model preset",
     )
 
 

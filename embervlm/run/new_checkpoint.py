@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from embervlm.config import ConfigError
-from embervlm.model.config import PAD, SQUASH
 from embervlm.model.connectors import CONNECTORS
 from embervlm.model.embervlm import build_model
 from embervlm.model.preprocessor import preprocessor_notes
-from embervlm.run.import_checkpoint import model_lines, reasoning_sizes, refuse_existing, tokenizer_for, write_folder
+from embervlm.run.import_checkpoint import (
+    add_reading_options,
+    model_lines,
+    reasoning_sizes,
+    refuse_existing,
+    tokenizer_for,
+    write_folder,
+)
 
 
 def new_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +28,8 @@ def new_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--connector", choices=tuple(CONNECTORS), default="mlp", help="what leads from one to the other"
     )
     parser.add_argument("--factor", type=int, help="of pixel_shuffle: by how much it shortens a side of the grid")
-    parser.add_argument("--tokenizer", type="path", help="folder or hub id of the tokenizer, where LANGUAGE has none")
     parser.add_argument("--image_size", type=int, help="side of the picture; default: as VISION's preprocessor says")
-    parser.add_argument("--resize", choices=(SQUASH, PAD), default=SQUASH, help="how a picture becomes square")
-    parser.add_argument(
-        "--no_chat_template",
-        action="store_false",
-        dest="chat_template",
-        help="give the language model the question alone, though its tokenizer has a chat template",
-    )
+    add_reading_options(parser, "LANGUAGE")
 
 
 def new_checkpoint(
