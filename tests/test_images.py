@@ -326,3 +326,18 @@ def test_cache_of_no_pictures_is_empty(tmp_path):
 def test_unknown_path_is_named(paths):
     with pytest.raises(KeyError, match=r"gone.png: not among the 5 cached pictures"):
         PictureCache(paths, 4)["gone.png"]
+
+
+@pytest.mark.parametrize(
+    ("sides", "told"), [([(200, 150)] * 3, ""), ([(90, 90), (300, 640), (600, 800)], "have 300 x 640 pixels or more")]
+)
+def test_a_run_says_what_is_lost_of_pictures_much_larger_than_the_model_reads(sides, told, tmp_path):
+    paths = []
+    for number, size in enumerate(sides):
+        Image.new("RGB", size).save(path := tmp_path / f"{number}.png")
+        paths.append(str(path))
+    found = images.told_shrinking(paths, 96)
+    assert (told in found) if told else found == ""
+    if told:
+        assert "the model reads 96 x 96: what is smaller than about 13 pixels there" in found
+    assert images.told_shrinking([], 96) == ""

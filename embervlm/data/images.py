@@ -40,6 +40,11 @@ _EXIF_ORIENTATION = 0x0112
 _quiet_lock = threading.Lock()
 
 
+NUM_MEASURED = 200
+NOTED_SHRINKING = 2.5
+"""By how much the longer side of a picture shrinks before a run says so."""
+
+
 class ImageError(DataError):
     """A picture that cannot be used; the message names it and says what to do."""
 
@@ -244,6 +249,36 @@ def scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
     return max(1, round(width * size / longest)), max(1, round(height * size / longest))
 
 
+def picture_sides(path: str) -> tuple[int, int]:
+    """Width and height of the picture of this file as it is shown; ImageError if it cannot be read."""
+    try:
+        with _quiet(), Image.open(path) as image:
+            width, height = image.size
+            turned = _exif_orientation(image) >= 5
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return (height, width) if turned else (width, height)
+
+
+def told_shrinking(paths: Sequence[str], size: int) -> str:
+    """What is lost of pictures that a model reads at `size` pixels, a sentence; '' where little is.
+
+    Judged by `NUM_MEASURED` of them, evenly spread.
+    """
+    if not paths:
+        return ""
+    found = sorted((picture_sides(path) for path in paths[:: 1 + len(paths) // NUM_MEASURED]), key=max)
+    width, height = found[len(found) // 2]
+    factor = max(width, height) / size
+    if factor < NOTED_SHRINKING:
+        return ""
+    return (
+        f"pictures: half of them have {width} x {height} pixels or more, and the model reads {size} x {size}: what is "
+        f"smaller than about {2 * factor:.0f} pixels there, such as print, is lost. Where the answer depends on it, "
+        "raise image_size in the model preset, or cut the pictures to what matters"
+    )
+
+
 Area = tuple[float, float, float, float]
 """Left, top, right and bottom, in [0, 1] of a square."""
 
@@ -251,13 +286,7 @@ Area = tuple[float, float, float, float]
 @lru_cache(maxsize=65536)
 def padded_area(path: str, size: int) -> Area:
     """Where in its padded square of `size` pixels the picture of this file is; ImageError if it cannot be read."""
-    try:
-        with _quiet(), Image.open(path) as image:
-            width, height = image.size
-            turned = _exif_orientation(image) >= 5
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    wide, high = scaled_sides(*((height, width) if turned else (width, height)), size)
+    wide, high = scaled_sides(*picture_sides(path), size)
     left, top = (size - wide) // 2, (size - high) // 2
     return left / size, top / size, (left + wide) / size, (top + high) / size
 

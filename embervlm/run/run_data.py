@@ -16,7 +16,7 @@ from embervlm.config import ConfigError, PhaseConfig, TrainConfig
 from embervlm.curate.augment import augment_cached
 from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
-from embervlm.data.images import Colour, PictureCache
+from embervlm.data.images import Colour, PictureCache, told_shrinking
 from embervlm.data.lengths import Limits, refuse_too_long
 from embervlm.data.negatives import cut_for_validator
 from embervlm.data.record_fields import told_several, told_unused
@@ -79,7 +79,10 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
-    pictures = first_on_rank_0(world, lambda: PictureCache(picture_paths(shown), image_size, cache, fill))
+    paths = list(picture_paths(shown))
+    pictures = first_on_rank_0(world, lambda: PictureCache(paths, image_size, cache, fill))
+    if world.rank == 0 and (told := told_shrinking(paths, image_size)):
+        print(told)
     # what a file holds of augmentations goes to the end, so that the given records have the same places in both
     augmented = has_field(train, "augmentation")
     train = train.take(np.argsort(augmented, kind="stable"))
