@@ -56,8 +56,8 @@ def browser(profile: Path) -> Iterator[Any]:
         driver.quit()
 
 
-def look(driver: Any, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-    """Open `page` from its file at a width in CSS pixels, in light or dark."""
+def look(driver: Any, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    """Open `page`, an address or a file, at a width in CSS pixels, in light or dark."""
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -65,7 +65,7 @@ def look(driver: Any, page: Path, *, width: int = 1280, height: int = 900, dark:
     wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
     features = [{"name": name, "value": value} for name, value in wishes.items()]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    driver.get(page.resolve().as_uri())
+    driver.get(page if isinstance(page, str) else page.resolve().as_uri())
 
 
 def console(driver: Any) -> list[str]:

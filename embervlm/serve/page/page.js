@@ -116,6 +116,7 @@ async function ask(question) {
   $("ask").disabled = true;
   $("stop").disabled = false;
   $("status").textContent = "Thinking ...";
+  $("result").scrollIntoView({ block: "nearest" }); // below the form on a narrow screen
   const began = performance.now();
   try {
     const headers = { "Content-Type": "application/json" };
