@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             )
             self.keys, self.values = self._key_room[:, :, : self._length], self._value_room[:, :, : self._length]
 
+    def take_over(self, keys: tuple[Tensor, int], values: tuple[Tensor, int]) -> None:
+        """Tensors with room, and the length of what is written in them."""
+        (self._key_room, self._length), (self._value_room, _) = keys, values
+        self.dtype, self.device, self.is_initialized = keys[0].dtype, keys[0].device, True
+        self.keys, self.values = self._key_room[:, :, : self._length], self._value_room[:, :, : self._length]
+
     def _with_room(self, states: Tensor) -> Tensor:
         batch, heads, length, width = states.shape
         out = states.new_empty(batch, heads, self.room, width)
@@ -67,21 +74,45 @@ def keep_rows(cache: Cache, rows: Tensor) -> None:
         layer.batch_select_indices(rows)
 
 
-def joined(caches: Sequence[Cache], begins: Sequence[int], room: int) -> Cache:
-    """One cache with the rows of all, padded with zeros on the left to the longest; of each, what lies before its
-    `begins` is left out."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows of a cache that go into another."""
+
+    cache: Cache
+    rows: Tensor | None
+    """Which; None for all."""
+    begin: int
+    """What lies before it is left out."""
+
+
+def joined(parts: Sequence[Part], room: int) -> Cache:
+    """One cache with the rows of all, padded with zeros on the left to the longest, and room for `room` tokens."""
     out = roomy_cache(room)
-    for index in range(len(caches[0].layers)):
-        states = [[getattr(cache.layers[index], name) for cache in caches] for name in ("keys", "values")]
-        keys, values = (
-            left_padded([each[:, :, begin:] for each, begin in zip(parts, begins)], dim=2) for parts in states
-        )
-        out.update(keys, values, index)
+    for index in range(len(parts[0].cache.layers)):
+        keys, values = ([getattr(part.cache.layers[index], name) for part in parts] for name in ("keys", "values"))
+        layer = RoomyLayer(room)
+        layer.take_over(_put_together(parts, keys, room), _put_together(parts, values, room))
+        out.layers.append(layer)
     return out
 
 
-def left_padded(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The rows of all `parts`, zeros before those that are shorter in dimension `dim`."""
-    longest = max(part.shape[dim] for part in parts)
-    behind = [0, 0] * (parts[0].dim() - dim - 1)
-    return torch.cat([F.pad(part, [*behind, longest - part.shape[dim], 0]) for part in parts])
+def _put_together(parts: Sequence[Part], states: Sequence[Tensor], room: int) -> tuple[Tensor, int]:
+    """Their rows in a tensor with room, written once; and the length of what is written."""
+    counts = [len(state) if part.rows is None else len(part.rows) for part, state in zip(parts, states)]
+    length = max(state.shape[2] - part.begin for part, state in zip(parts, states))
+    _, heads, _, width = states[0].shape
+    whole = states[0].new_empty(sum(counts), heads, room, width)
+    place = 0
+    for part, state, count in zip(parts, states, counts):
+        used = state[:, :, part.begin :]
+        mine, padding = whole[place : place + count, :, :length], length - used.shape[2]
+        mine[:, :, :padding] = 0
+        mine[:, :, padding:] = used if part.rows is None else used[part.rows]
+        place += count
+    return whole, length
+
+
+def left_padded(parts: Sequence[Tensor]) -> Tensor:
+    """The rows `[rows, length]` of all `parts`, zeros before those that are shorter."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, [longest - part.shape[1], 0]) for part in parts])

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from embervlm.config import ConfigError
 from embervlm.data.collate import padded
-from embervlm.model.cache import joined, keep_rows, left_padded, roomy_cache
+from embervlm.model.cache import Part, joined, keep_rows, left_padded, roomy_cache
 from embervlm.model.decode import HeadStep, Step, head_step, language_step
 from embervlm.model.decoding import Decoding, OnToken
 from embervlm.model.network import EmberVLMNetwork
@@ -265,29 +265,38 @@ class Writer:
                 self.rows[place].cut_off = self.rows[place].cut_off or "steps"
 
     def join(self, others: Sequence[Writer]) -> None:
-        """Take over the rows of `others`, which have begun with the same model; their results stay with them.
-
-        This writer has a row that is not done.
-        """
-        if len(alive := [place for place, row in enumerate(self.rows) if not row.done]) < len(self.rows):
-            self.keep(alive)
+        """Leave out rows that are done, and take over those of `others`, which have begun with the same model; their
+        results stay with them."""
         writers = [self, *others]
-        self.rows = [row for writer in writers for row in writer.rows]
-        self.hidden = torch.cat([writer.hidden for writer in writers])
-        self.positions = torch.cat([writer.positions for writer in writers])
-        language = [writer.mask[:, : writer.seen] for writer in writers]
-        head = [writer.head_keys[:, : writer.head_seen] == 0 for writer in writers]
+        alive = [[place for place, row in enumerate(writer.rows) if not row.done] for writer in writers]
+        kept = [
+            None if len(some) == len(writer.rows) else torch.tensor(some, device=self.hidden.device)
+            for some, writer in zip(alive, writers)
+        ]
+
+        def of(writer: Writer, name: str) -> Tensor:
+            rows, whole = kept[writers.index(writer)], getattr(writer, name)
+            return whole if rows is None else whole[rows]
+
+        language = [of(writer, "mask")[:, : writer.seen] for writer in writers]
+        head = [of(writer, "head_keys")[:, : writer.head_seen] == 0 for writer in writers]
+        self.hidden = torch.cat([of(writer, "hidden") for writer in writers])
+        self.positions = torch.cat([of(writer, "positions") for writer in writers])
+        self.rows = [writer.rows[place] for some, writer in zip(alive, writers) for place in some]
         room = max(row.room - len(row.ids) for row in self.rows)
 
         def together(masks: list[Tensor], caches: list[Cache]) -> tuple[Tensor, Cache]:
             begins = [int(mask.any(0).long().argmax()) for mask in masks]  # what no row left looks at is dropped
-            mask = left_padded([mask[:, begin:] for mask, begin in zip(masks, begins)], dim=1)
-            return mask, joined(caches, begins, mask.shape[1] + room)
+            mask = left_padded([mask[:, begin:] for mask, begin in zip(masks, begins)])
+            parts = [Part(cache=c, rows=rows, begin=begin) for c, rows, begin in zip(caches, kept, begins)]
+            return mask, joined(parts, mask.shape[1] + room)
 
         language_mask, self.language_cache = together(language, [writer.language_cache for writer in writers])
         head_mask, self.head_cache = together(head, [writer.head_cache for writer in writers])
-        if self.looked is not None:
-            self.looked = Looked.together([writer.looked for writer in writers if writer.looked is not None])
+        looked = [writer.looked for writer in writers]
+        self.looked = Looked.together(
+            [one if rows is None else one.rows(rows) for one, rows in zip(looked, kept) if one is not None]
+        )
         self.see_keys(language_mask, head_mask)
         self.steps = None
 

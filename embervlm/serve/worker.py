@@ -22,7 +22,12 @@ from embervlm.serve.metrics import Metrics
 
 MAX_JOINING = 8
 """Most requests whose prompts are read between two tokens of the others, who wait meanwhile."""
+JOIN_S = 0.06
+"""Least seconds between two times that texts join where many are written: joining copies what all of them hold."""
+MANY_ROWS = 8
 IDLE_S = 1.0
+NEWS_S = 0.03
+"""Least seconds between two parts of a stream: sending each token by itself would take as long as writing it."""
 log = logging.getLogger("embervlm.serve")
 
 
@@ -51,6 +56,8 @@ class Job:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     pieces: deque[Piece] = field(default_factory=deque)
     first_token_s: float | None = None
+    told_s: float = 0.0
+    """When it was last woken."""
     asked: Asked | None = None
     results: list[dict[str, Any]] | None = None
     error: BaseException | None = None
@@ -79,6 +86,7 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._together = Together()
+        self._joined_s = 0.0
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -131,6 +139,8 @@ class Worker:
             while not (self._waiting or self._running or self._stopping):
                 self._changed.wait(IDLE_S)
             rows = sum(job.num_rows for job in self._running)
+            if rows >= MANY_ROWS and time.monotonic() - self._joined_s < JOIN_S:
+                return
             while self._waiting and len(chosen) < MAX_JOINING:
                 if self._waiting[0].given_up:
                     self._waiting.popleft()
@@ -155,6 +165,8 @@ class Worker:
                     pieces.all(place, job.asked.begun)
             self.metrics.prompt_tokens.inc(job.asked.num_prompt_tokens)
             joining.append(job)
+        if joining:
+            self._joined_s = time.monotonic()
         self._running += joining
         self._together.add([job.asked for job in joining if job.asked is not None])
 
@@ -175,7 +187,8 @@ class Worker:
                 job.results = job.asked.results(job.elect)
                 self._count(job)
                 told.append(job)
-            elif job.pieces:
+            elif job.pieces and now - job.told_s >= NEWS_S:
+                job.told_s = now
                 told.append(job)
         self._running = [job for job in self._running if not (job.over or job.given_up)]
         self.metrics.rows.set(self._together.num_rows)
