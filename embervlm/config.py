@@ -77,7 +77,7 @@ class PhaseConfig:
     answer_loss_weight: float = 0.0
     """Weight of the answer head: which candidates are right?"""
     multimodal_loss_weight: float = 0.0
-    """Weight of looking at the things that a step reads, if the data have boxes."""
+    """Weight of looking at what a step reads, by its boxes; without boxes, of telling the own picture from others."""
     direct_loss_weight: float = 0.0
     """Weight of answering directly, without a chain; without it, phase 2 forgets how to do this."""
     validator_records_ratio: float = 1.0

@@ -56,9 +56,11 @@ def test_a_question_gets_its_chain_as_it_is_written_and_an_answer(outputs, recor
 
 def test_several_chains_are_drawn_and_the_votes_are_shown(outputs, capsys):
     main(["ask", "-", QUESTION, "--chains", "3", *SHORT])
-    assert re.search(r"(?m)^Votes: .+ \(of 3 chains\)$", capsys.readouterr().out)
+    assert re.search(r"(?m)^Votes: .+ of 3 chains$", capsys.readouterr().out)
     found = {"answer": "A, B", "confidence": 0.5, "num_chains": 3, "votes": {"A, B": 2, "A": 0.25}}
-    assert answer_lines(found, Style(sys.stdout))[-1] == "Votes: A, B 2; A 0.25 (of 3 chains)"
+    assert answer_lines(found, Style(sys.stdout))[-1] == "Votes: A, B: 2; A: 0.25 of 3 chains"
+    refused = {"answer": None, "why": "There is no picture.", "confidence": 0.0}
+    assert answer_lines(refused, Style(sys.stdout))[0] == "Answer: none. There is no picture."
 
 
 def test_the_page_shows_the_picture_and_where_the_model_looked(outputs, records, capsys, monkeypatch):

@@ -101,16 +101,15 @@ def model_to_ask(checkpoint: str | None) -> EmberVLM:
 
 def answer_lines(result: Mapping[str, Any], style: Style) -> list[str]:
     """Answer, confidence, votes, and what is wrong with the text."""
-    confidence = f"{result['confidence']:.0%}"
+    why = f"none. {result.get('why') or ''}".strip()
     lines = [
-        f"{style.bold('Answer:')} {style.green(result['answer']) if result['answer'] else 'none'}",
-        f"{style.bold('Confidence:')} {confidence}",
+        f"{style.bold('Answer:')} {style.green(result['answer']) if result['answer'] else style.yellow(why)}",
+        f"{style.bold('Confidence:')} {result['confidence']:.0%}",
     ]
     if result.get("num_chains", 1) > 1:
-        shown = "; ".join(f"{answer} {count:g}" for answer, count in result["votes"].items()) or "none"
-        lines.append(f"{style.bold('Votes:')} {shown} (of {result['num_chains']} chains)")
-    notes = [*cut_off_reasons(result), *filter(None, [result.get("why")])]
-    return lines + [style.yellow(f"Note: {note}") for note in notes]
+        shown = "; ".join(f"{answer}: {count:g}" for answer, count in result["votes"].items()) or "none"
+        lines.append(f"{style.bold('Votes:')} {shown} of {result['num_chains']} chains")
+    return lines + [style.yellow(f"Note: {reason}") for reason in cut_off_reasons(result)]
 
 
 def page_of(model: EmberVLM, picture: str | None, question: str, result: Mapping[str, Any]) -> Path:

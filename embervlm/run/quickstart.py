@@ -168,6 +168,8 @@ class Quickstart:
         run_dir.write_json_atomic(self.output_dir / "results" / "timings.json", seconds)
         print(f"Evaluation: {path}")
         print(f"Report: {self._page}")
+        picture = self.output_dir / "data" / "images" / "000000.jpg"
+        print(f'Ask it: embervlm ask {picture} "Which robots are suited?" --checkpoint {self._best}')
         print(f"Best checkpoint: {self._best}")
 
 
