@@ -31,8 +31,10 @@ sys.path.insert(0, str(REPOSITORY))
 
 from embervlm.data.records import read_records  # noqa: E402
 from embervlm.evaluation.batches import chunks  # noqa: E402
+from embervlm.evaluation.calibration import expected_calibration_error  # noqa: E402
 from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data  # noqa: E402
 from embervlm.evaluation.known import fit_known  # noqa: E402
+from embervlm.judge.metrics import is_right  # noqa: E402
 from embervlm.model.decoding import Decoding  # noqa: E402
 from embervlm.model.embervlm import EmberVLM  # noqa: E402
 from embervlm.model.generation import generate_answers, known_of, look  # noqa: E402
@@ -246,6 +248,7 @@ def refused(results: Sequence[dict[str, Any]]) -> float:
 def measure(model: EmberVLM, options: argparse.Namespace, data: EvalData) -> dict[str, Any]:
     known, off, reworded = questions(options, data)
     plain, settled_known, seconds = ask(model, known)
+    right = [is_right(result["answer_set"], record) for result, record in zip(plain, data.records)]
     rows, every = {}, ([], [])  # type: dict[str, Any], tuple[list[Any], list[Any]]
     for name, asked in off.items():
         before, after, _ = ask(model, asked)
@@ -259,6 +262,7 @@ def measure(model: EmberVLM, options: argparse.Namespace, data: EvalData) -> dic
         "num_known": len(known),
         "refused_known": refused(settled_known),
         "confidence_known": [mean(plain), mean(settled_known)],
+        "ece_known": [expected_calibration_error(values(r, "confidence"), right) for r in (plain, settled_known)],
         "kinds": rows,
         "near": {
             name: {"num": len({text for _, text in near[name]}), "refused": refused(found), "confidence": mean(found)}
@@ -299,8 +303,9 @@ def main() -> None:
         raise SystemExit(f"{options.checkpoint}: its data have too few val records")
     model.known = fit_known(model, data.known)
     result = measure(model, options, data)
-    means = "{:.3f} -> {:.3f}".format(*result["confidence_known"])
-    print(f"{result['num_known']} known questions, {result['refused_known']:.1%} refused, mean confidence {means}")
+    means, error = ("{:.3f} -> {:.3f}".format(*result[f"{name}_known"]) for name in ("confidence", "ece"))
+    print(f"{result['num_known']} known questions, {result['refused_known']:.1%} refused")
+    print(f"their mean confidence {means}, its expected calibration error {error}")
     print(f"{'off':28}{'number':>7}{'AUROC before':>14}{'AUROC':>8}{'refused':>9}{'mean confidence':>24}")
     for name, row in result["kinds"].items():
         means = f"{row['confidence_before']:.2f} -> {row['confidence']:.2f}"

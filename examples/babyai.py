@@ -245,8 +245,8 @@ def asking(checkpoint: Path, form: str) -> Ask:
     model = embervlm.EmberVLM.from_pretrained(checkpoint, device_map="auto")
 
     def ask(frames: Sequence[np.ndarray], missions: Sequence[str]) -> list[str]:
-        found = model.generate_with_reasoning(list(frames), list(missions), form=form)
-        return [result["answer"] for result in found]
+        found = model.generate_with_reasoning(list(frames), list(missions), form=form, min_known=0)  # always act
+        return [result["answer"] or "" for result in found]
 
     return ask
 

@@ -69,7 +69,7 @@ class Known:
     ) -> Known:
         """From training data, and from val data for the distances that are usual.
 
-        Nine val records in ten are as near as is usual. One val picture in a hundred is beyond the limit. A question
+        19 val records in 20 are as near as is usual. One val picture in a hundred is beyond the limit. A question
         may go half-way from the most unusual wordings of training (each measured against the others) to a text that
         has nothing in common with them.
 
@@ -97,12 +97,12 @@ class Known:
         )
         if len(tokens):
             far = np.array(found.picture_distances(val_pictures))
-            median, usual, limit = np.quantile(far, [0.5, 0.9, 0.99])
+            median, usual, limit = np.quantile(far, [0.5, 0.95, 0.99])
             found.scales[0] = torch.tensor([usual, limit, limit + (limit - median)])
         others = found._similarities(found._matrix)
         np.fill_diagonal(others, 0)
         unusual = float(np.quantile(1 - others.max(1), 0.98)) if len(questions) > 1 else 0.5
-        usual, limit = np.quantile(found.question_distances(val_questions), [0.9, 0.99])
+        usual, limit = np.quantile(found.question_distances(val_questions), [0.95, 0.99])
         found.scales[1] = torch.tensor([usual, max((min(unusual, 0.8) + 1) / 2, limit), 1.0])
         return found
 

@@ -262,7 +262,7 @@ def as_sample(raw: Mapping[str, Any]) -> Sample:
         gold_steps=lists["gold_steps"],
         gold_answer=lists["gold_answer"],
         steps=lists["reasoning_steps"],
-        answer=raw.get("answer", ""),
+        answer=raw.get("answer") or "",
         answer_set=lists["answer_set"],
         correct=raw.get("correct", right),
         confidence=raw.get("confidence"),
