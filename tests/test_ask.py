@@ -166,6 +166,7 @@ def test_a_chat_follows_up_until_another_picture(outputs, records, capsys, monke
     ]
     said = capsys.readouterr().out
     assert said.count("Answer: ") == 4 and said.count("/quit") == 2 and "no: no such picture" in said
+    assert f"looking at {other}\n" in said
 
 
 def test_quit_ends_a_chat(outputs, capsys, monkeypatch):

@@ -72,6 +72,7 @@ class _Chat:
     def _obey(self, command: str, rest: str) -> None:
         if command == "/picture" and rest:
             self.picture = picture_of(rest)
+            print(self.style.dim(f"looking at {self.picture or 'no picture'}"))
         elif command != "/new":
             print(HELP)
             return

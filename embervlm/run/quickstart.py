@@ -169,7 +169,8 @@ class Quickstart:
         print(f"Evaluation: {path}")
         print(f"Report: {self._page}")
         picture = self.output_dir / "data" / "images" / "000000.jpg"
-        print(f'Ask it: embervlm ask {picture} "Which robots are suited?" --checkpoint {self._best}')
+        question = "Take the load to the flag. Which robots are suited?"
+        print(f'Ask it: embervlm ask {picture} "{question}" --checkpoint {self._best}')
         print(f"Best checkpoint: {self._best}")
 
 
