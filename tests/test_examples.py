@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from served import serving
 from training_helpers import REPOSITORY, make_data, write_model_yaml
 
 from embervlm.signals import STOP_SIGNALS
@@ -78,3 +79,11 @@ def test_chains_of_easy_vqa_say_what_the_pictures_own_questions_tell(
     found = made["chain"](question, answer, *shown)
     assert found.startswith("Step 1: The picture shows a teal circle.\nStep 2: ") and "\nConclusion: " in found
     assert all(part in found for part in chain)
+
+
+@pytest.mark.slow
+def test_a_mission_is_planned_with_a_port(lively_model, scene_data, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lively_model) as client:
+        example("plan_with_a_port", scene_data / "images", client.base_url)
+    said = capsys.readouterr().out
+    assert (said.count(".jpg: ") == 8 and "goes (" in said) or "a person decides (the model: " in said

@@ -7,9 +7,10 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from starlette.exceptions import HTTPException
 from embervlm.errors import UserError
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.streaming import Piece
 from embervlm.serve.http import RETRY, Gate, error_reply
 from embervlm.serve.messages import ChatRequest, conversation
 from embervlm.serve.metrics import Metrics
@@ -119,25 +121,22 @@ class Server:
             loop=asyncio.get_running_loop(),
         )
 
-    async def news(self, job: Job, request: Request) -> AsyncIterator[None]:
+    async def news(self, job: Job, request: Request) -> AsyncGenerator[None, None]:
         """Yields whenever there is something new, the last time when the job is over.
 
         Raises:
             TimeoutError, Gone, or what the worker says is wrong.
         """
+        self.worker.submit(job)
         gone = asyncio.ensure_future(_left(request))
+        gone.add_done_callback(lambda _: job.news.set())
         try:
-            self.worker.submit(job)
             over = False
             while not over:
                 left_s = self.settings.timeout_s - (time.monotonic() - job.begun_s)
-                news = asyncio.ensure_future(job.news.wait())
-                await asyncio.wait({news, gone}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
+                await asyncio.wait_for(job.news.wait(), max(left_s, 0))
                 if gone.done():
                     raise Gone
-                if not job.news.is_set():
-                    raise asyncio.TimeoutError
                 job.news.clear()
                 over = job.over  # before the pieces are read: none comes later
                 if job.error is not None:
@@ -167,15 +166,11 @@ class Server:
 
         try:
             yield event([PartOfChoice(index=i, delta=Delta(role="assistant")) for i in range(num_choices)])
-            async for _ in self.news(job, request):
-                texts: dict[int, str] = {}
-                while job.pieces:
-                    piece = job.pieces.popleft()
-                    texts[piece.place] = texts.get(piece.place, "") + piece_text(piece)
-                if texts:
-                    yield event(
-                        [PartOfChoice(index=i, delta=Delta(reasoning_content=text)) for i, text in texts.items()]
-                    )
+            async with aclosing(self.news(job, request)) as news:  # so that a row is given up at once
+                async for _ in news:
+                    if texts := taken(job.pieces):
+                        parts = [(i, Delta(reasoning_content=text)) for i, text in texts.items()]
+                        yield event([PartOfChoice(index=i, delta=delta) for i, delta in parts])
             assert job.results is not None and job.asked is not None
             for index, result in enumerate(job.results):
                 last = Delta(**answer_fields(result))
@@ -194,6 +189,15 @@ class Server:
     def head(self) -> dict[str, Any]:
         name = self.settings.model_name
         return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+
+
+def taken(pieces: deque[Piece]) -> dict[int, str]:
+    """The text of each choice in `pieces`, which are then empty."""
+    texts: dict[int, str] = {}
+    while pieces:
+        piece = pieces.popleft()
+        texts[piece.place] = texts.get(piece.place, "") + piece_text(piece)
+    return texts
 
 
 async def _left(request: Request) -> None:
