@@ -51,6 +51,7 @@ def serve(checkpoint: str | None, *, api_key_file: Path | None, num_threads: int
     listening = listen(settings)
     import torch
 
+    sys.setswitchinterval(0.0005)  # the model's thread asks for the interpreter hundreds of times a token
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // 2))
     model = model_to_ask(checkpoint)
     if model.config.stage == STAGE3:

@@ -26,7 +26,7 @@ JOIN_S = 0.06
 """Least seconds between two times that texts join where many are written: joining copies what all of them hold."""
 MANY_ROWS = 8
 IDLE_S = 1.0
-NEWS_S = 0.03
+NEWS_S = 0.05
 """Least seconds between two parts of a stream: sending each token by itself would take as long as writing it."""
 log = logging.getLogger("embervlm.serve")
 
