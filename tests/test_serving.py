@@ -258,6 +258,13 @@ def test_whoever_takes_too_long_gets_504_or_an_event(model, endless):
         until(lambda: metric(client, "embervlm_rows") == 0)
 
 
+def test_a_picture_that_takes_too_long_to_decode_gets_504(model):
+    large = picture("PNG", (6000, 6000))
+    with serving(model, timeout_s=0.02) as client:
+        reply = client.post(CHAT, json=body(url=data_url(large)))
+        assert reply.status_code == 504 and "not answered in time" in reply.text
+
+
 @pytest.mark.slow
 def test_connections_that_hang_are_dropped_and_the_others_go_on(model, monkeypatch):
     monkeypatch.setattr("embervlm.serve.http.HEAD_TIMEOUT_S", 1.0)

@@ -83,7 +83,7 @@ class Server:
     def __init__(self, model: EmberVLM, settings: ServeSettings) -> None:
         self.settings, self.metrics, self.started = settings, Metrics(), int(time.time())
         self.worker = Worker(model, self.metrics, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
-        self.pool = ThreadPoolExecutor(1, "picture")
+        self.pool = ThreadPoolExecutor(2, "picture")
         self.pictures = Pictures(settings, model.config.image_size, model.config.fill, self.pool)
 
     async def job_of(self, asked: ChatRequest) -> Job:
@@ -113,7 +113,7 @@ class Server:
         )
         return Job(
             question=talk.question,
-            image=await self.pictures.load(talk.pictures),
+            image=await asyncio.wait_for(self.pictures.load(talk.pictures), settings.timeout_s),
             previous=talk.previous,
             decoding=decoding,
             elect=(asked.num_chains or 1) > 1,
