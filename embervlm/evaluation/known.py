@@ -17,8 +17,10 @@ from embervlm.evaluation.batches import chunks, see
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.known import Known, known_path
 
+NUM_READ = 20_000
+"""The most training records that are read for it."""
 NUM_PICTURES, NUM_QUESTIONS, NUM_VAL = 512, 1000, 200
-"""The most pictures and wordings of training that are taken, and val records beside which they are measured."""
+"""The most pictures and wordings of them that are taken, and val records beside which they are measured."""
 MIN_VAL = 20
 """With fewer val records what is usual would be noise."""
 
@@ -40,6 +42,7 @@ class KnownData:
         """Evenly spaced parts; None where there is too little."""
         if not train or len(val) < MIN_VAL:
             return None
+        train = _some(train, NUM_READ)
         by_picture = {record.image: record for record in train if record.image}
         wordings = list(dict.fromkeys(record.instruction for record in train))
         return cls(
@@ -80,4 +83,5 @@ def keep_known(model: EmberVLM, checkpoint: Path, data: KnownData | None, *, of_
 
 
 def _some(items: Sequence[Item], most: int) -> list[Item]:
+    """At most that many, evenly spaced."""
     return list(items[:: -(-len(items) // most)]) if items else []
