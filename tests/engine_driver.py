@@ -156,6 +156,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
         out["rates"].append({group["name"]: group["lr"] for group in optimizer.param_groups})
     state = whole_state(engine)
     out["after"], out["optimizer"] = state.weights, state.optimizer
+    out["statistics"] = {n: value.clone() for n, value in engine.module.named_buffers() if ".running_" in n}
     return out
 
 

@@ -398,6 +398,10 @@ def test_a_backbone_with_running_statistics_trains_in_bf16_on_every_engine(
     assert found["terms"][0] == pytest.approx(alone(vision=BATCH_NORM_VISION, steps=1)["terms"][0], rel=0.03)
     moved = {key for key, value in found["before"].items() if not torch.equal(value, found["after"][key])}
     assert any("running_mean" in key for key in moved)
+    ours, theirs = (seen[f"norms_{name}"][rank]["statistics"] for rank in (0, 1))
+    assert ours and ours.keys() == theirs.keys()
+    for key, value in ours.items():  # each saw other pictures
+        assert torch.equal(value, theirs[key]), key
 
 
 @pytest.mark.slow

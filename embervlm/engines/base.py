@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from embervlm.config import LOSS_TERMS, ConfigError, PhaseConfig
 from embervlm.data.collate import Batch
@@ -43,6 +44,9 @@ class Engine(ABC):
         self.overflowed = False
         """Whether the last step updated nothing because an fp16 gradient was not finite; it must be repeated."""
         self.keys = list(module.state_dict())
+        self._norms = [
+            part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None
+        ]
         first_name = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = build_param_groups(module, phase)
         self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in groups}
@@ -109,7 +113,8 @@ class Engine(ABC):
             self._backward(loss, index == len(batches) - 1)
             sums += _in_order(found, sums)
         local = sums.clone()
-        means = (self.world.sum(sums) / totals.clamp_min(1)).tolist()  # the one wait for the device in a step
+        self._sum_with_statistics(sums)
+        means = (sums / totals.clamp_min(1)).tolist()  # the one wait for the device in a step
         terms = dict(zip(TERMS, means))
         if bad := [term for term, value in terms.items() if not math.isfinite(value)]:
             mine = [] if bool(torch.isfinite(local).all()) else [name for b in batches for name in b.record_ids]
@@ -128,6 +133,20 @@ class Engine(ABC):
         return {term: terms[term] for term, total in zip(TERMS, totals.tolist()) if total}, dict(
             zip(TERMS, totals.tolist())
         )
+
+    def _sum_with_statistics(self, sums: Tensor) -> None:
+        """`sums` over all processes, in place; running statistics that move become the mean of theirs on the way.
+
+        Each process sees its own share of the pictures, and rank 0's statistics are saved.
+        """
+        moving = [norm for norm in self._norms if norm.training]
+        found = [value for norm in moving for value in (norm.running_mean, norm.running_var) if value is not None]
+        sent = self.world.sum(torch.cat([sums, *(value.detach().float().flatten() for value in found)]))
+        sums.copy_(sent[: len(sums)])
+        if self.world.size > 1:
+            shared = (sent[len(sums) :] / self.world.size).split([value.numel() for value in found])
+            for value, mean in zip(found, shared):
+                value.copy_(mean.view_as(value))
 
     def _wait_for_copy(self) -> None:
         """Until the snapshot's values are copied, which the update is about to change."""
