@@ -15,8 +15,19 @@ from embervlm.errors import UserError, told_in_one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("embervlm", "scripts", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-INTERNAL = {"PathError", "Preempted", "NoData", "Rejected", "Unanswered", "_Malformed", "_Stuck"}
-"""Caught by our own code: no user sees them."""
+INTERNAL = {
+    "PathError",
+    "Preempted",
+    "NoData",
+    "Rejected",
+    "Unanswered",
+    "_Malformed",
+    "_Stuck",
+    "Busy",
+    "Gone",
+    "Stopped",
+}
+"""Caught by our own code: no user sees them; the last three become a status of the port."""
 
 
 def test_every_error_of_ours_has_one_base():
