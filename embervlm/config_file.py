@@ -233,6 +233,11 @@ def model_preset(name: str) -> dict[str, Any]:
     return values
 
 
+def brings_tokenizer(language: Mapping[str, Any]) -> bool:
+    """Whether a preset's language model has a tokenizer of its own; for others a run makes one from its data."""
+    return bool(language.get("pretrained") or (language.get("name_or_path") and not language.get("config")))
+
+
 def frozen_in_stage3(config: TrainConfig) -> tuple[str, ...]:
     """The components that Stage 3 leaves as they are because they are pretrained and nothing says otherwise."""
     stage3, preset = config.stage3, model_preset(config.model)

@@ -139,14 +139,15 @@ class Engine(ABC):
 
         Each process sees its own share of the pictures, and rank 0's statistics are saved.
         """
+        if self.world.size == 1:
+            return
         moving = [norm for norm in self._norms if norm.training]
         found = [value for norm in moving for value in (norm.running_mean, norm.running_var) if value is not None]
         sent = self.world.sum(torch.cat([sums, *(value.detach().float().flatten() for value in found)]))
         sums.copy_(sent[: len(sums)])
-        if self.world.size > 1:
-            shared = (sent[len(sums) :] / self.world.size).split([value.numel() for value in found])
-            for value, mean in zip(found, shared):
-                value.copy_(mean.view_as(value))
+        shared = (sent[len(sums) :] / self.world.size).split([value.numel() for value in found])
+        for value, mean in zip(found, shared):
+            value.copy_(mean.view_as(value))
 
     def _wait_for_copy(self) -> None:
         """Until the snapshot's values are copied, which the update is about to change."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embervlm.config import AugmentationConfig, TrainConfig
-from embervlm.config_file import model_preset
+from embervlm.config_file import brings_tokenizer, model_preset
 from embervlm.options import add_flag, chosen
 from embervlm.robots.domain import domain_named
 
@@ -171,12 +171,11 @@ def _checked_as(*, domain: str, model: str, tokenizer: str | None, **options: An
 
     settings = model_preset(model)
     built, language = empty_model(settings), settings["language"]
-    brings_own = language.get("pretrained") or (language.get("name_or_path") and not language.get("config"))
     return CheckOptions(
         domain=domain_named(domain),
         positions=built.language_model.max_positions,
         num_visual_tokens=built.num_visual_tokens,
-        tokenizer=tokenizer or (language["name_or_path"] if brings_own else None),
+        tokenizer=tokenizer or (language["name_or_path"] if brings_tokenizer(language) else None),
         chat_template=built.config.chat_template,
         vocab_size=built.language_model.vocab_size,
         **options,

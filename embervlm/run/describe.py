@@ -6,7 +6,7 @@ import argparse
 import json
 
 from embervlm.config import ConfigError, StageConfig
-from embervlm.config_file import load_train_config, model_preset
+from embervlm.config_file import brings_tokenizer, load_train_config, model_preset
 from embervlm.model.preprocessor import preprocessor_notes
 from embervlm.run.config_reference import reference
 from embervlm.run.plan_counts import count_parameters, empty_model
@@ -54,7 +54,7 @@ def describe(model: str | None, config: str | None, *, as_json: bool, config_ref
     share = phase2 / with_adapters
     print(f"trainable in phase 1: {phase1:,} ({phase1 / total:.1%}), in phase 2: {phase2:,} ({share:.1%})")
     print(f"visual tokens: {built.num_visual_tokens}")
-    if not settings["language"].get("pretrained") and "built" not in settings["language"]:
+    if not brings_tokenizer(settings["language"]) and "built" not in settings["language"]:
         rows, width = built.language_model.vocab_size, built.language_model.hidden_size
         print(
             f"vocabulary: up to {rows:,} tokens ({rows * width:,} parameters); a run that makes its tokenizer from its "

@@ -12,7 +12,7 @@ import torch
 
 from embervlm import run_dir
 from embervlm.config import ConfigError, TrainConfig
-from embervlm.config_file import model_preset
+from embervlm.config_file import brings_tokenizer, model_preset
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import FIRST_FORMAT, ReasoningTokenizer, tokenizer_of
 from embervlm.model.embervlm import EmberVLM, build_model
@@ -99,7 +99,7 @@ def model_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
 def adopt_tokenizer(config: TrainConfig, model: EmberVLM, records: Sequence[ReasoningRecord]) -> None:
     """Give a new `model` the tokenizer of the preset's pretrained language model, else one trained on `records`."""
     language = model_preset(config.model)["language"]
-    if language.get("pretrained") or (language.get("name_or_path") and not language.get("config")):
+    if brings_tokenizer(language):
         model.adopt_tokenizer(ReasoningTokenizer.from_folder(language["name_or_path"]))
     else:
         glossary = domain_named(config.domain).glossary
