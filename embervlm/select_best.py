@@ -62,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
     with told_in_one_line():
+        args = build_parser().parse_args(argv)
         evaluate = _WithModel(args.checkpoints_dir, args.split)
         ranking = rank_checkpoints(
             args.checkpoints_dir, args.metric, not args.lower_is_better, evaluate, split=args.split

@@ -8,7 +8,7 @@ import pytest
 
 from embervlm import cli, select_best
 from embervlm.errors import UsageError
-from embervlm.run import slurm, submit, train_flags
+from embervlm.run import slurm, submit, train, train_flags
 from embervlm.version import __version__
 
 
@@ -84,6 +84,19 @@ def test_a_mistyped_word_gets_a_suggestion_in_one_line(argv, hint, capsys):
 def test_a_mistyped_flag_of_training_gets_one_too():
     with pytest.raises(UsageError, match="did you mean --phase1_epochs"):
         train_flags.parser().parse_args(["--phase1_epoch", "3"])
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(select_best.main, []), (train.main, []), (submit.main, ["--cluster", "a100x4"]), (slurm.main, ["output_dir"])],
+    ids=lambda value: getattr(value, "__module__", " ".join(value) if isinstance(value, list) else ""),
+)
+def test_a_wrong_flag_of_every_other_program_is_one_line(main, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--no_such_flag", "3"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), error
+    assert "--no_such_flag" in error
 
 
 def test_the_version_is_printed(capsys):
