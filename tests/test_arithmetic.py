@@ -25,13 +25,14 @@ half of 6 + 4 = 7|9 + 5 = 2 pm|2 dozen + 3 = 27|50 cents + 50 cents = $1|3:30 + 
 3 tens + 4 ones = 34|5! = 120, 3! + 1 = 7|log(100) + 1 = 3|2 * 45 = 90 minutes = 1 hour 30 minutes|3 + 4i + 2 = 5 + 4i
 36 inches / 12 = 3 feet|17 / 4 = 4.25|10% of the 50 students = 5 students|12 pm + 3 hours = 3 pm
 1.2 million + 0.3 million = 1.5|20 - 3 * 4 = 20 - 12 = 8 left|1st + 2nd = 3 + 5 = 8
+\u20ac1.200 + \u20ac300 = \u20ac1.500|12.500 km - 2.500 km = 10.000 km|3 * 1.000 = 3.000
 It works 8 hours/day * 5 days/week = 40 hours/week.
 """
 WRONG = """
 5 + 3 = 9|$1,200 + $300 = $1,600|20% of 50 = 15|15 / 60 = 30%|3 * 4 = 10 + 3 = 12|1/2 + 1/4 = 2/4|5² + 12² = 14²
 2(5 + 3) = 17|10 \u2212 4 = 7|\u22123 + 5 = 3|3x4=13|3 boxes * 4 apples = 13 apples
 48/2 = <<48/2=25>>25 clips|0.1 + 0.2 = 0.4
-**5 + 3 = 9**|7 = 3 + 5|3 + 4 = 8 - so he has 8|100 / 7 = about 20|1/4 of 80 = 25|5 plus 3 equals 9
+**5 + 3 = 9**|7 = 3 + 5|3 + 4 = 8 - so he has 8|100 / 7 = about 20|1/4 of 80 = 25|5 plus 3 equals 9|1.200 + 300 = 1.600|1.250 + 1.250 = 2.600
 """
 
 

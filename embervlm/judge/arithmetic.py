@@ -34,6 +34,7 @@ _CLAUSE_START = re.compile(rf"(?:^|[.;:,(=]|{any_of(*CONNECTIVES, 'as', 'that', 
 _PREPOSITION = re.compile(
     rf"(?:\b(?:of|by|times|plus|minus|and|to|at|on|in|for|from|with|after|before|until)|[{_SIGNS}])\s*$", re.IGNORECASE
 )
+_DOTTED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}\.\d{3}(?![.,]?\d)")
 _MOST_BEFORE = 200
 """Characters before a comparison that are looked at: a text without an end must not take for ever."""
 _SCALES = frozenset(
@@ -57,7 +58,17 @@ def calculates_again(text: str, earlier: str) -> bool:
 
 
 def _wrong_equation(text: str) -> str | None:
-    return next((found.text for found in equations(text) if not _comes_out(found, text)), None)
+    for found in equations(text):
+        if not _comes_out(found, text) and not _comes_out_with_dots_between_thousands(found):
+            return found.text
+    return None
+
+
+def _comes_out_with_dots_between_thousands(found: Equation) -> bool:
+    """Whether the sides are equal where 1.200 is read as 1200, as much of Europe writes it."""
+    text = _DOTTED.sub(lambda number: number[0].replace(".", ""), found.text)
+    read = equations(text) if text != found.text else ()
+    return bool(read) and all(_comes_out(other, text) for other in read)
 
 
 def _comes_out(found: Equation, text: str) -> bool:
