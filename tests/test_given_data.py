@@ -159,17 +159,21 @@ def test_nan_and_fields_that_stand_twice_are_refused_with_their_record(tmp_path:
     twice = json.dumps(record(2))[:-1] + ', "answer": "Drone"}'
     path = tmp_path / "data.jsonl"
     lines = [json.dumps(record(1, score=float("nan"))), twice, json.dumps(record(3, scores=[1.0, float("inf")]))]
+    lines.append(json.dumps(record(5, score=3)).replace('"score": 3', '"score": -1e999'))
     path.write_text("\n".join([*lines, json.dumps(record(4))]))
     wanted = {
         "score: is NaN, which is not JSON; write null, or leave the field out",
         '"answer": appears twice in one object; keep one of the two',
         "holds Infinity, which is not JSON; write null, or leave the field out",
+        "score: is -1e999, which is larger than numbers can be; write null, or leave the field out",
     }
     with pytest.raises(DataError) as caught:
         prepare(path, tmp_path / "cache", candidates=ROBOTS)
     assert {p.split(": ", 1)[1] for p in caught.value.problems} == wanted
     report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
-    assert [p["number"] for p in report["problems"] if p["kind"] == "schema"] == [1, 2, 3] and not report["trains"]
+    assert [p["number"] for p in report["problems"] if p["kind"] == "schema"] == [1, 2, 3, 4] and not report["trains"]
+    options = CheckOptions(domain=ROBOTS_DOMAIN)
+    assert filter_file(path, output=tmp_path / "kept.json", min_quality_score=0, options=options) == (1, 4)
     (tmp_path / "data.json").write_text(f"[{','.join(lines)}]")
     with pytest.raises(DataError) as caught:
         read_records(tmp_path / "data.json", candidates=ROBOTS)

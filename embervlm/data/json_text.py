@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,21 +16,23 @@ _LONGEST_TOKEN = 16
 """More characters than "-Infinity" or an escaped surrogate pair: what ends this near to the end may be cut off."""
 
 
-_NO_JSON = "which is not JSON; write null, or leave the field out"
+_ADVICE = "write null, or leave the field out"
+_NO_JSON = f"which is not JSON; {_ADVICE}"
+_TOO_LARGE = f"which is larger than numbers can be; {_ADVICE}"
 
 
 class _Constant:
-    """NaN or Infinity, until it is reported."""
+    """NaN, Infinity or a number like 1e999, until it is reported."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 class Decoder:
-    """`json.loads`, with a note of what it silently accepts: a name that appears twice in an object, NaN, Infinity."""
+    """`json.loads`, with a note of what it silently accepts: a name that appears twice in an object, NaN, Infinity, 1e999."""
 
     def __init__(self) -> None:
-        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float)
         self._lost: list[str] = []
         self._constants: list[str] = []
         """NaN and the like of which the field is not known yet."""
@@ -46,7 +49,7 @@ class Decoder:
 
     def lost(self) -> list[str]:
         """The problems of the last decoded value, each as `<field>: <what>; <what to do>`."""
-        inside = [f"holds {name}, {_NO_JSON}" for name in self._constants]  # a list
+        inside = [f"holds {name}, {_why(name)}" for name in self._constants]  # a list
         return list(dict.fromkeys([*self._lost, *inside]))
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class Decoder:
         if self._constants:
             for name, value in pairs:
                 if isinstance(value, _Constant):
-                    self._lost.append(f"{name[:80]}: is {value.name}, {_NO_JSON}")
+                    self._lost.append(f"{name[:80]}: is {value.name}, {_why(value.name)}")
                     self._constants.remove(value.name)
                     out[name] = None
         return out
@@ -68,6 +71,14 @@ class Decoder:
     def _constant(self, name: str) -> _Constant:
         self._constants.append(name)
         return _Constant(name)
+
+    def _float(self, text: str) -> float | _Constant:
+        value = float(text)
+        return value if math.isfinite(value) else self._constant(text[:80])
+
+
+def _why(name: str) -> str:
+    return _TOO_LARGE if any(char.isdigit() for char in name) else _NO_JSON
 
 
 class JsonText:
