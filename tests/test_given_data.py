@@ -101,6 +101,10 @@ def test_a_picture_is_taken_by_whatever_name_it_has(fields: dict[str, Any], tmp_
         ({"photograph": "1.png"}, "photograph: names a picture in a field that is not read; rename the field to image"),
         ({"metadata": {"image": "1.png"}}, "image: names a picture in a field that is not read"),
         ({"instruction": "<image>\nWho goes?"}, "instruction: contains <image>, but the record has no picture"),
+        ({"instruction": "<image_placeholder> Who?"}, "instruction: contains <image_placeholder>, but the record has"),
+        ({"instruction": "<|image_pad|>Who?"}, "instruction: contains <|image_pad|>, but the record has no picture"),
+        ({"instruction": "<start_of_image>Who?"}, "instruction: contains <start_of_image>, but the record has no"),
+        ({"instruction": "<video>\nWho?", "image": "1.png"}, "instruction: contains <video>, and videos are not read"),
         (
             {"instruction": "<image> or <image>?", "image": "1.png"},
             "instruction: contains 2 picture placeholders for 1 picture(s); write one for each, or none",

@@ -41,8 +41,13 @@ MAX_REMEMBERED_IMAGES = 100_000
 _SUFFIX = re.compile(
     r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
 )
-PLACEHOLDER = re.compile(r"<\|?(?:image|img|picture)[ _-]?(\d*)\|?>|\[(?:image|img)\]", re.IGNORECASE)
+PLACEHOLDER = re.compile(
+    r"<\|?(?:image|img|picture)(?:[ _-]?(?:placeholder|token|soft_token|pad|here))?[ _-]?(\d*)\|?>"
+    r"|<start_of_image>|\[(?:image|img)\]",
+    re.IGNORECASE,
+)
 """Where other data sets put the picture into the text."""
+_VIDEO_PLACEHOLDER = re.compile(r"<\|?video(?:[ _-]?(?:placeholder|token|pad))?[ _-]?\d*\|?>", re.IGNORECASE)
 
 
 def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: FieldRules, report: Report) -> str | None:
@@ -90,6 +95,8 @@ def check_placeholders(instruction: str, num_pictures: int, report: Report) -> s
     Of several pictures, those that stand within the text become "picture 1", "picture 2", ...: by the number that a
     placeholder itself has (`<image_2>`), else in their order.
     """
+    if video := _VIDEO_PLACEHOLDER.search(instruction):
+        report(f"instruction: contains {video[0]}, and videos are not read; give frames in images, or remove this")
     places = list(PLACEHOLDER.finditer(instruction))
     if not places:
         return instruction
