@@ -193,6 +193,13 @@ def test_an_option_that_cannot_be_followed_is_refused_by_name(checkpoint, option
         EmberVLM.from_pretrained(checkpoint, **{option: value})
 
 
+@pytest.mark.parametrize("option", [{"push_to_hub": True}, {"max_shard_size": "1GB"}, {"safe_serialization": True}])
+def test_a_save_refuses_what_it_would_not_do(checkpoint, tmp_path, option):
+    with pytest.raises(ConfigError, match=f"save_pretrained: {next(iter(option))}: not known"):
+        EmberVLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "copy", **option)
+    assert not (tmp_path / "copy").exists()
+
+
 def test_a_revision_of_a_hub_id_is_the_one_that_is_taken(checkpoint, tmp_path):
     """From the cache, as the hub client lays it out: a branch that points to a commit."""
     cache = tmp_path / "hub" / "models--someone--ember"

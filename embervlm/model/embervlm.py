@@ -177,9 +177,7 @@ class EmberVLM(EmberVLMNetwork):
         others.pop("trust_remote_code", None)  # nothing here runs any; AutoModel always passes it
         if "_adapter_model_path" not in (others.get("adapter_kwargs") or {}):  # it passes these too, for no adapter
             others.pop("adapter_kwargs", None)
-        if wrong := sorted(name for name, value in others.items() if value not in (None, False, {})):
-            known = ", ".join(("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
-            raise ConfigError(f"from_pretrained: {', '.join(wrong)}: not known; known are {known}")
+        _refuse_options("from_pretrained", others, ("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
         folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
             config = config or EmberVLMConfig.from_pretrained(str(folder))
@@ -192,11 +190,17 @@ class EmberVLM(EmberVLMNetwork):
         model.known = read_known(folder)
         return model.to(device=device, dtype=dtype).eval()
 
-    def save_pretrained(self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **others: Any
+    ) -> None:
         """Write config, weights and tokenizer under the guide's file names. Not atomic; see `run_dir`.
 
         Adapters are merged into the weights, and written apart as well.
+
+        Raises:
+            ConfigError: `others` ask for something; `embervlm export` writes safetensors.
         """
+        _refuse_options("save_pretrained", others, ("state_dict",))
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(folder))
@@ -205,6 +209,12 @@ class EmberVLM(EmberVLMNetwork):
         save_adapters(self, state, folder)
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
+
+
+def _refuse_options(method: str, others: Mapping[str, Any], known: Sequence[str]) -> None:
+    """ConfigError that names those of `others` that ask for something, since nothing reads them."""
+    if wrong := sorted(name for name, value in others.items() if value not in (None, False, {})):
+        raise ConfigError(f"{method}: {', '.join(wrong)}: not known; known are {', '.join(known)}")
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
