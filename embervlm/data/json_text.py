@@ -29,10 +29,12 @@ class _Constant:
 
 
 class Decoder:
-    """`json.loads`, with a note of what it silently accepts: a name that appears twice in an object, NaN, Infinity, 1e999."""
+    """`json.loads`, with a note of what it silently accepts: a name that appears twice in an object, NaN, 1e999."""
 
     def __init__(self) -> None:
-        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float)
+        self._json = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float
+        )
         self._lost: list[str] = []
         self._constants: list[str] = []
         """NaN and the like of which the field is not known yet."""
