@@ -33,6 +33,12 @@ class Run:
     def checkpoints(self) -> list[run_dir.Checkpoint]:
         return [found for phase in (1, 2) for found in run_dir.list_checkpoints(run_dir.phase_dir(self.output, phase))]
 
+    @property
+    def val_losses(self) -> list[float]:
+        """Those that phase 2 measured, at each of its steps the newest one."""
+        lines = run_dir.metrics_log_path(run_dir.phase_dir(self.output, 2)).read_text().splitlines()
+        return [entry["val_loss"] for entry in map(json.loads, lines) if "val_loss" in entry]
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,6 +53,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eval_samples=2,
         report=True,
         sample_records=2,
+        stage4__phase2__stop_at_plateau=True,  # the val loss is measured beside the steps
+        stage4__phase2__plateau_steps=1,
     )
     return folder
 
@@ -87,7 +95,11 @@ def test_an_engine_goes_the_whole_way_to_the_weights_of_plain_torch(
     name: str, processes: int, bench: Path, alone: Run
 ) -> None:
     run = start(bench, name, processes)
-    assert "not evaluated" not in run.said and "no report" not in run.said and "different backends" not in run.said
+    for failure in ("not evaluated", "no report", "different backends", "not known whether"):
+        assert failure not in run.said
+    for stage in ("stage 3", "phase 1", "phase 2"):
+        assert f"{stage}: with the right picture" in run.said
+    assert len(alone.val_losses) > 2 and run.val_losses == pytest.approx(alone.val_losses, rel=1e-3)
     assert [found.step for found in run.checkpoints] == [found.step for found in alone.checkpoints]
     for found in run.checkpoints:
         written = run_dir.eval_path(found.path, "val").exists()
