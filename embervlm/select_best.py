@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoints_dir", type="path", default=PHASE_2, help=f"folder of a phase; default: {PHASE_2}"
     )
     parser.add_argument("--metric", default="reasoning_consistency", help="name in the evaluation JSON's metrics")
-    parser.add_argument("--split", default="val", help="evaluation to compare; keep test for the final report")
+    parser.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        default="val",
+        help="evaluation to compare; keep test for the final report",
+    )
     parser.add_argument("--lower_is_better", action="store_true", help="of --metric")
     parser.add_argument("--json", action="store_true", help="print the whole ranking instead of the best path")
     return parser

@@ -195,6 +195,13 @@ def test_an_unknown_metric_is_refused_before_anything_is_evaluated(tmp_path):
         select_best_checkpoint(tmp_path, metric="foo", evaluate=lambda *_: pytest.fail("evaluated"))
 
 
+def test_an_unknown_split_is_refused_before_anything_is_evaluated(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--checkpoints_dir", str(tmp_path), "--split", "tst"])
+    assert ended.value.code == 2
+    assert "argument --split: 'tst' is not one of train, val, test; did you mean test?" in capsys.readouterr().err
+
+
 def test_the_command_without_flags_looks_into_the_guides_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     add(Path("outputs/stage4/phase2"), 500, 0.9)
