@@ -80,7 +80,8 @@ def test_a_batch_names_its_records(records, samples, make_collator):
 def test_each_row_has_the_picture_of_its_record(records, samples, pictures, make_collator):
     batch = make_collator()(samples[2:5], step=0)
     for row, sample in enumerate(samples[2:5]):
-        assert (batch.inputs["pictures"][row].numpy() == pictures[records[sample.record].image]).all()
+        place = batch.inputs["picture_rows"][row]
+        assert (batch.inputs["pictures"][place].numpy() == pictures[records[sample.record].image]).all()
         assert batch.picture_index[row] == pictures.index(records[sample.record].image)
 
 
@@ -273,7 +274,7 @@ def test_teacher_forcing_is_the_share_of_gold_tokens(samples, make_collator):
 def test_the_model_replaces_no_structure_token_and_no_prompt(tiny_model, samples, make_collator):
     batch = make_collator()(samples[:4], step=0, teacher_forcing=0.0)
     gold = batch.inputs["input_ids"]
-    visual = tiny_model.see(tiny_model.normalise(batch.inputs["pictures"]))
+    visual = tiny_model.see(tiny_model.normalise(batch.inputs["pictures"]))[batch.inputs["picture_rows"]]
     sampled = tiny_model.with_own_predictions(
         visual, batch.inputs["image_mask"], gold, batch.inputs["text_mask"], batch.inputs["sampled_index"]
     )

@@ -64,7 +64,7 @@ def drawn(model, batch):
     """The pairs of the own mistakes."""
     inputs = batch.inputs
     with torch.no_grad():
-        visual = model.see(model.normalise(inputs["pictures"]))
+        visual = model.see(model.normalise(inputs["pictures"]))[inputs["picture_rows"]]
         logits = model(**inputs).token_logits
         pairs = own_mistakes(model.with_own_predictions, model.base_vocab_size, visual, Inputs(**inputs), logits)
     return pairs, logits, visual

@@ -222,6 +222,7 @@ class Bench:
         vision: dict[str, Any] | None = None,
         text_only: bool = False,
         boxes: bool = True,
+        most_groups: int = 1,
         **config: Any,
     ) -> Bench:
         """
@@ -229,6 +230,7 @@ class Bench:
             draws: Also what is drawn at random, such as the validator's negatives.
             text_only: The same records without their pictures.
             boxes: Where things are in the pictures is known.
+            most_groups: See `Collator`.
         """
         torch.manual_seed(seed)
         records = split_records(read_records(data, candidates=ROBOTS))["train"]
@@ -252,6 +254,7 @@ class Bench:
             image_size=model.config.image_size,
             pair_maker=PairMaker(records, chains, tokenizer) if draws else None,
             grounding=phase.multimodal_loss_weight > 0,
+            most_groups=most_groups,
         )
         mixed = ((direct, phase.direct_records_ratio),)
         plan = EpochPlan(main=chains, mixed=mixed, global_batch=global_batch, seed=0)

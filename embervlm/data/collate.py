@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from embervlm.data.images import PictureCache
+from embervlm.data.length_groups import length_groups
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import (
@@ -97,7 +98,13 @@ class Collator:
         grounding: bool = False,
         use_reasoning: bool = True,
         max_pair_tokens: int = MAX_PAIR_TOKENS,
+        most_groups: int = 1,
     ) -> None:
+        """
+        Args:
+            most_groups: parts of a micro-batch, of texts of like length, that the model may read one after the other.
+        """
+        self.most_groups = most_groups
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
         self.seed, self.image_size = seed, image_size
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
@@ -129,8 +136,10 @@ class Collator:
             "image_mask": torch.tensor([row >= 0 for row in rows]),
             "use_reasoning": self.use_reasoning,
         }
+        if self.most_groups > 1:
+            inputs["groups"] = length_groups([*map(len, texts)], [row >= 0 for row in rows], most=self.most_groups)
         if load_pictures:
-            inputs["pictures"] = self._pictures(rows)
+            inputs["pictures"], inputs["picture_rows"] = self._pictures(rows)
         batch = Batch(
             inputs=inputs,
             targets={},
@@ -156,12 +165,14 @@ class Collator:
         image = self.records[record].image if record >= 0 else None
         return self.pictures.index(image) if image is not None else -1
 
-    def _pictures(self, rows: Sequence[int]) -> Tensor:
-        out = torch.zeros(len(rows), self.image_size, self.image_size, 3, dtype=torch.uint8)
-        for place, row in enumerate(rows):
-            if row >= 0:
-                out[place] = torch.from_numpy(np.array(self.pictures.array[row]))
-        return out
+    def _pictures(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The pictures in `rows`, each once, and which of them every row has: any, where it has none."""
+        found = list(dict.fromkeys(row for row in rows if row >= 0))
+        out = torch.zeros(max(1, len(found)), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        for place, row in enumerate(found):
+            out[place] = torch.from_numpy(np.array(self.pictures.array[row]))
+        place_of = {row: place for place, row in enumerate(found)}
+        return out, torch.tensor([place_of.get(row, 0) for row in rows])
 
     def _score_tokens(self, batch: Batch, samples: Sequence[Sample], texts: list[list[int]]) -> None:
         index: list[int] = []
@@ -236,6 +247,9 @@ class Collator:
             batch.targets["valid_weight"] = torch.zeros(1)
         texts = [(samples[row].prompt, pair.previous, pair.step) for row, pair in pairs]
         batch.inputs |= validator_inputs(texts, self.max_pair_tokens)
+        if self.most_groups > 1:
+            sizes = batch.inputs["pair_mask"].sum(1).tolist()
+            batch.inputs["pair_groups"] = length_groups(sizes, most=self.most_groups)
         batch.inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         batch.targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
         if self.pair_maker.knows_facts:
@@ -253,6 +267,7 @@ class Collator:
         own = own or [(0, [(scored_from[0], scored_from[0], scored_from[0] + 1)])]  # every process runs every part
         most = max(len(places) for _, places in own)
         batch.inputs["own_record"] = torch.tensor([row for row, _ in own])
+        batch.inputs["own_length"] = max(end for _, places in own for _, _, end in places)
         batch.inputs["own_prompt"] = torch.tensor([len(samples[row].prompt) for row, _ in own])
         batch.inputs["own_places"] = torch.tensor(
             [[(first[row] + at, at, start, end) for at, start, end in (places * most)[:most]] for row, places in own]

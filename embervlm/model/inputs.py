@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from embervlm.data.length_groups import LengthGroup
+
 
 @dataclass(kw_only=True)
 class Inputs:
@@ -21,9 +23,14 @@ class Inputs:
     image_mask: Tensor
     """`[batch]` bool, False for a record without a picture."""
     pictures: Tensor | None = None
-    """`[batch, image_size, image_size, 3]` uint8."""
+    """`[batch, image_size, image_size, 3]` uint8, or `[pictures, ...]` with `picture_rows`."""
+    picture_rows: Tensor | None = None
+    """`[batch]` int64, which of `pictures` each record has, where several share one; any, where it has none."""
     visual: Tensor | None = None
     """`[batch, num_visual_tokens, hidden]`, computed before, in place of `pictures`."""
+    groups: list[LengthGroup] | None = None
+    """The rows of like length, each read without the padding of the others; None reads all at once. The numbers are
+    the same."""
     use_reasoning: bool = True
     """False leaves the reasoning head out (Stage 3 and the no-reasoning baseline)."""
     score_index: Tensor | None = None
@@ -38,10 +45,14 @@ class Inputs:
     pair_mask: Tensor | None = None
     pair_record: Tensor | None = None
     """`[pairs]`, row of each pair's record."""
+    pair_groups: list[LengthGroup] | None = None
+    """As `groups`, of the pairs."""
     own_record: Tensor | None = None
     """`[chains]`, rows of which the validator also reads the model's own mistake, behind the pairs."""
     own_prompt: Tensor | None = None
     """`[chains]`, tokens of its question."""
+    own_length: int | None = None
+    """Tokens up to which the validator may read of any of them."""
     own_places: Tensor | None = None
     """`[chains, values, 4]`: of each known value its row in the token logits, the column of its first token, and the
     first and one-past-last column of its step."""

@@ -6,7 +6,7 @@ May touch tensors and its own parameters; knows neither text, decoding nor files
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from embervlm.config import BACKBONE, REASONING_PARTS, ConfigError
+from embervlm.data.length_groups import LengthGroup
 from embervlm.data.samples import Grid
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.model.backbone import LanguageModel, VisionEncoder, with_built_config
 from embervlm.model.config import EmberVLMConfig
 from embervlm.model.connectors import build_connector
+from embervlm.model.grouped import cut_to, in_order
 from embervlm.model.inputs import Inputs
 from embervlm.model.known import Known
 from embervlm.model.own_mistakes import own_mistakes, together
@@ -257,12 +259,18 @@ class EmberVLMNetwork(PreTrainedModel):
             if batch.pictures is None:
                 raise ValueError("give pictures or visual")
             visual = self.see_pictures(batch.pictures)
+            if batch.picture_rows is not None:
+                visual = visual.index_select(0, batch.picture_rows)
         input_ids = self._sampled_ids(batch, visual)
-        hidden = self.read(visual, batch.image_mask, input_ids, batch.text_mask)
-        attention = None
-        if batch.use_reasoning:
-            wanted = batch.ground_index is not None
-            hidden, attention = self.refine(hidden, input_ids, visual, batch.image_mask, want_attention=wanted)
+        hidden, attention = self._states(
+            visual,
+            batch.image_mask,
+            input_ids,
+            batch.text_mask,
+            batch.groups,
+            use_reasoning=batch.use_reasoning,
+            want_attention=batch.ground_index is not None,
+        )
         flat = hidden.flatten(0, 1)
         out = EmberVLMOutput(patch_features=visual[:, : self.grid.size])
         if batch.score_index is not None:
@@ -282,12 +290,57 @@ class EmberVLMNetwork(PreTrainedModel):
             out.grounding_attention = looked[:, : self.grid.size]
         return out
 
+    def _states(
+        self,
+        visual: Tensor,
+        image_mask: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+        groups: Sequence[LengthGroup] | None = None,
+        *,
+        use_reasoning: bool = True,
+        want_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The text's last states `[batch, length, hidden]`, and the reasoning head's attention where wanted.
+
+        With `groups` each of them is read for itself, and filled up with zeros to the length of all.
+        """
+        options = {"use_reasoning": use_reasoning, "want_attention": want_attention}
+        if groups is None or len(groups) == 1:
+            return self._states_of(visual, image_mask, input_ids, text_mask, **options)
+        found = []
+        for group in groups:
+            rows = torch.tensor(group.rows, device=visual.device)
+            ids, mask = (values[rows, : group.length] for values in (input_ids, text_mask))
+            seen, sees = visual.index_select(0, rows), image_mask.index_select(0, rows)
+            found.append(self._states_of(seen, sees, ids, mask, everyone_blind=not group.sees, **options))
+        states, attentions = zip(*found)
+        return in_order(states, groups), in_order(attentions, groups) if want_attention else None
+
+    def _states_of(
+        self,
+        visual: Tensor,
+        image_mask: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+        *,
+        use_reasoning: bool,
+        want_attention: bool,
+        everyone_blind: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_states` of one group; `everyone_blind` where no row has a picture, so none has to stand before the text."""
+        hidden = self.read(visual[:, :0] if everyone_blind else visual, image_mask, input_ids, text_mask)
+        if not use_reasoning:
+            return hidden, None
+        states, attention = self.refine(hidden, input_ids, visual, image_mask, want_attention=want_attention)
+        return states, attention
+
     def _sampled_ids(self, batch: Inputs, visual: Tensor) -> Tensor:
         """`input_ids` under scheduled sampling."""
         if batch.sampled_index is None:
             return batch.input_ids
         input_ids = self.with_own_predictions(
-            visual, batch.image_mask, batch.input_ids, batch.text_mask, batch.sampled_index
+            visual, batch.image_mask, batch.input_ids, batch.text_mask, batch.sampled_index, batch.groups
         )
         if batch.repeated is not None and len(batch.repeated):
             input_ids = torch.cat([input_ids[: -len(batch.repeated)], input_ids[batch.repeated]])
@@ -295,31 +348,53 @@ class EmberVLMNetwork(PreTrainedModel):
 
     @torch.no_grad()
     def with_own_predictions(
-        self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, sampled_index: Tensor
+        self,
+        visual: Tensor,
+        image_mask: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+        sampled_index: Tensor,
+        groups: Sequence[LengthGroup] | None = None,
     ) -> Tensor:
         """`input_ids` with the model's own greedy predictions at `sampled_index`."""
-        scores = self._scores_of(visual, image_mask, input_ids, text_mask, sampled_index)[1]
+        scores = self._scores_of(visual, image_mask, input_ids, text_mask, sampled_index, groups)[1]
         own = scores[:, : self.base_vocab_size].argmax(-1)  # the chain's structure stays gold
         return input_ids.flatten().index_copy(0, sampled_index, own).view_as(input_ids)
 
     def _scores_of(
-        self, visual: Tensor, image_mask: Tensor, input_ids: Tensor, text_mask: Tensor, index: Tensor
+        self,
+        visual: Tensor,
+        image_mask: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+        index: Tensor,
+        groups: Sequence[LengthGroup] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States of a text in eval mode, and the scores that led to its tokens at `index`."""
         with self.in_eval_mode():
-            hidden = self.read(visual, image_mask, input_ids, text_mask)
-            hidden, _ = self.refine(hidden, input_ids, visual, image_mask)
+            hidden, _ = self._states(visual, image_mask, input_ids, text_mask, groups)
         return hidden, self.token_logits(hidden.flatten(0, 1).index_select(0, (index - 1).clamp_min(0)))
 
     def _judge_pairs(self, batch: Inputs, visual: Tensor, token_logits: Tensor | None) -> Tensor:
         """The step validator's logits of the pairs, and behind them of the model's own mistakes."""
         pairs = {name: getattr(batch, name) for name in ("pair_ids", "pair_segments", "pair_mask", "pair_record")}
+        own = None
         if batch.own_record is not None:
             assert token_logits is not None
             own = own_mistakes(self.with_own_predictions, self.base_vocab_size, visual, batch, token_logits)
-            pairs = together(pairs, own)
-        of = pairs.pop("pair_record")
-        return self.judge_steps(visual.index_select(0, of), batch.image_mask.index_select(0, of), **pairs)
+        if batch.pair_groups is None:
+            parts = [pairs if own is None else together(pairs, own)]
+        else:
+            parts = [cut_to(pairs, group) for group in batch.pair_groups] + ([] if own is None else [own])
+        logits = []
+        for part in parts:
+            of = part.pop("pair_record")
+            seen = visual.index_select(0, of)
+            logits.append(self.judge_steps(seen, batch.image_mask.index_select(0, of), **part))
+        if batch.pair_groups is None:
+            return logits[0]
+        judged = in_order(logits[: len(batch.pair_groups)], batch.pair_groups)
+        return torch.cat([judged, *logits[len(batch.pair_groups) :]])
 
     def judge_steps(
         self, visual: Tensor, image_mask: Tensor, pair_ids: Tensor, pair_segments: Tensor, pair_mask: Tensor

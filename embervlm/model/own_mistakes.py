@@ -44,7 +44,8 @@ def own_mistakes(
     wrong = others[chain, likeliest_wrong].argmax(-1)
     column, start, end = (values[chain, likeliest_wrong][:, None] for values in (column, start, end))
 
-    ids = batch.input_ids.index_select(0, record)[:, :MAX_PAIR_TOKENS]
+    length = min(batch.own_length or MAX_PAIR_TOKENS, MAX_PAIR_TOKENS)
+    ids = batch.input_ids.index_select(0, record)[:, :length]
     columns = torch.arange(ids.shape[1], device=record.device)
     mask = columns < end
     ids = ids.scatter(1, column, wrong[:, None])

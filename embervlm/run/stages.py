@@ -31,6 +31,8 @@ from embervlm.training.loop import train_phase
 from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
 from embervlm.world import World
 
+MOST_GROUPS = 4
+
 
 class Run:
     """One call of `launch/train.py`: which stages, in order."""
@@ -226,8 +228,19 @@ class Run:
             image_size=model.config.image_size,
             max_pair_tokens=model.max_pair_tokens,
             dense_labels=dense,
+            most_groups=self._most_groups(),
             **options,
         )
+
+    def _most_groups(self) -> int:
+        """Parts of a micro-batch that are read one after the other; see `data.length_groups`.
+
+        1 where a pass costs more than padding: on a GPU, and where weights are gathered for each pass, which all
+        processes must do alike.
+        """
+        config = self.config
+        gathers = config.engine == "fsdp" or (config.engine == "deepspeed" and config.zero_stage == 3)
+        return 1 if gathers or self.world.device.type != "cpu" else MOST_GROUPS
 
     def _measure(self, phase: PhaseConfig, data: RunData, form: Form) -> partial[Sight | None]:
         """Measures the val loss; ConfigError if a phase is to stop by it and there are no records for that."""
