@@ -15,6 +15,10 @@ from embervlm.data.collate import Batch
 from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Engine
 
 
+BUCKET = 8 << 20
+"""Values that are summed over the processes in one message."""
+
+
 class TorchEngine(Engine):
     """Plain torch; gradients are summed over processes by hand. Computes under autocast, keeps float32 weights."""
 
@@ -47,9 +51,20 @@ class TorchEngine(Engine):
         self._scaler.scale(loss).backward()
 
     def _sum_gradients(self) -> None:
-        if self.world.size > 1:
-            for parameter in self._parameters:
-                dist.all_reduce(parameter.grad)
+        """Over all processes, in few large messages: each costs as much as sending some 100 KB."""
+        if self.world.size == 1:
+            return
+        buckets: list[list[Tensor]] = [[]]
+        for parameter in self._parameters:
+            if sum(grad.numel() for grad in buckets[-1]) >= BUCKET:
+                buckets.append([])
+            buckets[-1].append(parameter.grad)  # type: ignore[arg-type]
+        flat = [torch.cat([grad.flatten() for grad in bucket]) for bucket in buckets]
+        sent = [dist.all_reduce(values, async_op=True) for values in flat]
+        for bucket, values, work in zip(buckets, flat, sent):
+            work.wait()
+            for grad, summed in zip(bucket, values.split([grad.numel() for grad in bucket])):
+                grad.copy_(summed.view_as(grad))
 
     def _update(self, rates: Mapping[str, float]) -> bool:
         for parameter in self._parameters:
