@@ -354,6 +354,9 @@ class TrainConfig:
     20 are a whole phase of the guide's, 500 steps apart, on one GPU."""
     keep_best: int = 1
     """Number of best evaluated checkpoints to keep in addition, by their weights."""
+    data_workers: int | None = None
+    """Processes beside each training process that make its batches ahead; 0 makes them between two steps. None is 0
+    on a CPU, and up to 4 beside a GPU."""
     log_steps: int = 10
     """Optimizer steps between log lines."""
     log_records: bool = False
@@ -377,6 +380,6 @@ class TrainConfig:
         one_of("resume", self.resume, ("auto", "never"))
         one_of("on_save_error", self.on_save_error, ("stop", "continue"))
         require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
-        bounded(self, "keep_best", "keep_weights", least=0)
+        bounded(self, "keep_best", "keep_weights", "data_workers", least=0)
         bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
         bounded(self, "max_steps", "eval_steps", least=1)

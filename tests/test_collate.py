@@ -14,7 +14,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid, boxes_to_mask
 from embervlm.model.reasoning import StepValidator
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.training.loop import deal
+from embervlm.training.feed import deal
 from embervlm.world import World
 
 

@@ -26,7 +26,7 @@ from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.run_data import load_data
 from embervlm.run.train import main
-from embervlm.training.loop import deal
+from embervlm.training.feed import deal
 from embervlm.world import World
 
 GUIDE = """

@@ -23,7 +23,7 @@ from embervlm.evaluation.explain import without_padding
 from embervlm.robots.facts import SceneFacts
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.robots.rules import TASKS, teach
-from embervlm.training.loop import deal
+from embervlm.training.feed import deal
 from embervlm.world import World
 
 

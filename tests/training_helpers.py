@@ -38,7 +38,7 @@ from embervlm.data.splits import split_records
 from embervlm.data.tokenizer import ReasoningTokenizer, train_tokenizer
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.training.loop import deal
+from embervlm.training.feed import deal
 from embervlm.words.chain_text import format_reasoning
 from embervlm.world import World
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -72,13 +72,17 @@ class Batch:
         self.muted = True
 
     def to(self, device: torch.device) -> Batch:
-        def move(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in values.items()
-            }
+        return self._with(lambda value: value.to(device, non_blocking=True))
 
-        return replace(self, inputs=move(self.inputs), targets=move(self.targets))
+    def pin_memory(self) -> Batch:
+        """The same in memory from which a GPU reads beside its work."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: change(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+
+        return replace(self, inputs=changed(self.inputs), targets=changed(self.targets))
 
 
 class Collator:

@@ -14,7 +14,6 @@ from embervlm.config import PhaseConfig
 from embervlm.data.collate import Batch
 from embervlm.engines.base import DTYPES, MOMENTS, WEIGHT, Engine
 
-
 BUCKET = 8 << 20
 """Values that are summed over the processes in one message."""
 

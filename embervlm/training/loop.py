@@ -14,7 +14,6 @@ import torch
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError, TrainConfig
 from embervlm.data.collate import Batch
 from embervlm.data.epoch_plan import EpochPlan
-from embervlm.data.samples import Sample
 from embervlm.engines.base import Engine
 from embervlm.engines.build import build_engine
 from embervlm.model.lora import add_adapters
@@ -23,14 +22,10 @@ from embervlm.progress import note
 from embervlm.signals import Preempted, stop_noted
 from embervlm.training import plateau, summary
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
+from embervlm.training.feed import Feed, data_workers
 from embervlm.training.job import PhaseJob
 from embervlm.training.module import TrainingModule
-from embervlm.training.schedule import (
-    learning_rate_factor,
-    shortened_warmup,
-    teacher_forcing_ratio,
-    timed_learning_rate_factor,
-)
+from embervlm.training.schedule import learning_rate_factor, shortened_warmup, timed_learning_rate_factor
 from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
@@ -74,6 +69,13 @@ class _Training:
             settings=self.settings["config"],
             wandb_run_id=wandb_run_id,
         )
+        self.feed = Feed(
+            job,
+            world,
+            load_pictures=self.cache is None,
+            num_workers=data_workers(config.data_workers, world),
+            end=self.most,
+        )
         self.started = replace(self.progress)
         self.began = time.monotonic()
         self.end_is_said = False
@@ -81,7 +83,11 @@ class _Training:
     def run(self) -> Path:
         job, progress = self.job, self.progress
         job.model.train()
-        with self.store, self.tracker.bar:  # closed before an error is printed, so that this has a line of its own
+        with (
+            self.feed,
+            self.store,
+            self.tracker.bar,
+        ):  # closed before an error is printed, so that this has a line of its own
             while progress.step < self.total and not self._out_of_time():
                 self.store.poll()
                 if self._step() and progress.step < self.total:
@@ -128,25 +134,25 @@ class _Training:
     def _step(self) -> bool:
         """One update, counted and logged; False if it overflowed, so nothing was learned."""
         job, progress, engine, step = self.job, self.progress, self.engine, self.progress.step
-        epoch, _ = job.plan.locate(step)
-        samples = job.plan.batch(step)
-        forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
-        batches = self._micro_batches(samples, step, forcing)
+        fed = self.feed.of(step)
+        if self.cache is not None:
+            for batch in fed.batches:
+                self.cache.fill(batch, engine.compute_dtype)
         factor = self._rate_factor()
         rates = {name: peak * factor for name, peak in engine.peak_rates.items()}
         _seed(self.config.seed, step, self.world.rank)
-        terms, _ = engine.train_step(batches, job.phase.loss_weights, rates, step)
+        terms, _ = engine.train_step(fed.batches, job.phase.loss_weights, rates, step)
         progress.elapsed_s = self.started.elapsed_s + time.monotonic() - self.began
         if engine.overflowed:  # the same batch again, at the loss scale that is lower now
             progress.overflows += 1
             return False
-        progress.step, progress.samples = step + 1, progress.samples + len(samples)
+        progress.step, progress.samples = step + 1, progress.samples + fed.num_samples
         values = None
         if progress.step % self.config.log_steps == 0 or progress.step == self.total:
             total = sum(job.phase.loss_weights[term] * value for term, value in terms.items())
-            values = {"epoch": epoch + 1, "loss": terms, "total_loss": total}
-            values |= {"learning_rate": engine.rates, "teacher_forcing": forcing}
-            values |= self._speed(batches)
+            values = {"epoch": fed.epoch + 1, "loss": terms, "total_loss": total}
+            values |= {"learning_rate": engine.rates, "teacher_forcing": fed.teacher_forcing}
+            values |= self._speed(fed.batches)
         self.tracker.advance(progress.step, values)
         self._say_when_it_ends()
         return True
@@ -162,23 +168,6 @@ class _Training:
     def _say_saved(self, path: Path) -> None:
         losses = self.progress.val_losses
         note(summary.saved_line(path, losses[-1] if losses else None))
-
-    def _micro_batches(self, samples: Sequence[Sample], step: int, forcing: float) -> list[Batch]:
-        batches = []
-        for places, mine in deal(samples, self.world, self.job.accumulation):
-            batch = self.job.collator(
-                mine or samples[:1],
-                step=step,
-                places=places or [0],
-                teacher_forcing=forcing,
-                load_pictures=self.cache is None,
-            )
-            if not mine:  # every process must take part in the step; this share counts nothing
-                batch.mute()
-            if self.cache is not None:
-                self.cache.fill(batch, self.engine.compute_dtype)
-            batches.append(batch)
-        return batches
 
     def _rate_factor(self) -> float:
         phase, progress = self.job.phase, self.progress
@@ -221,6 +210,7 @@ class _Training:
         values: dict[str, Any] = {
             "samples_per_s": (progress.samples - started.samples) / max(1e-9, progress.elapsed_s - started.elapsed_s),
             "elapsed_s": progress.elapsed_s,
+            "data_wait_s": self.feed.waited_s,
             "save_stall_s": self.store.stalled_s + self.engine.copy_wait_s,
         }
         if progress.val_losses:
@@ -274,20 +264,6 @@ class _Training:
 def _seed(seed: int, step: int, rank: int) -> None:
     """The random numbers of a step (dropout) depend only on these, so no random state must be saved."""
     torch.manual_seed(random.Random(f"{seed}:{step}:{rank}").getrandbits(63))
-
-
-def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[list[int], list[Sample]]]:
-    """This process's micro-batches of a global batch, each with its samples' places in it.
-
-    Every `world.size * accumulation`-th sample goes to the same micro-batch, so lengths stay alike. A share may be
-    empty in the last batch of an epoch.
-    """
-    parts = world.size * accumulation
-    shares = []
-    for micro in range(accumulation):
-        places = list(range(world.rank * accumulation + micro, len(samples), parts))
-        shares.append((places, [samples[place] for place in places]))
-    return shares
 
 
 def _prepare(
