@@ -133,6 +133,8 @@ def test_earlier_reasoning_may_be_a_result_steps_or_text():
         ([*CHAIN[:3], "Conclusion: The crane."], ["the conclusion does not name Drone"]),
         ([*CHAIN[:3], "Conclusion: Drone, Humanoid."], ["the conclusion names Drone, Humanoid, the answer is Drone"]),
         ([*CHAIN[:3], "Conclusion: Drone, not Humanoid."], []),
+        ([*CHAIN[:2], "5 + 3 = 9 crates.", CHAIN[3]], ["step 3 says '5 + 3 = 9', which does not come out"]),
+        (["The wall is high.", CHAIN[1], "The wall is not high.", CHAIN[3]], ["step 3 denies step 1"]),
     ],
 )
 def test_the_form_of_a_chain_is_checked(lively_model, sure, steps, expected):

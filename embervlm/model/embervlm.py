@@ -89,8 +89,9 @@ class EmberVLM(EmberVLMNetwork):
         return interactive.reason(self, image, question, None, constraint, Decoding(**decoding), on_text)
 
     def verify_reasoning(self, reasoning: Any, image: Any = None, question: str | None = None) -> bool:
-        """Whether a chain passes all checks: not cut off, at least two steps, none twice, a conclusion that names the
-        answer and no other candidate, and every step more likely to follow than not by the model's own step validator.
+        """Whether a chain passes all checks: not cut off, at least two steps, none twice, none that denies another, no
+        sum that does not come out, a conclusion that names the answer and no other candidate, and every step more
+        likely to follow than not by the model's own step validator.
 
         It is the model's opinion of its own chain, and no metric.
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from embervlm.config import ConfigError
+from embervlm.judge.arithmetic import wrong_arithmetic
+from embervlm.judge.contradiction import opposite_steps
 from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding, OnToken
 from embervlm.model.generation import check_length, generate_from_visual, known_of, look
@@ -254,6 +256,11 @@ def form_faults(reasoning: Reasoning, candidates: Collection[str] = ()) -> Itera
         yield "it has no conclusion"
     counts = Counter(" ".join(step.lower().split()) for step in steps)
     yield from (f"it says {count} times: {step[:80]}" for step, count in counts.items() if count > 1)
+    for number, step in enumerate(steps, 1):
+        if wrong := wrong_arithmetic(step):
+            yield f"step {number} says '{wrong}', which does not come out"
+    if opposite := opposite_steps(steps):
+        yield "step {1} denies step {0}".format(*opposite)
     if steps and steps[-1].startswith(CONCLUSION):
         if fault := conclusion_fault(steps[-1], reasoning.answer_set, {*candidates, *(reasoning.candidates or ())}):
             yield f"the conclusion {fault}"
