@@ -202,8 +202,8 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num
     ("part", "values", "said"),
     [
         ("vision", {"model_type": "siglip2"}, "is a SigLIP 2 of the NaFlex kind"),
-        ("vision", {"model_type": "timm_wrapper", "architecture": "resnet18"}, "needs a package that is not installed"),
-        ("vision", {"model_type": "timm_backbone", "backbone": "resnet18"}, "needs a package that is not installed"),
+        ("vision", {"model_type": "timm_wrapper", "architecture": "resnet18"}, "not installed: pip install timm$"),
+        ("vision", {"model_type": "timm_backbone", "backbone": "resnet18"}, "not installed: pip install timm$"),
         ("vision", {"model_type": "bert", "hidden_size": 24}, "bert does not read pictures of image_size 36"),
         ("vision", {"model_type": "siglip_vision_model", **VISION, "image_size": 48}, "pictures of image_size 36"),
         ("language", {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantized \(gptq\)"),

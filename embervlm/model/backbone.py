@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -248,7 +249,10 @@ def _said_clearly(part: str, name: str) -> Iterator[None]:
             "the rest could run code; save only the weights, as safetensors"
         ) from error
     except ImportError as error:
-        raise ConfigError(f"{part}: {name!r} needs a package that is not installed: {_first_line(error)}") from error
+        needed = re.search(r"requires the (\S+) library", str(error))
+        what = f"the package {needed[1].lower()}, which is" if needed else "a package that is"
+        advice = f"pip install {needed[1].lower()}" if needed else _first_line(error)
+        raise ConfigError(f"{part}: {name!r} needs {what} not installed: {advice}") from error
     except (*UNREADABLE, SafetensorError, RuntimeError, EOFError) as error:
         raise ConfigError(_not_found(part, name, error)) from error
 
