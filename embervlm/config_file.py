@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,13 +100,10 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return {key: _convert(item_hint, item, f"{path}.{key}", problems) for key, item in value.items()}
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # YAML reads 1e-4 as a string
+            if math.isfinite(number := float(value)):
+                return number
     if hint in (int, str, bool) and type(value) is hint:
         return value
     wanted = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
