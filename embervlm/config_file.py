@@ -111,10 +111,27 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     return None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that appears twice, of which YAML itself takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`, of which there may be several
+                continue
+            if (key := self.construct_object(key_node, deep=True)) in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"line {line}: {key} appears twice in one section; keep one of the two")
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError with file and line otherwise."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

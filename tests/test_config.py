@@ -153,6 +153,17 @@ def test_impossible_values_are_listed_beside_unknown_keys():
         assert found in str(caught.value)
 
 
+def test_a_key_that_appears_twice_is_named_with_its_line(tmp_path):
+    path = written(tmp_path, "seed: 1\nstage4:\n  batch_size: 8\nstage3: {epochs: 2}\nstage4:\n  phase1: {epochs: 3}")
+    with pytest.raises(ConfigError, match=rf"^{path}: line 5: stage4 appears twice in one section; keep one of the tw"):
+        load_train_config(path)
+    path = written(tmp_path, "stage4:\n  phase1:\n    epochs: 2\n    epochs: 3")
+    with pytest.raises(ConfigError, match="line 4: epochs appears twice"):
+        load_train_config(path)
+    merged = written(tmp_path, "stage4:\n  phase1: &one {epochs: 2}\n  phase2:\n    <<: *one\n    warmup_steps: 3")
+    assert load_train_config(merged).stage4.phase2.epochs == 2
+
+
 def test_overrides_stand_over_the_file(tmp_path):
     path = written(tmp_path, "seed: 1\nstage4: {batch_size: 8}")
     config = load_train_config(path, {"seed": 2, "stage4.phase1.epochs": 3, "stage4.max_reasoning_length": 99})
