@@ -156,6 +156,13 @@ def test_fields_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert "unused fields and their number of records: difficulty (4), rationale (4)" in capsys.readouterr().out
 
 
+def test_boxes_in_a_spelling_of_others_are_counted_as_unused(tmp_path: Path) -> None:
+    ours, theirs = [{"kind": "load", "box": [0, 0, 1, 1]}], [[0, 0, 24, 12]]
+    for boxes in (theirs, {"load": theirs[0]}, [{"bbox": theirs[0]}]):
+        path = write(tmp_path, [record(1, image="1.png", boxes=boxes), record(2, image="2.png", boxes=ours)])
+        assert prepare(path, tmp_path / "cache", candidates=ROBOTS).unused == {"boxes": 1}
+
+
 # ---- JSON that is none
 
 

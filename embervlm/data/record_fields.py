@@ -120,8 +120,12 @@ def without_nulls(value: Any) -> Any:
 
 
 def unused_fields(metadata: Mapping[str, Any]) -> list[str]:
-    """Fields of a record that are kept in its metadata and that nothing reads."""
-    return [name for name, item in metadata.items() if name not in _READ_METADATA and item is not None]
+    """Fields of a record that are kept in its metadata and that nothing reads: boxes in a spelling of others, too."""
+    unused = [name for name, item in metadata.items() if name not in _READ_METADATA and item is not None]
+    boxes = metadata.get("boxes")
+    if boxes and not (isinstance(boxes, list) and any(map(_is_ours, boxes))):
+        unused.append("boxes")
+    return unused
 
 
 def told_unused(counts: Mapping[str, int]) -> str:
@@ -205,11 +209,16 @@ def _check_metadata(metadata: Mapping[str, Any], num_steps: int, report: Report)
         )
     boxes = metadata.get("boxes")
     for box in boxes if isinstance(boxes, list) else ():
-        if isinstance(box, dict) and {"kind", "box"} <= set(box) and not _is_box(box):
+        if _is_ours(box) and not _is_box(box):
             report(
                 "metadata.boxes: a box is not {kind, label: text, box: [left, top, right, bottom] in [0, 1]}; correct"
             )
             break
+
+
+def _is_ours(box: Any) -> bool:
+    """Whether it is meant as a box; other data sets have other things of that name."""
+    return isinstance(box, dict) and {"kind", "box"} <= set(box)
 
 
 def _is_box(box: Mapping[str, Any]) -> bool:
