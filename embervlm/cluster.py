@@ -46,7 +46,7 @@ class ClusterRecipe:
     phase1_minutes: int
     """Time limit of a phase 1 job; about twice what the guide expects. A job that reaches it is requeued."""
     phase2_minutes: int
-    """The same for phase 2."""
+    """The same for phase 2, and for phase 3."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -69,6 +69,10 @@ class ClusterRecipe:
     def global_batch(self) -> int:
         """Records per update."""
         return self.num_gpus * self.batch_size * self.gradient_accumulation_steps
+
+    def minutes_of(self, phase: int | None) -> int | None:
+        """Time limit of a job that trains `phase`; phase 3 has that of phase 2. None where none is trained."""
+        return {1: self.phase1_minutes, 2: self.phase2_minutes, 3: self.phase2_minutes}.get(phase or 0)
 
     @property
     def train_settings(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import ClassVar
 from embervlm.config_checks import ConfigError, bounded, filled_in, one_of, require
 from embervlm.config_data import AugmentationConfig, CurriculumConfig
 from embervlm.config_lora import LoraConfig, check_lora
+from embervlm.config_policy import PolicySettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_module")
@@ -20,6 +21,8 @@ COMPONENTS = ("vision_encoder", "projection", "language_model", "reasoning_modul
 BACKBONE = COMPONENTS[:-1]
 REASONING_PARTS = ("reasoning_head", "step_validator", "answer_head")
 LOSS_TERMS = ("reasoning", "consistency", "answer", "multimodal", "direct")
+POLICY_TERMS = ("policy", "kl")
+"""Loss terms of phase 3 besides those."""
 ALIASES = {"language_model_backbone": "language_model", "projection_layer": "projection"}
 """The guide's other names of components."""
 
@@ -253,13 +256,42 @@ class Phase2Config(ReasoningPhaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase3Config(ReasoningPhaseConfig, PolicySettings):
+    """Phase 3: learning to reason from answers alone."""
+
+    default_multipliers: ClassVar[Mapping[str, float]] = dict(vision_encoder=0.0, projection=0.0, language_model=0.5)
+    does_nothing: ClassVar[tuple[str, ...]] = (
+        *ReasoningPhaseConfig.does_nothing,
+        *("edited_facts_ratio", "stop_at_plateau", "max_minutes"),
+    )
+
+    name: str = "reinforcement"
+    epochs: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 10
+    reasoning_loss_weight: float = 0.1
+    answer_loss_weight: float = 0.1
+    consistency_loss_weight: float = 0.1
+
+    def _check(self) -> None:
+        super()._check()
+        self.check_policy()
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {**super().loss_weights, "policy": 1.0, "kl": self.kl_coef}
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Stage 4: both phases and what they share."""
+    """Stage 4: its phases and what they share."""
 
     name: str = "cot_reasoning"
     """The guide's; nothing depends on it."""
     phase1: Phase1Config = Phase1Config()
     phase2: Phase2Config = Phase2Config()
+    phase3: Phase3Config | None = None
+    """With this section phase 3 follows phase 2, and records need no chain; `--phase 3` alone runs it with defaults."""
     batch_size: int = 32
     """Records per device and micro-batch."""
     gradient_accumulation_steps: int = 1

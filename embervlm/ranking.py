@@ -116,13 +116,13 @@ def rank_checkpoints(
 def checkpoint_to_use(output: str | Path = "outputs") -> Path:
     """The checkpoint to work with where none is named: that of the newest run in or below `output`.
 
-    Of the run it is the last stage that has one: phase 2, phase 1, Stage 3. Of the stage it is the best by its
+    Of the run it is the last stage that has one: phase 3, phase 2, phase 1, Stage 3. Of the stage it is the best by its
     evaluations on the val split, as `select_best_checkpoint` ranks them; the last where none was evaluated.
     Raises:
         NoCheckpointError: there is no complete checkpoint.
     """
     output = Path(output)
-    stages = ("stage4/phase2", "stage4/phase1", "stage3")
+    stages = ("stage4/phase3", "stage4/phase2", "stage4/phase1", "stage3")
     found: list[tuple[float, int, Path]] = []
     for depth in ("", "*/", "*/*/"):
         for place, stage in enumerate(stages):

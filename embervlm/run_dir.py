@@ -1,7 +1,7 @@
 """Names inside an output folder, and checkpoints that are either complete or do not exist.
 
     <output_dir>/stage3/checkpoint-final/
-    <output_dir>/stage4/phase1|phase2/checkpoint-<step>/, checkpoint-final/, metrics.jsonl
+    <output_dir>/stage4/phase1|phase2|phase3/checkpoint-<step>/, checkpoint-final/, metrics.jsonl
     <output_dir>/stage4/reasoning_samples/epoch_<n>_samples.json
     <output_dir>/results/stage4_eval.json
 
@@ -34,6 +34,8 @@ EVALS = "evals"
 """Folder inside a checkpoint with one evaluation JSON per split."""
 EVAL_FORMAT = 2
 """Version of evaluation files; version 1 had other metrics under the same names."""
+GROUPS = "groups.jsonl"
+"""File in the folder of phase 3: groups of drawn chains with their rewards."""
 FINAL_NAME = "checkpoint-final"
 TRAINING_STATE = "training_state.pt"
 """File of a checkpoint with all that a resume needs besides the weights, about two thirds of its size."""
@@ -74,9 +76,9 @@ def stage3_dir(output_dir: str | Path) -> Path:
 
 
 def phase_dir(output_dir: str | Path, phase: int) -> Path:
-    """Folder of Stage 4's phase 1 or 2."""
-    if phase not in (1, 2):
-        raise ValueError(f"phase {phase!r} is not 1 or 2")
+    """Folder of Stage 4's phase 1, 2 or 3."""
+    if phase not in (1, 2, 3):
+        raise ValueError(f"phase {phase!r} is not 1, 2 or 3")
     return Path(output_dir) / "stage4" / f"phase{phase}"
 
 

@@ -24,7 +24,9 @@ if ((${#behind[@]})); then
     evaluate=("${behind[@]:1}")
 else
     output_dir=$(decide output_dir "${flags[@]}")
-    evaluate=(--checkpoint "$output_dir/stage4/phase2/checkpoint-final" --reasoning_metrics all --split test
+    last=phase2
+    if [[ -d $output_dir/stage4/phase3/checkpoint-final ]]; then last=phase3; fi
+    evaluate=(--checkpoint "$output_dir/stage4/$last/checkpoint-final" --reasoning_metrics all --split test
         --output_file "$output_dir/results/stage4_eval.json" --save_reasoning_samples)
 fi
 run python scripts/evaluate.py --stage 4 "${evaluate[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Phase 1, phase 2 and the evaluation, one after the other:
+# Phase 1, phase 2, phase 3 where the YAML has it, and the evaluation, one after the other:
 #   bash slurm/stage4.sh --cluster a100x4 [flags of launch/train.py]
 #SBATCH --job-name=embervlm-stage4
 #SBATCH --output=%x-%j.log

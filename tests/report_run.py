@@ -183,6 +183,23 @@ def write_pictures(folder: Path, num: int) -> list[str]:
     return paths
 
 
+def write_phase3(folder: Path) -> None:
+    """Log and groups of a phase 3 without checkpoints."""
+    lines, groups = [], []
+    for step in range(1, 121, 5):
+        policy = {"reward": step / 120, "reward_answer": step / 130, "group_spread": 0.4, "equal_groups": step / 200}
+        policy |= {"entropy": 0.3, "clipped": 0.01, "length": 100 + step, "distinct_chains": 0.8, "tokens_drawn": step}
+        lines.append({"step": step, "epoch": 1, "loss": {"policy": 0.01}, "policy": policy, "elapsed_s": 3.0 * step})
+        right = {"reasoning_steps": ["The place is cliff."], "answer": "Drone", "num_tokens": 40, "reward": 1.2}
+        right |= {"rewards": {"answer": 1.0, "form": 1.0}, "advantage": 0.5}
+        wrong = {**right, "answer": "", "reward": 0.0, "rewards": {"answer": 0.0, "form": 0.0}}
+        question = {"instruction": f"Which robot, asked at step {step}?", "gold_answer": ["Drone"]}
+        groups.append({"step": step, "id": f"r{step}", "image": None, **question, "chains": [right, wrong]})
+    folder.mkdir(parents=True)
+    for name, found in (("metrics.jsonl", lines), ("groups.jsonl", groups)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+
+
 def write_run(folder: Path, *, num_samples: int = 24, config: Any = None) -> Path:
     """A finished run: logs, four evaluated checkpoints, samples of three epochs, an evaluation with samples."""
     config = config or {
@@ -217,6 +234,7 @@ def write_run(folder: Path, *, num_samples: int = 24, config: Any = None) -> Pat
             grown = {name: value * (0.5 + 0.2 * phase + 0.05 * place) for name, value in METRICS.items()}
             evals = evaluation(64, metrics=grown, intervals={n: [v - 0.05, v + 0.04] for n, v in grown.items()})
             write_checkpoint(folder / "stage4" / f"phase{phase}", step, final=step == steps, config=config, evals=evals)
+    write_phase3(folder / "stage4" / "phase3")
     for epoch in (1, 2, 3):
         samples = [sample(1000 + place, image=pictures[place % len(pictures)]) for place in range(4)]
         for item in samples:

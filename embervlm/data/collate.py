@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embervlm.data.drawn import DrawnChain, policy_counts, policy_targets
 from embervlm.data.images import PictureCache
 from embervlm.data.length_groups import length_groups
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
@@ -19,6 +20,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import (
     CAPTION,
     DIRECT,
+    DRAWN,
     EDITED,
     REASONING,
     Grid,
@@ -30,7 +32,7 @@ from embervlm.data.samples import (
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
 
-TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning"}
+TERM_OF_FORM = {REASONING: "reasoning", DIRECT: "direct", CAPTION: "direct", EDITED: "reasoning", DRAWN: "policy"}
 CONTRAST_RATIO = 0.5
 """Share of the chains that are contrasted where no boxes are known: each of them is read twice."""
 CONTRAST_TRIES = 8
@@ -103,17 +105,19 @@ class Collator:
         use_reasoning: bool = True,
         max_pair_tokens: int = MAX_PAIR_TOKENS,
         most_groups: int = 1,
+        policy: bool = False,
     ) -> None:
         """
         Args:
             most_groups: parts of a micro-batch, of texts of like length, that the model may read one after the other.
+            policy: there are drawn chains among the samples.
         """
         self.most_groups = most_groups
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
         self.seed, self.image_size = seed, image_size
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
-        self.grounding, self.use_reasoning = grounding, use_reasoning
+        self.grounding, self.use_reasoning, self.policy = grounding, use_reasoning, policy
         self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
         self._names = lru_cache(maxsize=256)(self._encoded_names)
 
@@ -129,7 +133,7 @@ class Collator:
         """`places` are those of `samples` in their global batch; 0, 1, ... where left out."""
         places = range(len(samples)) if places is None else places
         rngs = [random.Random(f"{self.seed}:{step}:{place}") for place in places]
-        rows = [self._row(sample) for sample in samples]
+        rows = self.picture_rows(samples)
         contrasted = self._contrasted(samples, rows, step, places)
         rows += [picture for _, picture in contrasted]
         texts = [[*sample.prompt, *sample.target] for sample in (*samples, *(samples[row] for row, _ in contrasted))]
@@ -143,7 +147,7 @@ class Collator:
         if self.most_groups > 1:
             inputs["groups"] = length_groups([*map(len, texts)], [row >= 0 for row in rows], most=self.most_groups)
         if load_pictures:
-            inputs["pictures"], inputs["picture_rows"] = self._pictures(rows)
+            inputs["pictures"], inputs["picture_rows"] = self.pictures_at(rows)
         batch = Batch(
             inputs=inputs,
             targets={},
@@ -164,12 +168,16 @@ class Collator:
             self._dense(batch, samples)
         return batch
 
+    def picture_rows(self, samples: Sequence[Sample]) -> list[int]:
+        """Each sample's picture by its place among `pictures`; -1 for none."""
+        return [self._row(sample) for sample in samples]
+
     def _row(self, sample: Sample) -> int:
         record = sample.record if sample.picture_of is None else sample.picture_of
         image = self.records[record].image if record >= 0 else None
         return self.pictures.index(image) if image is not None else -1
 
-    def _pictures(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def pictures_at(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The pictures in `rows`, each once, and which of them every row has: any, where it has none."""
         found = list(dict.fromkeys(row for row in rows if row >= 0))
         out = torch.zeros(max(1, len(found)), self.image_size, self.image_size, 3, dtype=torch.uint8)
@@ -182,16 +190,23 @@ class Collator:
         index: list[int] = []
         labels: list[int] = []
         direct: list[bool] = []
+        scored: list[int] = []
         for row, (sample, text) in enumerate(zip(samples, texts)):
             start = max(1, len(sample.prompt) + sample.num_given)
             index.extend(range(row * batch.length + start - 1, row * batch.length + len(text) - 1))
             labels.extend(text[start:])
             direct.extend([TERM_OF_FORM[sample.form] == "direct"] * (len(text) - start))
+            scored.append(len(text) - start)
         batch.inputs["score_index"] = torch.tensor(index)
         batch.targets["labels"] = torch.tensor(labels)
         batch.targets["direct"] = torch.tensor(direct)
         batch.counts["direct"] = float(sum(direct))
         batch.counts["reasoning"] = float(len(direct) - sum(direct))
+        if self.policy:
+            batch.targets |= policy_targets(samples, scored)
+            batch.counts |= policy_counts(samples)
+            drawn = [count for sample, count in zip(samples, scored) if isinstance(sample, DrawnChain)]
+            batch.counts["reasoning"] -= sum(drawn)
 
     def _ask_answer_head(self, batch: Batch, samples: Sequence[Sample]) -> None:
         asked = [

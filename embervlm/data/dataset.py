@@ -14,6 +14,7 @@ import numpy as np
 from embervlm.data.lengths import Limits, refuse_too_long, too_long
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import (
+    ASKED,
     CAPTION,
     DIRECT,
     EDITED,
@@ -69,6 +70,12 @@ def encode_reasoning(
     left_out = np.zeros(len(samples), bool)
     left_out[[found.row for found in too_long(REASONING, samples.rows, samples.sizes, limits)]] = True
     return samples.without(left_out) if left_out.any() else samples
+
+
+def having_chains(records: Sequence[ReasoningRecord], samples: Samples) -> Samples:
+    """Those of `samples` whose record has a chain, where some have only an answer."""
+    chainless = np.array([not records[row].steps for row in samples.rows.tolist()], bool)
+    return samples.without(chainless) if chainless.any() else samples
 
 
 def _encode_chains(
@@ -191,6 +198,18 @@ def encode_direct(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokeni
         ]
 
     return Samples(DIRECT, _every_row(records), encode, _sizes_file(records, DIRECT, tokenizer))
+
+
+def encode_questions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:
+    """Every record as its question alone, to which chains are drawn."""
+
+    def encode(rows: Sequence[int]) -> list[Sample]:
+        prompts = tokenizer.prompts([records[row].instruction for row in rows])
+        return [
+            Sample(record=row, form=ASKED, prompt=prompt, target=[]) for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
+    return Samples(ASKED, _every_row(records), encode, _sizes_file(records, ASKED, tokenizer))
 
 
 def encode_captions(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer) -> Samples:

@@ -61,6 +61,8 @@ class EpochPlan:
     """Main samples per optimizer step over all ranks and micro-batches."""
     seed: int
     window: int = 16
+    repeats: int = 1
+    """Optimizer steps in a row that train on the same batch."""
     _epochs: dict[int, _Epoch] = field(default_factory=dict)
 
     def with_global_batch(self, global_batch: int) -> EpochPlan:
@@ -74,16 +76,17 @@ class EpochPlan:
 
     def num_steps(self, num_epochs: int) -> int:
         """Steps of the first `num_epochs`."""
-        return sum(map(self._steps_in, range(num_epochs)))
+        return sum(map(self._steps_in, range(num_epochs))) * self.repeats
 
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of optimizer step `step`, and the step within it, all counted from 0."""
+        step, repeat = divmod(step, self.repeats)
         epoch = 0
         while epoch < len(self.epochs) - 1 and step >= self._steps_in(epoch):
             step -= self._steps_in(epoch)
             epoch += 1
         more, index = divmod(step, self._steps_in(epoch))
-        return epoch + more, index
+        return epoch + more, index * self.repeats + repeat
 
     def digest(self) -> str:
         """Changes with whatever the order of the samples depends on, apart from the global batch."""
@@ -97,6 +100,8 @@ class EpochPlan:
             digest.update(repr((ratio, len(samples), form)).encode())
             digest.update(np.asarray(rows, np.int32).tobytes())
         digest.update(self._lengths.tobytes())
+        if self.repeats > 1:
+            digest.update(repr(self.repeats).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -109,6 +114,7 @@ class EpochPlan:
     def batch(self, step: int) -> GlobalBatch:
         """Samples of optimizer step `step`, counted from 0 over all epochs. It seeks: no step before it is replayed."""
         epoch, index = self.locate(step)
+        index //= self.repeats
         if epoch not in self._epochs:
             self._epochs.clear()
             self._epochs[epoch] = self._plan(epoch)

@@ -20,6 +20,7 @@ from embervlm.data.tokenizer import CONCLUSION
 from embervlm.progress import progress_bar
 
 REASONING, DIRECT, CAPTION, EDITED = "reasoning", "direct", "caption", "edited"
+ASKED, DRAWN = "asked", "drawn"
 
 
 REMEMBERED_SAMPLES = 8192
@@ -36,7 +37,8 @@ class Sample:
     record: int
     """Index into the records; -1 for a text that belongs to none."""
     form: str
-    """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows."""
+    """`reasoning`, `direct`, `caption`, or `edited`: a chain about other facts than the picture shows. In phase 3 also
+    `asked`, a question alone, and `drawn`, a chain of the model's own."""
     prompt: list[int]
     target: list[int]
     """The scored text: chain and answer, only the answer, or caption."""

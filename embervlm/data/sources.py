@@ -70,6 +70,8 @@ def source_rules(
     candidates: Sequence[str],
     image_root: str | os.PathLike[str] | None,
     allow_outside: bool,
+    require_reasoning: bool = True,
+    require_answer: bool = True,
 ) -> FieldRules:
     """What the records in the `files` that `path` names are checked against."""
     root = path / "any" if path.is_dir() else path
@@ -77,6 +79,8 @@ def source_rules(
         image_root=os.path.realpath(unpack_dir or "") if is_shard(files[0]) else folder_of_images(root, image_root),
         candidates=tuple(candidates),
         allow_outside=allow_outside,
+        require_reasoning=require_reasoning,
+        require_answer=require_answer,
         unpack_dir=None if unpack_dir is None else os.fspath(unpack_dir),
     )
 

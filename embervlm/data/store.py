@@ -233,6 +233,8 @@ def prepare(
     max_closed_answers: int = 0,
     image_root: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
+    require_reasoning: bool = True,
+    require_answer: bool = True,
 ) -> RecordStore:
     """The checked and split records of a data file, of Parquet files or of shards; kept in `cache_dir`.
 
@@ -240,7 +242,7 @@ def prepare(
     are what they were, by time and length. Several may prepare the same at a time: the first to end counts.
     Args:
         ready_in: a folder in which they may have been prepared already; nothing is written there.
-        candidates: see `read_records`.
+        candidates, require_reasoning, require_answer: see `read_records`.
         max_closed_answers: without `candidates`, the most distinct answers that are a set to choose from; see
             `AnswerSpace`.
     Raises:
@@ -248,11 +250,13 @@ def prepare(
         WriteError: the cache cannot be written.
     """
     path, cache_dir = Path(path), Path(cache_dir)
-    files = source_files(path)
-    if not files:
+    if not (files := source_files(path)):
         raise DataError(f"{path}: no such file; give a data file, a folder of shards, or a pattern of files")
+    admitted = [
+        name for name, wanted in (("chainless", require_reasoning), ("unanswered", require_answer)) if not wanted
+    ]
     digest = _source_digest(
-        files, image_root and os.path.realpath(image_root), allow_outside, max_closed_answers, *candidates
+        files, image_root and os.path.realpath(image_root), allow_outside, max_closed_answers, *candidates, *admitted
     )
     folder, part = cache_dir / f"records-{digest}", cache_dir / f"{_PART}{digest}-{uuid4().hex[:12]}"
     for ready in (folder, Path(ready_in) / folder.name) if ready_in is not None else (folder,):
@@ -260,7 +264,14 @@ def prepare(
             return store
     unpack_dir = cache_dir / f"pictures-{digest}"
     rules = source_rules(
-        path, files, unpack_dir, candidates=candidates, image_root=image_root, allow_outside=allow_outside
+        path,
+        files,
+        unpack_dir,
+        candidates=candidates,
+        image_root=image_root,
+        allow_outside=allow_outside,
+        require_reasoning=require_reasoning,
+        require_answer=require_answer,
     )
     _delete_leftovers(cache_dir)
     source = _Source(path=path, files=files, unpack_dir=unpack_dir, rules=rules)

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from embervlm.config import LOSS_TERMS, ConfigError, PhaseConfig
+from embervlm.config import LOSS_TERMS, POLICY_TERMS, ConfigError, PhaseConfig
 from embervlm.data.collate import Batch
 from embervlm.engines.param_groups import build_param_groups
 from embervlm.errors import UserError
 from embervlm.world import World
 
-TERMS = (*LOSS_TERMS, "dense")
+TERMS = (*LOSS_TERMS, "dense", *POLICY_TERMS, "entropy", "clipped", "drift")
+"""What a step sums up over all processes: loss terms, and what is only reported, which has no weight."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, under torch's own names."""

@@ -133,11 +133,21 @@ def load_eval_data(
     root = (None if job.test_set else job.image_root) or made_with.get("image_root")
     with tempfile.TemporaryDirectory() as elsewhere:
         limit = int(made_with.get("max_closed_answers") or 0)
+        phase3 = (made_with.get("stage4") or {}).get("phase3")
+        needs_answers = phase3 is None or phase3["unanswered_records"] == "stop"
         read = partial(
-            prepare, candidates=domain.candidates, max_closed_answers=limit, image_root=root, allow_outside=outside
+            prepare,
+            candidates=domain.candidates,
+            max_closed_answers=limit,
+            image_root=root,
+            allow_outside=outside,
+            require_reasoning=phase3 is None,  # as where the model was trained
+            require_answer=needs_answers,
         )
         store = read(path, elsewhere, ready_in=cache) if path else None
         splits: dict[str, Sequence[ReasoningRecord]] = {name: store.split(name) if store else [] for name in SPLITS}
+        if not needs_answers:
+            splits = {name: [record for record in found if record.answer] for name, found in splits.items()}
         if job.test_set is not None:
             records = _read_test_set(job, domain, outside, known=splits["train"], unpack_dir=elsewhere)
             splits[job.split] = [chosen_from(record, closed) for record in records]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning
+from embervlm.data.dataset import encode_captions, encode_direct, encode_reasoning, having_chains
 from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid, Sample
@@ -29,7 +29,7 @@ BLIND = (
 
 def encode_chains(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:
     """The chains of Stage 4, with their answers."""
-    return list(encode_reasoning(records, tokenizer, grid))
+    return list(having_chains(records, encode_reasoning(records, tokenizer, grid)))
 
 
 def encode_stage3(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:

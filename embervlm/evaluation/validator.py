@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from embervlm.data.dataset import encode_reasoning
+from embervlm.data.dataset import encode_reasoning, having_chains
 from embervlm.data.negatives import NEGATIVE_KINDS, PairMaker
 from embervlm.data.samples import Sample
 from embervlm.evaluation.batches import chunks, found_by, tasks_of
@@ -25,7 +25,7 @@ def validator_tasks(model: EmberVLM, checkpoint: Path, data: EvalData, seed: int
     """The step validator's verdicts on gold steps and on each kind of negative."""
     if model.config.stage == STAGE3:
         return []
-    samples = encode_reasoning(data.records, model.tokenizer, model.grid)
+    samples = having_chains(data.records, encode_reasoning(data.records, model.tokenizer, model.grid))
     maker = PairMaker(data.records, samples, model.tokenizer)
 
     def judge(batch: Sequence[int], judging: EmberVLM) -> dict[str, list[bool]]:

@@ -40,6 +40,10 @@ class Row:
     ids: list[int] = field(default_factory=list)
     answer_log_probs: list[float] = field(default_factory=list)
     """Of each token of the answer, and of the one that ends it."""
+    log_probs: list[float] = field(default_factory=list)
+    """Of every token at the temperature of the draws, where the writer was asked to keep them."""
+    closed: list[tuple[bool, bool]] = field(default_factory=list)
+    """With them: whether a further step, and whether a conclusion, could not be written there."""
     conclusion_state: Tensor | None = None
     """`[hidden]`, where the answer head reads."""
     done: bool = False
@@ -53,6 +57,11 @@ class Row:
     @property
     def most_steps(self) -> int:
         return self.decoding.max_reasoning_steps or 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further step may begin."""
+        return self.concluded or self.num_steps >= self.most_steps - 1
 
 
 class Writer:
@@ -70,7 +79,9 @@ class Writer:
         prompts: list[list[int]],
         decoding: Decoding,
         on_token: OnToken | None = None,
+        keep_log_probs: bool = False,
     ) -> None:
+        self.keep_log_probs = keep_log_probs
         self.model, self.visual, self.image_mask = model, visual, image_mask
         self.decoding = decoding = decoding.for_model(model.config)
         most_tokens = decoding.max_new_tokens or 1
@@ -221,7 +232,7 @@ class Writer:
     def _write(self, hidden: Tensor) -> tuple[Tensor, list[Row], bool]:
         """The next token of each row, the rows that conclude with it, and whether all tokens are text."""
         base, added = self.model.token_scores(hidden)
-        if full := [p for p, row in enumerate(self.rows) if row.concluded or row.num_steps >= row.most_steps - 1]:
+        if full := [p for p, row in enumerate(self.rows) if row.is_full]:
             self._note_cut_steps(base, added, [p for p in full if not self.rows[p].concluded])
             added[full, self.ids["<|step|>"] - self.base] = -torch.inf
         if over := [place for place, row in enumerate(self.rows) if row.concluded]:
@@ -232,8 +243,9 @@ class Writer:
             found = scores.log_softmax(-1).gather(1, tokens[answering, None])[:, 0].tolist()
             for place, log_prob in zip(answering, found):
                 self.rows[place].answer_log_probs.append(log_prob)
+        log_probs = self._log_probs(base, added, tokens) if self.keep_log_probs else []
         concluding, is_text = [], True
-        for row, token in zip(self.rows, tokens.tolist()):
+        for place, (row, token) in enumerate(zip(self.rows, tokens.tolist())):
             if token >= self.base:
                 is_text = False
             if len(row.ids) >= row.room and not row.done:
@@ -241,6 +253,9 @@ class Writer:
             if row.done:
                 continue
             row.ids.append(token)
+            if log_probs:
+                row.log_probs.append(log_probs[place])
+                row.closed.append((row.is_full, row.concluded))
             if row.on_token is not None:
                 row.on_token(row.place, token)
             if token == self.ids["<|step|>"]:
@@ -253,6 +268,11 @@ class Writer:
             elif token in self.end_ids:
                 row.done = True
         return tokens, concluding, is_text
+
+    def _log_probs(self, base: Tensor, added: Tensor, tokens: Tensor) -> list[float]:
+        """Of each row's token, at the writer's temperature; of the nucleus nothing is known here."""
+        scores = torch.cat([base, added], dim=-1).float() / (self.decoding.temperature or 1.0)
+        return scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()  # type: ignore[no-any-return]
 
     def _note_cut_steps(self, base: Tensor, added: Tensor, full: Sequence[int]) -> None:
         """Mark the rows at `full`, which have all their steps, where one more step is the likeliest to come."""

@@ -28,7 +28,7 @@ RING: Any = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": INK}
 
 
 def losses(record: RunRecord) -> Figure:
-    """Every loss term of both phases."""
+    """Every loss term of every phase."""
     return _by_phase(record, "loss", "loss (nats; weighted sum for total)")
 
 
@@ -40,7 +40,7 @@ def learning_rates(record: RunRecord) -> Figure:
 def _by_phase(record: RunRecord, key: str, unit: str) -> Figure:
     phases = {phase: lines for phase, lines in record.curves.items() if any(e.get(key) for e in lines)}
     if not phases:
-        raise NoData("No log of either phase (stage4/phase1|phase2/metrics.jsonl); train first.")
+        raise NoData("No log of a phase (stage4/phase1|phase2|phase3/metrics.jsonl); train first.")
     names = list(dict.fromkeys(name for lines in phases.values() for e in lines for name in e.get(key, {})))
     names = names[: len(SERIES)]
     figure, shown = panels(9.0, 3.6, len(phases), sharey=True)
@@ -65,6 +65,37 @@ def _by_phase(record: RunRecord, key: str, unit: str) -> Figure:
     if not handles:
         raise NoData(f"The logs have no finite {key.replace('_', ' ')}.")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+    return figure
+
+
+def reinforcement(record: RunRecord) -> Figure:
+    """What the chains that phase 3 drew were rewarded for, and whether there still is something to learn from them."""
+    lines = [line for line in record.curves.get(3, []) if isinstance(line.get("policy"), dict)]
+    if not lines:
+        raise NoData("No log of phase 3 (stage4/phase3/metrics.jsonl): it learns from answers alone, with `--phase 3`.")
+    names = dict.fromkeys(name for line in lines for name in line["policy"])
+    parts = [name for name in names if name.startswith("reward")]
+    shown = {
+        "rewards": parts,
+        "groups (share; spread of rewards)": ["group_spread", "equal_groups", "distinct_chains", "clipped"],
+        "entropy (nats per token)": ["entropy"],
+        "length (tokens)": ["length"],
+    }
+    figure = Figure(figsize=(9.0, 5.6))
+    for axes, (unit, wanted) in zip(figure.subplots(2, 2, sharex=True).flat, shown.items()):
+        for name, (color, dashes, marker) in zip(wanted, SERIES):
+            points = [(float(line["step"]), line["policy"].get(name)) for line in lines]
+            kept = [(step, float(value)) for step, value in points if isinstance(value, (int, float))]
+            if kept:
+                steps, values = _thinned(kept)
+                every = max(1, len(steps) // 8)
+                axes.plot(
+                    steps, values, color=color, linestyle=dashes, marker=marker, markevery=every, label=label(name)
+                )
+        axes.set_title(unit)
+        axes.set_xlabel("optimizer steps")
+        if len(wanted) > 1:
+            axes.legend()
     return figure
 
 

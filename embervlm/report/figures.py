@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from embervlm import run_dir
 from embervlm.report.attention import multimodal_grounding, reasoning_attention
-from embervlm.report.curves import consistency_scores, learning_rates, losses, metrics_over_checkpoints
+from embervlm.report.curves import consistency_scores, learning_rates, losses, metrics_over_checkpoints, reinforcement
 from embervlm.report.drawing import INK, NoData, style
 from embervlm.report.pictures import file_name, open_picture
 from embervlm.report.quality import (
@@ -30,8 +30,9 @@ ATTENTION_SAMPLES = 8
 Draw = Callable[[RunRecord], Figure]
 
 FIGURES: dict[str, tuple[str, Draw]] = {
-    "training/losses": ("Loss terms of both phases over their optimizer steps.", losses),
-    "training/learning_rates": ("Learning rate of each component over both phases.", learning_rates),
+    "training/losses": ("Loss terms of each phase over their optimizer steps.", losses),
+    "training/learning_rates": ("Learning rate of each component over the phases.", learning_rates),
+    "training/reinforcement": ("Rewards, groups, entropy and length of the chains that phase 3 drew.", reinforcement),
     "reasoning_quality/metrics_over_checkpoints": (
         "The four metrics of each evaluated checkpoint, with their targets.",
         metrics_over_checkpoints,

@@ -29,6 +29,8 @@ MAX_PICTURE_BYTES = 1_900_000
 MAX_TEXT = 3_000
 """Characters of one text that a page shows."""
 MAX_STEPS = 64
+NUM_GROUPS, NUM_GROUP_CHAINS = 10, 16
+"""How many groups of phase 3 a page shows, and how many chains of each."""
 SECTIONS = (
     ("metrics", "Metrics"),
     ("training", "Training"),
@@ -222,6 +224,7 @@ def index_page(
         own_steps={name: part(result, "own_steps", name) for name in ("greedy", "drawn")},
         attention=part(result, "attention"),
         faithfulness=_faithfulness(result),
+        groups=_groups(record),
         num_shown=len(shown),
         num_sets=len(sets),
         summary=_summary(record),
@@ -307,6 +310,29 @@ def _verdict(record: RunRecord) -> dict[str, Any] | None:
     return {"all_met": met == len(known), "text": f"{met} of {len(known)} targets met{more}"}
 
 
+def _groups(record: RunRecord) -> list[dict[str, Any]]:
+    """Groups of phase 3, evenly spaced over its steps."""
+    lines = [line for line in record.groups if isinstance(line.get("chains"), list) and line["chains"]]
+    places = sorted({round(i * (len(lines) - 1) / max(1, NUM_GROUPS - 1)) for i in range(NUM_GROUPS)}) if lines else []
+    out = []
+    for line in (lines[place] for place in places):
+        parts = list(part(line["chains"][0], "rewards"))
+        chains = [
+            {
+                "answer": _short(chain.get("answer"), 200),
+                "parts": [part(chain, "rewards").get(name) for name in parts],
+                "reward": chain.get("reward"),
+                "num_tokens": chain.get("num_tokens"),
+                "text": _short(" ".join(chain.get("reasoning_steps") or ())),
+            }
+            for chain in line["chains"][:NUM_GROUP_CHAINS]
+        ]
+        gold = _short(", ".join(line.get("gold_answer") or ()), 200)
+        question = _short(line.get("instruction"), 500)
+        out.append({"step": line["step"], "question": question, "gold": gold, "parts": parts, "chains": chains})
+    return out
+
+
 def _goal(target: str) -> float | None:
     try:
         return float(target.lstrip("<>= "))
@@ -365,6 +391,8 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
         ("Phase 1 rate", "stage4.phase1.learning_rate"),
         ("Phase 2 epochs", "stage4.phase2.epochs"),
         ("Phase 2 rate", "stage4.phase2.learning_rate"),
+        ("Phase 3 epochs", "stage4.phase3.epochs"),
+        ("Phase 3 rate", "stage4.phase3.learning_rate"),
         ("Data", "reasoning_data"),
     )
     out = [(name, _short(settings[key], 300)) for name, key in wanted if key in settings]

@@ -69,6 +69,9 @@ class Sample:
         return sorted({*self.gold_answer, *self.answer_set})
 
 
+PHASES = (1, 2, 3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointResult:
     """The evaluation that a checkpoint carries."""
@@ -101,6 +104,8 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     curves: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Phase -> lines of its log."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Of phase 3: chains that were drawn for one question, with their rewards, by step."""
     checkpoints: list[CheckpointResult] = field(default_factory=list)
     result: dict[str, Any] | None = None
     """The evaluation of the chosen checkpoint."""
@@ -148,7 +153,7 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
 
     Args:
         results: the evaluation to show; default: `results/stage4_eval.json` in `folder`, else the newest that a
-            checkpoint of phase 2 or 1 carries of the test split.
+            checkpoint of Stage 4 carries of the test split.
     Raises:
         ReportError: no such folder, nothing in it, or an evaluation of another format.
     """
@@ -158,9 +163,11 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder; give the --output_dir of a training run")
     record = RunRecord(name=folder.resolve().name, folder=folder)
-    for phase in (1, 2):
+    phases = [phase for phase in PHASES if phase < 3 or run_dir.phase_dir(folder, phase).is_dir()]
+    for phase in phases:
         record.curves[phase] = _read_log(run_dir.metrics_log_path(run_dir.phase_dir(folder, phase)), record.notices)
         record.checkpoints += _read_checkpoints(folder, phase, record)
+    record.groups = _read_log(run_dir.phase_dir(folder, 3) / run_dir.GROUPS, record.notices)
     record.config = _read_config(folder, record.notices)
     places = [Path(results)] if results is not None else _evaluation_places(folder)
     path = places[0]
@@ -184,7 +191,7 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     _read_sample_sets(folder, record)
     if not (record.result or record.checkpoints or record.sample_sets or any(record.curves.values())):
         raise ReportError(
-            f"{folder}: nothing to report; looked for stage4/phase1|phase2/metrics.jsonl, evaluations in "
+            f"{folder}: nothing to report; looked for stage4/phase1|phase2|phase3/metrics.jsonl, evaluations in "
             f"checkpoints, stage4/reasoning_samples/ and {path}"
         )
     return record
@@ -194,7 +201,7 @@ def _evaluation_places(folder: Path) -> list[Path]:
     """Where the evaluation of a run may be, the first choice first; each checkpoint carries its last one."""
     carried = [
         run_dir.eval_path(checkpoint.path, "test")
-        for phase in (2, 1)
+        for phase in reversed(PHASES)
         for checkpoint in reversed(run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)))
     ]
     carried.sort(key=lambda path: path.stat().st_mtime if path.exists() else 0, reverse=True)
@@ -338,9 +345,10 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
             intervals=intervals(part(evaluation, "intervals")),
             num_samples=evaluation.get("num_samples"),
         )
-    if phase == 2 and found:
+    is_last = not any(run_dir.list_checkpoints(run_dir.phase_dir(folder, later)) for later in PHASES[phase:])
+    if phase > 1 and is_last and found:
         try:
-            ranking = rank_checkpoints(run_dir.phase_dir(folder, 2))
+            ranking = rank_checkpoints(run_dir.phase_dir(folder, phase))
         except UserError as error:
             record.notices.append(f"No checkpoint is marked as the selected one: {error}")
             ranking = []
@@ -353,7 +361,7 @@ def _read_checkpoints(folder: Path, phase: int, record: RunRecord) -> list[Check
 
 def _read_config(folder: Path, notices: list[str]) -> dict[str, Any]:
     """The settings that the run's newest checkpoint was trained with."""
-    for place in (run_dir.phase_dir(folder, 2), run_dir.phase_dir(folder, 1), run_dir.stage3_dir(folder)):
+    for place in (*(run_dir.phase_dir(folder, phase) for phase in reversed(PHASES)), run_dir.stage3_dir(folder)):
         for checkpoint in reversed(run_dir.list_checkpoints(place)):
             with _naming_damage(checkpoint.path):
                 if config := run_dir.trained_with(checkpoint.path):
@@ -368,7 +376,7 @@ def _read_sample_sets(folder: Path, record: RunRecord) -> None:
         if match := _EPOCH_FILE.fullmatch(path.name):
             by_epoch[int(match[1])] = path
     files = [(f"Epoch {epoch}", by_epoch[epoch]) for epoch in sorted(by_epoch)]
-    for phase in (1, 2):
+    for phase in PHASES:
         for checkpoint in run_dir.list_checkpoints(run_dir.phase_dir(folder, phase)):
             for path in sorted((checkpoint.path / run_dir.EVALS).glob("*_samples.json")):
                 if record.result_path is not None and path == samples_path(record.result_path):

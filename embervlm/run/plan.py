@@ -11,12 +11,14 @@ Parameters, gradients, optimizer state and communication follow Rajbhandari et a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
-from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, PhaseConfig, TrainConfig
+from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, Phase3Config, PhaseConfig, TrainConfig
 from embervlm.config_file import load_train_config, model_preset
 from embervlm.model.embervlm import EmberVLM
 from embervlm.progress import progress_bar
@@ -112,7 +114,7 @@ def make_plan(
     chain_tokens: int,
     utilisation: float = UTILISATION,
 ) -> dict[str, Any]:
-    """The plan of both phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
+    """The plan of the phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
     recipe, settings = load_recipe(cluster), model_preset(config.model)
     gpu = _gpu_of(recipe, cluster)
     if not 0 < utilisation <= 1:
@@ -121,9 +123,10 @@ def make_plan(
     parts, visual_tokens = model.parameter_counts(), model.num_visual_tokens
     tokens = question_tokens + chain_tokens + visual_tokens
     phases = []
-    for number, phase in progress_bar(
-        [(1, config.stage4.phase1), (2, config.stage4.phase2)], desc="counting", unit="phase"
-    ):
+    numbered = [(1, config.stage4.phase1), (2, config.stage4.phase2), (3, config.stage4.phase3)]
+    for number, phase in progress_bar(numbered, desc="counting", unit="phase"):
+        if phase is None:
+            continue
         counted = count_micro_batch(
             settings,
             config.stage4,
@@ -134,7 +137,11 @@ def make_plan(
             cached_pictures=_caches_pictures(model, phase, records),
         )
         sizes = count_parameters(settings, phase)
-        planned = _plan_phase(phase, counted, sizes, recipe, gpu, records=records, utilisation=utilisation)
+        about: dict[str, Any] = {"records": records, "utilisation": utilisation}
+        if isinstance(phase, Phase3Config):
+            planned = _plan_phase3(phase, counted, sizes, recipe, gpu, chain_tokens=chain_tokens, **about)
+        else:
+            planned = _plan_phase(phase, counted, sizes, recipe, gpu, **about)
         phases.append({"phase": number, **planned, "flops_6nd": 6 * sum(parts.values()) * recipe.global_batch * tokens})
     return {
         "cluster": cluster,
@@ -213,6 +220,32 @@ def _plan_phase(
     }
 
 
+def _plan_phase3(
+    phase: Phase3Config,
+    counted: MicroBatch,
+    sizes: tuple[int, int],
+    recipe: ClusterRecipe,
+    gpu: Gpu,
+    *,
+    chain_tokens: int,
+    records: int,
+    utilisation: float,
+) -> dict[str, Any]:
+    """The same of phase 3: as many micro-batches as its chains need, and the time to draw them.
+
+    A token is drawn by about a third of the operators of a micro-batch, its forward pass, and waits for the host.
+    """
+    samples = phase.prompts_per_rollout * (phase.num_generations + phase.supervised_records_ratio)
+    accumulation = math.ceil(samples / (recipe.batch_size * recipe.num_gpus))
+    its = dataclasses.replace(recipe, gradient_accumulation_steps=accumulation)
+    planned = _plan_phase(phase, counted, sizes, its, gpu, records=records, utilisation=utilisation)
+    bundles = math.ceil(phase.prompts_per_rollout / phase.rollout_batch_size)
+    rollout_s = math.ceil(bundles / recipe.num_gpus) * chain_tokens * counted.operators / 3 * OPERATOR_S
+    steps = optimizer_steps(records, phase, phase.prompts_per_rollout) * phase.num_iterations
+    step_s = planned["step_s"] + rollout_s / phase.num_iterations
+    return {**planned, "steps": steps, "rollout_s": rollout_s, "step_s": step_s, "minutes": steps * step_s / 60}
+
+
 def _assumptions(recipe: ClusterRecipe, gpu: Gpu, utilisation: float) -> list[str]:
     link = "the network, {:g} GB/s per node" if recipe.nodes > 1 else "NVLink, {:g} GB/s per GPU and direction"
     rate = NETWORK_BYTES_PER_S if recipe.nodes > 1 else gpu.link_bytes_per_s
@@ -289,13 +322,18 @@ def print_plan(plan: dict[str, Any]) -> None:
         )
         print(
             f"  step {phase['step_s']:.3f} s (compute {phase['compute_s']:.3f}, host {phase['host_s']:.3f}, "
-            f"communication {phase['communication_s']:.4f}); in total {_duration(phase['minutes'])}"
+            f"communication {phase['communication_s']:.4f}{_drawing(phase)}); in total {_duration(phase['minutes'])}"
         )
-    print(f"\nboth phases: {_duration(sum(phase['minutes'] for phase in plan['phases']))}")
+    together = "both" if len(plan["phases"]) == 2 else "all"
+    print(f"\n{together} phases: {_duration(sum(phase['minutes'] for phase in plan['phases']))}")
     for title, lines in (("assumed", plan["assumptions"]), ("compared with the guide's tables", plan["guide"])):
         print(f"\n{title}:")
         for line in lines:
             print(f"- {line}")
+
+
+def _drawing(phase: dict[str, Any]) -> str:
+    return f", drawing {phase['rollout_s']:.1f} for each rollout" if "rollout_s" in phase else ""
 
 
 def _duration(minutes: float) -> str:

@@ -15,7 +15,15 @@ import numpy as np
 from embervlm.config import ConfigError, PhaseConfig, TrainConfig
 from embervlm.curate.augment import augment_cached
 from embervlm.data.curriculum import records_of_epochs
-from embervlm.data.dataset import edit_facts, encode_captions, encode_direct, encode_glossary, encode_reasoning
+from embervlm.data.dataset import (
+    edit_facts,
+    encode_captions,
+    encode_direct,
+    encode_glossary,
+    encode_questions,
+    encode_reasoning,
+    having_chains,
+)
 from embervlm.data.images import Colour, PictureCache, told_shrinking
 from embervlm.data.lengths import Limits, refuse_too_long
 from embervlm.data.negatives import cut_for_validator
@@ -23,6 +31,7 @@ from embervlm.data.record_fields import told_several, told_unused
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Sample, Samples
 from embervlm.data.sources import source_files
+from embervlm.data.splits import SPLITS
 from embervlm.data.store import RecordView, has_field, picture_paths, prepare
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.errors import UserError
@@ -58,6 +67,7 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
             f"--output_file {path} --num_samples 50000`"
         )
     cache, augmentation = Path(config.output_dir) / "cache", config.stage4.reasoning_augmentation
+    phase3 = config.stage4.phase3
     store = first_on_rank_0(
         world,
         lambda: prepare(
@@ -67,6 +77,8 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
             max_closed_answers=config.max_closed_answers,
             image_root=config.image_root,
             allow_outside=config.allow_outside,
+            require_reasoning=phase3 is None,
+            require_answer=phase3 is None or phase3.unanswered_records == "stop",
         ),
     )
     if world.rank == 0 and (unused := told_unused(store.unused)):
@@ -75,7 +87,7 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
         print(f"{path}: {several}")
     if world.rank == 0 and (told := told_answers(store.answer_kinds, store.candidates)):
         print(f"{path}: {told}")
-    train, val = store.split("train"), store.split("val")
+    train, val, test = (_answered(store.split(name), config, world) for name in SPLITS)
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
@@ -99,13 +111,22 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
             print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
     num_given = len(train) - int(augmented.sum())
     return RunData(
-        train=train[: num_given or None],
-        val=val,
-        test=store.split("test"),
-        pictures=pictures,
-        reasoning=reasoning,
-        epochs=epochs,
+        train=train[: num_given or None], val=val, test=test, pictures=pictures, reasoning=reasoning, epochs=epochs
     )
+
+
+def _answered(records: RecordView, config: TrainConfig, world: World) -> RecordView:
+    """`records` without those that have no answer, which only `unanswered_records: skip` admits."""
+    if config.stage4.phase3 is None or config.stage4.phase3.unanswered_records == "stop":
+        return records
+    unanswered = np.fromiter((not record.answer for record in records), bool, len(records))
+    if unanswered.any() and world.rank == 0:
+        names = [records[int(place)].record_id for place in np.flatnonzero(unanswered)[:5]]
+        print(
+            f"{unanswered.sum():,} of {len(records):,} records are left out, because they have no answer "
+            f"(unanswered_records: skip): {', '.join(names)}{', ...' if unanswered.sum() > len(names) else ''}"
+        )
+    return records.take(np.flatnonzero(~unanswered))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +157,8 @@ class Encoder:
             return encode(data.reasoning, limits=limits)
 
         samples, epochs = first_on_rank_0(self.world, fitting), data.epochs
+        if self.config.stage4.phase3 is not None:
+            samples = having_chains(data.reasoning, samples)
         if len(samples) < len(data.reasoning):
             epochs = [np.flatnonzero(np.isin(samples.rows, records)) for records in epochs]
         if not all(map(len, epochs)):
@@ -147,6 +170,10 @@ class Encoder:
     def direct(self) -> Samples:
         """The samples with question and answer, without a chain."""
         return self._asked(encode_direct)
+
+    def questions(self) -> Samples:
+        """The questions alone."""
+        return self._asked(encode_questions)
 
     def captions(self) -> Samples | list[Sample]:
         return self._asked(encode_captions) if self.config.stage3.caption_records_ratio else []
@@ -176,7 +203,8 @@ class Encoder:
     def say_what_is_cut(self, samples: Samples, number: int) -> None:
         if self.world.rank > 0:
             return
-        if left_out := len(self.data.reasoning) - len(samples):
+        num_given = len(self.data.train)
+        if left_out := len(self.data.reasoning) - num_given - int((samples.rows >= num_given).sum()):
             print(
                 f"phase {number}: {left_out} augmented records left out, longer than --max_reasoning_length or "
                 "than the language model's context"

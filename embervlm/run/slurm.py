@@ -141,25 +141,27 @@ def place(args: argparse.Namespace, flags: list[str], behind: list[str]) -> list
 
 
 def chain(args: argparse.Namespace, flags: list[str]) -> str:
-    """Submit phase 1, phase 2 and the evaluation; each starts after the previous one."""
-    output_dir = Path(load_config(_train_args(args, flags)).output_dir)
+    """Submit the phases and the evaluation; each starts after the previous one."""
+    config = load_config(_train_args(args, flags))
+    output_dir = Path(config.output_dir)
     carried = given(this_job(), args.script) if args.batch else []
     carried = [option for option in carried if not option.startswith("--job-name=")]
-    start = run_dir.checkpoint_path(run_dir.phase_dir(output_dir, 1), None)
+    phases = (1, 2) if config.stage4.phase3 is None else (1, 2, 3)
     jobs: list[str] = []
-    for phase, script, more in (
-        (1, "slurm/stage4_phase1.sh", []),
-        # phase 2 goes on from phase 1, wherever that started from
-        (2, "slurm/stage4_phase2.sh", ["--resume_from", str(start)]),
-        (None, "slurm/evaluate.sh", []),
-    ):
+    for phase in (*phases, None):
+        script = "slurm/evaluate.sh" if phase is None else f"slurm/stage4_phase{phase}.sh"
+        more = []
+        if phase in (2, 3):  # it goes on from the phase before, wherever that started from
+            before = run_dir.checkpoint_path(run_dir.phase_dir(output_dir, phase - 1), None)
+            more = ["--resume_from", str(before)]
         args.of_phase, args.script = phase, script
         train_args = _train_args(args, flags)
         if train_args.cluster is None:
             raise ConfigError(f"choose the nodes with --cluster or {CLUSTER_VARIABLE}: {', '.join(recipe_names())}")
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         jobs.append(_submit(args, train_args, [*flags, *more], [*after, *carried]))
-    return "phase 1 is job {}, phase 2 job {}, evaluation job {}".format(*jobs)
+    named = ", ".join(f"phase {phase} {'is ' if phase == 1 else ''}job {job}" for phase, job in zip(phases, jobs))
+    return f"{named}, evaluation job {jobs[-1]}"
 
 
 def _submit(args: argparse.Namespace, train_args: argparse.Namespace, argv: list[str], carried: list[str]) -> str:
@@ -177,7 +179,7 @@ def _submit(args: argparse.Namespace, train_args: argparse.Namespace, argv: list
 
 def job_options(recipe: ClusterRecipe, phase: int | None) -> list[str]:
     """Options of sbatch for one process per GPU of the recipe, with the phase's time limit."""
-    return recipe.sbatch_options({1: recipe.phase1_minutes, 2: recipe.phase2_minutes}.get(phase or 0))
+    return recipe.sbatch_options(recipe.minutes_of(phase))
 
 
 def _recipe(train_args: argparse.Namespace, phase: int | None) -> ClusterRecipe | None:
@@ -271,7 +273,7 @@ def _parser() -> OneLineParser:
     )
     out.add_argument("action", choices=("place", "chain", "output_dir", "started", "ended"), help="what to say or do")
     out.add_argument("--script", help="script to submit, relative to the repository root")
-    out.add_argument("--of_phase", type=int, choices=(1, 2), help="the phase that the script trains")
+    out.add_argument("--of_phase", type=int, choices=(1, 2, 3), help="the phase that the script trains")
     out.add_argument("--batch", action="store_true", help="Slurm runs the script as a job")
     out.add_argument("--submitted", action="store_true", help="the job was submitted from here")
     out.add_argument("--exit_code", type=int, help="exit code of the training")

@@ -1,9 +1,9 @@
-"""The stages of a run: Stage 3, phase 1, phase 2, baselines. Each is a `PhaseJob` built from config and data."""
+"""The stages of a run: Stage 3, phases 1 to 3, baselines. Each is a `PhaseJob` built from config and data."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from embervlm.config import BACKBONE, ConfigError, PhaseConfig, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
+from embervlm.data.facts import fact_domains
 from embervlm.data.negatives import PairMaker
+from embervlm.evaluation.asked import refuse_long_questions
 from embervlm.evaluation.sight import Form, Sight, encode_chains, encode_stage3, sight
 from embervlm.model.config import STAGE3, STAGE4
 from embervlm.model.embervlm import EmberVLM, build_model
@@ -23,11 +25,13 @@ from embervlm.model.lora import check_targets
 from embervlm.model.preprocessor import preprocessor_notes
 from embervlm.run.by_products import after_epoch, evaluate_saved, say_whether_it_looks
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
-from embervlm.run.start import adopt_tokenizer, model_settings, start_from
+from embervlm.run.start import adopt_tokenizer, model_settings, refuse_stage3, start_from
 from embervlm.run.train_flags import known_to_harm
 from embervlm.training.checkpoint import is_finished
+from embervlm.training.feed import micro_batches
 from embervlm.training.job import PhaseJob
 from embervlm.training.loop import train_phase
+from embervlm.training.policy import PolicyJob
 from embervlm.training.settings import changes, of_stage4, saved_with, trained_with
 from embervlm.world import World
 
@@ -63,7 +67,10 @@ class Run:
                 final = start = self.phase(1, start)
             if phase in (None, 2):
                 first = run_dir.checkpoint_path(run_dir.phase_dir(self.output, 1), None)
-                final = self.phase(2, start if phase is None else (resume or first))
+                final = start = self.phase(2, start if phase is None else (resume or first))
+            if phase == 3 or (phase is None and self.config.stage4.phase3 is not None):
+                second = run_dir.checkpoint_path(run_dir.phase_dir(self.output, 2), None)
+                final = self.phase3(start if phase is None else (resume or second))
         if "baseline" in stages:
             baselines = self.baselines(resume or stage3)
             final = final if "4" in stages else baselines[-1]
@@ -76,12 +83,17 @@ class Run:
         wanted = self._phase_settings(number, start)
         if (done := self._finished(folder, wanted)) is not None:
             return done
-        phase = stage.phase1 if number == 1 else stage.phase2
+        phase = (stage.phase1, stage.phase2)[number - 1]
         model = start_from(config, self.world, start, STAGE4)
         check_targets(model, stage.phase2.lora)
         data = self._load_data(model)
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         samples, epochs = encoder.chains()
+        if not len(samples):
+            raise ConfigError(
+                f"{config.reasoning_data}: no training record has a chain, which phase {number} learns from; add some, "
+                "or train `--phase 3` from a Stage 4 checkpoint"
+            )
         encoder.say_what_is_cut(samples, number)
         first_epoch = stage.phase1.epochs if number == 2 else 0
         direct = encoder.direct()
@@ -120,6 +132,72 @@ class Run:
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
+
+    def phase3(self, start: Path) -> Path:
+        """Train phase 3 from the weights in `start`: chains are drawn and rewarded, so records need only an answer."""
+        config, stage = self.config, self.config.stage4
+        assert stage.phase3 is not None
+        phase, folder = stage.phase3, run_dir.phase_dir(config.output_dir, 3)
+        wanted = self._phase_settings(3, start)
+        if (done := self._finished(folder, wanted)) is not None:
+            return done
+        model = start_from(config, self.world, start, STAGE4)
+        refuse_stage3(start)
+        check_targets(model, phase.lora)
+        data = self._load_data(model)
+        refuse_long_questions(model, data.train)
+        encoder = Encoder(config=config, world=self.world, model=model, data=data)
+        chains, _ = encoder.chains()
+        longest = model.config.longest_chain_tokens, model.config.longest_chain_steps
+        direct = encoder.direct()
+        note_lengths(model, direct)
+        model.config.longest_chain_tokens, model.config.longest_chain_steps = longest
+        supervised = phase.supervised_records_ratio if len(chains) else 0.0
+        plan = EpochPlan(
+            main=encoder.questions(),
+            mixed=((chains, supervised), (direct, phase.direct_records_ratio)),
+            global_batch=phase.prompts_per_rollout,
+            seed=config.seed + 4,
+            repeats=phase.num_iterations,
+        )
+        samples_each = phase.num_generations + (1 + supervised) * (1 + phase.direct_records_ratio) - 1
+        job = PhaseJob(
+            name="phase 3",
+            folder=folder,
+            phase=phase,
+            model=model,
+            plan=plan,
+            collator=self._collator(
+                model,
+                data,
+                records=data.reasoning,
+                pair_maker=PairMaker(data.reasoning, chains, model.tokenizer) if supervised else None,
+                pair_records_ratio=phase.validator_records_ratio,
+                grounding=phase.multimodal_loss_weight > 0,
+                policy=True,
+            ),
+            pictures=data.pictures,
+            batch_size=stage.batch_size,
+            accumulation=micro_batches(plan.global_batch * samples_each, stage.batch_size, self.world),
+            samples_each=samples_each,
+            gradient_checkpointing=stage.gradient_checkpointing,
+            after_epoch=self._after_epoch_of_phase3(data),
+            after_save=partial(evaluate_saved, config, self.world),
+            policy=PolicyJob(
+                config=phase,
+                records=data.reasoning,
+                domains=fact_domains(data.train),
+                seed=config.seed,
+                reference=partial(start_from, config, self.world, start, STAGE4) if phase.kl_coef else None,
+            ),
+            trained_with=wanted,
+        )
+        return train_phase(job, config, self.world)
+
+    def _after_epoch_of_phase3(self, data: RunData) -> Callable[[EmberVLM, int], None]:
+        stage = self.config.stage4
+        before = stage.phase1.epochs + stage.phase2.epochs
+        return lambda trained, epoch: after_epoch(self.config, self.world, trained, data, before + epoch)
 
     def stage3(self) -> Path:
         """Train a substitute for a Stage 3 checkpoint: captions, direct answers and the dense target, no reasoning."""
@@ -272,8 +350,8 @@ class Run:
         """Check all finished phases before anything is trained, so a later one is not refused after hours of
         training."""
         planned = [("stage 3", run_dir.stage3_dir(self.output), self._stage3_settings())] if "3" in stages else []
-        for number in (1, 2) if "4" in stages else ():
-            if phase in (None, number):
+        for number in (1, 2, 3) if "4" in stages else ():
+            if phase == number or (phase is None and (number < 3 or self.config.stage4.phase3 is not None)):
                 folder = run_dir.phase_dir(self.output, number)
                 planned.append((f"phase {number}", folder, self._phase_settings(number, None)))
         if "baseline" in stages:  # matched to both phases; the settings of its own are compared when its turn comes
@@ -300,6 +378,15 @@ class Run:
 
     def _phase_settings(self, number: int, start: Path | None) -> dict[str, Any]:
         stage = self.config.stage4
+        if number == 3 and stage.phase3 is not None:
+            return trained_with(
+                stage.phase3,
+                self.config,
+                start,
+                global_batch=stage.phase3.prompts_per_rollout,
+                processes=1,
+                **of_stage4(self.config),
+            )
         phase, batch = (stage.phase1, stage.phase2)[number - 1], stage.batch_size * stage.gradient_accumulation_steps
         return self._settings(phase, start, batch, **of_stage4(self.config))
 

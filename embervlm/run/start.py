@@ -15,6 +15,7 @@ from embervlm.config import ConfigError, TrainConfig
 from embervlm.config_file import brings_tokenizer, model_preset
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.tokenizer import FIRST_FORMAT, ReasoningTokenizer, tokenizer_of
+from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.families import family_of
 from embervlm.model.storage import CheckpointError, load_checkpoint_into, read_weights
@@ -47,6 +48,16 @@ def start_from(config: TrainConfig, world: World, checkpoint: Path, stage: int) 
         raise ConfigError(f"{error} (this run's preset is {config.model!r}; choose with --model)") from error
     model.attach_tokenizer(ReasoningTokenizer.from_folder(checkpoint))
     return model
+
+
+def refuse_stage3(checkpoint: Path) -> None:
+    """ConfigError where the model of `checkpoint` writes no chains yet, so there is nothing to reward."""
+    path = checkpoint / "config.json"
+    if path.is_file() and run_dir.read_object(path).get("stage") == STAGE3:
+        raise ConfigError(
+            f"--resume_from {checkpoint}: is a Stage 3 checkpoint, which writes no chains that phase 3 could reward; "
+            "train phases 1 and 2 first, on the records that have chains"
+        )
 
 
 def _as_in(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -179,10 +179,8 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
 
 
 def limit_minutes(recipe: ClusterRecipe, phase: int | None) -> int:
-    """The recipe's time limit of a phase, or of both."""
-    return {1: recipe.phase1_minutes, 2: recipe.phase2_minutes}.get(
-        phase or 0, recipe.phase1_minutes + recipe.phase2_minutes
-    )
+    """The recipe's time limit of a phase, or of phases 1 and 2."""
+    return recipe.minutes_of(phase) or recipe.phase1_minutes + recipe.phase2_minutes
 
 
 # -- executors -------------------------------------------------------------------------------------------------------

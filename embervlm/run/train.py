@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace, stages: list[str], config: TrainConfig) -> 
 def closing_lines(args: argparse.Namespace, stages: list[str], config: TrainConfig, final: Path) -> list[str]:
     """Where the result is, and the command that one would type next."""
     lines = [f"Checkpoint: {final}"]
-    if "4" in stages and args.phase in (None, 2):
+    if "4" in stages and args.phase in (None, 2, 3):
         written = eval_results_path(config.output_dir)
         return [
             *lines,

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, StageConfig, TrainConfig
+from embervlm.config import REPOSITORY, ConfigError, Phase3Config, StageConfig, TrainConfig
 from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
@@ -49,7 +49,7 @@ _OF_A_PHASE = ("epochs", "learning_rate", "warmup_steps")
 FLAGS = {
     **{name: name for name in _OF_THE_RUN},
     **{name: f"stage4.{name}" for name in _OF_STAGE4},
-    **{f"phase{number}_{name}": f"stage4.phase{number}.{name}" for name in _OF_A_PHASE for number in (1, 2)},
+    **{f"phase{number}_{name}": f"stage4.phase{number}.{name}" for name in _OF_A_PHASE for number in (1, 2, 3)},
     "stage3_epochs": "stage3.epochs",
 }
 """Flag -> key in the YAML, which defines type, default and help."""
@@ -73,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
         f"Default: ${CLUSTER_VARIABLE}",
     )
     out.add_argument("--stages", nargs="+", default=["4"], help="3, 4, baseline; several in order")
-    out.add_argument("--phase", type=int, choices=(1, 2), help="only this phase of Stage 4; default: both")
+    out.add_argument(
+        "--phase",
+        type=int,
+        choices=(1, 2, 3),
+        help="only this phase of Stage 4; default: 1 and 2, and 3 where the YAML has stage4.phase3",
+    )
     out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
     out.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML")
     out.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
@@ -102,6 +107,8 @@ def load_config(args: argparse.Namespace) -> TrainConfig:
     names |= {key: f"--{flag}" for flag, key in FLAGS.items() if getattr(args, flag) is not None}
     names |= {key: f"--set {key}" for key in (item.partition("=")[0] for item in args.set)}
     config = load_train_config(args.config, overrides, names)
+    if args.phase == 3 and config.stage4.phase3 is None:
+        config = dataclasses.replace(config, stage4=dataclasses.replace(config.stage4, phase3=Phase3Config()))
     if "model" not in overrides and config.resume_from and brings_its_shape(config.resume_from):
         config = dataclasses.replace(config, model=config.resume_from)
     if "3" in stages_of(args) and (frozen := frozen_in_stage3(config)):

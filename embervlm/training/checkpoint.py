@@ -64,6 +64,12 @@ class Progress:
     """Measured so far where the phase stops at a plateau."""
     decay_from: int | None = None
     """Step at which such a plateau was found."""
+    tokens_drawn: int = 0
+    """That phase 3 has written so far, over all resumes."""
+    groups_drawn: int = 0
+    """Of the epoch under way, in phase 3."""
+    groups_unequal: int = 0
+    """Of these, with rewards that differ."""
 
 
 class CheckpointStore:

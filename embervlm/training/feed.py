@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,13 @@ class Feed:
         assert self._fed is not None
         return self._fed
 
+    def made_of(self, samples: Sequence[Sample], step: int) -> Fed:
+        """Step `step` of other samples than the plan's, which were drawn for it."""
+        began = time.monotonic()
+        fed = self._steps.made_of(samples, step)
+        self.waited_s += time.monotonic() - began
+        return fed
+
     def _next(self, step: int) -> Fed | UserError:
         if self._num_workers == 0:
             return self._steps[step]
@@ -128,8 +136,11 @@ class _Steps(Dataset[Any]):
             return error
 
     def _make(self, step: int) -> Fed:
+        return self.made_of(self._job.plan.batch(step), step)
+
+    def made_of(self, samples: Sequence[Sample], step: int) -> Fed:
+        """The step of these samples."""
         job = self._job
-        samples = job.plan.batch(step)
         epoch, _ = job.plan.locate(step)
         forcing = teacher_forcing_ratio(epoch, job.phase.epochs, job.scheduled_sampling)
         batches = []
@@ -144,7 +155,12 @@ class _Steps(Dataset[Any]):
             if not mine:  # every process must take part in the step; this share counts nothing
                 batch.mute()
             batches.append(batch)
-        return Fed(batches=batches, num_samples=len(samples), epoch=epoch, teacher_forcing=forcing)
+        return Fed(batches=batches, num_samples=len(job.plan.batch(step)), epoch=epoch, teacher_forcing=forcing)
+
+
+def micro_batches(samples: float, batch_size: int, world: World) -> int:
+    """Micro-batches of one process for an update on so many samples."""
+    return math.ceil(samples / (batch_size * world.size))
 
 
 def deal(samples: Sequence[Sample], world: World, accumulation: int) -> list[tuple[list[int], list[Sample]]]:

@@ -12,6 +12,7 @@ from embervlm.data.collate import Collator
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.images import PictureCache
 from embervlm.model.embervlm import EmberVLM
+from embervlm.training.policy import PolicyJob
 
 
 class Measured(Protocol):
@@ -52,6 +53,10 @@ class PhaseJob:
     """Called on every process where `phase.stop_at_plateau`; None of data without a val split."""
     samples_wanted: int | None = None
     """Stop after this many records instead of after `epochs`."""
+    policy: PolicyJob | None = None
+    """In phase 3, whose main samples are questions to which chains are drawn."""
+    samples_each: float = 1.0
+    """Samples that an update trains on for each of its main samples."""
     trained_with: dict[str, Any] = field(default_factory=dict)
     """See `settings.trained_with`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -22,9 +23,12 @@ from embervlm.progress import note
 from embervlm.signals import Preempted, stop_noted
 from embervlm.training import plateau, summary
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
-from embervlm.training.feed import Feed, data_workers
+from embervlm.training.feed import Fed, Feed, data_workers, micro_batches
 from embervlm.training.job import PhaseJob
 from embervlm.training.module import TrainingModule
+from embervlm.training.policy import PolicyError, Roller
+from embervlm.training.policy_steps import PolicySteps, without_reported
+from embervlm.training.rewards import RewardError
 from embervlm.training.schedule import learning_rate_factor, shortened_warmup, timed_learning_rate_factor
 from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
@@ -73,21 +77,24 @@ class _Training:
             job,
             world,
             load_pictures=self.cache is None,
-            num_workers=data_workers(config.data_workers, world),
+            num_workers=0 if job.policy is not None else data_workers(config.data_workers, world),
             end=self.most,
         )
         self.started = replace(self.progress)
         self.began = time.monotonic()
         self.end_is_said = False
+        self.is_due = {"save": False, "evaluation": False}
+        self.policy: PolicySteps | None = None
+        if job.policy is not None:
+            roller = Roller(job.policy, job.model, job.collator, self.cache, world)
+            self.policy = PolicySteps(roller, job.plan, self.progress, self.tracker, job.name)
 
     def run(self) -> Path:
         job, progress = self.job, self.progress
-        job.model.train()
-        with (
-            self.feed,
-            self.store,
-            self.tracker.bar,
-        ):  # closed before an error is printed, so that this has a line of its own
+        self._learn()
+        with contextlib.ExitStack() as stack:  # closed before an error is printed, so that this has a line of its own
+            for part in (self.policy or contextlib.nullcontext(), self.feed, self.store, self.tracker.bar):
+                stack.enter_context(part)
             while progress.step < self.total and not self._out_of_time():
                 self.store.poll()
                 if self._step() and progress.step < self.total:
@@ -108,6 +115,10 @@ class _Training:
             print(f"{job.name}: finished after {progress.step:,} steps, {took} of training", flush=True)
         job.model.freeze(())
         return final
+
+    def _learn(self) -> None:
+        """Put the model into the mode that it learns in: without dropout where it is held against its own draws."""
+        self.job.model.train(self.job.policy is None)
 
     def _total_steps(self) -> int:
         phase, total = self.job.phase, self.most
@@ -134,7 +145,7 @@ class _Training:
     def _step(self) -> bool:
         """One update, counted and logged; False if it overflowed, so nothing was learned."""
         job, progress, engine, step = self.job, self.progress, self.engine, self.progress.step
-        fed = self.feed.of(step)
+        fed = self._fed(step)
         if self.cache is not None:
             for batch in fed.batches:
                 self.cache.fill(batch, engine.compute_dtype)
@@ -149,13 +160,29 @@ class _Training:
         progress.step, progress.samples = step + 1, progress.samples + fed.num_samples
         values = None
         if progress.step % self.config.log_steps == 0 or progress.step == self.total:
-            total = sum(job.phase.loss_weights[term] * value for term, value in terms.items())
-            values = {"epoch": fed.epoch + 1, "loss": terms, "total_loss": total}
+            losses = without_reported(terms)
+            total = sum(job.phase.loss_weights[term] * value for term, value in losses.items())
+            values = {"epoch": fed.epoch + 1, "loss": losses, "total_loss": total}
+            values |= {} if self.policy is None else self.policy.values(terms)
             values |= {"learning_rate": engine.rates, "teacher_forcing": fed.teacher_forcing}
             values |= self._speed(fed.batches)
         self.tracker.advance(progress.step, values)
         self._say_when_it_ends()
         return True
+
+    def _fed(self, step: int) -> Fed:
+        """The samples of an update; in phase 3 they are drawn, and an error in that is raised behind a checkpoint."""
+        if self.policy is None:
+            return self.feed.of(step)
+        try:
+            samples = self.policy.samples(self.engine, step)
+        except (PolicyError, RewardError):
+            if step > self.started.step:
+                self._save()
+                self.store.wait(required=True)
+            raise
+        self._learn()
+        return self.feed.made_of(samples, step)
 
     def _say_when_it_ends(self) -> None:
         if self.end_is_said or self.job.phase.max_minutes is not None or self.world.rank != 0:
@@ -190,7 +217,7 @@ class _Training:
             return
         with self.engine.whole():
             found = self.world.broadcast(job.measure(job.model))
-        job.model.train()
+        self._learn()
         if found is None:
             return
         progress.val_losses += (found.loss,)
@@ -226,10 +253,15 @@ class _Training:
         """Save, evaluate and stop when it is time to."""
         job, config, step = self.job, self.config, self.progress.step
         ends_epoch = job.after_epoch is not None and job.plan.locate(step)[1] == 0
-        evaluates = bool(config.eval_steps) and step % (config.eval_steps or 1) == 0
+        self.is_due["save"] |= step % config.save_steps == 0
+        self.is_due["evaluation"] |= bool(config.eval_steps) and step % (config.eval_steps or 1) == 0
         stopping = self.world.any(stop_noted())  # all get the same answer, so all save or none does
-        if not (step % config.save_steps == 0 or ends_epoch or evaluates or stopping):
+        if step % job.plan.repeats:  # a resume could not draw again what older weights drew
             return
+        evaluates = self.is_due["evaluation"]
+        if not (self.is_due["save"] or ends_epoch or evaluates or stopping):
+            return
+        self.is_due = dict.fromkeys(self.is_due, False)
         saved = self._save()
         if stopping:
             self.store.wait(required=True)  # it must not say "saved" of what is not on disk
@@ -253,7 +285,7 @@ class _Training:
         if job.after_epoch is not None:
             with self.engine.whole():
                 job.after_epoch(job.model, job.plan.locate(self.progress.step - 1)[0] + 1)
-            job.model.train()
+            self._learn()
 
     def _evaluate(self, saved: Path) -> None:
         if self.job.after_save is not None:
@@ -271,7 +303,7 @@ def _prepare(
 ) -> tuple[Engine, Progress, VisualCache | None, str | None]:
     """Engine, where it stands, what it sees, and the id of its W&B run."""
     newest = world.broadcast(newest_sound(job.folder) if world.rank == 0 else None)
-    module = TrainingModule(job.model, job.dense_sizes)
+    module = TrainingModule(job.model, job.dense_sizes, None if job.policy is None else job.policy.loss(job.model))
     state = None
     if newest is not None:
         if config.resume == "never":
@@ -330,7 +362,7 @@ def _keep_order(job: PhaseJob, saved: dict[str, Any], checkpoint: Path, world: W
     if saved["global_batch"] == job.plan.global_batch:
         return
     job.plan = job.plan.with_global_batch(saved["global_batch"])
-    job.accumulation = -(-job.plan.global_batch // (job.batch_size * world.size))
+    job.accumulation = micro_batches(job.plan.global_batch * job.samples_each, job.batch_size, world)
     if world.rank == 0:
         print(
             f"{job.name}: the global batch stays {job.plan.global_batch}: {world.size} processes with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,13 +12,65 @@ from torch.nn import functional as F
 from embervlm.model.network import EmberVLMOutput
 
 
-def loss_sums(out: EmberVLMOutput, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """How far a policy may go from the one that drew the chains."""
+
+    temperature: float
+    clip_low: float
+    clip_high: float
+    has_reference: bool = False
+    """Whether there is a divergence from another model. Every micro-batch then has that term, chains or not: sharded
+    engines count on the same terms everywhere."""
+    closed_ids: tuple[int, int]
+    """The tokens that begin a further step and a conclusion: the decoder closes them, see `Writer`."""
+
+    def sums(self, logits: Tensor, labels: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`policy` and `kl` to be minimised, and what is only reported: `entropy` in nats, the number of `clipped`
+        tokens, and `drift`, how far log-probabilities are from those of drawing, in nats.
+
+        The policy is the decoder's: logits over the temperature, without the tokens that could not be drawn. Clipped
+        surrogate of PPO (Schulman et al. 2017, equation 7), token by token; the divergence by the estimator k3
+        (Schulman 2020), as in GRPO's equation 4.
+
+        Args:
+            logits: `[tokens, vocab]` of the drawn chains' tokens alone.
+            labels: `[tokens]`, what was drawn.
+            targets: of `embervlm.data.drawn.policy_targets`.
+        """
+        scores = logits.float() / self.temperature
+        closed = torch.zeros_like(scores, dtype=torch.bool)
+        closed[:, self.closed_ids] = targets["policy_closed"]
+        every = scores.masked_fill(closed, -torch.inf).log_softmax(-1)
+        own = every.gather(1, labels[:, None])[:, 0]
+        weight, advantage = targets["policy_weight"], targets["policy_advantage"]
+        ratio = (own - targets["policy_old"]).exp()
+        bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        surrogate = torch.minimum(ratio * advantage, bounded * advantage)
+        sums = {"policy": -(surrogate * weight).sum()}
+        if self.has_reference:
+            margin = targets["policy_reference"] - own
+            sums["kl"] = ((margin.exp() - margin - 1) * weight).sum()
+        with torch.no_grad():
+            sums["entropy"] = -(every.exp() * every.masked_fill(closed, 0.0)).sum()
+            sums["clipped"] = (bounded * advantage < ratio * advantage).sum().float()
+            sums["drift"] = (own - targets["policy_old"]).abs().sum()
+        return sums
+
+
+def loss_sums(
+    out: EmberVLMOutput, targets: Mapping[str, Tensor], policy: PolicyLoss | None = None
+) -> dict[str, Tensor]:
     """The sum of every loss term that can be computed from the outputs, under the names of
-    `embervlm.config.LOSS_TERMS`."""
+    `embervlm.config.LOSS_TERMS` and `POLICY_TERMS`."""
     sums: dict[str, Tensor] = {}
     if out.token_logits is not None:
         direct = targets["direct"]
         every = token_losses(out.token_logits, targets["labels"])
+        if policy is not None:
+            drawn = targets["policy_index"]
+            sums |= policy.sums(out.token_logits[drawn], targets["labels"][drawn], targets)
+            every = every.index_fill(0, drawn, 0.0)  # nobody imitates a chain for having been drawn
         losses, repeated = every.split([len(direct), len(every) - len(direct)])
         sums["direct"] = (losses * direct).sum()
         sums["reasoning"] = (losses * ~direct).sum()

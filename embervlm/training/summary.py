@@ -20,6 +20,11 @@ RATE_KNOWN_AFTER_S, RATE_KNOWN_AFTER_STEPS = 20.0, 5
 def opening(job: PhaseJob, config: TrainConfig, world: World) -> list[str]:
     """What a phase is going to do; call it when the model is frozen and no engine has wrapped it."""
     batch = f"{job.plan.global_batch} records each: {processes(world.size)} x {job.batch_size}"
+    if job.policy is not None:
+        batch = (
+            f"{job.plan.global_batch} questions with {job.policy.config.num_generations} chains each: "
+            f"{processes(world.size)} x {job.batch_size}"
+        )
     if job.accumulation > 1:
         batch += f" x {job.accumulation} micro-batches"
     engine = f"deepspeed, ZeRO {config.zero_stage}" if config.engine == "deepspeed" else config.engine

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embervlm.progress import progress_bar
-from embervlm.run_dir import eval_path, list_checkpoints, read_eval, write_text_atomic
+from embervlm.run_dir import GROUPS, eval_path, list_checkpoints, read_eval, write_text_atomic
 
 _log = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
@@ -51,8 +51,9 @@ class Tracker:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        self._drop_after(first_step)
+        self._path, self._groups = folder / "metrics.jsonl", folder / GROUPS
+        for path in (self._path, self._groups):
+            _drop_after(path, first_step)
         self.bar = progress_bar(total=total_steps, initial=first_step, desc=name, unit="step")
         if project and wandb_mode() != "disabled":
             if wandb_run_id is None:  # a new run, or one that was killed before its first checkpoint
@@ -63,13 +64,6 @@ class Tracker:
             found = list_checkpoints(folder)
             self._evaluated = {found.path for found in found if eval_path(found.path, "val").exists()}
 
-    def _drop_after(self, step: int) -> None:
-        """Lines of steps that a resume does again."""
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_text_atomic(self._path, "".join(line + "\n" for line in kept))
-
     def advance(self, step: int, values: Mapping[str, Any] | None) -> None:
         """Count a step; with `values` also log it."""
         if not self._active:
@@ -77,19 +71,27 @@ class Tracker:
         self.bar.update(step - self.bar.n)
         if values is None:
             return
-        self._append(json.dumps({"step": step, **values}) + "\n")
+        self._append(self._path, json.dumps({"step": step, **values}) + "\n")
         self.bar.set_postfix_str(self._shown(values), refresh=False)
         if self._run is not None:
             flat = {f"loss/{key}": value for key, value in values["loss"].items()}
             flat |= {f"lr/{key}": value for key, value in values["learning_rate"].items()}
+            flat |= {f"policy/{key}": value for key, value in values.get("policy", {}).items()}
             flat |= {key: values[key] for key in ("samples_per_s", "epoch", "total_loss") if key in values}
             self._to_wandb(lambda run: run.log(flat, step=step))
+
+    def log_group(self, line: Mapping[str, Any]) -> None:
+        """Add a group of drawn chains with their rewards to `groups.jsonl`."""
+        if self._active:
+            self._append(self._groups, json.dumps(line) + "\n")
 
     def _shown(self, values: Mapping[str, Any]) -> str:
         """Epoch, total loss, terms and rate."""
         epoch = f"epoch {values['epoch']}" + (f"/{self._epochs}" if self._epochs else "")
         terms = ", ".join(f"{name} {value:.3f}" for name, value in values["loss"].items())
         total = f"loss {values['total_loss']:.3f} ({terms})" if "total_loss" in values else terms
+        if "policy" in values:
+            total = f"reward {values['policy']['reward']:.3f}, {total}"
         return f"{epoch}, {total}, {values['samples_per_s']:.0f} samples/s"
 
     def shorten(self, total_steps: int) -> None:
@@ -108,19 +110,19 @@ class Tracker:
             _log.warning("W&B: %s: %s. Nothing more is sent there; training continues", type(error).__name__, error)
             self._run = None
 
-    def _append(self, line: str) -> None:
+    def _append(self, path: Path, line: str) -> None:
         """A full disk loses the line; the checkpoints decide whether the run ends."""
         size = 0
         try:
-            size = self._path.stat().st_size if self._path.exists() else 0
-            with self._path.open("a", encoding="utf-8") as file:
+            size = path.stat().st_size if path.exists() else 0
+            with path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             if not self._lines_missing:
-                _log.warning("%s: steps are missing in it (%s); training continues", self._path, error.strerror)
+                _log.warning("%s: steps are missing in it (%s); training continues", path, error.strerror)
             self._lines_missing = True
             with contextlib.suppress(OSError):
-                os.truncate(self._path, size)  # no half line for the next one to follow
+                os.truncate(path, size)  # no half line for the next one to follow
 
     def log_evaluations(self, step: int) -> None:
         """Send W&B the new val evaluations of the folder's checkpoints since the last call.
@@ -140,6 +142,14 @@ class Tracker:
         if self._active:
             self.bar.close()
             self._to_wandb(lambda run: run.finish())
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Take out the lines of steps that a resume does again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_text_atomic(path, "".join(line + "\n" for line in kept))
 
 
 def log_figures(folder: Path, figures: Mapping[str, Path], *, project: str, run_name: str | None = None) -> bool:

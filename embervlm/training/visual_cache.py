@@ -41,6 +41,8 @@ class VisualCache:
 
     def fill(self, batch: Batch, dtype: torch.dtype) -> None:
         """Put the visual tokens into the batch's inputs; zeros for records without a picture."""
-        rows = batch.picture_index
-        seen = self._tokens.index_select(0, rows.clamp_min(0)) * (rows >= 0)[:, None, None]
-        batch.inputs["visual"] = seen.to(dtype)
+        batch.inputs["visual"] = self.tokens(batch.picture_index).to(dtype)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Visual tokens of the pictures at `rows`; zeros for -1, which is none."""
+        return self._tokens.index_select(0, rows.clamp_min(0)) * (rows >= 0)[:, None, None]
