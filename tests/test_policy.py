@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from embervlm.training.feed import deal
 from embervlm.training.losses import PolicyLoss
 from embervlm.training.module import TrainingModule
 from embervlm.training.policy import Group, PolicyJob, Roller, collapsed_into
+from embervlm.training.policy_steps import what_changed
 from embervlm.training.rollouts import Drawn, draw, log_probs_under
 from embervlm.world import World
 
@@ -286,3 +289,21 @@ def test_a_setting_that_cannot_be_is_named(settings: dict[str, object], told: st
 def test_an_own_reward_without_a_function_is_refused() -> None:
     with pytest.raises(ConfigError, match="module:function"):
         RewardConfig(own={"no_function": 1.0})
+
+
+# -- what is said at the end -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("soundness", "gamed"), [((0.9, 0.6), True), ((0.9, 0.89), False), ((0.6, 0.9), False)])
+def test_more_right_answers_by_worse_reasons_are_told(
+    tmp_path: Path, soundness: tuple[float, float], gamed: bool
+) -> None:
+    lines = []
+    for step in range(10):
+        share = step / 9
+        sound = soundness[0] + share * (soundness[1] - soundness[0])
+        lines.append({"step": step + 1, "policy": {"reward_answer": 0.2 + 0.5 * share, "reward_soundness": sound}})
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = what_changed(log)
+    assert "answer rose from 0.23 to 0.67" in told and ("by worse reasons" in told) == gamed

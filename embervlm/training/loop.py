@@ -20,6 +20,7 @@ from embervlm.engines.build import build_engine
 from embervlm.model.lora import add_adapters
 from embervlm.model.storage import load_checkpoint_into
 from embervlm.progress import note
+from embervlm.run_dir import metrics_log_path
 from embervlm.signals import Preempted, stop_noted
 from embervlm.training import plateau, summary
 from embervlm.training.checkpoint import CheckpointStore, Progress, load_training_state, newest_sound
@@ -27,7 +28,7 @@ from embervlm.training.feed import Fed, Feed, data_workers, micro_batches
 from embervlm.training.job import PhaseJob
 from embervlm.training.module import TrainingModule
 from embervlm.training.policy import PolicyError, Roller
-from embervlm.training.policy_steps import PolicySteps, without_reported
+from embervlm.training.policy_steps import PolicySteps, what_changed, without_reported
 from embervlm.training.rewards import RewardError
 from embervlm.training.schedule import learning_rate_factor, shortened_warmup, timed_learning_rate_factor
 from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
@@ -113,6 +114,8 @@ class _Training:
         if self.world.rank == 0:
             took = summary.duration(progress.elapsed_s)
             print(f"{job.name}: finished after {progress.step:,} steps, {took} of training", flush=True)
+            if self.policy is not None and (told := what_changed(metrics_log_path(job.folder))):
+                print(f"{job.name}: {told}", flush=True)
         job.model.freeze(())
         return final
 

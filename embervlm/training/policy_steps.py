@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +26,9 @@ from embervlm.training.policy import (
 )
 from embervlm.training.tracking import Tracker
 
+FEWEST_LINES = 5
+SOUNDNESS_MARGIN = 0.02
+"""By how much soundness may fall before it is said to be the price of the answers."""
 REPORTED = ("entropy", "clipped", "drift")
 """Terms of a step that are no losses."""
 
@@ -121,6 +127,28 @@ class PolicySteps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._roller.worker.__exit__(kind, error, trace)
+
+
+def what_changed(log: Path) -> str:
+    """A sentence about the drawn chains at the beginning and at the end of a phase, from its log; "" of a short one."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    drawn = [line["policy"] for line in lines if "policy" in line]
+    size = max(1, len(drawn) // 5)
+    names = [name for name in ("reward_answer", "reward_soundness") if drawn and name in drawn[0]]
+    if len(drawn) < FEWEST_LINES or not names:
+        return ""
+
+    def mean(some: Sequence[Mapping[str, float]], name: str) -> float:
+        return statistics.fmean(line[name] for line in some)
+
+    found = {name: (mean(drawn[:size], name), mean(drawn[-size:], name)) for name in names}
+    told = " and ".join(
+        f"{name.removeprefix('reward_')} {'rose' if last > first else 'fell'} from {first:.2f} to {last:.2f}"
+        for name, (first, last) in found.items()
+    )
+    gamed = len(found) == 2 and found["reward_answer"][1] > found["reward_answer"][0]
+    gamed = gamed and found["reward_soundness"][1] < found["reward_soundness"][0] - SOUNDNESS_MARGIN
+    return f"of the drawn chains {told}" + (": more right answers by worse reasons; read groups.jsonl" if gamed else "")
 
 
 def without_reported(terms: Mapping[str, float]) -> dict[str, float]:
