@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embervlm.data.drawn import DrawnChain, policy_counts, policy_targets
 from embervlm.data.images import PictureCache
-from embervlm.data.length_groups import length_groups
+from embervlm.data.length_groups import JUDGE_COST, length_groups
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import (
@@ -268,7 +268,7 @@ class Collator:
         batch.inputs |= validator_inputs(texts, self.max_pair_tokens)
         if self.most_groups > 1:
             sizes = batch.inputs["pair_mask"].sum(1).tolist()
-            batch.inputs["pair_groups"] = length_groups(sizes, most=self.most_groups)
+            batch.inputs["pair_groups"] = length_groups(sizes, most=self.most_groups, cost=JUDGE_COST)
         batch.inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         batch.targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
         if self.pair_maker.knows_facts:

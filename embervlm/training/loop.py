@@ -243,6 +243,8 @@ class _Training:
             "data_wait_s": self.feed.waited_s,
             "save_stall_s": self.store.stalled_s + self.engine.copy_wait_s,
         }
+        if self.world.device.type == "cuda":
+            values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if progress.val_losses:
             values["val_loss"] = progress.val_losses[-1]
         if scale is not None:
