@@ -100,7 +100,7 @@ class SlurmCluster:
         host = socket.gethostname().partition(".")[0]
         ctld, *ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=1000 "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=1000 TmpDisk=1000 "
             f"Features={feature} Gres=gpu:4 State=UNKNOWN"
             for (node, feature), port in zip(NODES.items(), ports, strict=True)
         )

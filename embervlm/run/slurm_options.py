@@ -21,6 +21,8 @@ OPTIONS = {
     "Deadline": "deadline",
     "MinMemoryNode": "mem",
     "MinMemoryCPU": "mem-per-cpu",
+    "MinTmpDiskNode": "tmp",
+    "Switches": "switches",
     "Features": "constraint",
     "ExcNodeList": "exclude",
     "ReqNodeList": "nodelist",
