@@ -166,8 +166,7 @@ def wrong_fact(chain: Chain, rng: random.Random, _: Sequence[Chain]) -> Damaged 
         steps[index] = text
         return steps, chain.context
     for index in rng.sample(chain.body, len(chain.body)):
-        domains = {name: frozenset(values) for name, values in chain.domains.items()}
-        wrong = contradict(steps[index], chain.facts, domains, rng)
+        wrong = contradict(steps[index], chain.facts, ClaimReader.of(chain.domains), rng)
         if wrong != steps[index]:
             steps[index] = wrong
             return steps, chain.context

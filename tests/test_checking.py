@@ -174,9 +174,8 @@ def test_a_task_without_a_picture_in_two_splits_is_found_whatever_its_case(check
 
 
 def test_an_instruction_with_other_answers_for_other_pictures_is_no_leak(scenes, check):
-    asked = [value["instruction"] for value in scenes]
-    assert len(set(asked)) < len(asked)
-    assert not any(kind == "text_leak" for kind, _ in check(scenes))
+    same = [value | {"instruction": "Which robots can go?"} for value in scenes]
+    assert not any(kind == "text_leak" for kind, _ in check(same))
 
 
 def test_an_exact_duplicate_is_found_and_so_is_another_answer_to_the_same_question(check):
@@ -294,9 +293,15 @@ def test_blind_guessers_of_a_hand_case():
         ("test", "dive deep", "B"),
         ("test", "dive", "A"),
     ]
-    found = blind_guess(train + test)
+    found = blind_guess((split, text, text, answer) for split, text, answer in train + test)
     assert found == {"most_common": 1 / 2, "fitted_on_train": 1 / 4, "words": 3 / 4, "in_hindsight": 3 / 4}
     assert best_guess(found) == 3 / 4
+
+
+def test_the_same_question_in_other_words_is_guessed_alike():
+    rows = [("train", "go", "Go!", "A"), ("test", "go", "Please go.", "A"), ("test", "go", "Go now.", "B")]
+    found = blind_guess(rows)
+    assert found["fitted_on_train"] == found["in_hindsight"] == 1 / 2
 
 
 # ---- reports

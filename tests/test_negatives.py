@@ -11,6 +11,7 @@ from embervlm.data.negatives import MAX_PREVIOUS_TOKENS, NEGATIVE_KINDS, PairMak
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid, step_texts
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.words.claims import ClaimReader
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,7 @@ def test_a_step_of_another_picture_is_no_step_of_this_chain(drawn):
 
 def test_a_step_of_another_picture_mostly_answers_the_same_question(drawn, records, samples):
     same = [
-        any(
-            records[s.record].instruction == records[sample.record].instruction
-            for s in samples
-            if negative.step in steps_of(s)
-        )
+        any(records[s.record].asked == records[sample.record].asked for s in samples if negative.step in steps_of(s))
         for sample, _, _, negative in of_kind(drawn, "other_picture")
     ]
     assert sum(same) / len(same) > 0.5
@@ -107,26 +104,29 @@ def test_a_repeated_step_was_said_before(drawn):
 
 
 def test_a_contradicted_step_differs_from_the_valid_one_in_one_value(drawn, records, tokenizer):
-    domains = fact_domains(records)
+    reader = ClaimReader.of(fact_domains(records))
     for sample, _, valid, negative in of_kind(drawn, "contradicted"):
-        right, wrong = tokenizer.decode(valid.step), tokenizer.decode(negative.step)
+        right, wrong = (reader.read(tokenizer.decode(pair.step)) for pair in (valid, negative))
         facts = records[sample.record].metadata["facts"]
-        changes = [
-            (name, value)
-            for name in facts
-            for value in domains[name] - {facts[name]}
-            if right.replace(f"{name} is {facts[name]}", f"{name} is {value}") == wrong
-        ]
-        assert changes and negative.previous == valid.previous
+        ((true, false),) = {both for both in zip(right, wrong, strict=True) if both[0] != both[1]}
+        assert true.name == false.name and true.value == facts[true.name] != false.value
+        assert negative.previous == valid.previous
 
 
 def test_contradicting_a_step_replaces_its_value_by_another_of_the_domain():
     step = "The sky is noon, so the daylight is present."
     found = {
-        contradict(step, {"sky": "noon"}, {"sky": frozenset({"noon", "dusk", "dawn"})}, random.Random(seed))
+        contradict(step, {"sky": "noon"}, ClaimReader.of({"sky": {"noon", "dusk", "dawn"}}), random.Random(seed))
         for seed in range(20)
     }
     assert found == {"The sky is dusk, so the daylight is present.", "The sky is dawn, so the daylight is present."}
+
+
+def test_a_value_is_replaced_wherever_the_step_states_it_whatever_stands_between():
+    reader = ClaimReader.of({"job": {"hands", "cameras"}, "Drone": {"suited", "unsuited"}})
+    step = "The job needs hands, so the Drone is unsuited. The job takes hands."
+    wrong = {contradict(step, {"job": "hands"}, reader, random.Random(seed)) for seed in range(5)}
+    assert wrong == {"The job needs cameras, so the Drone is unsuited. The job takes cameras."}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_contradicting_a_step_replaces_its_value_by_another_of_the_domain():
     ],
 )
 def test_a_step_that_states_nothing_is_not_contradicted(facts, domains):
-    assert contradict("The sky is noon.", facts, domains, random.Random(0)) == "The sky is noon."
+    assert contradict("The sky is noon.", facts, ClaimReader.of(domains), random.Random(0)) == "The sky is noon."
 
 
 def test_the_same_random_state_draws_the_same_pairs(maker, samples):

@@ -35,7 +35,8 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
     data = check_file(data_file, options)
     bad = {problem.number for problem in data.problems if problem.stops_training}
     guessed = blind_guess(
-        (split, record.instruction, ", ".join(record.answer)) for split, record in zip(data.splits, data.records)
+        (split, record.asked, record.instruction, ", ".join(record.answer))
+        for split, record in zip(data.splits, data.records)
     )
     return {
         "format": REPORT_FORMAT,

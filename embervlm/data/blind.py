@@ -14,31 +14,31 @@ MAX_ANSWERS = 200
 """Answers that the guesser by words chooses from: the most common ones."""
 MAX_WORDS = 5000
 
-Example = tuple[str, str, str]
-"""Split, instruction, answer."""
+Example = tuple[str, str, str, str]
+"""Split, what is asked (equal for other wordings of it), instruction, answer."""
 
 
 def blind_guess(examples: Iterable[Example]) -> dict[str, float]:
     """Accuracy on the test split, in [0, 1], of guessers that see the instruction alone; NaN without a test split.
 
     Fitted on the training split: `most_common` gives one answer to everything, `fitted_on_train` gives each
-    instruction the answer it had most often (one that training did not have is wrong), `words` is naive Bayes over the
-    instruction's words. `in_hindsight` is the best that any guesser of one answer per instruction could have done on
+    question the answer it had most often (one that training did not have is wrong), `words` is naive Bayes over the
+    instruction's words. `in_hindsight` is the best that any guesser of one answer per question could have done on
     the test split itself.
     """
     examples = list(examples)
-    train = [(text, answer) for split, text, answer in examples if split == "train"]
-    test = [(text, answer) for split, text, answer in examples if split == "test"]
+    train = [(asked, answer) for split, asked, _, answer in examples if split == "train"]
+    test = [(asked, answer) for split, asked, _, answer in examples if split == "test"]
     if not test:
         return dict.fromkeys(("most_common", "fitted_on_train", "words", "in_hindsight"), math.nan)
     answers = Counter(answer for _, answer in train)
     favourite = answers.most_common(1)[0][0] if answers else None
-    best = {text: counter.most_common(1)[0][0] for text, counter in _by_instruction(train).items()}
+    best = {asked: counter.most_common(1)[0][0] for asked, counter in _by_question(train).items()}
     right = {
         "most_common": sum(answer == favourite for _, answer in test),
-        "fitted_on_train": sum(answer == best.get(text) for text, answer in test),
-        "words": sum(guess == answer for guess, (_, answer) in zip(_guess_by_words(train, test), test)),
-        "in_hindsight": sum(counter.most_common(1)[0][1] for counter in _by_instruction(test).values()),
+        "fitted_on_train": sum(answer == best.get(asked) for asked, answer in test),
+        "words": sum(guess == answer for guess, (_, answer) in zip(_guess_by_words(*_texts(examples)), test)),
+        "in_hindsight": sum(counter.most_common(1)[0][1] for counter in _by_question(test).values()),
     }
     return {name: count / len(test) for name, count in right.items()}
 
@@ -48,10 +48,16 @@ def best_guess(accuracies: dict[str, float]) -> float:
     return max(accuracies[name] for name in ("most_common", "fitted_on_train", "words"))
 
 
-def _by_instruction(pairs: Iterable[tuple[str, str]]) -> dict[str, Counter[str]]:
+def _texts(examples: Sequence[Example]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Instruction and answer of the training and of the test split."""
+    train, test = ([(text, answer) for own, _, text, answer in examples if own == split] for split in ("train", "test"))
+    return train, test
+
+
+def _by_question(pairs: Iterable[tuple[str, str]]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
-    for text, answer in pairs:
-        found[text][answer] += 1
+    for asked, answer in pairs:
+        found[asked][answer] += 1
     return found
 
 

@@ -173,7 +173,7 @@ def _edited(sample: Sample, num_given_steps: int, picture_of: int) -> Sample:
 
 def question_key(record: ReasoningRecord) -> tuple[Any, ...]:
     """Equal for records that ask the same with the same candidates."""
-    return (record.instruction, *(record.metadata.get("candidates") or ()))
+    return (record.asked, *(record.metadata.get("candidates") or ()))
 
 
 def _question_hash(record: ReasoningRecord) -> int:

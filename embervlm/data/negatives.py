@@ -14,6 +14,7 @@ from embervlm.data.samples import Sample, Samples, step_texts
 from embervlm.data.splits import text_hash
 from embervlm.data.store import question_hashes
 from embervlm.data.tokenizer import ReasoningTokenizer
+from embervlm.words.claims import ClaimReader
 
 NEGATIVE_KINDS = ("other_picture", "wrong_order", "contradicted", "repeated")
 PAIR_SEGMENTS = ("visual", "question", "previous", "step")
@@ -67,18 +68,25 @@ class StepPair:
         return self.kind == "valid"
 
 
-def contradict(step: str, facts: Mapping[str, str], domains: Mapping[str, frozenset[str]], rng: random.Random) -> str:
-    """`step` with the value of one fact replaced by another of its domain; unchanged where it states none."""
-    stated = [
-        (f"{name} is {value}", name)
-        for name, value in facts.items()
-        if f"{name} is {value}" in step and len(domains.get(name, ())) > 1
-    ]
+def contradict(step: str, facts: Mapping[str, str], reader: ClaimReader, rng: random.Random) -> str:
+    """`step` with the value of one of the `facts` replaced by another that `reader` knows; unchanged where it states
+    none."""
+    values = {name: sorted(known - {facts.get(name)}) for name, known in reader.key}
+    stated = [place for place in _stated(step, facts, reader) if values[place[0]]]
     if not stated:
         return step
-    phrase, name = rng.choice(stated)
-    other = rng.choice(sorted(domains[name] - {facts[name]}))
-    return step.replace(phrase, f"{name} is {other}")
+    chosen = rng.choice(list(dict.fromkeys(name for name, _, _ in stated)))
+    other = rng.choice(values[chosen])
+    for name, start, end in reversed(stated):
+        if name == chosen:
+            step = step[:start] + other + step[end:]
+    return step
+
+
+def _stated(step: str, facts: Mapping[str, str], reader: ClaimReader) -> list[tuple[str, int, int]]:
+    """The facts that `step` states, each with where its value starts and ends."""
+    found = reader.placed(step)
+    return [(claim.name, a, b) for claim, a, b in found if not claim.negated and facts.get(claim.name) == claim.value]
 
 
 class PairMaker:
@@ -88,7 +96,7 @@ class PairMaker:
         self, records: Sequence[ReasoningRecord], samples: Sequence[Sample], tokenizer: ReasoningTokenizer
     ) -> None:
         self._records, self._tokenizer = records, tokenizer
-        self._samples, self._domains = samples, fact_domains(records)
+        self._samples, self._reader = samples, ClaimReader.of(fact_domains(records))
         self._rows = samples.rows if isinstance(samples, Samples) else np.array([s.record for s in samples], np.int32)
         """Record of each sample."""
         questions = question_hashes(records)[self._rows]
@@ -98,7 +106,7 @@ class PairMaker:
 
     def _same_question(self, record: ReasoningRecord) -> np.ndarray:
         """The samples that ask the same."""
-        wanted = np.uint64(text_hash(record.instruction))
+        wanted = np.uint64(text_hash(record.asked))
         first, last = (int(np.searchsorted(self._questions, wanted, side)) for side in ("left", "right"))
         return self._by_question[first:last]
 
@@ -119,7 +127,7 @@ class PairMaker:
     @property
     def knows_facts(self) -> bool:
         """Whether any record says what is true, so that a value can be known to be wrong."""
-        return bool(self._domains)
+        return bool(self._reader.key)
 
     def value_places(self, sample: Sample, limit: int = MAX_PAIR_TOKENS) -> list[tuple[int, int, int]]:
         """Of each known value that the chain states: its first token, and the first and one-past-last of its step.
@@ -136,9 +144,9 @@ class PairMaker:
             if fit_pair(*read, limit) != read:
                 continue
             ids = whole[start:end]
-            for name, value in facts.items():
-                at = text.casefold().find(f"{name} is {value}".casefold())
-                (before,) = self._tokenizer.following([text[: at + len(name) + len(" is")]]) if at >= 0 else [ids]
+            first = {name: at for name, at, _ in reversed(_stated(text, facts, self._reader))}
+            for at in sorted(first.values()):
+                (before,) = self._tokenizer.following([text[:at].rstrip()])
                 if before == ids[: len(before)] and len(before) < len(ids):  # no token reaches into the value
                     out.append((start + len(before), start - 1, end))
         return out
@@ -171,7 +179,7 @@ class PairMaker:
             return StepPair(kind=kind, previous=self._previous(steps, index), step=steps[rng.choice(later)])
         texts, conclusion = step_texts(record)
         text = (texts if conclusion is None else [*texts, conclusion])[index]
-        wrong = contradict(text, record.metadata.get("facts") or {}, self._domains, rng)
+        wrong = contradict(text, record.metadata.get("facts") or {}, self._reader, rng)
         if wrong == text:
             return None
         step = [steps[index][0], *self._tokenizer.following([wrong])[0]]

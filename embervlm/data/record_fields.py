@@ -58,8 +58,9 @@ _OWN_FIELDS = frozenset(
     "id record_id image instruction question reasoning reasoning_steps answer confidence metadata num_steps".split()
 )
 _READ_METADATA = frozenset(
-    "augmentation boxes candidates caption composed_of complexity details facts fleet origin quality question_kind "
-    "scene seen source source_split split split_group step_types teacher_model validated".split()
+    "augmentation boxes candidates caption composed_of complexity details facts fleet origin quality question_group "
+    "question_kind scene seen source source_split split split_group step_types teacher_model validated voice "
+    "wording".split()
 )
 """Metadata that something reads, or that our own commands write for people to read."""
 _WITHOUT_NULLS = frozenset(("boxes", "details", "facts", "scene"))

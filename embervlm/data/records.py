@@ -83,6 +83,11 @@ class ReasoningRecord:
         return self.default_candidates if own is None else tuple(own)
 
     @property
+    def asked(self) -> str:
+        """Equal for records that ask the same, in whatever words: `metadata.question_group`, or the instruction."""
+        return str(self.metadata.get("question_group") or self.instruction)
+
+    @property
     def num_steps(self) -> int:
         """Numbered steps; the conclusion is not counted."""
         return len(self.steps) - (1 if self.conclusion else 0)

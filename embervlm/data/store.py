@@ -183,10 +183,10 @@ def picture_hashes(records: Sequence[ReasoningRecord]) -> np.ndarray:
 
 
 def question_hashes(records: Sequence[ReasoningRecord]) -> np.ndarray:
-    """Hash of each record's instruction, uint64."""
+    """Hash of what each record asks, uint64."""
     if isinstance(records, RecordView):
         return records.column("questions")
-    return np.array([text_hash(record.instruction) for record in records], np.uint64)
+    return np.array([text_hash(record.asked) for record in records], np.uint64)
 
 
 def has_field(records: Sequence[ReasoningRecord], name: str) -> np.ndarray:
@@ -383,7 +383,7 @@ def _write(source: _Source, folder: Path, max_closed_answers: int) -> None:
             table.add(record)
             file.write(line)
             offsets.append(offsets[-1] + len(line))
-            questions.append(text_hash(record.instruction))
+            questions.append(text_hash(record.asked))
             marks.append(sum(1 << bit for bit, name in enumerate(MARKED) if record.metadata.get(name)))
     problems += _repeated_ids(np.frombuffer(ids, np.uint64), source)
     if problems:

@@ -12,6 +12,12 @@ from embervlm.words.chain_text import CONCLUSION
 MOST_FAULTS = 8
 CALIBRATED = 0.05
 """An expected calibration error below this is small."""
+GROUPS = {
+    "complexity": "impact_by_complexity",
+    "kind of question": "accuracy_by_question_kind",
+    "wording": "accuracy_by_wording",
+}
+"""What answers are grouped by, and where a result holds that."""
 TEACHES = {
     "reasoning_consistency": "Train phase 1 for longer (--phase1_epochs 7), filter the data "
     "(scripts/filter_reasoning_data.py), or raise reasoning_loss_weight.",
@@ -103,7 +109,7 @@ def first_faults(samples: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 def analysis_text(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """Groups and faults, then the verdict."""
     lines = []
-    for title, key in (("complexity", "impact_by_complexity"), ("kind of question", "accuracy_by_question_kind")):
+    for title, key in GROUPS.items():
         groups = {name: row for name, row in (result.get(key) or {}).items() if name != "None"}
         if groups:
             lines += [f"answers by {title}", *(f"  {name:<24}{_group(row)}" for name, row in groups.items()), ""]

@@ -52,6 +52,7 @@ def scored(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -
         "instruction": record.instruction,
         "complexity": record.metadata.get("complexity"),
         "question_kind": record.metadata.get("question_kind"),
+        "wording": record.metadata.get("wording"),
         "gold_steps": list(record.steps),
         "gold_answer": list(record.answer),
         **result,
@@ -110,6 +111,7 @@ def result_of(
         "accuracy_by_complexity": {name: row["reasoning"] for name, row in by(samples, "complexity").items()},
         "impact_by_complexity": by(samples, "complexity"),
         "accuracy_by_question_kind": by(samples, "question_kind"),
+        "accuracy_by_wording": by(samples, "wording"),
         "per_candidate": per_candidate_precision_recall(
             [s["answer_set"] for s in closed], [s["gold_answer"] for s in closed]
         ),

@@ -75,7 +75,7 @@ def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[in
             for place, other in enumerate(records)
             if other.image not in (None, record.image) and other.steps != record.steps
         ]
-        same = [place for place in others if records[place].instruction == record.instruction]
+        same = [place for place in others if records[place].asked == record.asked]
         out.append(rng.choice(same or others) if others else None)
     return out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +133,15 @@ class EmberVLM(EmberVLMNetwork):
     ) -> Reasoning:
         """A chain under the headings of a template, in `sections` and as text.
 
-        The chain is the model's own: headings that it was not trained on would lead it astray, so they are put in
-        afterwards. A model that was trained on chains with these headings writes them itself, and they are kept.
+        Each heading is put at the start of a step, and the model writes what stands under it. Where that leads it
+        astray (headings that it was not trained on do, and `reasoning_faults` then finds something), and for blocks
+        with `{i}`, it writes a chain of its own, and the headings are laid over its steps.
 
         Args:
             template: `analysis`, `step_by_step`, `comparative`, a name in `templates`, or a list of headings.
         """
         headings = interactive.template_headings(template, {**interactive.TEMPLATES, **(templates or {})})
-        found = interactive.reason(self, image, instruction, None, None, Decoding(**decoding))
-        return replace(found, sections=interactive.lay_out(found.steps, headings))
+        return interactive.under_headings(self, image, instruction, headings, Decoding(**decoding))
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,9 @@ class Reasoning:
 
     def __str__(self) -> str:
         if self.sections:
-            return "\n".join(f"{heading} {text}" for heading, text in self.sections)
+            return "\n".join(
+                f"{heading}{chr(10) if text.startswith('- ') else ' '}{text}" for heading, text in self.sections
+            )
         return format_reasoning(self.steps)
 
     def record(self) -> dict[str, Any]:
@@ -132,6 +134,38 @@ def template_headings(template: str | Sequence[str], templates: Mapping[str, Seq
     if template not in templates:
         raise ConfigError(f"template: {template!r} is not one of {', '.join(templates)}; or give a list of headings")
     return templates[template]
+
+
+@torch.inference_mode()
+def under_headings(
+    model: EmberVLMNetwork, image: Any, question: str, headings: Sequence[str], decoding: Decoding
+) -> Reasoning:
+    """A chain with its `sections`; see `EmberVLM.generate_with_template`."""
+    free = reason(model, image, question, decoding=decoding)
+    found = (
+        None if any("{i}" in heading for heading in headings) else _steered(model, image, question, headings, decoding)
+    )
+    chain = free if found is None else found
+    return replace(chain, sections=lay_out(chain.steps, headings))
+
+
+def _steered(
+    model: EmberVLMNetwork, image: Any, question: str, headings: Sequence[str], decoding: Decoding
+) -> Reasoning | None:
+    """A chain whose first steps begin with `headings`, each put there before the model goes on; None where the chain
+    then has faults."""
+    decoding, tokenizer = replace(decoding, num_chains=1), model.tokenizer
+    with model.in_eval_mode():
+        visual, seen = look(model, [image])
+        steps: list[str] = []
+        for number, heading in enumerate(headings, 1):
+            opened = [tokenizer.ids["<|step|>"], *tokenizer.following([heading])[0]]
+            begun = [token for ids in (*tokenizer.step_ids(steps), opened) for token in ids]
+            (result,) = generate_from_visual(model, visual, seen, [question], decoding, begun=[begun])
+            steps = result["reasoning_steps"][:number]
+        (result,) = settled([result], known_of(model, visual, seen, [question], decoding), decoding.min_known)
+        found = as_reasoning({**result, "instruction": question, "image": image})
+        return None if faults(model, found, visual, seen) else found
 
 
 # -- reasoning ------------------------------------------------------------------------------------------------------

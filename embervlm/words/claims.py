@@ -65,14 +65,22 @@ class ClaimReader:
 
     def read(self, step: str) -> tuple[Claim, ...]:
         """Claims of one step, in the order of the text."""
+        return tuple(claim for claim, _, _ in self._read_once(step))
+
+    def placed(self, step: str) -> tuple[tuple[Claim, int, int], ...]:
+        """The same claims, each with where its value starts and ends in `step`."""
         return self._read_once(step)
 
-    def _read(self, step: str) -> tuple[Claim, ...]:
+    def _read(self, step: str) -> tuple[tuple[Claim, int, int], ...]:
         if self._names is None:
             return ()
-        return tuple(claim for part in statements(step) for claim in self._read_sentence(part))
+        found, start = [], 0
+        for part in statements(step):
+            start = step.find(part, start)
+            found += [(claim, start + first, start + last) for claim, first, last in self._read_sentence(part)]
+        return tuple(found)
 
-    def _read_sentence(self, sentence: str) -> Iterable[Claim]:
+    def _read_sentence(self, sentence: str) -> Iterable[tuple[Claim, int, int]]:
         assert self._names is not None
         mentions = list(self._names.finditer(sentence))
         taken = 0
@@ -86,11 +94,11 @@ class ClaimReader:
             before = sentence[taken : mention.start()]
             for match in values.finditer(before):
                 if match.end() < len(before) and before[match.end() :].isspace():
-                    yield Claim(name, self._value_of[name][match[0].casefold()])
+                    yield Claim(name, self._value_of[name][match[0].casefold()]), *match.span()
             limit = next((m.start() for m in mentions[index + 1 :] if m.start() >= mention.end()), len(sentence))
             if (other := self._open_claim(name, sentence, mention.end())) is not None:
-                taken, claim = other
-                yield claim
+                claim, first, taken = other
+                yield claim, first, taken
                 continue
             found = values.search(sentence, mention.end())
             if not found:
@@ -98,10 +106,10 @@ class ClaimReader:
             gap = sentence[mention.end() : found.start()]
             if found.start() < limit or _LINK.fullmatch(gap):
                 taken = found.end()
-                yield Claim(name, self._value_of[name][found[0].casefold()], bool(NEGATION.search(gap)))
+                yield Claim(name, self._value_of[name][found[0].casefold()], bool(NEGATION.search(gap))), *found.span()
 
-    def _open_claim(self, name: str, sentence: str, start: int) -> tuple[int, Claim] | None:
-        """Where a value that need not be in the domain ends right after "NAME is", and the claim."""
+    def _open_claim(self, name: str, sentence: str, start: int) -> tuple[Claim, int, int] | None:
+        """The claim of a value right after "NAME is" that need not be in the domain, and where that starts and ends."""
         if name not in self._open_names or self._open_values is None:
             return None
         link = _LINK.match(sentence, start)
@@ -113,7 +121,7 @@ class ClaimReader:
         if number and number[1] not in _units(own):  # "The lake is 3 kilometres away" says nothing of its oxygen
             return None
         value = own.get(stated) or next((v for v in own.values() if number and _number_of(v) == number), stated)
-        return found.end(), Claim(name, value, bool(NEGATION.search(link[0])))
+        return Claim(name, value, bool(NEGATION.search(link[0]))), *found.span()
 
 
 def is_conclusion(step: str) -> bool:
