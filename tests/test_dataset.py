@@ -345,6 +345,20 @@ def test_an_edited_chain_stands_behind_a_picture_of_other_facts_of_the_same_ques
         assert (sample.prompt, sample.target) == (originals[sample.record].prompt, originals[sample.record].target)
 
 
+def test_questions_of_one_group_are_the_same_question_in_other_words(records, samples):
+    several = [
+        replace(
+            record,
+            instruction=f"{number}: {record.instruction}",
+            metadata={**record.metadata, "question_group": record.instruction},
+        )
+        for number, record in enumerate(records)
+    ]
+    assert [s.picture_of for s in edit_facts(several, samples, 0)] == [
+        s.picture_of for s in edit_facts(records, samples, 0)
+    ]
+
+
 def test_an_edited_chain_is_what_the_rules_derive_from_its_own_facts(records, samples):
     for sample in edit_facts(records, samples, seed=0):
         record = records[sample.record]

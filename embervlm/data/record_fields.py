@@ -59,8 +59,7 @@ _OWN_FIELDS = frozenset(
 )
 _READ_METADATA = frozenset(
     "augmentation boxes candidates caption composed_of complexity details facts fleet origin quality question_group "
-    "question_kind scene seen source source_split split split_group step_types teacher_model validated voice "
-    "wording".split()
+    "question_kind scene seen source source_split split split_group step_types teacher_model validated wording".split()
 )
 """Metadata that something reads, or that our own commands write for people to read."""
 _WITHOUT_NULLS = frozenset(("boxes", "details", "facts", "scene"))

@@ -182,7 +182,8 @@ def blind_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     guesser of one answer per instruction could have done on the test split itself.
     """
     guessed = blind_guess(
-        (split_of(record["metadata"]["split_group"]), record["instruction"], record["answer"]) for record in records
+        (split_of(record["metadata"]["split_group"]), record["instruction"], record["instruction"], record["answer"])
+        for record in records
     )
     return {name: guessed[name] for name in ("fitted_on_train", "in_hindsight")}
 
