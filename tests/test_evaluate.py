@@ -80,6 +80,7 @@ def test_the_file_holds_every_metric_with_its_interval_and_what_made_it(checkpoi
     for name, row in result["gains"].items():
         assert row["gain"] == pytest.approx(measured["final_answer_accuracy"] - measured[name])
     assert sum(row["num"] for row in result["accuracy_by_question_kind"].values()) == len(samples)
+    assert list(result["accuracy_by_wording"]) == ["None"]  # these records name none
     assert sum(row["num"] for row in result["impact_by_complexity"].values()) == result["num_samples"] == len(samples)
     assert {"precision", "recall", "support"} <= set(result["per_candidate"]["Drone"])
     assert result["faithfulness"]["num_samples"] == 2 and set(result["validator"]) and "NaN" not in json.dumps(result)
