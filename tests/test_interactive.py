@@ -80,6 +80,24 @@ def test_a_template_can_be_ones_own_and_an_unknown_one_is_named(lively_model, re
         lay_out(CHAIN, [])
 
 
+def test_a_heading_opens_its_step_and_the_model_writes_on_where_that_leads_to_no_fault(
+    lively_model, records, monkeypatch
+):
+    monkeypatch.setattr(interactive, "faults", lambda *_: [])
+    asked = {"template": ["What is asked:", "What is seen:"], "max_new_tokens": 12}
+    found = lively_model.generate_with_template(records[0].image, "Who can fly?", **asked)
+    assert [step.split(":")[0] for step in found.steps[:2]] == ["What is asked", "What is seen"]
+    assert [heading for heading, _ in found.sections][:2] == asked["template"]
+
+
+def test_headings_that_lead_astray_are_laid_over_a_chain_of_the_models_own(lively_model, records, monkeypatch):
+    monkeypatch.setattr(interactive, "faults", lambda *_: ["step 1 says nothing"])
+    asked = {"template": ["What is asked:", "What is seen:"], "max_new_tokens": 12}
+    found = lively_model.generate_with_template(records[0].image, "Who can fly?", **asked)
+    free = lively_model.generate_reasoning(records[0].image, "Who can fly?", max_new_tokens=12)
+    assert found.steps == free.steps
+
+
 # ---- reasoning
 
 
