@@ -8,8 +8,8 @@ answer, without facts or boxes. Arms, each from the same Stage 3 checkpoint:
 
 - `few`: phases 1 and 2 on the records with chains;
 - `phase3`: phase 3 from `few`, on the answers of the rest;
-- `rejection`: from `few`, chains of its own with the right answer (`--source self`), from as many drawn tokens as
-  phase 3 drew, and phase 2 on them and the given chains;
+- `rejection`: from `few`, chains of its own with the right answer, from as many drawn tokens as phase 3 drew, and
+  phase 2 on them and the given chains;
 - `voting`: `few` with 20 chains that vote;
 - `all`: phases 1 and 2 on all chains;
 - `direct`: `few`'s Stage 3 start, trained further on all answers without chains, for as many records as `all`.
@@ -38,22 +38,28 @@ from voting import wilson
 
 from embervlm import run_dir
 from embervlm.data.facts import fact_domains
-from embervlm.data.records import ReasoningRecord, read_records
+from embervlm.data.images import PictureCache
+from embervlm.data.record_fields import FieldRules
+from embervlm.data.records import ReasoningRecord, read_record, read_records
 from embervlm.data.splits import split_records
 from embervlm.evaluation.asked import load_model
-from embervlm.evaluation.batches import BATCH_SIZE, answer
+from embervlm.evaluation.batches import BATCH_SIZE, answer, see
 from embervlm.evaluation.eval_data import EvalData, Evaluation, load_eval_data
 from embervlm.judge.metrics import is_right
-from embervlm.judge.rewards import soundness_reward
+from embervlm.judge.rewards import answer_reward, soundness_reward
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 from embervlm.robots.domain import domain_named
+from embervlm.training.rollouts import draw
+from embervlm.words.chain_text import format_reasoning
 
 ARMS = ("few", "phase3", "rejection", "voting", "all", "direct")
 OF_CHAINS = ("facts", "seen", "scene", "boxes", "caption", "step_types", "details", "num_steps")
 """Metadata that say more than the answer."""
 VOTES = 20
 DRAWN = 4
+BUNDLE = 32
+"""Questions that rejection sampling asks at a time."""
 
 
 class Arms:
@@ -125,19 +131,13 @@ class Arms:
         final = run_dir.checkpoint_path(run_dir.phase_dir(output, 2), None)
         if final.exists():
             return final
-        few, drawn = self.checkpoint("few"), tokens_drawn(self.checkpoint("phase3"))
+        few, wanted = self.checkpoint("few"), self.args.drawn or tokens_drawn(self.checkpoint("phase3"))
         given = json.loads(self.partial.read_text(encoding="utf-8"))
         asked = [v for v in given if v["metadata"]["split"] == "train" and "reasoning" not in v]
         random.Random(self.args.seed).shuffle(asked)
-        longest = run_dir.read_object(few / "config.json")["longest_chain_tokens"]
-        some = self.folder / "asked.json"
-        run_dir.write_json_atomic(some, asked[: max(1, int(drawn / (DRAWN * longest)))])
-        own = self.folder / "own.json"
-        argv = [sys.executable, "scripts/generate_reasoning_data.py", "--source", "self", "--checkpoint", str(few)]
-        argv += ["--input_dataset", str(some), "--output_file", str(own), "--samples_per_record", str(DRAWN)]
-        argv += ["--temperature", "1.0", "--image_root", "/", "--domain", self.args.domain]
-        subprocess.run(argv, cwd=REPOSITORY, check=True)
-        mixed = [v for v in given if "reasoning" in v] + json.loads(own.read_text(encoding="utf-8"))
+        kept, drawn = right_chains(few, asked, wanted, self.args.domain, self.partial)
+        print(f"rejection sampling: {len(kept):,} chains of {drawn:,} tokens drawn have the right answer")
+        mixed = [value for value in given if "reasoning" in value] + kept
         run_dir.write_json_atomic(self.folder / "mixed.json", mixed)
         flags = ["--stages", "4", "--phase", "2", "--phase2_epochs", "2", "--resume_from", str(few)]
         self._train(output, self.folder / "mixed.json", *flags)
@@ -151,6 +151,42 @@ class Arms:
             off = ["--set", "baseline.same_time=false"]
             self._train(output, Path(self.args.data), "--stages", "baseline", "--resume_from", self.args.stage3, *off)
         return final
+
+
+@torch.inference_mode()
+def right_chains(
+    checkpoint: Path, asked: list[dict[str, Any]], wanted: int, domain: str, data: Path
+) -> tuple[list[dict[str, Any]], int]:
+    """Records with chains of the model's own whose answer is right by the answer reward, from about `wanted` drawn
+    tokens, and their number; of equal chains of a question one is kept.
+
+    `embervlm data generate --source self` asks rules and step validator as well; a validator that saw few chains lets
+    next to none through, so it would say little here.
+    """
+    model = load_model(checkpoint)
+    decoding = Decoding(temperature=1.0, num_chains=DRAWN).for_model(model.config)
+    rules = FieldRules(
+        image_root="/", candidates=domain_named(domain).candidates, require_reasoning=False, allow_outside=True
+    )
+    kept: list[dict[str, Any]] = []
+    drawn = 0
+    for start in range(0, len(asked), BUNDLE):
+        if drawn >= wanted:
+            break
+        values = asked[start : start + BUNDLE]
+        records = [record for value in values if (record := read_record(value, value["id"], rules, print)) is not None]
+        pictures = PictureCache([r.image for r in records if r.image], model.config.image_size, fill=model.config.fill)
+        prompts = model.tokenizer.prompts([record.instruction for record in records])
+        keys = [record.record_id for record in records]
+        groups = draw(model, *see(model, pictures, records), prompts, [r.candidates for r in records], decoding, keys)
+        for value, record, chains in zip(values, records, groups):
+            drawn += sum(len(chain.ids) for chain in chains)
+            right = {tuple(c.result["reasoning_steps"]) for c in chains if answer_reward(record, c.result)}
+            kept += [
+                {**value, "id": f"{value['id']}-own{number}", "reasoning": format_reasoning(steps)}
+                for number, steps in enumerate(sorted(right))
+            ]
+    return kept, drawn
 
 
 PHASE3 = {
@@ -230,6 +266,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="of the training records that keep their chain")
     parser.add_argument("--few_epochs", type=int, nargs=2, default=(4, 8), help="of phases 1 and 2 on these")
     parser.add_argument("--steps", type=int, default=120, help="updates of phase 3")
+    parser.add_argument("--drawn", type=int, help="tokens of rejection sampling; default: as many as phase 3 drew")
     parser.add_argument("--num_samples", type=int, default=500, help="test records")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)

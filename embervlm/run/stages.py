@@ -146,12 +146,12 @@ class Run:
         check_targets(model, phase.lora)
         data = self._load_data(model)
         refuse_long_questions(model, data.train)
+        if stage.gradient_checkpointing and self.world.rank == 0:
+            print("phase 3: gradient_checkpointing does nothing here: the model learns as it draws, in eval mode")
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         chains, _ = encoder.chains()
-        longest = model.config.longest_chain_tokens, model.config.longest_chain_steps
         direct = encoder.direct()
         note_lengths(model, direct)
-        model.config.longest_chain_tokens, model.config.longest_chain_steps = longest
         supervised = phase.supervised_records_ratio if len(chains) else 0.0
         plan = EpochPlan(
             main=encoder.questions(),
