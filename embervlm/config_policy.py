@@ -17,7 +17,8 @@ class RewardConfig:
     form: float = 0.2
     """1 for a chain of steps with an answer behind it that ends by itself."""
     soundness: float = 0.2
-    """Share of the steps without a fault by the judge's rules, which use a record's facts where it has them."""
+    """Share of the steps that repeat and contradict nothing by the judge's rules, and make up nothing where the record
+    knows its facts."""
     length: float = 0.0
     """From 0 down to -1 over the last quarter of `max_completion_length`, as DAPO's soft punishment."""
     own: Mapping[str, float] = field(default_factory=dict)

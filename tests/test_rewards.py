@@ -105,6 +105,14 @@ def test_soundness_is_the_share_of_steps_without_a_fault() -> None:
     assert found["soundness"][0] == pytest.approx(0.5)  # the second contradicts the facts, the third repeats
 
 
+def test_without_facts_what_a_step_reads_off_the_picture_is_not_held_against_it() -> None:
+    steps = ("The place is cliff, weather is fog.", "Ground is crowded: Drone is suited.", "Conclusion: Drone.")
+    domains = {"place": frozenset(("cliff", "lake")), "weather": frozenset(("fog", "clear"))}
+    chains = [chain_of("Drone", steps), chain_of("Drone", (*steps[:1], "The place is lake.", steps[0]))]
+    found = rewards_of([record_of()] * 2, chains, ("soundness",), domains=domains, most_tokens=100)
+    assert found["soundness"] == pytest.approx([1.0, 1 / 3])
+
+
 # -- a user's own ----------------------------------------------------------------------------------------------------
 
 MODULE = """

@@ -72,16 +72,22 @@ def form_reward(chain: Chain) -> float:
 
 
 def soundness_reward(record: ReasoningRecord, chain: Chain, domains: Mapping[str, Collection[str]]) -> float:
-    """Share of the steps that repeat, contradict and make up nothing, by the judge's rules; 0.0 without steps."""
-    steps = chain["reasoning_steps"]
+    """Share of the steps that repeat and contradict nothing, by the judge's rules; 0.0 without steps.
+
+    Where the record knows its facts, they must not make up anything either. Where it does not, whatever a step reads
+    off the picture would count as made up.
+    """
+    steps, facts = chain["reasoning_steps"], record.metadata.get("facts") or {}
     context = ChainContext(
         instruction=record.instruction,
-        facts=record.metadata.get("facts") or {},
+        facts=facts,
         domains=domains,
         answer=frozenset(chain["answer_set"]),
         candidates=frozenset(record.candidates),
     )
-    return sum(not fault.any for fault in judge_steps(steps, context)) / len(steps) if steps else 0.0
+    faults = judge_steps(steps, context)
+    wrong = [fault.redundant or fault.contradicted or (fault.unsupported if facts else None) for fault in faults]
+    return sum(not found for found in wrong) / len(steps) if steps else 0.0
 
 
 def length_reward(chain: Chain, most_tokens: int) -> float:
