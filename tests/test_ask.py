@@ -12,8 +12,10 @@ import pytest
 from embervlm import run_dir
 from embervlm.cli import main
 from embervlm.errors import UserError
+from embervlm.evaluation.known import KnownData, fit_known
+from embervlm.model.known import UNLIKE_QUESTION
 from embervlm.ranking import checkpoint_to_use
-from embervlm.run.ask import answer_lines
+from embervlm.run.ask import HOW_TO_HEAR_IT, answer_lines
 from embervlm.run.terminal import Style
 
 QUESTION = "Which robots are suited?"
@@ -167,6 +169,24 @@ def test_a_chat_follows_up_until_another_picture(outputs, records, capsys, monke
     said = capsys.readouterr().out
     assert said.count("Answer: ") == 4 and said.count("/quit") == 2 and "no: no such picture" in said
     assert f"looking at {other}\n" in said
+
+
+def test_a_refused_question_gets_its_reason_and_no_chain_unless_that_is_asked_for(
+    outputs, lively_model, records, capsys, monkeypatch
+):
+    known = fit_known(lively_model, KnownData.of(records, (records * 20)[:40]))
+    known.save(run_dir.checkpoint_path(run_dir.phase_dir("outputs/mine", 2), 3))
+    long = ["--max_new_tokens", "200", "--temperature", "1.5"]
+    main(["ask", records[0].image, "What is 2+2?", *long])
+    said = capsys.readouterr().out
+    assert said.startswith(f"Answer: none. {UNLIKE_QUESTION}\n") and said.endswith(f"{HOW_TO_HEAR_IT}\n")
+    main(["ask", records[0].image, "What is 2+2?", *long, "--min_known", "0"])
+    said = capsys.readouterr().out
+    assert said.startswith("Step 1: ") and HOW_TO_HEAR_IT not in said
+    talk(monkeypatch, "What is 2+2?", "/new", records[0].instruction)
+    main(["chat", records[0].image, *long])
+    off, asked = capsys.readouterr().out.split(HOW_TO_HEAR_IT)
+    assert "Step 1: " not in off and UNLIKE_QUESTION in off and "Step 1: " in asked
 
 
 def test_quit_ends_a_chat(outputs, capsys, monkeypatch):

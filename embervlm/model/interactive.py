@@ -194,7 +194,7 @@ def reason(
         kept: list[str] = []
         if previous is not None:
             earlier = as_reasoning(previous)
-            question = f"{earlier.question.strip()} {question.strip()}".strip()
+            question = behind(earlier, question)
             kept = still_holds(model, visual, seen, question, earlier.steps)
         check_length(model, [question], decoding)
         found = known_of(model, visual, seen, [question], decoding)
@@ -223,6 +223,11 @@ def reason(
         temperature = decoding.temperature or TEMPERATURE
         warmer = replace(decoding, num_chains=1, temperature=temperature, seed=decoding.seed + 1)
         return _most_consistent(model, [likeliest, *draw(ATTEMPTS, warmer)], visual, seen)
+
+
+def behind(earlier: Reasoning, question: str) -> str:
+    """A follow-up as it is asked: behind the question before."""
+    return f"{earlier.question.strip()} {question.strip()}".strip()
 
 
 def as_reasoning(given: Any) -> Reasoning:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embervlm.data.images import padded_area
 from embervlm.errors import UserError
 from embervlm.evaluation.asked import load_model
@@ -19,7 +21,7 @@ from embervlm.evaluation.explain import explain_chains, without_padding
 from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.generation import look
+from embervlm.model.generation import known_of, look
 from embervlm.options import add_flag, chosen
 from embervlm.paths import closest_path
 from embervlm.ranking import checkpoint_to_use
@@ -28,6 +30,7 @@ from embervlm.run.evaluate import decoding_options
 from embervlm.run.terminal import ChainPrinter, Style
 
 NO_PICTURE = "-"
+HOW_TO_HEAR_IT = "--min_known 0 shows what it writes all the same"
 
 
 def ask_options(parser: argparse.ArgumentParser) -> None:
@@ -62,16 +65,27 @@ def ask(
     style = Style(sys.stdout)
     printer = ChainPrinter(sys.stdout, style)
     settings = {**vars(decoding), "form": "direct" if model.config.stage == STAGE3 else "reasoning"}
-    heard = printer if decoding.num_chains == 1 else None
+    told = not refuses(model, picture, question, decoding)
+    heard = printer if told and decoding.num_chains == 1 else None
     result = model.generate_with_reasoning(picture, question, on_text=heard, **settings)
-    if heard is None:
+    if told and heard is None:
         printer.steps(result["reasoning_steps"])
     printer.close()
     print("\n".join(answer_lines(result, style)))
+    if not told:
+        print(style.dim(HOW_TO_HEAR_IT))
     if open_page:
         page = page_of(model, picture, question, result)
         print(f"Page: {page}")
         webbrowser.open(page.as_uri())
+
+
+def refuses(model: EmberVLM, picture: str | None, question: str, decoding: Decoding) -> bool:
+    """Whether there will be no answer because picture or question are unlike those of training; its reasons are then
+    not worth reading."""
+    with torch.inference_mode(), model.in_eval_mode():
+        found = known_of(model, *look(model, [picture]), [question], decoding)
+    return found is not None and found[0][0] < decoding.min_known
 
 
 def picture_of(image: str) -> str | None:

@@ -12,9 +12,9 @@ from embervlm.errors import UserError
 from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.interactive import Reasoning
+from embervlm.model.interactive import Reasoning, behind
 from embervlm.options import add_flag, chosen
-from embervlm.run.ask import answer_lines, checkpoint_option, model_to_ask, picture_of
+from embervlm.run.ask import HOW_TO_HEAR_IT, answer_lines, checkpoint_option, model_to_ask, picture_of, refuses
 from embervlm.run.evaluate import decoding_options
 from embervlm.run.terminal import ChainPrinter, Style
 
@@ -80,9 +80,14 @@ class _Chat:
 
     def _ask(self, question: str) -> None:
         printer = ChainPrinter(sys.stdout, self.style)
+        asked = question if self.before is None else behind(self.before, question)
+        told = not refuses(self.model, self.picture, asked, self.decoding)
+        heard = printer if told else None
         try:
-            found = self.model.reason(self.picture, question, self.before, on_text=printer, **vars(self.decoding))
+            found = self.model.reason(self.picture, question, self.before, on_text=heard, **vars(self.decoding))
         finally:
             printer.close()
         self.before = found["reasoning"]
         print("\n".join(answer_lines({**found, "cut_off": self.before.cut_off}, self.style)))
+        if not told:
+            print(self.style.dim(HOW_TO_HEAR_IT))
