@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_lora import BOTH, logits_of
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -78,3 +79,25 @@ def test_one_import_makes_the_folder_known_to_the_auto_classes(checkpoint, tmp_p
         f"assert isinstance(AutoModel.from_pretrained({str(tmp_path / 'out')!r}), EmberVLM)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_model_card_says_what_the_evaluation_found_and_what_it_cannot_do(checkpoint, tmp_path):
+    main(["export", str(checkpoint), str(tmp_path / "unrated")])
+    card = (tmp_path / "unrated" / "README.md").read_text(encoding="utf-8")
+    assert "It has not been evaluated" in card and "answers all the same" in card
+    evaluation = {
+        "format": run_dir.EVAL_FORMAT,
+        "split": "test",
+        "num_samples": 500,
+        "phase": "phase 2",
+        "metrics": {"final_answer_accuracy": 0.9884, "blind_accuracy": None},
+        "intervals": {"final_answer_accuracy": [0.978, 0.996]},
+    }
+    run_dir.write_json_atomic(run_dir.eval_path(checkpoint, "test"), evaluation)
+    main(["export", str(checkpoint), str(tmp_path / "rated")])
+    card = ModelCard.load(tmp_path / "rated" / "README.md")  # as the hub reads it
+    assert card.data.to_dict()["pipeline_tag"] == "image-text-to-text"
+    assert "| final_answer_accuracy | 0.988 [0.978, 0.996] |" in card.text and "blind_accuracy" not in card.text
+    assert "500 records of the test split" in card.text
+    assert f"{sum(EmberVLM.from_pretrained(checkpoint).parameter_counts().values()):,} parameters" in card.text
+    assert "one or several of: Drone, " in card.text

@@ -6,11 +6,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from embervlm import run_dir
+from embervlm import __version__, run_dir
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.known import known_path
 from embervlm.model.storage import resolve_folder, save_safetensors
+from embervlm.report.model_card import model_card
 from embervlm.run.import_checkpoint import refuse_existing, write_folder
 
 
@@ -20,8 +21,9 @@ def export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def export(checkpoint: str, out: Path) -> None:
-    """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, and how its confidence is
-    calibrated and known questions are told. Adapters are merged in every checkpoint, so they are here."""
+    """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, how its confidence is
+    calibrated and known questions are told, and a model card. Adapters are merged in every checkpoint, so they are
+    here."""
     refuse_existing(out)
     folder = resolve_folder(checkpoint)
     model = EmberVLM.from_pretrained(folder)
@@ -31,6 +33,7 @@ def export(checkpoint: str, out: Path) -> None:
         model.config.save_pretrained(str(part))
         save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
         model.tokenizer.save(part)
+        (part / "README.md").write_text(_card(model, folder, out.name), encoding="utf-8")
         for path_of in (run_dir.calibration_path, known_path):
             if (fitted := path_of(folder)).exists():
                 path_of(part).parent.mkdir(exist_ok=True)
@@ -39,3 +42,16 @@ def export(checkpoint: str, out: Path) -> None:
     write_folder(save, out)
     print(f"{out}: written; `from embervlm import EmberVLM` makes it known to AutoConfig, AutoModel and AutoTokenizer,")
     print(f'and EmberVLM.from_pretrained("{out}") opens it as well')
+
+
+def _card(model: EmberVLM, checkpoint: Path, name: str) -> str:
+    """The model card, with what the checkpoint's own evaluations found: on the test split if there is one, else val."""
+    found = [path for split in ("test", "val") if (path := run_dir.eval_path(checkpoint, split)).exists()]
+    return model_card(
+        name,
+        config=model.config.to_dict(),
+        parts=model.parameter_counts(),
+        version=__version__,
+        evaluations=[run_dir.read_object(path, "metrics", "intervals", "split", "num_samples") for path in found[:1]],
+        refuses=model.known is not None,
+    )
