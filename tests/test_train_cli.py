@@ -396,7 +396,7 @@ def message(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
         (["--batch_size", "0"], "batch_size: 0 is less than 1"),
         (["--batch_size", "many"], "--batch_size"),
         (["--max_steps", "0"], "max_steps: 0 is less than 1"),
-        (["--phase", "3"], "--phase"),
+        (["--phase", "4"], "--phase"),
         (["--phase1_epochs", "0"], "epochs: 0 is less than 1"),
         (["--phase2_learning_rate", "-1"], "learning_rate: -1.0 is not positive"),
         (["--stages", "5"], "--stages: 5: this program trains 3, 4 and baseline"),
