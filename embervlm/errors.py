@@ -36,6 +36,8 @@ class UsageError(UserError):
     exit_status = 2
 
 
+WAIT_FOR_FIRST_S = 5.0
+"""Time that process 0 has to print an error that all have; a launcher kills the others when one ends."""
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError)
 """What libraries raise for a damaged file."""
 
@@ -52,6 +54,8 @@ def told_in_one_line() -> Iterator[None]:
         says_it = error.is_of_one_process or is_first_process(os.environ)
         if says_it:
             _note_for_torchrun(f"error: {error}")
+        else:
+            time.sleep(WAIT_FOR_FIRST_S)
         if error.exit_status == 1:
             raise SystemExit(f"error: {error}" if says_it else 1) from None
         if says_it:

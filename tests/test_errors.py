@@ -5,11 +5,12 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from embervlm import run_dir
+from embervlm import errors, run_dir
 from embervlm.cli import main
 from embervlm.errors import UserError, told_in_one_line
 
@@ -66,6 +67,19 @@ def test_of_several_processes_the_first_alone_says_it(monkeypatch, env, said):
     with pytest.raises(SystemExit) as ended, told_in_one_line():
         raise UserError("mend it")
     assert ended.value.code == said
+
+
+def test_the_others_leave_process_0_the_time_to_say_it(monkeypatch):
+    """torchrun kills all of them when one has ended."""
+    monkeypatch.setattr(errors, "WAIT_FOR_FIRST_S", 0.3)
+    took = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        began = time.monotonic()
+        with pytest.raises(SystemExit), told_in_one_line():
+            raise UserError("mend it")
+        took[rank] = time.monotonic() - began
+    assert took["0"] < 0.3 <= took["1"]
 
 
 @pytest.mark.parametrize(
