@@ -268,7 +268,8 @@ class Collator:
         batch.inputs |= validator_inputs(texts, self.max_pair_tokens)
         if self.most_groups > 1:
             sizes = batch.inputs["pair_mask"].sum(1).tolist()
-            batch.inputs["pair_groups"] = length_groups(sizes, most=self.most_groups, cost=JUDGE_COST)
+            groups = length_groups(sizes, most=self.most_groups, cost=JUDGE_COST)
+            batch.inputs["pair_groups"] = groups if len(groups) > 1 else None
         batch.inputs["pair_record"] = torch.tensor([row for row, _ in pairs])
         batch.targets["valid"] = torch.tensor([float(pair.valid) for _, pair in pairs])
         if self.pair_maker.knows_facts:
