@@ -281,3 +281,12 @@ def test_a_chain_without_question_or_answer_is_no_record(tmp_path):
         save_to_dataset(CHAIN, tmp_path / "own.jsonl")
     with pytest.raises(ConfigError, match="without its answer"):
         save_to_dataset(dataclasses.replace(reasoning(), answer_set=[]), tmp_path / "own.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("question", "template", "said"),
+    [(" ", "analysis", "the question is empty"), ("Which?", [], "template: has no heading")],
+)
+def test_a_template_or_question_without_words_is_refused(lively_model, question, template, said):
+    with pytest.raises(ConfigError, match=said):
+        lively_model.generate_with_template(None, question, template=template)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class TorchEngine(Engine):
         self._shard()
         optimizer = self._adamw(phase)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._buckets = _in_buckets(self._parameters)
         self._make_state(optimizer, self._parameters)
         return optimizer
 
@@ -53,11 +54,7 @@ class TorchEngine(Engine):
         """Over all processes, in few large messages: each costs as much as sending some 100 KB."""
         if self.world.size == 1:
             return
-        buckets: list[list[Tensor]] = [[]]
-        for parameter in self._parameters:
-            if sum(grad.numel() for grad in buckets[-1]) >= BUCKET:
-                buckets.append([])
-            buckets[-1].append(parameter.grad)  # type: ignore[arg-type]
+        buckets: list[list[Any]] = [[parameter.grad for parameter in bucket] for bucket in self._buckets]
         flat = [torch.cat([grad.flatten() for grad in bucket]) for bucket in buckets]
         sent = [dist.all_reduce(values, async_op=True) for values in flat]
         for bucket, values, work in zip(buckets, flat, sent):
@@ -97,3 +94,16 @@ class TorchEngine(Engine):
         good_steps = min(int(state["good_steps"]), self._scaler.get_growth_interval() - 1)
         found = {"scale": state["scale"], "_growth_tracker": good_steps}
         self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
+
+
+def _in_buckets(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The parameters in their order, at least `BUCKET` values in each bucket but the last."""
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if size >= BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.numel()
+    return buckets

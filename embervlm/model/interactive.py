@@ -69,7 +69,7 @@ class Reasoning:
     def __str__(self) -> str:
         if self.sections:
             return "\n".join(
-                f"{heading}{chr(10) if text.startswith('- ') else ' '}{text}" for heading, text in self.sections
+                heading + ("\n" if text.startswith("- ") else " ") + text for heading, text in self.sections
             )
         return format_reasoning(self.steps)
 
@@ -141,11 +141,12 @@ def under_headings(
     model: EmberVLMNetwork, image: Any, question: str, headings: Sequence[str], decoding: Decoding
 ) -> Reasoning:
     """A chain with its `sections`; see `EmberVLM.generate_with_template`."""
-    free = reason(model, image, question, decoding=decoding)
-    found = (
-        None if any("{i}" in heading for heading in headings) else _steered(model, image, question, headings, decoding)
-    )
-    chain = free if found is None else found
+    _check_asked(model, question)
+    check_length(model, [question], decoding)
+    chain = None
+    if headings and not any("{i}" in heading for heading in headings):
+        chain = _steered(model, image, question, headings, decoding)
+    chain = chain or reason(model, image, question, decoding=decoding)
     return replace(chain, sections=lay_out(chain.steps, headings))
 
 
@@ -183,12 +184,9 @@ def reason(
 ) -> Reasoning:
     """One chain; see `EmberVLM.generate_reasoning` and `EmberVLM.reason`."""
     decoding = decoding or Decoding()
-    if not question.strip():
-        raise ConfigError("the question is empty; write a question or a task")
+    _check_asked(model, question)
     if constraint not in (None, CONSISTENT):
         raise ConfigError(f"constraint: {constraint!r} is not known; the only one is {CONSISTENT!r}")
-    if model.config.stage == STAGE3:
-        raise ConfigError("this model has no reasoning module: it is a Stage 3 model")
     with model.in_eval_mode():
         visual, seen = look(model, [image])
         kept: list[str] = []
@@ -223,6 +221,13 @@ def reason(
         temperature = decoding.temperature or TEMPERATURE
         warmer = replace(decoding, num_chains=1, temperature=temperature, seed=decoding.seed + 1)
         return _most_consistent(model, [likeliest, *draw(ATTEMPTS, warmer)], visual, seen)
+
+
+def _check_asked(model: EmberVLMNetwork, question: str) -> None:
+    if not question.strip():
+        raise ConfigError("the question is empty; write a question or a task")
+    if model.config.stage == STAGE3:
+        raise ConfigError("this model has no reasoning module: it is a Stage 3 model")
 
 
 def behind(earlier: Reasoning, question: str) -> str:
