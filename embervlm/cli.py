@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from embervlm.errors import OneLineParser, told_in_one_line
+from embervlm.signals import end_after
 from embervlm.version import __version__
 
 COMMANDS = {
@@ -147,6 +148,11 @@ PROGRAMS = {
 """Subcommands with their own command line, which `main` of the module reads."""
 
 
+def program() -> None:
+    """What the installed command runs."""
+    end_after(main)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = underscored(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in PROGRAMS:
@@ -195,4 +201,4 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -1,10 +1,12 @@
-"""Stopping on request: a signal sets a flag, and the processes agree on it between two steps."""
+"""How a process ends. On request: a signal sets a flag, and the processes agree on it between two steps."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -53,6 +55,32 @@ class Preempted(Exception):
 
     def __init__(self, step: int) -> None:
         super().__init__(f"asked to stop: saved at step {step}; the same command resumes from there")
+
+
+def end_after(main: Callable[[], object]) -> None:
+    """Run `main`, and leave this process with its exit status when everything registered for the exit has run.
+
+    The interpreter is not torn down: a thread of torch that lets go of a tensor meanwhile would abort the process, and
+    its launcher would call a finished training failed (`terminate called without an active exception`,
+    pytorch/pytorch#179291). To be called first, because what is registered last runs first.
+    """
+    status = 1  # of an exception, whose traceback Python prints
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(leave)
+    try:
+        main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        raise
 
 
 def listen() -> None:

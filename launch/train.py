@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from embervlm.run.train import main
+from embervlm.signals import end_after
 
 if __name__ == "__main__":
-    main()
+    end_after(main)

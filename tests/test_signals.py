@@ -38,6 +38,29 @@ sys.stdin.readline()
 print(len(signals._received), flush=True)
 """
 STEPS = 30
+BUSY_AT_THE_END = """
+import atexit, sys, threading, time
+from datetime import timedelta
+import torch.distributed as dist
+from embervlm.signals import end_after
+
+class Slow:
+    def __del__(self):
+        time.sleep(1.5)  # the interpreter is torn down meanwhile
+
+def wait():
+    dist.HashStore().wait(["never"], timedelta(seconds=0.7))
+
+def main():
+    sys.modules["slow"] = Slow()
+    threading.Thread(target=wait, daemon=True).start()
+    atexit.register(print, "registered")
+    print("done")
+    {ends}
+
+{run}
+"""
+"""A thread is in torch while the interpreter goes away, as gloo's threads may be."""
 
 
 def listening() -> subprocess.Popen[str]:
@@ -55,6 +78,36 @@ def test_a_signal_is_noted_and_ends_nothing(number: signal.Signals) -> None:
     process.send_signal(number)
     out, _ = process.communicate("\n", timeout=30)
     assert (out, process.returncode) == ("1\n", 0)
+
+
+def ended(ends: str, run: str = "end_after(main)") -> subprocess.CompletedProcess[str]:
+    code = BUSY_AT_THE_END.format(ends=ends, run=run)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('error: no such file')", 1, "error: no such file\n"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+def test_a_thread_that_is_still_in_torch_does_not_abort_a_process_that_has_ended(
+    ends: str, status: int, said: str
+) -> None:
+    found = ended(ends)
+    assert (found.stdout, found.returncode) == ("done\nregistered\n", status), found.stderr
+    assert found.stderr.endswith(said) and "terminate called" not in found.stderr
+
+
+def test_such_a_thread_aborts_python_itself() -> None:
+    found = ended("sys.exit(75)", "main()")
+    assert found.returncode == -signal.SIGABRT and "terminate called without an active exception" in found.stderr
 
 
 def test_a_second_sigint_kills() -> None:
