@@ -30,8 +30,9 @@ class Smoke:
 
 
 def quickstart(output: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """`embervlm quickstart --smoke`."""
-    argv = [sys.executable, "-m", "embervlm.cli", "quickstart", "--smoke", "--output_dir", str(output)]
+    """`embervlm quickstart --smoke`, with both baselines."""
+    argv = [sys.executable, "-m", "embervlm.cli", "quickstart", "--smoke", "--same_time_baseline"]
+    argv += ["--output_dir", str(output)]
     return run(argv, timeout_s=240, cold=True, **env)
 
 
