@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tiny_run import REPOSITORY, write_run
 
 from embervlm import run_dir
@@ -35,6 +36,20 @@ ENGINES = {
     "zero3": ["--zero_stage", "3"],
     "fsdp2": ["--engine", "fsdp"],
 }
+
+RECIPE = {
+    "nodes": 1,
+    "gpus_per_node": 1,
+    "gpu_type": "a100",
+    "precision": "bf16",
+    "zero_stage": 2,
+    "batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "cpus_per_task": 8,
+    "phase1_minutes": 10,
+    "phase2_minutes": 10,
+}
+"""What `embervlm plan` is asked about: one GPU, of the newest kind that it knows."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +77,14 @@ class Bench:
             self.config = write_run(work, self.data, None)
         self.results: dict[str, Any] = {"machine": machine()}
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether every part ended well."""
         generate = ["data", "generate", "--teacher_model", "rules", "--num_samples", str(self.scale.samples)]
         self.part("data", ["-m", "embervlm.cli", *generate, "--output_file", str(self.data)], 60)
-        self.part("plan", ["-m", "embervlm.cli", "plan", *self.flags("plan")], 60)
+        recipe = self.work / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+        planned = ["--cluster", str(recipe), "--config", str(self.config), "--records", str(self.scale.samples)]
+        self.part("plan", ["-m", "embervlm.cli", "plan", *planned], 60)
         first = self.training("start", ["--stages", "3"], [])
         precisions = ["auto"] if self.small else ["bf16", "fp16"]
         for precision in precisions:
@@ -75,6 +94,7 @@ class Bench:
                 self.training(f"{name} {precision}", flags, ["1", "2"])
         if not self.small:
             self.part("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], 240)
+        return all(found["exit"] == 0 for name, found in self.results.items() if name != "machine")
 
     def flags(self, name: str) -> list[str]:
         return [
@@ -111,6 +131,7 @@ class Bench:
             found |= {"exit": done.returncode, "said": (done.stdout if name == "plan" else done.stdout[-2000:])}
             if done.returncode:
                 found["error"] = done.stderr[-2000:]
+                print(done.stderr[-500:], flush=True)
         except subprocess.TimeoutExpired:
             found["exit"] = "cut off by its limit"
         found["took_s"] = time.monotonic() - began
@@ -148,8 +169,10 @@ def main() -> None:
     if not options.small and not torch.cuda.is_available():
         sys.exit("error: no GPU here; --small does the same in small on the CPU")
     with tempfile.TemporaryDirectory() as work:
-        Bench(options.output, Path(work), options.small).run()
+        all_well = Bench(options.output, Path(work), options.small).run()
     print(f"Results: {options.output}")
+    if not all_well:
+        sys.exit("error: some parts did not end well; see `error` and `exit` there")
 
 
 if __name__ == "__main__":

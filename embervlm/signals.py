@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 EXIT_REQUEUE = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop and has saved; the next start resumes it."""
@@ -67,8 +70,9 @@ def end_after(main: Callable[[], object]) -> None:
     status = 1  # of an exception, whose traceback Python prints
 
     def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(status)
 
     atexit.register(leave)
@@ -81,6 +85,17 @@ def end_after(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
         raise
+    except BrokenPipeError:
+        if _is_read(sys.stdout):
+            raise
+        status = 128 + signal.SIGPIPE  # `embervlm plan | head`
+
+
+def _is_read(stream: TextIO) -> bool:
+    """False if `stream` is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def listen() -> None:

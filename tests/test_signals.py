@@ -110,6 +110,19 @@ def test_such_a_thread_aborts_python_itself() -> None:
     assert found.returncode == -signal.SIGABRT and "terminate called without an active exception" in found.stderr
 
 
+@pytest.mark.parametrize("command", ["embervlm cluster", "embervlm --help"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
+    python = f"{sys.executable} -m embervlm.cli {command.removeprefix('embervlm ')}"
+    found = subprocess.run(
+        ["bash", "-c", f"{{ {python}; echo $? >&2; }} | true"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.stderr.split()[-1] in ("0", "141") and "Traceback" not in found.stderr
+
+
 def test_a_second_sigint_kills() -> None:
     process = listening()
     for _ in range(2):
