@@ -32,8 +32,8 @@ COMMANDS = {
     "export": (
         "run.export",
         "export",
-        "write a checkpoint as safetensors, for the Auto classes of transformers",
-        "embervlm export outputs/stage4/phase2/checkpoint-final exported",
+        "write a checkpoint for the Auto classes of transformers, as it is or in int8",
+        "embervlm export outputs/stage4/phase2/checkpoint-final exported --format int8",
     ),
     "ask": (
         "run.ask",

@@ -98,10 +98,12 @@ class LanguageModel(nn.Module):
         self.vocab_size = self.backbone.get_input_embeddings().weight.shape[0]
         self._head: Logits | None = None
         self._scaled: Logits | None = None
-        self._find_head()
+        self.find_head()
 
-    def _find_head(self) -> None:
-        """Set `_head` and `_scaled` where the logits are more than a product with the output embedding."""
+    def find_head(self) -> None:
+        """Find out whether the logits are more than a product with the output embedding; again where weights came that
+        could say something else."""
+        self._head = self._scaled = None
         if self.backbone.base_model is self.backbone or self.backbone.get_input_embeddings().weight.is_meta:
             return  # without weights there is nothing to compare
         head = _without_modules(self.backbone, [self.backbone.base_model])
@@ -118,7 +120,7 @@ class LanguageModel(nn.Module):
         if rows < self.vocab_size:
             self.backbone.resize_token_embeddings(rows)
             self.vocab_size = rows
-            self._find_head()
+            self.find_head()
 
     @property
     def max_positions(self) -> int | None:

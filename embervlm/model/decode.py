@@ -19,6 +19,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from embervlm.model.backbone import LanguageModel
+from embervlm.model.int8 import Int8Linear
 from embervlm.model.reasoning import Looked, ReasoningHead
 
 Step = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Cache], Tensor]
@@ -42,11 +43,11 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
     if config._attn_implementation == "sdpa" and not backbone.training and backbone.dtype != torch.float64:
         if config.model_type == "llama" and config.rope_parameters.get("rope_type") == "default":
             linear = [module for name, module in model.layers.named_modules() if name.endswith("_proj")]
-            if all(type(module) is nn.Linear for module in linear):  # not one of an adapter, say
+            if all(type(module) in (nn.Linear, Int8Linear) for module in linear):  # not one of an adapter, say
                 return _llama(model, room)
         if config.model_type == "gpt2" and not config.add_cross_attention:
             linear = [module for name, module in model.h.named_modules() if name.endswith(_OF_GPT2)]
-            if all(type(module) is Conv1D for module in linear):
+            if all(type(module) in (Conv1D, Int8Linear) for module in linear):
                 return _gpt2(model)
 
     def step(embeds: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
@@ -56,23 +57,30 @@ def language_step(language_model: LanguageModel, room: int) -> Step:
     return step
 
 
-Linear = tuple[Tensor, "Tensor | None"]
-"""Weight `[in, out]`, a view of the module's own, and bias."""
+Linear = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""Weight `[in, out]`, a view of the module's own; bias; and `[out]`, what the product is multiplied by (of int8)."""
 
 
-def _linear(module: nn.Linear) -> Linear:
-    return module.weight.t(), module.bias
+def _linear(module: Any) -> Linear:
+    weight = module.weight if type(module) is Conv1D else module.weight.t()
+    return weight, module.bias, module.weight_scale if type(module) is Int8Linear else None
 
 
 def _project(states: Tensor, linear: Linear) -> Tensor:
-    weight, bias = linear
-    return torch.mm(states, weight) if bias is None else torch.addmm(bias, states, weight)
+    weight, bias, scale = linear
+    if scale is None:
+        return torch.mm(states, weight) if bias is None else torch.addmm(bias, states, weight)
+    out = torch.mm(states, weight.to(states.dtype))
+    return out.mul_(scale) if bias is None else torch.addcmul(bias, out, scale)
 
 
 def _add_projected(residual: Tensor, states: Tensor, linear: Linear) -> None:
     """Add the projected `states` to `residual`, in place."""
-    weight, bias = linear
-    residual.addmm_(states, weight)
+    weight, bias, scale = linear
+    if scale is None:
+        residual.addmm_(states, weight)
+    else:
+        residual.addcmul_(torch.mm(states, weight.to(states.dtype)), scale)
     if bias is not None:
         residual.add_(bias)
 
@@ -145,9 +153,9 @@ def _gpt2(model: Any) -> Step:
     for block in model.h:
         linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         norms = [(norm.weight.shape, norm.weight, norm.bias, norm.eps) for norm in (block.ln_1, block.ln_2)]
-        # `Conv1D`'s weight is `[in, out]` as it stands; its own tanh form of GELU is eight operations
+        # its own tanh form of GELU is eight operations
         act = partial(F.gelu, approximate="tanh") if type(block.mlp.act) is NewGELUActivation else block.mlp.act
-        layers.append((norms, [(each.weight, each.bias) for each in linear], block.attn, act))
+        layers.append((norms, [_linear(each) for each in linear], block.attn, act))
 
     def step(embeds: Tensor, mask: Tensor, unseen: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         hidden = embeds + model.wpe(positions[:, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 
 from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError
@@ -18,12 +20,13 @@ from embervlm.model import interactive
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.decoding import Decoding
 from embervlm.model.generation import generate_answers
+from embervlm.model.int8 import holds_int8, room_for_int8
 from embervlm.model.interactive import Reasoning
 from embervlm.model.known import read_known
 from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.preprocessor import with_preprocessor
-from embervlm.model.storage import CheckpointError, load_checkpoint_into, resolve_folder, save_weights
+from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder, save_weights
 from embervlm.model.streaming import ANSWER, OnText, Pieces
 
 
@@ -181,10 +184,18 @@ class EmberVLM(EmberVLMNetwork):
         folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
             config = config or EmberVLMConfig.from_pretrained(str(folder))
-            model = cls(config)
+            path, state = read_weights(folder, int8=True)
+            small = holds_int8(state)
+            # floats that nobody writes take no memory
+            with no_init_weights() if small and config.stage == STAGE4 else contextlib.nullcontext():
+                model = cls(config)
         except UNREADABLE as error:
             raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
-        load_checkpoint_into(model, folder, COMPONENTS if config.stage == STAGE4 else BACKBONE)
+        if small:
+            room_for_int8(model, state)
+        load_state(model, state, COMPONENTS if config.stage == STAGE4 else BACKBONE, path)
+        if small:
+            model.language_model.find_head()
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
         model.confidence_temperature = run_dir.read_temperature(folder)
         model.known = read_known(folder)

@@ -6,6 +6,7 @@ May touch tensors and its own parameters; knows neither text, decoding nor files
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,8 @@ class EmberVLMNetwork(PreTrainedModel):
 
     @property
     def visual_dtype(self) -> torch.dtype:
-        return next(self.projection.parameters()).dtype
+        held = itertools.chain(self.projection.parameters(), self.projection.buffers())
+        return next(tensor.dtype for tensor in held if tensor.is_floating_point())
 
     @property
     def text_room(self) -> int | None:

@@ -104,13 +104,16 @@ def load_state(
     model.load_state_dict(dict(given), strict=False)
 
 
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_weights(folder: Path, *, int8: bool = False) -> tuple[Path, dict[str, Tensor]]:
     """The file that holds the weights of the checkpoint in `folder`, and the weights under the model's names.
 
-    Half precision is read into float32, which holds every value of it.
+    Half precision is read into float32, which holds every value of it. Weights of 8 bits are an error unless `int8`.
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), folder / WEIGHTS)
-    return path, {key: value.float() if value.dtype in _HALF else value for key, value in _named_tensors(path).items()}
+    state = _named_tensors(path)
+    if not int8 and any(value.dtype == torch.int8 for value in state.values()):
+        raise CheckpointError(f"{path}: holds int8 weights, which only answer; use the checkpoint they were made from")
+    return path, {key: value.float() if value.dtype in _HALF else value for key, value in state.items()}
 
 
 def _named_tensors(path: Path) -> dict[str, Tensor]:

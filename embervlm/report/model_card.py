@@ -19,6 +19,7 @@ def model_card(
     version: str,
     evaluations: Sequence[Mapping[str, Any]] = (),
     refuses: bool = False,
+    is_int8: bool = False,
 ) -> str:
     """The card as Markdown with the hub's YAML header.
 
@@ -28,6 +29,7 @@ def model_card(
         parts: Parameters of each component.
         evaluations: Evaluation files of the checkpoint, the most telling first.
         refuses: Whether it knows what it was trained on.
+        is_int8: Whether its weights were rounded to 8 bits after the evaluations.
     """
     folder = Path(__file__).parent
     pages = Environment(
@@ -49,4 +51,5 @@ def model_card(
         candidates=config.get("candidates") or [],
         evaluations=evaluations,
         refuses=refuses,
+        is_int8=is_int8,
     )

@@ -1,4 +1,4 @@
-"""`embervlm export`: a checkpoint as a folder that the Auto classes of transformers open."""
+"""`embervlm export`: a checkpoint as a folder that the Auto classes of transformers open, in floats or in int8."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ import shutil
 from pathlib import Path
 
 from embervlm import __version__, run_dir
+from embervlm.config import ConfigError
 from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
+from embervlm.model.int8 import holds_int8, to_int8
 from embervlm.model.known import known_path
 from embervlm.model.storage import resolve_folder, save_safetensors
 from embervlm.report.model_card import model_card
 from embervlm.run.import_checkpoint import refuse_existing, write_folder
 
+HF, INT8 = "hf", "int8"
+FORMATS = (HF, INT8)
+
 
 def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type="path", metavar="CHECKPOINT", help="checkpoint folder or hub id")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=HF,
+        help="hf: as it is, for the Auto classes of transformers; int8: the same with weights of 8 bits, a quarter as "
+        "large (docs/quantization.md)",
+    )
 
 
-def export(checkpoint: str, out: Path) -> None:
+def export(checkpoint: str, out: Path, format: str) -> None:
     """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, how its confidence is
     calibrated and known questions are told, and a model card. Adapters are merged in every checkpoint, so they are
     here."""
@@ -28,12 +40,16 @@ def export(checkpoint: str, out: Path) -> None:
     folder = resolve_folder(checkpoint)
     model = EmberVLM.from_pretrained(folder)
     model.config.architectures = [type(model).__name__]
+    if format == INT8:
+        if holds_int8(model.state_dict()):
+            raise ConfigError(f"{folder}: holds int8 weights already; export the checkpoint they were made from")
+        to_int8(model)
 
     def save(part: Path) -> None:
         model.config.save_pretrained(str(part))
         save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
         model.tokenizer.save(part)
-        (part / "README.md").write_text(_card(model, folder, out.name), encoding="utf-8")
+        (part / "README.md").write_text(_card(model, folder, out.name, format), encoding="utf-8")
         for path_of in (run_dir.calibration_path, known_path):
             if (fitted := path_of(folder)).exists():
                 path_of(part).parent.mkdir(exist_ok=True)
@@ -44,7 +60,7 @@ def export(checkpoint: str, out: Path) -> None:
     print(f'and EmberVLM.from_pretrained("{out}") opens it as well')
 
 
-def _card(model: EmberVLM, checkpoint: Path, name: str) -> str:
+def _card(model: EmberVLM, checkpoint: Path, name: str, format: str) -> str:
     """The model card, with what the checkpoint's own evaluations found: on the test split if there is one, else val."""
     found = [path for split in ("test", "val") if (path := run_dir.eval_path(checkpoint, split)).exists()]
     return model_card(
@@ -54,4 +70,5 @@ def _card(model: EmberVLM, checkpoint: Path, name: str) -> str:
         version=__version__,
         evaluations=[run_dir.read_object(path, "metrics", "intervals", "split", "num_samples") for path in found[:1]],
         refuses=model.known is not None,
+        is_int8=format == INT8,
     )
