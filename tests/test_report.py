@@ -6,6 +6,7 @@ import base64
 import copy
 import hashlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from report_run import METRICS, evaluation, sample, write_checkpoint, write_json, write_run
 
@@ -105,7 +107,7 @@ def test_the_guides_tree_is_written(report: Report) -> None:
 def test_every_figure_is_drawn_and_stands_in_the_page(report: Report) -> None:
     page = Page(report.index)
     assert set(figures.FIGURES) <= report.figures.keys()
-    assert sum(tag == "svg" for tag, _ in page.elements) == len(figures.FIGURES)
+    assert sum(tag == "svg" for tag, _ in page.elements) == 2 * len(figures.FIGURES), "each wide and narrow"
     for path in report.figures.values():
         with Image.open(path) as image:
             assert min(image.size) > 200 and len(set(image.convert("L").getdata())) > 20, path
@@ -199,7 +201,7 @@ def test_two_hundred_samples_with_photos_stay_below_five_megabytes(tmp_path: Pat
     page = bare_index(folder)
     assert time.process_time() - began < 20
     svgs = sum(len(figures.inline_svg(figure, name)) for name, figure in figures.draw_all(read_run(folder))[0].items())
-    assert (folder / "index.html").stat().st_size + svgs < 5_000_000
+    assert (folder / "index.html").stat().st_size + 2 * svgs < 5_000_000
     assert len(page.data["samples"]) == 200 and all(found["picture"] is not None for found in page.data["samples"])
 
 
@@ -344,6 +346,43 @@ def test_figures_say_what_they_lack(tmp_path: Path) -> None:
     drawn, missing = figures.draw_all(read_run(tmp_path))
     assert not drawn and missing.keys() == figures.FIGURES.keys()
     assert all(reason.endswith(".") for reason in missing.values())
+
+
+def test_losses_keep_to_four_decades_and_name_what_falls_below(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_samples=2)
+    lines = [{"step": step, "loss": {"answer": 2.0 / step, "multimodal": 10.0**-step}} for step in range(1, 9)]
+    lines.append({"step": 9, "loss": {"answer": 0.2, "multimodal": 0.0, "policy": -0.5}})
+    run_dir.metrics_log_path(run_dir.phase_dir(folder, 2)).write_text("\n".join(map(json.dumps, lines)))
+    figure = figures.draw_all(read_run(folder))[0]["training/losses"]
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert high / low <= 1.001e4 and low < 0.2
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "multimodal (down to 0)" in named and "policy (down to -0.5)" in named and "answer" in named
+
+
+def test_no_two_figures_draw_the_same_bars(run: Path) -> None:
+    drawn, _ = figures.draw_all(read_run(run))
+    for first, second in itertools.combinations([drawn[name] for name in sorted(drawn)], 2):
+        for a, b in itertools.product(first.axes, second.axes):
+            assert not (bars_and_lines(a) & bars_and_lines(b)), (a.get_title(), b.get_title())
+
+
+def bars_and_lines(axes: Axes) -> set[Any]:
+    """Lengths of the bars, and heights of the curves, as far as they say something."""
+    lines = {tuple(np.asarray(line.get_ydata(), float).round(6)) for line in axes.lines}
+    bars = tuple(tuple(sorted((bar.get_width(), bar.get_height()))) for bar in axes.patches)
+    return {line for line in lines if len(set(line)) > 2} | ({bars} if len(bars) > 1 else set())
+
+
+def test_kinds_that_are_complexities_are_drawn_once(tmp_path: Path) -> None:
+    groups = {name: {"num": 10 + place, "reasoning": 0.9, "no_reasoning": 0.5} for place, name in enumerate("ab")}
+    other = {f"{name} too": row for name, row in groups.items()}
+    changed = evaluation(0, accuracy_by_question_kind=groups, impact_by_complexity=other)
+    write_json(tmp_path / "results" / "stage4_eval.json", changed)
+    (axes,) = figures.draw_all(read_run(tmp_path))[0]["comparison/reasoning_impact"].axes
+    names = sorted(text.get_text().split("\n")[0] for text in axes.get_yticklabels())
+    assert names == ["a too, a", "b too, b"]
 
 
 def test_a_figure_that_nothing_is_left_for_is_removed(run: Path, tmp_path: Path) -> None:

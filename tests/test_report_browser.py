@@ -33,6 +33,24 @@ for (const node of document.querySelectorAll('body *:not(svg *)')) {
 return low;
 """
 
+CUT_OFF = """
+const found = [];
+const seen = (node) => node.checkVisibility() && !node.closest('.hidden-text, .skip, thead, nav');
+for (const node of [...document.querySelectorAll('body *:not(svg *)')].filter(seen)) {
+  const { display } = getComputedStyle(node);
+  if (display !== 'inline' && node.scrollWidth > node.clientWidth + 1)
+    found.push(`${node.tagName}.${node.className} is ${node.scrollWidth} wide, shows ${node.clientWidth}`);
+}
+for (const text of [...document.querySelectorAll('svg text')].filter(seen)) {
+  const own = text.getBoundingClientRect(), all = text.ownerSVGElement.getBoundingClientRect();
+  const size = parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a;
+  if (own.left < all.left - 2 || own.right > all.right + 2 || own.top < all.top - 2 || own.bottom > all.bottom + 2)
+    found.push(`"${text.textContent}" sticks out of its figure`);
+  if (size < 9.5) found.push(`"${text.textContent}" has ${size.toFixed(1)} pixels`);
+}
+return found;
+"""
+
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -83,6 +101,8 @@ def test_a_page_fits_its_width_is_legible_and_says_nothing_to_the_console(
         "rgb(18, 22, 29)" if dark else "rgb(246, 247, 249)"
     )
     assert driver.execute_script(CONTRAST) == []
+    driver.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert driver.execute_script(CUT_OFF) == []
     broken = "return [...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
     assert driver.execute_script(broken) == 0
     assert console(driver) == []

@@ -42,6 +42,7 @@ def write_report(folder: str | Path, *, results: str | Path | None = None, num_s
     out = visualizations_dir(record.folder)
     roots = picture_roots(record.folder, record.config.get("reasoning_data"))
     drawn, missing = draw_all(record)
+    narrow, _ = draw_all(record, narrow=True)
     figures = save_figures(drawn, out)
     best, failed = best_examples(record.samples), failure_cases(record.samples)
     chosen = [s for found in (best, failed) for s in [s for s in found if s.attention][: ATTENTION_SAMPLES // 2]]
@@ -72,7 +73,7 @@ def write_report(folder: str | Path, *, results: str | Path | None = None, num_s
     index = index_page(
         record,
         out / "index.html",
-        svgs={name: inline_svg(figure, name) for name, figure in drawn.items()},
+        svgs={name: (inline_svg(drawn[name], name), inline_svg(narrow[name], f"narrow {name}")) for name in drawn},
         captions={name: caption for name, (caption, _) in FIGURES.items()},
         missing=missing,
         num_samples=num_samples,

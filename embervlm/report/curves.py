@@ -13,13 +13,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from embervlm.report.drawing import INK, SERIES, NoData, label, panels
-from embervlm.report.recorded import CHAIN_METRICS, CheckpointResult, RunRecord
+from embervlm.report.drawing import INK, SERIES, NoData, label, legend_below, panels
+from embervlm.report.recorded import CHAIN_METRICS, CheckpointResult, RunRecord, part
 
 MAX_POINTS = 300
 """Of a longer curve neighbouring log lines are averaged."""
+MAX_DECADES = 4
+"""That a logarithmic axis spans: a term that falls to 1e-6 must not press the others together."""
 RING: Any = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": INK}
 """Around the selected checkpoint."""
 
@@ -27,48 +29,67 @@ RING: Any = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": INK}
 # ---- training
 
 
-def losses(record: RunRecord) -> Figure:
+def losses(record: RunRecord, narrow: bool = False) -> Figure:
     """Every loss term of every phase."""
-    return _by_phase(record, "loss", "loss (nats; weighted sum for total)")
+    return _by_phase(record, "loss", "loss (nats)", narrow)
 
 
-def learning_rates(record: RunRecord) -> Figure:
+def learning_rates(record: RunRecord, narrow: bool = False) -> Figure:
     """The learning rate of every component."""
-    return _by_phase(record, "learning_rate", "learning rate (per update)")
+    return _by_phase(record, "learning_rate", "learning rate (per update)", narrow)
 
 
-def _by_phase(record: RunRecord, key: str, unit: str) -> Figure:
+def _by_phase(record: RunRecord, key: str, unit: str, narrow: bool) -> Figure:
     phases = {phase: lines for phase, lines in record.curves.items() if any(e.get(key) for e in lines)}
     if not phases:
         raise NoData("No log of a phase (stage4/phase1|phase2|phase3/metrics.jsonl); train first.")
     names = list(dict.fromkeys(name for lines in phases.values() for e in lines for name in e.get(key, {})))
     names = names[: len(SERIES)]
-    figure, shown = panels(9.0, 3.6, len(phases), sharey=True)
-    for axes, (phase, lines) in zip(shown, phases.items()):
-        for name, (color, dashes, marker) in zip(names, SERIES):
-            points = [(float(e["step"]), e.get(key, {}).get(name)) for e in lines]
-            kept = [(step, value) for step, value in points if value is not None and value > 0]
-            if kept:
-                steps, values = _thinned(kept)
-                every = max(1, len(steps) // 8)
-                axes.plot(
-                    steps, values, color=color, linestyle=dashes, marker=marker, markevery=every, label=label(name)
-                )
+    curves = {name: {phase: _points(lines, key, name) for phase, lines in phases.items()} for name in names}
+    least = {name: min((y for curve in of.values() for _, y in curve), default=math.inf) for name, of in curves.items()}
+    values = [y for of in curves.values() for curve in of.values() for _, y in curve if y > 0]
+    if not values:
+        raise NoData(f"The logs have no finite {key.replace('_', ' ')} above 0.")
+    high = 1.3 * max(values)
+    low = max(0.8 * min(values), high / 10**MAX_DECADES)
+    figure, shown = panels(9.0, 3.6, len(phases), narrow=narrow, sharey=True)
+    for axes, phase in zip(shown, phases):
+        for name, look in zip(names, SERIES):
+            below = f" (down to {least[name]:.1g})" if least[name] < low else ""
+            points = [(step, max(value, low / 10)) for step, value in curves[name][phase]]
+            _line(axes, points, look, label(name) + below)
         axes.set_title(f"Phase {phase}")
         axes.set_xlabel("optimizer steps")
-        if axes.lines:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-    shown[0].set_ylabel(unit)
-    handles = {str(line.get_label()): line for axes in shown for line in axes.lines}
-    if not handles:
-        raise NoData(f"The logs have no finite {key.replace('_', ' ')}.")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for axes in shown if narrow else shown[:1]:
+        axes.set_ylabel(unit)
+    legend_below(figure, {str(line.get_label()): line for axes in shown for line in axes.lines})
     return figure
 
 
-def reinforcement(record: RunRecord) -> Figure:
+def _points(lines: Sequence[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
+    """Step and value of each log line that has a finite one under `keys`."""
+    out = []
+    for line in lines:
+        value = part(line, *keys[:-1]).get(keys[-1])
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            out.append((float(line["step"]), float(value)))
+    return out
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, float]], look: tuple[str, Any, str], name: str) -> None:
+    if points:
+        steps, values = _thinned(points)
+        color, dashes, marker = look
+        every = max(1, len(steps) // 8)
+        axes.plot(steps, values, color=color, linestyle=dashes, marker=marker, markevery=every, label=name)
+
+
+def reinforcement(record: RunRecord, narrow: bool = False) -> Figure:
     """What the chains that phase 3 drew were rewarded for, and whether there still is something to learn from them."""
     lines = [line for line in record.curves.get(3, []) if isinstance(line.get("policy"), dict)]
     if not lines:
@@ -81,21 +102,16 @@ def reinforcement(record: RunRecord) -> Figure:
         "entropy (nats per token)": ["entropy"],
         "length (tokens)": ["length"],
     }
-    figure = Figure(figsize=(9.0, 5.6))
-    for axes, (unit, wanted) in zip(figure.subplots(2, 2, sharex=True).flat, shown.items()):
-        for name, (color, dashes, marker) in zip(wanted, SERIES):
-            points = [(float(line["step"]), line["policy"].get(name)) for line in lines]
-            kept = [(step, float(value)) for step, value in points if isinstance(value, (int, float))]
-            if kept:
-                steps, values = _thinned(kept)
-                every = max(1, len(steps) // 8)
-                axes.plot(
-                    steps, values, color=color, linestyle=dashes, marker=marker, markevery=every, label=label(name)
-                )
+    figure, places = panels(9.0, 5.6, 4, columns=2, narrow=narrow, sharex=True)
+    for axes, (unit, wanted) in zip(places, shown.items()):
+        for name, look in zip(wanted, SERIES):
+            _line(axes, _points(lines, "policy", name), look, label(name))
         axes.set_title(unit)
         axes.set_xlabel("optimizer steps")
         if len(wanted) > 1:
-            axes.legend()
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
+            axes.legend(loc="upper left", ncols=2)
     return figure
 
 
@@ -108,29 +124,29 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 # ---- checkpoints
 
 
-def metrics_over_checkpoints(record: RunRecord) -> Figure:
-    """The four metrics of every evaluated checkpoint against their targets."""
+def consistency_scores(record: RunRecord, narrow: bool = False) -> Figure:
+    """Consistency of every evaluated checkpoint, beside the guide's own formula for it."""
     results, ticks = _checkpoints(record)
-    figure = Figure(figsize=(9.0, 5.6))
-    for axes, name in zip(figure.subplots(2, 2, sharex=True).flat, CHAIN_METRICS):
-        _over_checkpoints(axes, results, name, *SERIES[0], name=label(name))
-        _target_line(axes, _target(record, name))
-        _checkpoint_axis(axes, results, ticks)
-        axes.set_title(label(name).capitalize())
-    _selected_legend(figure, results)
+    figure, (axes,) = panels(5.4, 3.7, narrow=narrow)
+    for place, (name, look) in enumerate(zip(("reasoning_consistency", "adjacent_similarity"), SERIES)):
+        _over_checkpoints(axes, results, name, *look, name=label(name), ring=place == 0)
+    _titled(axes, "Reasoning consistency over time", _target(record, "reasoning_consistency"))
+    _checkpoint_axis(axes, results, ticks)
+    _selected_legend(figure, results, {str(line.get_label()): line for line in axes.lines})
     return figure
 
 
-def consistency_scores(record: RunRecord) -> Figure:
-    """Consistency over time, beside the guide's own formula for it."""
+def metrics_over_checkpoints(record: RunRecord, narrow: bool = False) -> Figure:
+    """The other metrics with a target of every evaluated checkpoint."""
     results, ticks = _checkpoints(record)
-    figure, (axes,) = panels(5.4, 3.7)
-    for place, (name, look) in enumerate(zip(("reasoning_consistency", "adjacent_similarity"), SERIES)):
-        _over_checkpoints(axes, results, name, *look, name=label(name), ring=place == 0)
-    _target_line(axes, _target(record, "reasoning_consistency"))
-    _checkpoint_axis(axes, results, ticks)
-    axes.set_title("Reasoning consistency over time")
-    _selected_legend(figure, results)
+    names = CHAIN_METRICS[1:]
+    figure, shown = panels(9.0, 3.4, len(names), narrow=narrow)
+    for axes, name in zip(shown, names):
+        _over_checkpoints(axes, results, name, *SERIES[0], name=label(name))
+        _titled(axes, label(name).capitalize(), _target(record, name))
+        _checkpoint_axis(axes, results, ticks)
+    lines = [line for axes in shown for line in axes.lines[:1]]
+    _selected_legend(figure, results, {"metric on val, 95% interval": lines[0]} if lines else {})
     return figure
 
 
@@ -180,41 +196,29 @@ def _target(record: RunRecord, name: str) -> float | None:
     return None
 
 
-def _target_line(axes: Axes, target: float | None) -> None:
+def _titled(axes: Axes, title: str, target: float | None) -> None:
+    """`title`, and the target as a line that the title names: beside the line it would lie on the data."""
     if target is not None:
-        axes.axhline(target, color=INK, linestyle=(0, (6, 3)), linewidth=1.1)
-        axes.annotate(
-            f"target {target:.2f}",
-            (0, target),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8.5,
-        )
+        title += f"\ntarget {target:.2f} (dashed)"
+        axes.axhline(target, color=INK, linestyle=(0, (6, 3)), linewidth=1.1, label="_target")
+    axes.set_title(title)
 
 
 def _checkpoint_axis(axes: Axes, results: Sequence[CheckpointResult], ticks: Sequence[str]) -> None:
-    every = max(1, math.ceil(len(ticks) / 8))
+    place, figure = axes.get_subplotspec(), axes.get_figure()
+    assert place is not None and isinstance(figure, Figure)
+    width = figure.get_figwidth() / place.get_gridspec().ncols
+    every = max(1, math.ceil(len(ticks) / int(width / 0.75)))
     axes.set_xticks(range(0, len(ticks), every), ticks[::every])
     axes.set_xlim(-0.5, len(results) - 0.5)
     axes.set_ylim(0, 1.04)
     axes.set_ylabel("share (0 to 1)")
-    if (place := axes.get_subplotspec()) is None or place.is_last_row():
-        axes.set_xlabel("phase: optimizer steps in it")
+    axes.set_xlabel("phase: optimizer steps in it")
     axes.grid(axis="x", visible=False)
 
 
-def _selected_legend(figure: Figure, results: Sequence[CheckpointResult]) -> None:
-    handles = {
-        str(line.get_label()): line
-        for axes in figure.axes
-        for line in axes.lines
-        if not str(line.get_label()).startswith("_")
-    }
-    if len(figure.axes) > 1:
-        handles = {"metric on val, 95% interval": next(iter(handles.values()))} if handles else {}
+def _selected_legend(figure: Figure, results: Sequence[CheckpointResult], handles: dict[str, Any]) -> None:
+    handles = {name: line for name, line in handles.items() if not name.startswith("_")}
     if any(item.selected for item in results):
         handles["selected checkpoint"] = Line2D([], [], markersize=11, linestyle="none", **RING)
-    if handles:
-        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=3)
+    legend_below(figure, handles)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,10 @@ DARK, LIGHT = "#111111", "#fefefe"
 BAR: Any = {"edgecolor": EDGE, "linewidth": 0.6}
 
 
+NARROW_INCHES = 3.6
+"""Width of a figure for a phone, whose page shows it about 330 pixels wide: text of 9 points has 11 pixels there."""
+
+
 class NoData(ValueError):
     """There is nothing to draw; the message says what is missing and how to get it."""
 
@@ -97,10 +101,27 @@ def label(name: str, most: int = 28) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
-def panels(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of this size in inches with panels side by side."""
+def panels(
+    width: float, height: float, count: int = 1, *, columns: int | None = None, narrow: bool = False, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of this size in inches with `count` panels side by side, or in rows of `columns`.
+
+    A `narrow` one has them below each other, and leaves out `width_ratios`.
+    """
+    rows = math.ceil(count / (columns or count))
+    if narrow:
+        options.pop("width_ratios", None)
+        width, height, rows = NARROW_INCHES, 0.3 + count * min(max(height / rows, 2.4), 3.4), count
     figure = Figure(figsize=(width, height))
-    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    return figure, list(figure.subplots(rows, math.ceil(count / rows), squeeze=False, **options).flat)[:count]
+
+
+def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """A legend under the panels, in as many columns as fit. `handles`: by what they are called."""
+    if handles:
+        column = 0.65 + 0.08 * max(map(len, handles))  # inches
+        num_columns = max(1, min(len(handles), int(figure.get_figwidth() / column)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=num_columns)
 
 
 def heatmap(axes: Axes, shares: np.ndarray, *, fontsize: float) -> AxesImage:

@@ -27,19 +27,19 @@ from embervlm.report.recorded import RunRecord, Sample
 
 ATTENTION_SAMPLES = 8
 """For how many samples the attention is drawn into files; the page shows it for every one."""
-Draw = Callable[[RunRecord], Figure]
+Draw = Callable[[RunRecord, bool], Figure]
 
 FIGURES: dict[str, tuple[str, Draw]] = {
     "training/losses": ("Loss terms of each phase over their optimizer steps.", losses),
     "training/learning_rates": ("Learning rate of each component over the phases.", learning_rates),
     "training/reinforcement": ("Rewards, groups, entropy and length of the chains that phase 3 drew.", reinforcement),
-    "reasoning_quality/metrics_over_checkpoints": (
-        "The four metrics of each evaluated checkpoint, with their targets.",
-        metrics_over_checkpoints,
-    ),
     "reasoning_quality/consistency_scores": (
         "Reasoning consistency of each evaluated checkpoint; adjacent similarity, the guide's formula, beside it.",
         consistency_scores,
+    ),
+    "reasoning_quality/metrics_over_checkpoints": (
+        "The other metrics with a target, of each evaluated checkpoint.",
+        metrics_over_checkpoints,
     ),
     "reasoning_quality/step_distribution": ("How many steps the chains have.", step_distribution),
     "reasoning_quality/completeness_heatmap": (
@@ -47,20 +47,29 @@ FIGURES: dict[str, tuple[str, Draw]] = {
         completeness_heatmap,
     ),
     "reasoning_quality/reliability": ("Share of right answers by the model's confidence.", reliability),
-    "comparison/with_vs_without_reasoning": ("Right answers with and without reasoning.", with_vs_without_reasoning),
-    "comparison/reasoning_impact": ("Points of accuracy that reasoning adds.", reasoning_impact),
+    "comparison/with_vs_without_reasoning": (
+        "Right answers to all questions, with and without reasoning, and without the right picture.",
+        with_vs_without_reasoning,
+    ),
+    "comparison/reasoning_impact": (
+        "Points of accuracy that reasoning adds to the baseline of the same samples, by group of questions.",
+        reasoning_impact,
+    ),
     "comparison/faithfulness": ("Whether the answers come from the chains.", faithfulness),
 }
-"""Path under `visualizations/`, without suffix -> what it shows, and the function that draws it."""
+"""Path under `visualizations/`, without suffix -> what it shows, and the function that draws it, wide or narrow."""
 
 
-def draw_all(record: RunRecord) -> tuple[dict[str, Figure], dict[str, str]]:
-    """The figures by their names in `FIGURES`, and for the others why there is nothing to draw."""
+def draw_all(record: RunRecord, *, narrow: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
+    """The figures by their names in `FIGURES`, and for the others why there is nothing to draw.
+
+    `narrow`: as a phone shows them, with their panels below each other.
+    """
     drawn, missing = {}, {}
     with style():
         for name, (_, draw) in FIGURES.items():
             try:
-                drawn[name] = draw(record)
+                drawn[name] = draw(record, narrow)
             except NoData as reason:
                 missing[name] = str(reason)
     return drawn, missing

@@ -16,6 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from embervlm.report import page_tables
+from embervlm.report.page_tables import short
 from embervlm.report.pictures import overlay_png, picture_uris
 from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, part
 from embervlm.run_dir import write_text_atomic
@@ -50,9 +52,10 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters["share"] = lambda value: "n/a" if value is None else f"{value:.3f}"
+    environment.filters["share"] = page_tables.share
     environment.filters["width"] = lambda value: f"{100 * min(max(value, 0), 1):.1f}"
-    environment.filters["words"] = lambda name: name.replace("_", " ")
+    environment.filters["words"] = page_tables.words
+    environment.filters["pill"] = page_tables.pill
     return environment
 
 
@@ -139,7 +142,7 @@ def _looked_at(sample: Sample) -> list[str]:
     """Of each step in words how much of its attention lies on what it reads."""
     return [
         ", ".join(
-            f"{share:.0%} on {_short(kind, 40)} ({covered:.0%} of the picture)" for kind, (share, covered) in found
+            f"{share:.0%} on {short(kind, 40)} ({covered:.0%} of the picture)" for kind, (share, covered) in found
         )
         for found in (step.items() for step in sample.looked_at[:MAX_STEPS])
     ]
@@ -161,22 +164,17 @@ def validator_note(result: Mapping[str, Any] | None) -> str:
 def _shortened(sample: Sample) -> Sample:
     """The sample with every text at a length that a page can show."""
     changed: dict[str, Any] = {
-        "id": _short(sample.id, 200),
-        "instruction": _short(sample.instruction),
+        "id": short(sample.id, 200),
+        "instruction": short(sample.instruction, MAX_TEXT),
         "scores": dict(list(sample.scores.items())[:40]),
     }
     for field in ("gold_answer", "answer_set", "head_answer"):
-        changed[field] = [_short(name, 200) for name in getattr(sample, field)[:50]]
+        changed[field] = [short(name, 200) for name in getattr(sample, field)[:50]]
     for field in ("steps", "gold_steps", "reasons"):
-        changed[field] = [_short(line) for line in getattr(sample, field)[:MAX_STEPS]]
+        changed[field] = [short(line, MAX_TEXT) for line in getattr(sample, field)[:MAX_STEPS]]
     for field in ("complexity", "question_kind"):
-        changed[field] = _short(getattr(sample, field), 200) or None
+        changed[field] = short(getattr(sample, field), 200) or None
     return replace(sample, **changed)
-
-
-def _short(value: str | None, most: int = MAX_TEXT) -> str:
-    value = value or ""
-    return value if len(value) <= most else f"{value[:most]}... ({len(value) - most:,} more characters)"
 
 
 # ---- the page of a run
@@ -186,7 +184,7 @@ def index_page(
     record: RunRecord,
     path: str | Path,
     *,
-    svgs: Mapping[str, str],
+    svgs: Mapping[str, Sequence[str]],
     captions: Mapping[str, str],
     missing: Mapping[str, str],
     num_samples: int = NUM_SAMPLES,
@@ -195,7 +193,7 @@ def index_page(
     """Write the page that ties the run together.
 
     Args:
-        svgs: figure name -> markup that is safe to put in, from `figures.inline_svg`.
+        svgs: figure name -> its wide and its narrow form as markup that is safe to put in, from `figures.inline_svg`.
         captions: figure name -> what it shows; `missing`: figure name -> why it is not there.
     """
     shown = [_shortened(sample) for sample in record.samples[:num_samples]]
@@ -213,22 +211,19 @@ def index_page(
         about=_about(record),
         verdict=_verdict(record),
         tiles=_tiles(record),
-        rows=_rows(record),
-        chain_metrics=CHAIN_METRICS,
-        svgs={name: Markup(svg) for name, svg in svgs.items()},
+        metrics=page_tables.metrics(record),
+        checkpoints=page_tables.checkpoints(record),
+        quality=page_tables.quality(result),
+        faithfulness=page_tables.faithfulness(result),
+        settings=page_tables.settings(record),
+        svgs={name: [Markup(svg) for svg in forms] for name, forms in svgs.items()},
         captions=captions,
         missing=missing,
-        candidates={_short(name, 200): row for name, row in part(result, "per_candidate").items()},
-        validator=part(result, "validator"),
         validator_note=validator_note(result),
-        own_steps={name: part(result, "own_steps", name) for name in ("greedy", "drawn")},
-        attention=part(result, "attention"),
-        faithfulness=_faithfulness(result),
         groups=_groups(record),
         num_shown=len(shown),
         num_sets=len(sets),
         summary=_summary(record),
-        settings=[(name, _short(value, 500)) for name, value in flat(record.config)],
         sections=SECTIONS,
         data={
             "pictures": list(uris.values()),
@@ -281,7 +276,7 @@ def _comparable(record: RunRecord, num_samples: int) -> list[dict[str, Any]]:
             continue
         own = found.samples is record.samples
         shown = None if own else [_as_data(_shortened(s)) for s in found.samples[:num_samples]]
-        out.append({"name": _short(found.name, 200), "samples": shown})
+        out.append({"name": short(found.name, 200), "samples": shown})
     return out
 
 
@@ -298,7 +293,7 @@ def _about(record: RunRecord) -> list[str]:
         f"scored by {', '.join(backends)}" if backends else "",
         f"EmberVLM {result['embervlm_version']}" if result.get("embervlm_version") else "",
     ]
-    return [_short(text, 200) for text in shown if text]
+    return [short(text, 200) for text in shown if text]
 
 
 def _verdict(record: RunRecord) -> dict[str, Any] | None:
@@ -317,19 +312,21 @@ def _groups(record: RunRecord) -> list[dict[str, Any]]:
     out = []
     for line in (lines[place] for place in places):
         parts = list(part(line["chains"][0], "rewards"))
-        chains = [
-            {
-                "answer": _short(chain.get("answer"), 200),
-                "parts": [part(chain, "rewards").get(name) for name in parts],
-                "reward": chain.get("reward"),
-                "num_tokens": chain.get("num_tokens"),
-                "text": _short(" ".join(chain.get("reasoning_steps") or ())),
-            }
+        rows = [
+            (
+                short(chain.get("answer"), 200) or page_tables.NOTHING,
+                *(page_tables.share(part(chain, "rewards").get(name)) for name in parts),
+                page_tables.share(chain.get("reward")),
+                page_tables.number(chain.get("num_tokens")),
+                short(" ".join(chain.get("reasoning_steps") or ()), MAX_TEXT),
+            )
             for chain in line["chains"][:NUM_GROUP_CHAINS]
         ]
-        gold = _short(", ".join(line.get("gold_answer") or ()), 200)
-        question = _short(line.get("instruction"), 500)
-        out.append({"step": line["step"], "question": question, "gold": gold, "parts": parts, "chains": chains})
+        heads = ("Answer", *map(page_tables.words, parts), "Reward", "Tokens", "Chain")
+        gold = short(", ".join(line.get("gold_answer") or ()), 200)
+        question = short(line.get("instruction"), 500)
+        table = page_tables.Table(heads=heads, rows=rows, texts=("Chain",))
+        out.append({"step": line["step"], "question": question, "gold": gold, "table": table})
     return out
 
 
@@ -357,28 +354,6 @@ def _tiles(record: RunRecord) -> list[dict[str, Any]]:
     return out
 
 
-def _rows(record: RunRecord) -> list[dict[str, Any]]:
-    targets, metrics = record.targets, record.metrics
-    return [
-        {
-            "name": name.replace("_", " "),
-            "value": metrics.get(name),
-            "interval": record.intervals.get(name),
-            "target": targets.get(name, {}).get("target"),
-            "met": targets.get(name, {}).get("met"),
-        }
-        for name in [*targets, *(name for name in metrics if name not in targets)]
-    ]
-
-
-def _faithfulness(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every figure of the block, under a readable name."""
-    return [
-        (name.replace(".", ": ", 1).replace("_", " "), _short(value, 300))
-        for name, value in flat(part(result, "faithfulness"))
-    ]
-
-
 def _summary(record: RunRecord) -> list[tuple[str, str]]:
     settings = dict(flat(record.config))
     wanted = (
@@ -395,7 +370,7 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
         ("Phase 3 rate", "stage4.phase3.learning_rate"),
         ("Data", "reasoning_data"),
     )
-    out = [(name, _short(settings[key], 300)) for name, key in wanted if key in settings]
+    out = [(name, short(settings[key], 300)) for name, key in wanted if key in settings]
     for phase, lines in record.curves.items():
         if lines and (seconds := lines[-1].get("elapsed_s")) is not None:
             out.append((f"Phase {phase} took", f"{seconds / 60:.1f} min, {lines[-1]['step']:,} steps"))

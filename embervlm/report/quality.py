@@ -6,16 +6,15 @@ Each function returns a figure, or raises `NoData` with a sentence for the reade
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from embervlm.report.drawing import (
@@ -24,6 +23,7 @@ from embervlm.report.drawing import (
     DIM,
     GREEN,
     INK,
+    NARROW_INCHES,
     ORANGE,
     PURPLE,
     SKY,
@@ -31,6 +31,7 @@ from embervlm.report.drawing import (
     NoData,
     heatmap,
     label,
+    legend_below,
     panels,
     rows_of_bars,
     wilson,
@@ -38,15 +39,16 @@ from embervlm.report.drawing import (
 from embervlm.report.recorded import RunRecord, Sample, by_difficulty, groups, part
 
 MAX_GROUPS = 12
+T = TypeVar("T")
 
 
 # ---- quality of the reasoning
 
 
-def step_distribution(record: RunRecord) -> Figure:
+def step_distribution(record: RunRecord, narrow: bool = False) -> Figure:
     """Steps per chain, of right and wrong answers, against the gold chains."""
     samples = _samples(record)
-    figure, (axes,) = panels(5.4, 3.7)
+    figure, (axes,) = panels(5.4, 3.7, narrow=narrow)
     counts = {right: Counter(len(s.steps) for s in samples if s.correct == right) for right in (True, False)}
     gold = [len(sample.gold_steps) for sample in samples if sample.gold_steps]
     most = max([*counts[True], *counts[False], *gold, 1])
@@ -86,22 +88,23 @@ def step_distribution(record: RunRecord) -> Figure:
         )
     axes.margins(y=0.08)
     axes.set_title("Steps per chain")
-    axes.set_xlabel("steps in the chain, conclusion included (number)")
+    axes.set_xlabel("steps, conclusion included (number)")
     axes.set_ylabel("chains (number)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=3)
+    legend_below(figure, dict(zip(*reversed(axes.get_legend_handles_labels()))))
     return figure
 
 
-def completeness_heatmap(record: RunRecord) -> Figure:
+def completeness_heatmap(record: RunRecord, narrow: bool = False) -> Figure:
     """Coverage of each expected type of step, by complexity and kind of question."""
     samples = [sample for sample in _samples(record) if sample.completeness_by_type]
     if not samples:
         raise NoData("The samples do not record completeness by step type; evaluate again with this version.")
     types = list(dict.fromkeys(name for sample in samples for name in sample.completeness_by_type))[:MAX_GROUPS]
-    columns = {"all": samples, **groups(samples, "complexity"), **groups(samples, "question_kind")}
+    parted = [groups(samples, of) for of in ("complexity", "question_kind")]
+    columns = {"all": samples, **_once(parted[0], parted[1])}
     columns = dict(list(columns.items())[: 1 + MAX_GROUPS])
     shares = np.array(
         [
@@ -112,17 +115,34 @@ def completeness_heatmap(record: RunRecord) -> Figure:
             for name in types
         ]
     )
-    figure, (axes,) = panels(max(5.0, 2.6 + 0.82 * len(columns)), max(2.4, 1.5 + 0.5 * len(types)))
-    image = heatmap(axes, shares, fontsize=9)
-    names = [f"{label(name, 16)}\n(n={len(of)})" for name, of in columns.items()]
-    axes.set_xticks(range(len(columns)), names, rotation=0 if len(columns) <= 7 else 30)
-    axes.set_yticks(range(len(types)), [label(name) for name in types])
-    axes.set_title("Coverage of the expected steps")
-    figure.colorbar(image, ax=axes, label="covered (share, 0 to 1)", fraction=0.05)
+    sizes = [f"{label(name, 20)}\n(n={len(of)})" for name, of in columns.items()]
+    if narrow:  # a row for each group, and no scale: the squares have their numbers
+        figure, (axes,) = panels(NARROW_INCHES, 1.5 + 0.42 * len(columns))
+        heatmap(axes, shares.T, fontsize=9)
+        axes.set_xticks(range(len(types)), [label(name) for name in types], rotation=40, ha="right")
+        axes.set_yticks(range(len(columns)), sizes)
+    else:
+        figure, (axes,) = panels(max(9.0, 2.6 + 0.9 * len(columns)), max(2.4, 1.5 + 0.5 * len(types)))
+        image = heatmap(axes, shares, fontsize=9)
+        axes.set_xticks(range(len(columns)), sizes, rotation=0 if len(columns) <= 7 else 30)
+        axes.set_yticks(range(len(types)), [label(name) for name in types])
+        figure.colorbar(image, ax=axes, label="covered (share, 0 to 1)", fraction=0.05)
+    axes.set_title("Expected steps covered")
     return figure
 
 
-def reliability(record: RunRecord) -> Figure:
+def _once(first: Mapping[str, T], second: Mapping[str, T]) -> dict[str, T]:
+    """The groups of both partings; those that hold the same stand there once, under both names."""
+    out: dict[str, T] = {}
+    left = dict(second)
+    for name, held in first.items():
+        same = next((other for other, also in left.items() if also == held), None)
+        out[name if same in (None, name) else f"{name}, {same}"] = held
+        left.pop(same or "", None)
+    return out | {f"{name} " if name in out else name: held for name, held in left.items()}
+
+
+def reliability(record: RunRecord, narrow: bool = False) -> Figure:
     """Share of right answers by the model's confidence."""
     calibration = part(record.result, "calibration")
     kept = [
@@ -130,7 +150,7 @@ def reliability(record: RunRecord) -> Figure:
     ]
     if not kept:
         raise NoData("The evaluation has no calibration.")
-    figure = Figure(figsize=(5.4, 4.8))
+    figure = Figure(figsize=(NARROW_INCHES if narrow else 5.4, 4.8))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=INK, linestyle=(0, (6, 3)), linewidth=1.1, label="perfectly calibrated")
     upper.plot(
@@ -142,14 +162,16 @@ def reliability(record: RunRecord) -> Figure:
     lower.bar([c for c, _, _ in kept], [n for _, _, n in kept], 0.03, color=BLUE, **BAR)
     known = [
         f"{name} {value:.3f}"
-        for name, key in (("ECE", "ece"), ("before scaling", "ece_uncalibrated"), ("temperature", "temperature"))
+        for name, key in (("ECE", "ece"), ("unscaled", "ece_uncalibrated"), ("temperature", "temperature"))
         if (value := calibration.get(key)) is not None
     ]
-    upper.set_title("Reliability of the confidence" + (f"\n{', '.join(known)}" if known else ""))
+    upper.set_title(
+        "\n".join(["Reliability of the confidence", *textwrap.wrap(", ".join(known), 30 if narrow else 60)])
+    )
     upper.set_ylabel("right answers (share)")
     upper.set_xlim(0, 1.02)
     upper.set_ylim(0, 1.04)
-    upper.legend(loc="upper left")
+    upper.legend(loc="upper left" if not narrow else "lower right")
     lower.set_xlabel("confidence (share, mean of a bin)")
     lower.set_ylabel("answers\n(number)")
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -184,55 +206,29 @@ LOOKS = dict(
 """Colour and hatch of each."""
 
 
-def with_vs_without_reasoning(record: RunRecord) -> Figure:
-    """Answer accuracy with and without reasoning: all questions, by kind and by complexity."""
-    overall = [
+def with_vs_without_reasoning(record: RunRecord, narrow: bool = False) -> Figure:
+    """Accuracy on all questions, with reasoning and without, and without the right picture."""
+    found = [
         (name, shown, value) for name, shown in CONDITIONS.items() if (value := record.metrics.get(name)) is not None
     ]
-    if len(overall) < 2:
+    if len(found) < 2:
         raise NoData("The evaluation has no comparisons; evaluate without turning the baselines off.")
-    grouped = _compared(record)
-    figure, (first, *others) = panels(9.6, 4.4, 1 + len(grouped), width_ratios=[1.15, *[1.0] * len(grouped)])
-    for row, (name, _, value) in enumerate(overall):
+    figure, (axes,) = panels(9.0, 1.1 + 0.42 * len(found), narrow=narrow)
+    for row, (name, _, value) in enumerate(found):
         color, hatch = LOOKS[name]
-        first.barh(row, 100 * value, 0.7, color=color, hatch=hatch, **BAR)
+        axes.barh(row, 100 * value, 0.7, color=color, hatch=hatch, **BAR)
         low, high = record.intervals.get(name, (value, value))
-        first.plot([100 * low, 100 * high], [row, row], color=INK, linewidth=1.4)
-        first.text(100 * max(high, value) + 2, row, f"{100 * value:.1f}", va="center", fontsize=9)
-    first.set_title("All questions")
-    rows_of_bars(first, [shown for _, shown, _ in overall])
-    for axes, (title, table) in zip(others, grouped.items()):
-        _compare_groups(axes, table)
-        axes.set_title(title)
-    for axes in (first, *others):
-        axes.set_xlim(0, 112)
-        axes.set_xlabel("right answers (%)")
-    compared = {"with reasoning": "final_answer_accuracy", "no-reasoning baseline": "no_reasoning_accuracy"}
-    handles: dict[str, Any] = {
-        shown: Rectangle((0, 0), 1, 1, facecolor=LOOKS[name][0], hatch=LOOKS[name][1], **BAR)
-        for shown, name in compared.items()
-    }
-    if grouped or record.intervals:
-        handles["95% interval"] = Line2D([], [], color=INK, linewidth=1.4)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        axes.plot([100 * low, 100 * high], [row, row], color=INK, linewidth=1.4)
+        axes.text(100 * max(high, value) + 2, row, f"{100 * value:.1f}", va="center", fontsize=9)
+    axes.set_title("All questions")
+    rows_of_bars(axes, [shown.replace(", ", ",\n") if narrow else shown for _, shown, _ in found])
+    axes.set_xlim(0, 119)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel("right answers (%; 95% interval)" if record.intervals else "right answers (%)")
     return figure
 
 
-def _compare_groups(axes: Axes, table: Mapping[str, Mapping[str, float]]) -> None:
-    """Two bars for each group of questions, with and without reasoning."""
-    for shift, key, look in (
-        (-0.2, "reasoning", "final_answer_accuracy"),
-        (0.2, "no_reasoning", "no_reasoning_accuracy"),
-    ):
-        color, hatch = LOOKS[look]
-        for row, entry in enumerate(table.values()):
-            axes.barh(row + shift, 100 * entry[key], 0.36, color=color, hatch=hatch, **BAR)
-            low, high = wilson(entry[key], entry["num"])
-            axes.plot([100 * low, 100 * high], [row + shift] * 2, color=INK, linewidth=1.2)
-    rows_of_bars(axes, [f"{label(name, 18)} (n={entry['num']:.0f})" for name, entry in table.items()])
-
-
-def reasoning_impact(record: RunRecord) -> Figure:
+def reasoning_impact(record: RunRecord, narrow: bool = False) -> Figure:
     """What reasoning adds to the accuracy, in points, by kind of question and by complexity."""
     grouped = _compared(record)
     if not grouped:
@@ -241,7 +237,7 @@ def reasoning_impact(record: RunRecord) -> Figure:
             "(--stages baseline) and evaluate again."
         )
     rows = max(len(table) for table in grouped.values())
-    figure, shown = panels(9.0, 1.9 + 0.46 * rows, len(grouped))
+    figure, shown = panels(9.0, 1.7 + 0.5 * rows, len(grouped), narrow=narrow)
     for axes, (title, table) in zip(shown, grouped.items()):
         ordered = sorted(table.items(), key=lambda item: item[1]["no_reasoning"] - item[1]["reasoning"])
         for row, (_, entry) in enumerate(ordered):
@@ -253,7 +249,7 @@ def reasoning_impact(record: RunRecord) -> Figure:
             axes.barh(row, gain, 0.6, color=color, hatch=hatch, **BAR)
             axes.plot([gain - spread, gain + spread], [row, row], color=INK, linewidth=1.4)
             axes.annotate(
-                f"{gain:+.1f}",
+                f"{gain:+.1f}\n({100 * entry['no_reasoning']:.0f} to {100 * entry['reasoning']:.0f}%)",
                 (max(gain + spread, 0), row),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -261,26 +257,34 @@ def reasoning_impact(record: RunRecord) -> Figure:
                 fontsize=9,
             )
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_xlabel("points gained by reasoning (95% interval)")
+        axes.set_xlabel("points gained (95% interval)")
         axes.set_title(title)
-        axes.margins(x=0.16)
-        rows_of_bars(axes, [f"{label(name, 18)} (n={entry['num']:.0f})" for name, entry in ordered])
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right + 0.45 * (right - left))  # room for the numbers
+        rows_of_bars(axes, [f"{label(name, 20)}\n(n={entry['num']:.0f})" for name, entry in ordered])
     return figure
 
 
 def _compared(record: RunRecord) -> dict[str, dict[str, dict[str, float]]]:
-    """Title -> group -> `num`, `reasoning` and `no_reasoning`, where both were measured."""
-    out = {}
+    """Title -> group -> `num`, `reasoning` and `no_reasoning`, where both were measured.
+
+    Where each kind of question is one complexity, there is one table of them: the same bars are not drawn twice.
+    """
+    out: dict[str, dict[str, dict[str, float]]] = {}
     for title, key in (("By kind of question", "accuracy_by_question_kind"), ("By complexity", "impact_by_complexity")):
         rows = part(record.result, key).items()
         table = {name: row for name, row in rows if None not in (row.get("reasoning"), row.get("no_reasoning"))}
         if table:
             largest = sorted(table.items(), key=lambda item: -item[1]["num"])[:MAX_GROUPS]
             out[title] = dict(sorted(largest, key=lambda item: by_difficulty(item[0])))
+    if len(out) == 2:
+        both = _once(*reversed(out.values()))
+        if len(both) == max(map(len, out.values())):
+            return {"By complexity and kind": both}
     return out
 
 
-def faithfulness(record: RunRecord) -> Figure:
+def faithfulness(record: RunRecord, narrow: bool = False) -> Figure:
     """Whether the answer comes from the chain: cut chains, the gain of each step, and chains about another scene."""
     cut = part(record.result, "faithfulness", "truncated")
     kept = sorted((float(share), value) for share, value in cut.items() if value is not None)
@@ -300,7 +304,7 @@ def faithfulness(record: RunRecord) -> Figure:
         draw.append(partial(_what_answers_follow, follows=follows, total=prefix.get("num")))
     if not draw:
         raise NoData("The evaluation measured no faithfulness; evaluate with it (docs/evaluation.md).")
-    figure, shown = panels(3.3 * len(draw) + 0.4, 3.4, len(draw))
+    figure, shown = panels(3.3 * len(draw) + 0.4, 3.4, len(draw), narrow=narrow)
     for axes, one in zip(shown, draw):
         one(axes)
     return figure
