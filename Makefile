@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # A file's tests stay in one process, because they share what they train; tests/conftest.py has the longest files first.
 SPREAD := --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-slurm install-browser quickstart smoke lint test test-fast clean
+.PHONY: install install-slurm install-browser quickstart smoke lint test test-fast bench-check clean
 
 # The environment is made anew where pip does not start: an install that was interrupted leaves a python without it.
 install: $(VENV)/.installed
@@ -55,6 +55,11 @@ test-fast: install
 test: lint install-slurm install-browser
 	$(BIN)/pytest $(SPREAD) -n 3 -m "not timed"
 	$(BIN)/pytest -m timed
+
+# Before a release, on a quiet machine: a training step beside a bare loop and without its groups, in under three minutes.
+bench-check: install
+	test -e outputs/smoke/stage4/phase2/checkpoint-final || $(BIN)/embervlm quickstart --output_dir outputs/smoke --smoke
+	$(BIN)/python benchmarks/training_speed.py --run outputs/smoke --check
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

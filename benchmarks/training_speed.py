@@ -2,6 +2,7 @@
 
     python benchmarks/training_speed.py --run outputs/quickstart                        # both phases and Stage 3
     python benchmarks/training_speed.py --run outputs/quickstart --phases 2 --rounds 3 --json speed.json
+    python benchmarks/training_speed.py --run outputs/smoke --check                     # `make bench-check`
 
 `--run` is the output folder of a finished run, whose data and checkpoints are the start. All arms do the same steps on
 the same records with the same model, one after the other in every round, so that other work on the machine slows all of
@@ -13,6 +14,8 @@ it is wall-clock time. Texts are encoded before, which happens once in a run. Ar
     trainer      transformers.Trainer with our collator as its data_collator, and losses as its compute_loss
     one group    `loop`, but every micro-batch padded to its longest text
     no cache     `loop`, but phase 1 encodes its pictures at every step
+
+`--check` measures what `LEAST` has a bound for, and fails where an arm needs less of the time of `loop` than it says.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ from embervlm.world import World
 SLOW_RATE = 1e-9
 """So small that all steps train what is nearly the same model."""
 Step = Callable[[int], float]
+LEAST = {"3": {"bare": 0.86, "one group": 1.3}, "1": {"bare": 0.87}, "2": {"bare": 0.89, "one group": 1.03}}
+"""An arm's time in parts of `loop`'s: what docs/performance.md has of a quiet machine, less a margin for noise."""
 
 
 def main() -> None:
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="steps of each arm in a round")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
@@ -66,6 +72,21 @@ def main() -> None:
     about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor()}
     if options.json:
         options.json.write_text(json.dumps({"about": about, "phases": found}, indent=1), encoding="utf-8")
+    if options.check and (slower := too_slow(found)):
+        sys.exit("error: slower than it was: " + "; ".join(slower))
+
+
+def too_slow(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What falls below `LEAST`."""
+    out = []
+    for phase, arms in found.items():
+        for name, least in LEAST[phase].items():
+            ratio = arms[name]["step_s"] / arms["loop"]["step_s"]
+            if ratio < least:
+                out.append(
+                    f"phase {phase}: {name} needs {ratio:.2f} of our own step's time, and needed {least} or more"
+                )
+    return out
 
 
 def measure(phase: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -83,6 +104,8 @@ def measure(phase: str, options: argparse.Namespace, work: Path) -> dict[str, An
     }
     if cache is not None:
         arms["no cache"] = loop_step(job, engine, None, world)
+    if options.check:
+        arms = {name: step for name, step in arms.items() if name == "loop" or name in LEAST[phase]}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(options.rounds):
         first = 1 + number * options.steps
