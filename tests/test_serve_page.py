@@ -6,7 +6,7 @@ import pytest
 from browser import browser, console, look, require_browser
 from conftest import enliven, make_tiny
 from served import picture, serving, until
-from test_report_browser import CONTRAST, INTERACTIVE, one, press
+from test_report_browser import CONTRAST, CUT_OFF, INTERACTIVE, one, press
 
 pytestmark = pytest.mark.slow
 QUESTION = "Which robots are suited?"
@@ -69,6 +69,7 @@ def test_it_fits_is_legible_and_shows_what_the_port_says(driver, address, files,
     text = told["message"]["reasoning_content"]
     assert len(steps) == text.count("Step ") and all(step.split("\n")[0] in text for step in steps)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert driver.execute_script(CUT_OFF) == []
     assert driver.execute_script(CONTRAST) == []
     asked = driver.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert [name for name in asked if not name.startswith((address, "data:"))] == []
@@ -96,6 +97,41 @@ def test_it_is_used_by_keyboard_and_every_field_has_a_name(driver, address):
         if field.is_displayed():
             assert field.accessible_name, field.get_attribute("outerHTML")[:200]
     assert driver.execute_script("return document.documentElement.lang") == "en"
+
+
+def test_each_step_shows_where_the_model_looked_by_mouse_and_by_keyboard(driver, address, files):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    look(driver, address)
+    ask(driver)
+    assert not one(driver, "#looked").is_displayed(), "there is no picture"
+    one(driver, "#picture").send_keys(str(files / "small.png"))
+    until(lambda: one(driver, "#preview").is_displayed())
+    ask(driver)
+    steps = driver.find_elements("css selector", "button.step")
+    pixels = "const veil = document.getElementById('veil'); return veil.hidden ? null : veil.toDataURL()"
+    assert len(steps) > 1 and steps[0].get_attribute("aria-pressed") == "true"
+    assert one(driver, "#looked-at").text.startswith("Step 1: clear where the model looked")
+    first, second = driver.execute_script(pixels), ("Step 2: clear", "Conclusion: clear")
+    ActionChains(driver, duration=0).move_to_element(steps[1]).perform()
+    assert one(driver, "#looked-at").text.startswith(second) and driver.execute_script(pixels) != first
+    ActionChains(driver, duration=0).move_to_element(one(driver, "#asked")).perform()
+    assert driver.execute_script(pixels) == first, "the chosen one is shown again"
+    driver.execute_script("arguments[0].focus()", steps[0])
+    press(driver, Keys.TAB)
+    assert one(driver, "#looked-at").text.startswith(second)
+    press(driver, Keys.SPACE)
+    assert [step.get_attribute("aria-pressed") for step in steps[:2]] == ["false", "true"]
+    press(driver, Keys.SPACE)
+    driver.execute_script("document.activeElement.blur()")
+    assert driver.execute_script(pixels) is None and "Choose a step" in one(driver, "#looked-at").text
+    grid = driver.execute_script(
+        "return [document.getElementById('veil').width, document.getElementById('veil').height]"
+    )
+    assert min(grid) > 1
+    assert "need not be the reason" in one(driver, "#about-looks").text
+    assert driver.execute_script(CUT_OFF) == [] and console(driver) == []
 
 
 def test_a_follow_up_sends_the_conversation_and_another_picture_ends_it(driver, address, files):

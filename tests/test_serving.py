@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import struct
@@ -10,10 +11,15 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
 from conftest import enliven, make_tiny
 from served import CHAT, body, data_url, metric, picture, serving, until
 
+from embervlm.evaluation.explain import explain_chains, without_padding
+from embervlm.model.generation import look
+from embervlm.serve.pictures import Pictures
+from embervlm.serve.settings import ServeSettings
 from embervlm.words.chain_text import format_reasoning
 
 
@@ -42,6 +48,37 @@ def joined(found, index=0):
 
 
 # -- what it answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_attention_is_that_of_an_evaluation_and_comes_only_where_asked_for(model, port, records, stream):
+    file = open(records[0].image, "rb").read()
+    asked = body(records[0].instruction, data_url(file, "image/jpeg"), stream=stream)
+
+    def choice(**options):
+        reply = port.post(CHAT, json=asked | options)
+        return joined(events(reply))[1] if stream else reply.json()["choices"][0]
+
+    assert choice().get("attention") is None
+    told = choice(attention=True)["attention"]
+    given = model.generate_with_reasoning(records[0].image, records[0].instruction, max_new_tokens=40)
+    steps = given["reasoning_steps"]
+    about = explain_chains(model, *look(model, [records[0].image]), [records[0].instruction], [steps])[0]["attention"]
+    assert told["grid"] == about["grid"] and len(told["steps"]) == len(steps) > 0
+    assert np.allclose(told["steps"], about["steps"], atol=1e-3)
+    without = port.post(CHAT, json=body(attention=True)).json()
+    assert without["choices"][0]["attention"] is None, "there is no picture"
+
+
+def test_attention_lies_on_the_picture_as_it_was_sent_not_on_its_padding():
+    with ThreadPoolExecutor(1) as pool:
+        wide = asyncio.run(Pictures(ServeSettings(), 16, (0, 0, 0), pool).load([data_url(picture(size=(40, 20)))]))
+        whole = asyncio.run(Pictures(ServeSettings(), 16, None, pool).load([data_url(picture(size=(40, 20)))]))
+    assert wide.area == (0, 0.25, 1, 0.75) and whole.area is None
+    assert without_padding({"grid": [4, 4], "steps": [[1 / 16] * 16]}, wide.area) == {
+        "grid": [2, 4],
+        "steps": [[0.125] * 8],
+    }
 
 
 def test_an_answer_is_that_of_the_model_itself(model, port, records):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
@@ -249,14 +249,14 @@ def scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
     return max(1, round(width * size / longest)), max(1, round(height * size / longest))
 
 
-def picture_sides(path: str) -> tuple[int, int]:
+def picture_sides(file: str | IO[bytes]) -> tuple[int, int]:
     """Width and height of the picture of this file as it is shown; ImageError if it cannot be read."""
     try:
-        with _quiet(), Image.open(path) as image:
+        with _quiet(), Image.open(file) as image:
             width, height = image.size
             turned = _exif_orientation(image) >= 5
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(file if isinstance(file, str) else "picture", error) from error
     return (height, width) if turned else (width, height)
 
 
@@ -286,7 +286,12 @@ Area = tuple[float, float, float, float]
 @lru_cache(maxsize=65536)
 def padded_area(path: str, size: int) -> Area:
     """Where in its padded square of `size` pixels the picture of this file is; ImageError if it cannot be read."""
-    wide, high = scaled_sides(*picture_sides(path), size)
+    return area_in_square(*picture_sides(path), size)
+
+
+def area_in_square(width: int, height: int, size: int) -> Area:
+    """Where in a padded square of `size` pixels a picture of these sides is."""
+    wide, high = scaled_sides(width, height, size)
     left, top = (size - wide) // 2, (size - high) // 2
     return left / size, top / size, (left + wide) / size, (top + high) / size
 

@@ -14,15 +14,21 @@ from embervlm.data.collate import padded, validator_inputs
 from embervlm.data.images import Area
 from embervlm.data.negatives import PAIR_SEGMENTS, fit_pair
 from embervlm.data.samples import Grid, boxes_to_mask
-from embervlm.model.embervlm import EmberVLM
 from embervlm.model.judging import judge_texts, step_probabilities
+from embervlm.model.network import EmberVLMNetwork
 
 
 @torch.inference_mode()
 def explain_chains(
-    model: EmberVLM, visual: Tensor, seen: Tensor, instructions: Sequence[str], chains: Sequence[Sequence[str]]
+    model: EmberVLMNetwork,
+    visual: Tensor,
+    seen: Tensor,
+    instructions: Sequence[str],
+    chains: Sequence[Sequence[str]],
+    *,
+    judged: bool = True,
 ) -> list[dict[str, Any]]:
-    """For each chain `attention` (`{"grid", "steps"}`, or None without a picture) and `validator_scores`.
+    """For each chain `attention` (`{"grid", "steps"}`, or None without a picture) and, if `judged`, `validator_scores`.
 
     A chain that is longer in its usual tokens than the language model reads has no attention.
 
@@ -44,21 +50,25 @@ def explain_chains(
     hidden = model.read(visual, seen, input_ids, text_mask)
     hidden, attention = model.refine(hidden, input_ids, visual, seen, want_attention=True)
     assert attention is not None
-    out = []
+    out: list[dict[str, Any]] = []
     for row, own in enumerate(steps):
         spans, at = [], len(prompts[row]) + 1
         for ids in own:
             spans.append((at, at + len(ids)))
             at += len(ids)
         looked = _looked(attention[row], spans, model.grid) if bool(seen[row]) else None
-        scores = _validator_scores(
-            model, visual[row : row + 1], seen[row : row + 1], prompts[row], own, spans, hidden[row], input_ids[row]
-        )
-        out.append({"attention": looked, "validator_scores": scores})
+        out.append({"attention": looked})
+        if judged:
+            out[-1]["validator_scores"] = _validator_scores(
+                model, visual[row : row + 1], seen[row : row + 1], prompts[row], own, spans, hidden[row], input_ids[row]
+            )
     for place in unread:
+        out[place]["attention"] = None
+        if not judged:
+            continue
         one = slice(place, place + 1)
         scores = step_probabilities(model, visual[one], seen[one], instructions[place], chains[place])
-        out[place] = {"attention": None, "validator_scores": [round(score, 4) for score in scores]}
+        out[place]["validator_scores"] = [round(score, 4) for score in scores]
     return out
 
 
@@ -130,7 +140,7 @@ def _looked(attention: Tensor, spans: Sequence[tuple[int, int]], grid: Grid) -> 
 
 
 def _validator_scores(
-    model: EmberVLM,
+    model: EmberVLMNetwork,
     visual: Tensor,
     seen: Tensor,
     prompt: list[int],

@@ -111,13 +111,15 @@ class Server:
             num_chains=num_rows,
             min_known=asked.min_known,
         )
+        picture = await asyncio.wait_for(self.pictures.load(talk.pictures), settings.timeout_s)
         return Job(
             question=talk.question,
-            image=await asyncio.wait_for(self.pictures.load(talk.pictures), settings.timeout_s),
+            picture=picture,
             previous=talk.previous,
             decoding=decoding,
             elect=(asked.num_chains or 1) > 1,
             stream=asked.stream,
+            attention=asked.attention,
             loop=asyncio.get_running_loop(),
         )
 

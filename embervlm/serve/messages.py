@@ -78,6 +78,9 @@ class ChatRequest(Strict):
     min_known: Annotated[
         float, Field(ge=0, le=1, description="least `known` of a question that gets an answer; 0 answers all")
     ] = 0.5
+    attention: Annotated[
+        bool, Field(description="where in the picture each step looked; reading the chain again takes a moment")
+    ] = False
     logprobs: Annotated[bool | None, Field(description="of the answer's tokens")] = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=0)] = None
     frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -18,7 +19,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from embervlm.data.images import Colour, ImageError, load_image
+from embervlm.data.images import Area, Colour, ImageError, area_in_square, load_image, picture_sides
 from embervlm.errors import UserError
 from embervlm.serve.settings import ServeSettings
 
@@ -30,8 +31,17 @@ class PictureError(UserError):
     """A picture that cannot be used."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A picture as the model takes it."""
+
+    pixels: np.ndarray
+    area: Area | None
+    """Where in `pixels` the picture as sent is, if it was padded; of several their layout counts as one."""
+
+
 class Pictures:
-    """`await load(addresses)` gives what `EmberVLM` takes as a picture.
+    """`await load(addresses)` gives the picture of a request.
 
     Args:
         size, fill: As for `load_image`, so that what is kept in memory is small.
@@ -41,7 +51,7 @@ class Pictures:
     def __init__(self, settings: ServeSettings, size: int, fill: Colour | None, pool: Executor) -> None:
         self.settings, self.size, self.fill, self.pool = settings, size, fill, pool
 
-    async def load(self, addresses: Sequence[str]) -> Any:
+    async def load(self, addresses: Sequence[str]) -> Loaded | None:
         """None without a picture; several are laid out as in training.
 
         Raises:
@@ -63,7 +73,7 @@ class Pictures:
                 raise PictureError(f"{name}: not fetched ({type(error).__name__}: {error})") from error
         raise PictureError(f"{name}: give a data URL, data:image/png;base64,...")
 
-    def _decode(self, files: Sequence[bytes]) -> np.ndarray:
+    def _decode(self, files: Sequence[bytes]) -> Loaded:
         pixels = 0
         for number, file in enumerate(files, 1):
             pixels += _pixels(file, f"picture {number}")
@@ -71,7 +81,11 @@ class Pictures:
                 raise PictureError(f"picture {number}: too many pixels; give at most {self.settings.max_pixels:,}")
         source: Any = files[0] if len(files) == 1 else list(files)
         try:
-            return load_image(source, size=self.size, fill=self.fill, name="picture")
+            loaded = load_image(source, size=self.size, fill=self.fill, name="picture")
+            area = None
+            if self.fill is not None and len(files) == 1:
+                area = area_in_square(*picture_sides(io.BytesIO(files[0])), self.size)
+            return Loaded(pixels=loaded, area=area)
         except (ImageError, MemoryError) as error:
             reason = str(error).partition(";")[0]
             raise PictureError(f"{reason}; send a whole file, as {' or '.join(FORMATS)}") from error

@@ -44,6 +44,15 @@ class Delta(BaseModel):
     refusal: str | None = None
 
 
+class Attention(BaseModel):
+    """Where in the picture the model looked while it read its chain."""
+
+    grid: tuple[int, int]
+    """Rows and columns that lie over the picture."""
+    steps: list[list[float]]
+    """Of each step, the conclusion last: the share of its attention in each cell, row by row; they sum to 1."""
+
+
 class Choice(BaseModel):
     index: int
     finish_reason: Literal["stop", "length"] | None = None
@@ -55,6 +64,8 @@ class Choice(BaseModel):
     answer_set: list[str] | None = None
     """The names in the answer; of a refused one too, as the model wrote it."""
     votes: dict[str, float] | None = None
+    attention: Attention | None = None
+    """Where it was asked for and there is a picture; null for a chain longer than the model reads at once."""
 
 
 class WholeChoice(Choice):
@@ -124,6 +135,7 @@ def choice_fields(index: int, result: Mapping[str, Any], want_logprobs: bool) ->
         "known": result.get("known"),
         "answer_set": result["answer_set"],
         "votes": result.get("votes"),
+        "attention": result.get("attention"),
     }
 
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from embervlm.data.images import Area
 from embervlm.errors import UserError
+from embervlm.evaluation.explain import explain_chains, without_padding
 from embervlm.model.continuous import Asked, Together, begin
 from embervlm.model.decoding import Decoding
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.streaming import CONCLUSION, STEP, Piece, Pieces
 from embervlm.serve.metrics import Metrics
+from embervlm.serve.pictures import Loaded
 
 MAX_JOINING = 8
 """Most requests whose prompts are read between two tokens of the others, who wait meanwhile."""
@@ -44,13 +47,15 @@ class Job:
     """One request. The worker writes its fields, and then wakes up who waits on `news`."""
 
     question: str
-    image: Any
+    picture: Loaded | None
     previous: Sequence[str]
     decoding: Decoding
     elect: bool
     """Whether its chains vote; else each is a choice of its own."""
     stream: bool
     """Whether somebody reads `pieces`."""
+    attention: bool
+    """Whether the results say where each step looked."""
     loop: asyncio.AbstractEventLoop
     begun_s: float = field(default_factory=time.monotonic)
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -154,7 +159,8 @@ class Worker:
         for job in chosen:
             try:
                 pieces = Pieces(self.model.tokenizer, job.hear) if job.stream and not job.elect else None
-                job.asked = begin(self.model, job.image, job.question, job.decoding, job.previous, pieces)
+                pixels = None if job.picture is None else job.picture.pixels
+                job.asked = begin(self.model, pixels, job.question, job.decoding, job.previous, pieces)
             except Exception as error:
                 if not isinstance(error, UserError):
                     log.exception("a request failed")
@@ -184,8 +190,7 @@ class Worker:
                 job.asked.give_up()
                 self._count(job)
             elif job.asked.done:
-                job.results = job.asked.results(job.elect)
-                self._count(job)
+                self._finish(job, job.asked)
                 told.append(job)
             elif job.pieces and now - job.told_s >= NEWS_S:
                 job.told_s = now
@@ -193,6 +198,17 @@ class Worker:
         self._running = [job for job in self._running if not (job.over or job.given_up)]
         self.metrics.rows.set(self._together.num_rows)
         self._wake(told)
+
+    def _finish(self, job: Job, asked: Asked) -> None:
+        results = asked.results(job.elect)
+        try:
+            if job.attention and job.picture is not None:
+                add_attention(self.model, asked, results, job.picture.area)
+            job.results = results
+        except Exception as error:  # of this job alone
+            log.exception("the attention of a chain failed")
+            job.error = error
+        self._count(job)
 
     def _count(self, job: Job) -> None:
         assert job.asked is not None
@@ -211,6 +227,20 @@ class Worker:
                 loop.call_soon_threadsafe(_set, mine)
             except RuntimeError:  # the loop has ended
                 continue
+
+
+def add_attention(model: EmberVLMNetwork, asked: Asked, results: Sequence[dict[str, Any]], area: Area | None) -> None:
+    """Give each result with a chain its `attention`: over the picture in `area` where it was padded."""
+    read = [result for result in results if result["reasoning_steps"]]
+    if not read:
+        return
+    count = len(read)
+    visual, seen = asked.visual.expand(count, -1, -1), asked.seen.expand(count)
+    chains = [result["reasoning_steps"] for result in read]
+    found = explain_chains(model, visual, seen, [asked.question] * count, chains, judged=False)
+    for result, about in zip(read, found):
+        attention = about["attention"]
+        result["attention"] = without_padding(attention, area) if attention and area else attention
 
 
 def _set(jobs: Sequence[Job]) -> None:

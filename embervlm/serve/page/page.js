@@ -57,8 +57,9 @@ form.addEventListener("submit", (event) => { event.preventDefault(); if (!runnin
 
 function clear(question) {
   $("steps").replaceChildren();
+  $("conclusion").replaceChildren();
   $("asked").textContent = question;
-  for (const id of ["conclusion", "answer-box", "empty"]) show(id, false);
+  for (const id of ["conclusion", "answer-box", "empty", "looked", "about-looks"]) show(id, false);
   show("asked", true);
   fail("");
 }
@@ -88,6 +89,63 @@ function finish(answer, why, confidence) {
   }
   show("answer-box", true);
 }
+
+// ---- where the model looked
+
+const VEIL = 0.86, GREY = 246; // as in the report's pages: the picture fades where a step did not look
+
+function veil({ grid: [rows, columns] }, shares) { // one pixel for each cell; the browser smooths it over the picture
+  const canvas = $("veil");
+  [canvas.width, canvas.height] = [columns, rows];
+  const pixels = new ImageData(columns, rows);
+  const most = Math.max(...shares) || 1;
+  shares.forEach((share, place) => pixels.data.set([GREY, GREY, GREY, 255 * VEIL * (1 - (share / most) ** 0.7)], 4 * place));
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+function offer(attention, asked) { // steps become buttons: hovering and focusing shows, pressing keeps
+  if (!$("steps").children.length) return; // the model wrote no chain
+  $("seen").src = asked;
+  show("looked", true);
+  if (!attention) {
+    show("veil", false);
+    $("looked-at").textContent = "Where the model looked is not known: the chain is too long to be read at once.";
+    return;
+  }
+  show("about-looks", true);
+  const places = [...$("steps").children, $("conclusion")].filter((node) => !node.hidden && node.textContent);
+  const buttons = places.slice(0, attention.steps.length).map((node) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "step";
+    button.append(node.textContent);
+    node.replaceChildren(button);
+    return button;
+  });
+  let kept = -1;
+  const look = (place) => {
+    show("veil", place >= 0);
+    if (place >= 0) veil(attention, attention.steps[place]);
+    const name = place < $("steps").children.length ? `Step ${place + 1}` : "Conclusion";
+    $("looked-at").textContent = place < 0 ? "Choose a step to see where the model looked."
+      : `${name}: clear where the model looked, faded where it did not.`;
+  };
+  const keep = (place) => {
+    kept = place === kept ? -1 : place;
+    buttons.forEach((button, at) => button.setAttribute("aria-pressed", String(at === kept)));
+    look(kept);
+  };
+  buttons.forEach((button, place) => {
+    button.addEventListener("click", () => keep(place));
+    for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => look(place));
+    for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => look(kept));
+  });
+  keep(buttons.length ? 0 : -1);
+}
+
+$("seen").addEventListener("load", () => {
+  $("frame").style.setProperty("--ratio", $("seen").naturalWidth / $("seen").naturalHeight);
+});
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -121,7 +179,8 @@ async function ask(question) {
   try {
     const headers = { "Content-Type": "application/json" };
     if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-    const body = JSON.stringify({ model, messages, stream: true });
+    const asked = picture; // another may be chosen meanwhile
+    const body = JSON.stringify({ model, messages, stream: true, attention: Boolean(asked) });
     const response = await fetch("/v1/chat/completions", { method: "POST", headers, body, signal: running.signal });
     if (!response.ok) {
       if (response.status === 401) { show("key-field", true); $("key").focus(); }
@@ -140,6 +199,7 @@ async function ask(question) {
       if (choice.finish_reason) {
         answer = choice.delta.content || "";
         finish(answer, choice.delta.refusal, choice.confidence);
+        if (asked) offer(choice.attention, asked);
         ended = true;
       }
     }
