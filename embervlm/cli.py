@@ -32,7 +32,7 @@ COMMANDS = {
     "export": (
         "run.export",
         "export",
-        "write a checkpoint for the Auto classes of transformers, as it is or in int8",
+        "write a checkpoint for the Auto classes of transformers, in int8, or for onnxruntime",
         "embervlm export outputs/stage4/phase2/checkpoint-final exported --format int8",
     ),
     "ask": (

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -154,6 +155,21 @@ class ReasoningTokenizer:
 
     def save(self, path: str | Path) -> None:
         self.hugging_face.save_pretrained(str(path))
+
+    def spelled(self) -> str:
+        """The text of a `tokenizer.json` that encodes as this one does, for readers without transformers."""
+        return str(self._backend.to_str())
+
+    def settings(self) -> dict[str, Any]:
+        """What such a reader has to know beside it: the ids of the Stage 4 tokens, and how a question is put."""
+        return {
+            "ids": self.ids,
+            "base_vocab_size": self.base_vocab_size,
+            "end_of_text": self.end_of_text,
+            "bos": self._bos,
+            "prompt": self._prompt,
+            "added_tokens": list(self.hugging_face.get_added_vocab()),
+        }
 
     def digest(self) -> str:
         """Changes with anything that changes how text is encoded."""

@@ -35,7 +35,7 @@ NO_PICTURE = "There is no picture, and the questions that the model was trained 
 NO_PICTURE_WANTED = "There is a picture, and the questions that the model was trained on had none."
 Verdict = tuple[float, str]
 """How well a question is known, in [0, 1], and the sentence that says what is least known of it."""
-_NAMES = ("bank", "centre", "spread", "indptr", "columns", "counts", "scales", "with_picture_share")
+NAMES = ("bank", "centre", "spread", "indptr", "columns", "counts", "scales", "with_picture_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Known:
         with run_dir.naming_unwritten(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".tmp-{path.name}")
-            part.write_bytes(save({name: getattr(self, name).contiguous() for name in _NAMES}))
+            part.write_bytes(save({name: getattr(self, name).contiguous() for name in NAMES}))
             part.replace(path)
 
     def _known(self, row: int, far: float) -> float:
@@ -214,7 +214,7 @@ def read_known(checkpoint: str | Path) -> Known | None:
         return None
     try:
         tensors = load(path.read_bytes())
-        return Known(**{name: tensors[name] for name in _NAMES})
+        return Known(**{name: tensors[name] for name in NAMES})
     except (SafetensorError, KeyError, OSError) as error:
         raise UserError(f"{path}: damaged ({str(error)[:200]}); delete it and evaluate again") from error
 

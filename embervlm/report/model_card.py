@@ -20,6 +20,7 @@ def model_card(
     evaluations: Sequence[Mapping[str, Any]] = (),
     refuses: bool = False,
     is_int8: bool = False,
+    runner: str | None = None,
 ) -> str:
     """The card as Markdown with the hub's YAML header.
 
@@ -30,6 +31,7 @@ def model_card(
         evaluations: Evaluation files of the checkpoint, the most telling first.
         refuses: Whether it knows what it was trained on.
         is_int8: Whether its weights were rounded to 8 bits after the evaluations.
+        runner: Program in the folder that asks it; None where EmberVLM does.
     """
     folder = Path(__file__).parent
     pages = Environment(
@@ -52,4 +54,5 @@ def model_card(
         evaluations=evaluations,
         refuses=refuses,
         is_int8=is_int8,
+        runner=runner,
     )

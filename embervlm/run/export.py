@@ -1,4 +1,5 @@
-"""`embervlm export`: a checkpoint as a folder that the Auto classes of transformers open, in floats or in int8."""
+"""`embervlm export`: a checkpoint as a folder that the Auto classes of transformers open, in floats or in int8; or as
+graphs for onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from embervlm.model.int8 import holds_int8, to_int8
 from embervlm.model.known import known_path
 from embervlm.model.storage import resolve_folder, save_safetensors
 from embervlm.report.model_card import model_card
+from embervlm.run.export_onnx import RUNNER, write_onnx
 from embervlm.run.import_checkpoint import refuse_existing, write_folder
 
-HF, INT8 = "hf", "int8"
-FORMATS = (HF, INT8)
+HF, INT8, ONNX = "hf", "int8", "onnx"
+FORMATS = (HF, INT8, ONNX)
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +30,12 @@ def export_options(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         default=HF,
         help="hf: as it is, for the Auto classes of transformers; int8: the same with weights of 8 bits, a quarter as "
-        "large (docs/quantization.md)",
+        "large; onnx: graphs for onnxruntime and a program that asks them without torch (docs/quantization.md)",
     )
 
 
-def export(checkpoint: str, out: Path, format: str) -> None:
-    """Write `out`: the model's `config.json` and `model.safetensors`, its tokenizer, how its confidence is
+def export(checkpoint: str, out: Path, format: str = HF) -> None:
+    """Write `out`: the model (`config.json` and `model.safetensors`, or graphs), its tokenizer, how its confidence is
     calibrated and known questions are told, and a model card. Adapters are merged in every checkpoint, so they are
     here."""
     refuse_existing(out)
@@ -46,16 +48,23 @@ def export(checkpoint: str, out: Path, format: str) -> None:
         to_int8(model)
 
     def save(part: Path) -> None:
+        (part / "README.md").write_text(_card(model, folder, out.name, format), encoding="utf-8")
+        if format == ONNX:
+            write_onnx(model, part)
+            return
         model.config.save_pretrained(str(part))
         save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
         model.tokenizer.save(part)
-        (part / "README.md").write_text(_card(model, folder, out.name, format), encoding="utf-8")
         for path_of in (run_dir.calibration_path, known_path):
             if (fitted := path_of(folder)).exists():
                 path_of(part).parent.mkdir(exist_ok=True)
                 shutil.copy(fitted, path_of(part))
 
     write_folder(save, out)
+    if format == ONNX:
+        print(f'{out}: written; `python {out / RUNNER} picture.jpg "question"` asks it, with numpy, onnxruntime,')
+        print("tokenizers and Pillow alone: copy the folder to a board that has these")
+        return
     print(f"{out}: written; `from embervlm import EmberVLM` makes it known to AutoConfig, AutoModel and AutoTokenizer,")
     print(f'and EmberVLM.from_pretrained("{out}") opens it as well')
 
@@ -71,4 +80,5 @@ def _card(model: EmberVLM, checkpoint: Path, name: str, format: str) -> str:
         evaluations=[run_dir.read_object(path, "metrics", "intervals", "split", "num_samples") for path in found[:1]],
         refuses=model.known is not None,
         is_int8=format == INT8,
+        runner=RUNNER if format == ONNX else None,
     )
