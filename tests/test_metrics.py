@@ -546,8 +546,13 @@ def test_the_table_fits_80_columns_and_shows_missing_values():
         {"checkpoint": "/x" * 60, "split": "val", "metrics": metrics, "targets": compare_with_targets(metrics)}
     )
     assert max(map(len, text.splitlines())) <= 80
-    assert next(line for line in text.splitlines() if "consistency" in line).split()[1:] == ["0.8499", ">0.85", "no"]
-    assert next(line for line in text.splitlines() if "same_time" in line).split()[1:] == ["n/a", "-", "-"]
+    assert next(line for line in text.splitlines() if "consistency" in line).split()[1:] == [
+        "0.8499",
+        ">0.85",
+        "no",
+        "high",
+    ]
+    assert next(line for line in text.splitlines() if "same_time" in line).split()[1:] == ["n/a", "-", "-", "low"]
 
 
 def test_a_chain_is_scored_in_a_few_hundredths_of_a_second(scorer):

@@ -23,6 +23,7 @@ from PIL import Image
 from report_run import METRICS, evaluation, sample, write_checkpoint, write_json, write_run
 
 from embervlm import run_dir
+from embervlm.meanings import MEANINGS
 from embervlm.report import drawing, figures
 from embervlm.report.build import Report, write_report
 from embervlm.report.pages import best_examples, failure_cases, index_page, samples_page
@@ -126,6 +127,16 @@ def test_the_page_holds_every_sample_with_its_steps_and_attention(run: Path, rep
 def test_the_pages_header_names_the_phase_once(report: Report) -> None:
     page = report.index.read_text(encoding="utf-8")
     assert "phase 2, step 550" in page and "phase phase" not in page
+
+
+def test_every_metric_is_explained_in_a_sentence_and_a_link_leads_further(report: Report) -> None:
+    page = Page(report.index)
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert {link[1:] for link in links if link and link.startswith("#")} <= ids
+    for name in METRICS:
+        assert f"#meaning-{name}" in links and page.text.count(MEANINGS[name].says.replace("`", "")) >= 1, name
+    assert "Low is good." in page.text
 
 
 def test_the_pages_say_what_the_number_beside_a_step_is_and_how_far_to_trust_it(report: Report, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from embervlm.meanings import MEANINGS
 from embervlm.report.recorded import CHAIN_METRICS, RunRecord, flat, part
 
 MAX_CELL = 500
@@ -70,7 +71,7 @@ def metrics(record: RunRecord) -> Table:
         interval, target = record.intervals.get(name), record.targets.get(name)
         rows.append(
             (
-                short(words(name), MAX_CELL),
+                _explained(name),
                 share(record.metrics.get(name)),
                 f"{share(interval[0])} to {share(interval[1])}" if interval else NOTHING,
                 Markup("{} {}").format(target["target"], pill(target["met"])) if target else NOTHING,
@@ -78,6 +79,30 @@ def metrics(record: RunRecord) -> Table:
         )
     heads = ("Metric", "Value", "95% interval", "Target")
     return Table(caption="Every metric", heads=heads, rows=rows, texts=("Target",))
+
+
+def _explained(name: str) -> str:
+    """The name of a metric, what it says, and a link to what else there is to say."""
+    if name not in MEANINGS:
+        return short(words(name), MAX_CELL)
+    meaning = MEANINGS[name]
+    return meaning_link(name) + Markup(' <span class="says-what">{} {}</span>').format(
+        in_code(meaning.says), meaning.good
+    )
+
+
+def in_code(text: str) -> Markup:
+    """Our own text with what stands between backquotes as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+
+
+def meaning_link(name: str, shown: str = "") -> Markup:
+    """`shown` as a link to the entry of `name` among the meanings; the words of `name` where there is none."""
+    shown = shown or words(name)
+    if name not in MEANINGS:
+        return Markup("{}").format(shown)
+    return Markup('<a class="meaning" href="#meaning-{}">{}</a>').format(name, shown)
 
 
 def checkpoints(record: RunRecord) -> Table:
@@ -109,11 +134,19 @@ def quality(result: Mapping[str, Any]) -> list[Table]:
         for name, row in part(result, "attention").items()
     ]
     tables = [
-        Table(caption="By answer", heads=("Answer", "Precision", "Recall", "Records"), rows=by_answer),
-        Table(caption="Step validator", heads=("Kind of invalid step", "Balanced accuracy"), rows=validator),
+        Table(
+            caption=meaning_link("per_candidate", "By answer"),
+            heads=("Answer", "Precision", "Recall", "Records"),
+            rows=by_answer,
+        ),
+        Table(
+            caption=meaning_link("validator", "Step validator"),
+            heads=("Kind of invalid step", "Balanced accuracy"),
+            rows=validator,
+        ),
         _own_steps(result),
         Table(
-            caption="Attention of the steps that read a thing",
+            caption=meaning_link("attention", "Attention of the steps that read a thing"),
             heads=("Thing", "Steps", "Share on it", "Of the picture"),
             rows=attention,
         ),
@@ -127,7 +160,7 @@ def _own_steps(result: Mapping[str, Any]) -> Table:
     names = {name: words(name).capitalize() for name in shares} | {"auroc": "AUROC"}
     rows = [("Wrong steps", *(number(row.get("wrong")) for row in found.values()))]
     rows += [(names[name], *(share(row.get(name)) for row in found.values())) for name in shares]
-    caption = "Step validator on the model's own chains"
+    caption = meaning_link("own_steps", "Step validator on the model's own chains")
     return Table(caption=caption, heads=("Chains", *found), rows=rows if found else ())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from embervlm.meanings import MEANINGS
 from embervlm.report import page_tables
 from embervlm.report.page_tables import short
 from embervlm.report.pictures import overlay_png, picture_uris
@@ -42,6 +43,7 @@ SECTIONS = (
     ("faithful", "Faithfulness"),
     ("samples", "Samples"),
     ("compare", "Side by side"),
+    ("meanings", "What it means"),
     ("config", "Configuration"),
 )
 _HERE = Path(__file__).parent
@@ -55,6 +57,8 @@ def _environment() -> Environment:
     environment.filters["share"] = page_tables.share
     environment.filters["width"] = lambda value: f"{100 * min(max(value, 0), 1):.1f}"
     environment.filters["words"] = page_tables.words
+    environment.filters["meaning"] = page_tables.meaning_link
+    environment.filters["code"] = page_tables.in_code
     environment.filters["pill"] = page_tables.pill
     return environment
 
@@ -212,6 +216,7 @@ def index_page(
         verdict=_verdict(record),
         tiles=_tiles(record),
         metrics=page_tables.metrics(record),
+        meanings=MEANINGS,
         checkpoints=page_tables.checkpoints(record),
         quality=page_tables.quality(result),
         faithfulness=page_tables.faithfulness(result),
@@ -343,7 +348,7 @@ def _tiles(record: RunRecord) -> list[dict[str, Any]]:
         target = record.targets.get(name, {"target": "", "met": None})
         out.append(
             {
-                "name": name.replace("_", " "),
+                "name": name,
                 "value": record.metrics.get(name),
                 "met": target["met"],
                 "target": target["target"] or "not set",

@@ -6,23 +6,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from embervlm.meanings import MEANINGS
+
 _WIDTH = 80
 _MET = {True: "yes", False: "no", None: "-"}
 
 
 def metrics_table(eval_json: Mapping[str, Any]) -> str:
-    """Metric, value, target and whether it is met, a line each, in 80 columns; "n/a" for a value that is missing.
+    """Metric, value, target, whether it is met, and which values are good, in 80 columns; "n/a" for a missing value.
 
     Four digits, since 0.8499 misses a target of 0.85. A target without a metric is listed too. No final newline.
     """
     metrics, targets = eval_json.get("metrics", {}), eval_json.get("targets", {})
-    rows = [("metric", "value", "target", "met")]
+    rows = [("metric", "value", "target", "met", "good")]
     for name in [*targets, *(name for name in metrics if name not in targets)]:
         target = targets.get(name, {})
         met = _MET.get(target.get("met"), "-")
-        rows.append((_shorten(name, 48), _value(metrics.get(name)), str(target.get("target", "-")), met))
+        good = MEANINGS[name].better if name in MEANINGS else ""
+        rows.append((_shorten(name, 44), _value(metrics.get(name)), str(target.get("target", "-")), met, good or "-"))
     width = max(len(row[0]) for row in rows)
-    lines = [f"{name:<{width}}  {value:>8}  {target:>8}  {met:>3}" for name, value, target, met in rows]
+    lines = [
+        f"{name:<{width}}  {value:>8}  {target:>8}  {met:>3}  {good:>4}" for name, value, target, met, good in rows
+    ]
     lines.insert(1, "-" * len(lines[0]))
     about = [
         f"{label}: {_shorten(str(eval_json[key]), _WIDTH - len(label) - 2)}"
