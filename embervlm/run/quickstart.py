@@ -91,6 +91,7 @@ class Quickstart:
             raise ConfigError("the deepspeed command is not installed; run `make install`")
         command = [
             deepspeed,
+            "--quiet",
             "--num_gpus",
             str(processes),
             "--master_port",
