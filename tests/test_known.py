@@ -62,6 +62,21 @@ def test_another_wording_is_known_where_it_shares_most_of_its_words_with_one_of_
         assert verdict(known, question)[0] > 0.5, question
 
 
+@pytest.mark.parametrize("strange", [*OFF, "And at night?", "Why?"])
+def test_a_strange_follow_up_is_unknown_behind_a_known_question(strange):
+    known = Known.fit(
+        tokens(200), tokens(100, seed=1), [*QUESTIONS, "Carry the load. Which robots? And the gate?"], QUESTIONS[:5], 1
+    )
+    visual, seen = tokens(1, seed=2), torch.tensor([True])
+    (together,) = known.of(visual, seen, [f"{QUESTIONS[0]} {strange}"])
+    (followed,) = known.of(visual, seen, [f"{QUESTIONS[0]} {strange}"], [strange])
+    assert together[0] > 0.1 > followed[0] and followed[1] == UNLIKE_QUESTION
+    (again,) = known.of(visual, seen, [f"{QUESTIONS[0]} {QUESTIONS[1]}"], [QUESTIONS[1]])
+    assert again[0] > 0.5
+    (trained,) = known.of(visual, seen, ["Carry the load. Which robots? And the gate?"], ["And the gate?"])
+    assert trained[0] == 1, "training had both together"
+
+
 def test_a_picture_unlike_those_of_training_is_told_and_no_more_than_a_few_of_theirs_are():
     known = fitted()
     found, why = verdict(known, visual=tokens(1, centre=4.0))
@@ -154,6 +169,14 @@ def test_the_reasoning_object_says_so_too(lively_model, kept, records):
     assert found.answer is None and found.why == UNLIKE_QUESTION and found.known < 0.5
     again = lively_model.reason(records[0].image, "Who wrote Hamlet?", max_new_tokens=24)
     assert again["answer"] is None and again["why"] == UNLIKE_QUESTION
+
+
+def test_a_strange_follow_up_gets_no_answer(lively_model, kept, records):
+    lively_model.known = fit_known(lively_model, kept)
+    first = lively_model.reason(records[0].image, records[0].instruction, max_new_tokens=80)
+    assert first["why"] != UNLIKE_QUESTION
+    second = lively_model.reason(records[0].image, "Who wrote Hamlet?", first["reasoning"], max_new_tokens=80)
+    assert second["answer"] is None and second["why"] == UNLIKE_QUESTION
 
 
 def test_a_threshold_that_is_no_share_is_refused():

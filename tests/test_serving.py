@@ -382,9 +382,11 @@ def test_a_picture_is_fetched_only_from_a_host_that_is_named(model, elsewhere):
 
 def test_a_question_that_the_model_does_not_know_is_refused_with_a_sentence(model, port, records, monkeypatch):
     class Stranger:
-        def of(self, visual, seen, questions):
+        def of(self, visual, seen, questions, last=None):
+            heard.append(last)
             return [(0.1, "It is unlike all.") for _ in questions]
 
+    heard = []
     monkeypatch.setattr(model, "known", Stranger())
     (choice,) = port.post(CHAT, json=body(n=None)).json()["choices"]
     assert choice["message"]["content"] is None and "It is unlike all." in choice["message"]["refusal"]
@@ -393,3 +395,7 @@ def test_a_question_that_the_model_does_not_know_is_refused_with_a_sentence(mode
     assert told["delta"]["refusal"] == choice["message"]["refusal"] and "content" not in told["delta"]
     (choice,) = port.post(CHAT, json=body(min_known=0)).json()["choices"]
     assert "It is unlike all." not in (choice["message"]["refusal"] or "")
+    turns = [{"role": "user", "content": "Fly?"}, {"role": "assistant", "content": "No."}]
+    turns.append({"role": "user", "content": "Who wrote Hamlet?"})
+    assert port.post(CHAT, json=body() | {"messages": turns}).is_success
+    assert heard[0] is None and heard[-1] == ["Who wrote Hamlet?"], "a follow-up has to be known by itself"

@@ -76,6 +76,7 @@ def begin(
     decoding: Decoding,
     previous: Sequence[str] = (),
     on_token: OnToken | None = None,
+    last: str | None = None,
 ) -> Asked:
     """Read picture and question; `Together` writes the rest. The model has to be in eval mode.
 
@@ -83,6 +84,7 @@ def begin(
         image: As for `generate_with_reasoning`.
         previous: Steps of the reasoning before, of a follow-up; see `EmberVLM.reason`.
         on_token: See `generate_from_visual`.
+        last: Of a follow-up, its own words, with which `question` ends.
 
     Raises:
         ConfigError: picture and question are longer than what the language model reads.
@@ -98,7 +100,7 @@ def begin(
         decoding=decoding,
         kept_steps=kept,
         begun=begun,
-        known=known_of(model, visual, seen, [question], decoding),
+        known=known_of(model, visual, seen, [question], decoding, None if last is None else [last]),
         num_prompt_tokens=len(prompts[0]) + (visual.shape[1] if image is not None else 0),
         writer=writer,
         visual=visual,

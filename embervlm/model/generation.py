@@ -41,10 +41,19 @@ def generate_answers(
 
 
 def known_of(
-    model: EmberVLMNetwork, visual: Tensor, seen: Tensor, questions: Sequence[str], decoding: Decoding
+    model: EmberVLMNetwork,
+    visual: Tensor,
+    seen: Tensor,
+    questions: Sequence[str],
+    decoding: Decoding,
+    last: Sequence[str] | None = None,
 ) -> list[Verdict] | None:
-    """What `settled` takes; None of a model that was never evaluated, and of a text that is only continued."""
-    return None if model.known is None or decoding.form == "text" else model.known.of(visual, seen, questions)
+    """What `settled` takes; None of a model that was never evaluated, and of a text that is only continued.
+
+    Args:
+        last: see `Known.of`.
+    """
+    return None if model.known is None or decoding.form == "text" else model.known.of(visual, seen, questions, last)
 
 
 def check_length(model: EmberVLMNetwork, instructions: Sequence[str], decoding: Decoding) -> None:

@@ -190,12 +190,13 @@ def reason(
     with model.in_eval_mode():
         visual, seen = look(model, [image])
         kept: list[str] = []
+        last = None
         if previous is not None:
-            earlier = as_reasoning(previous)
+            earlier, last = as_reasoning(previous), [question]
             question = behind(earlier, question)
             kept = still_holds(model, visual, seen, question, earlier.steps)
         check_length(model, [question], decoding)
-        found = known_of(model, visual, seen, [question], decoding)
+        found = known_of(model, visual, seen, [question], decoding, last)
         begun = [token for ids in model.tokenizer.step_ids(kept) for token in ids]
         pieces = None if on_text is None else Pieces(model.tokenizer, on_text)
         if pieces is not None:

@@ -106,14 +106,22 @@ class Known:
         found.scales[1] = torch.tensor([usual, max((min(unusual, 0.8) + 1) / 2, limit), 1.0])
         return found
 
-    def of(self, visual: Tensor, image_mask: Tensor, questions: Sequence[str]) -> list[Verdict]:
+    def of(
+        self, visual: Tensor, image_mask: Tensor, questions: Sequence[str], last: Sequence[str] | None = None
+    ) -> list[Verdict]:
         """A verdict on each question.
 
         Args:
             visual: `[batch, num_visual_tokens, hidden]`, projected.
             image_mask: `[batch]` bool, which have a picture.
+            last: of follow-ups, which `questions` have behind the questions before, their own words. Unless both
+                together are as training had them, these have to be known too: few strange words make a long known
+                question no strange one.
         """
         words = [self._known(1, far) for far in self.question_distances(questions)]
+        if last is not None:
+            own = [self._known(1, far) for far in self.question_distances(last)]
+            words = [both if both == 1 else min(both, alone) for both, alone in zip(words, own, strict=True)]
         pictures = self.picture_distances(visual) if len(self.bank) else [0.0] * len(questions)
         share = float(self.with_picture_share)
         out = []

@@ -80,11 +80,16 @@ def ask(
         webbrowser.open(page.as_uri())
 
 
-def refuses(model: EmberVLM, picture: str | None, question: str, decoding: Decoding) -> bool:
+def refuses(model: EmberVLM, picture: str | None, question: str, decoding: Decoding, last: str | None = None) -> bool:
     """Whether there will be no answer because picture or question are unlike those of training; its reasons are then
-    not worth reading."""
+    not worth reading.
+
+    Args:
+        last: of a follow-up, its own words, with which `question` ends.
+    """
     with torch.inference_mode(), model.in_eval_mode():
-        found = known_of(model, *look(model, [picture]), [question], decoding)
+        visual, seen = look(model, [picture])
+        found = known_of(model, visual, seen, [question], decoding, None if last is None else [last])
     return found is not None and found[0][0] < decoding.min_known
 
 

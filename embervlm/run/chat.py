@@ -80,8 +80,10 @@ class _Chat:
 
     def _ask(self, question: str) -> None:
         printer = ChainPrinter(sys.stdout, self.style)
-        asked = question if self.before is None else behind(self.before, question)
-        told = not refuses(self.model, self.picture, asked, self.decoding)
+        if self.before is None:
+            told = not refuses(self.model, self.picture, question, self.decoding)
+        else:
+            told = not refuses(self.model, self.picture, behind(self.before, question), self.decoding, question)
         heard = printer if told else None
         try:
             found = self.model.reason(self.picture, question, self.before, on_text=heard, **vars(self.decoding))

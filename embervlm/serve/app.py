@@ -114,6 +114,7 @@ class Server:
         picture = await asyncio.wait_for(self.pictures.load(talk.pictures), settings.timeout_s)
         return Job(
             question=talk.question,
+            last=talk.last,
             picture=picture,
             previous=talk.previous,
             decoding=decoding,

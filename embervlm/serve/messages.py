@@ -95,6 +95,8 @@ class Conversation:
 
     question: str
     """All questions, one behind another."""
+    last: str | None
+    """The last of them, where there are several."""
     pictures: list[str]
     """Addresses of the last turn that has pictures."""
     previous: tuple[str, ...]
@@ -132,4 +134,5 @@ def conversation(messages: list[Message], max_characters: int) -> Conversation:
     question = " ".join(questions)
     if (length := len(question) + sum(map(len, previous))) > max_characters:
         raise UserError(f"messages: {length} characters of text; give at most {max_characters}")
-    return Conversation(question=question, pictures=pictures, previous=previous)
+    last = questions[-1] if len(questions) > 1 else None
+    return Conversation(question=question, last=last, pictures=pictures, previous=previous)

@@ -47,6 +47,8 @@ class Job:
     """One request. The worker writes its fields, and then wakes up who waits on `news`."""
 
     question: str
+    last: str | None
+    """Of a follow-up, its own words, with which `question` ends."""
     picture: Loaded | None
     previous: Sequence[str]
     decoding: Decoding
@@ -160,7 +162,7 @@ class Worker:
             try:
                 pieces = Pieces(self.model.tokenizer, job.hear) if job.stream and not job.elect else None
                 pixels = None if job.picture is None else job.picture.pixels
-                job.asked = begin(self.model, pixels, job.question, job.decoding, job.previous, pieces)
+                job.asked = begin(self.model, pixels, job.question, job.decoding, job.previous, pieces, job.last)
             except Exception as error:
                 if not isinstance(error, UserError):
                     log.exception("a request failed")
