@@ -148,11 +148,28 @@ def test_the_pages_say_what_the_number_beside_a_step_is_and_how_far_to_trust_it(
     assert "the model's own mistakes was not measured" in Page(path).text
 
 
-def test_the_pages_say_how_much_attention_lies_on_what_a_step_reads(report: Report, tmp_path: Path) -> None:
-    said = "81% on flag (16% of the picture)"
-    assert Page(report.index).data["samples"][0]["lookedAt"][:3] == ["", said, ""]
-    assert said in Page(samples_page([sample(0)], tmp_path / "page.html", "One")).text
+def test_the_pages_say_how_much_attention_lies_on_each_thing(report: Report, tmp_path: Path) -> None:
+    shown, item = Page(report.index).data["samples"][0], sample(0)
+    assert [name for name, _ in shown["things"]] == ["flag", "sky"] and shown["reads"][:2] == [[], [0]]
+    for step, (flag, sky) in zip(item["attention"]["steps"], shown["shares"], strict=True):
+        shares = np.reshape(step, (7, 7)) / sum(step)
+        assert sky == round(100 * shares[:3].sum()), "of 0 to 0.4 the upper three rows are touched"
+        assert flag == round(100 * shares[2:7, :3].sum())
+    text = Page(samples_page([item], tmp_path / "page.html", "One")).text
+    assert f"{shown['shares'][1][0]}% on flag (31% of the picture)" in text and "Attention: most, " in text
     assert "Attention of the steps that read a thing" in Page(report.index).text
+
+
+def test_attention_without_known_things_is_shown_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    item = sample(0) | {"boxes": None, "looked_at": None}
+    plain = samples_page([item], tmp_path / "plain.html", "One").read_text()
+    assert "Attention is not shown. What is where in this picture is not recorded" in plain and "image/png" not in plain
+    asked = samples_page([item], tmp_path / "asked.html", "One", unmeasured=True).read_text()
+    assert "What is where in this picture is not recorded" in asked and asked.count("image/png") == 4
+    assert not figures.write_attention([as_sample(item)], tmp_path)
+    folder = write_run(tmp_path / "run", num_samples=2)
+    write_json(folder / "results" / "stage4_eval_samples.json", [item])
+    assert bare_index(folder).data["samples"][0]["attention"] == []
 
 
 def test_the_marked_checkpoint_is_the_one_that_select_best_takes(run: Path) -> None:

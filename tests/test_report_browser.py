@@ -143,8 +143,10 @@ def test_a_step_shows_its_own_attention_and_it_can_be_switched_off(driver: Any, 
     assert steps[2].get_attribute("aria-pressed") == "true" and steps[0].get_attribute("aria-pressed") == "false"
     assert one(driver, ".frame .veil").get_attribute("src") != first
     assert one(driver, ".under").text.startswith("Step 3:")
+    assert [item.text.split("\n")[0] for item in all_of(driver, ".things li")] == ["flag", "sky"]
+    assert "% on " in steps[2].text, "each attention map has its share beside it"
     one(driver, "#attention").click()
-    assert not all_of(driver, ".frame .veil") and one(driver, ".under").text == "Attention is hidden."
+    assert not all_of(driver, ".frame .veil, .things li") and one(driver, ".under").text == "Attention is hidden."
     all_of(driver, "#list button")[1].click()
     assert not all_of(driver, ".frame .veil"), "it stays off on the next sample"
     one(driver, "#attention").click()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embervlm.boxes import Grid, covered
 from embervlm.data.images import padded_area
 from embervlm.data.lazy import Lazy
 from embervlm.data.records import ReasoningRecord
@@ -65,36 +66,10 @@ def step_texts(record: ReasoningRecord) -> tuple[list[str], str | None]:
     return steps, None
 
 
-class Grid(NamedTuple):
-    """How the visual tokens of a picture stand; they are counted row by row."""
-
-    rows: int
-    columns: int
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.columns
-
-    def __str__(self) -> str:
-        return f"{self.rows} x {self.columns}"
-
-
 def boxes_to_mask(boxes: Sequence[Sequence[float]], grid: Grid) -> Tensor:
     """Visual tokens that any of `boxes` (left, top, right, bottom in [0, 1]) covers, `[rows * columns]` bool."""
-    return torch.from_numpy(_covered_at_all(boxes, grid))
-
-
-def _covered_at_all(boxes: Sequence[Sequence[float]], grid: Grid) -> np.ndarray:
     # numpy, because torch takes ten times as long for something as small
-    mask = np.zeros(grid, bool)
-    for left, top, right, bottom in boxes:
-        mask[_touched(top, bottom, grid.rows), _touched(left, right, grid.columns)] = True
-    return mask.ravel()
-
-
-def _touched(first: float, last: float, count: int) -> slice:
-    """Which of `count` equal parts of [0, 1] lie between `first` and `last`: at least one."""
-    return slice(int(first * count), max(int(first * count) + 1, int(np.ceil(last * count))))
+    return torch.from_numpy(covered(boxes, grid))
 
 
 class Samples(Lazy[Sample]):
@@ -201,7 +176,7 @@ def _attention_targets(
     for box in boxes_in_square(record, padded_size):
         by_kind.setdefault(box["kind"], []).append(box["box"])
     seen = (record.metadata.get("seen") or ())[:num_steps]
-    masks = {kind: _covered_at_all(boxes, grid) for kind, boxes in by_kind.items()}
+    masks = {kind: covered(boxes, grid) for kind, boxes in by_kind.items()}
     sizes = {kind: int(mask.sum()) for kind, mask in masks.items()}
     covered = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
     own = {}

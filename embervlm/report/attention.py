@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from embervlm.report.drawing import DARK, LIGHT, NoData, heatmap, label
+from embervlm.report.drawing import BLUE, DARK, LIGHT, NoData, heatmap, label
 from embervlm.report.pictures import VEIL, VEIL_GREY, relative_attention
 from embervlm.report.recorded import Attention, Sample
+from embervlm.report.things import UNKNOWN, Looks, looks_of, things_in
 
 ATTENTION_KEY = "Clear: where the model looked most. Faded: where it did not look."
 
@@ -47,35 +48,38 @@ def reasoning_attention(sample: Sample, picture: Image.Image | None) -> Figure:
     attention = _attention_of(sample)
     columns = min(5, len(attention.steps))
     rows = math.ceil(len(attention.steps) / columns)
-    height = 2.95 * rows + 0.3
+    looks = looks_of(sample, len(attention.steps))
+    row_height = 3.35 if looks.names else 2.95
+    height = row_height * rows + 0.3
     sheet = _Sheet(2.1 * columns + 0.3, height, sample, characters=27 * columns, top=0.3, left=0.15)
     for place, shares in enumerate(attention.steps):
         row, column = divmod(place, columns)
-        axes = sheet.axes(0.15 + 2.1 * column, height - 2.95 * row - 2.05, 1.95, 1.95)
+        axes = sheet.axes(0.15 + 2.1 * column, height - row_height * row - 2.05, 1.95, 1.95)
         _show_picture(axes, picture, shares, attention.grid)
         axes.set_title(f"Step {place + 1}", fontsize=9, pad=3)
         lines = textwrap.wrap(label(sample.steps[place] if place < len(sample.steps) else "", 130), 27)[:5]
         axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=7.2)
+        told = textwrap.wrap(label(looks.in_words(place), 75), 31)[:3]
+        axes.text(0, -0.38, "\n".join(told), transform=axes.transAxes, va="top", fontsize=6.8, color=BLUE)
     return sheet.figure
 
 
 def multimodal_grounding(sample: Sample, picture: Image.Image | None) -> Figure:
     """Known things in the picture, and which share of each step's attention falls on each of them."""
-    attention = _attention_of(sample)
-    boxes = _boxes_by_kind(sample.boxes)
+    attention, things = _attention_of(sample), things_in(sample)
+    if not things:
+        raise NoData(UNKNOWN)
     height = max(4.0, 1.0 + 0.34 * len(attention.steps))
-    width, characters = (9.0, 100) if boxes else (4.2, 46)
-    sheet = _Sheet(width, height, sample, characters=characters, top=0.5, left=0.2)
+    sheet = _Sheet(9.0, height, sample, characters=100, top=0.5, left=0.2)
     axes = sheet.axes(0.2, height - 3.7, 3.7, 3.7)
     _show_picture(axes, picture, np.mean(attention.steps, axis=0).tolist(), attention.grid)
     axes.set_title("Mean attention of all steps")
-    for kind, (areas, _) in boxes.items():
-        _outline(axes, kind, areas)
-    if boxes:
-        axes = sheet.axes(4.7, 0.75, 3.3, height - 0.75)
-        image = _attention_on_things(axes, attention, boxes)
-        beside = sheet.axes(8.1, 0.75, 0.14, height - 0.75)
-        sheet.figure.colorbar(image, cax=beside, label="attention (share, 0 to 1)")
+    for thing in things:
+        _outline(axes, thing.name, thing.areas)
+    axes = sheet.axes(4.7, 0.75, 3.3, height - 0.75)
+    image = _attention_on_things(axes, looks_of(sample, len(attention.steps)))
+    beside = sheet.axes(8.1, 0.75, 0.14, height - 0.75)
+    sheet.figure.colorbar(image, cax=beside, label="attention (share, 0 to 1)")
     return sheet.figure
 
 
@@ -97,44 +101,14 @@ def _outline(axes: Axes, kind: str, areas: Sequence[Sequence[float]]) -> None:
     axes.text(*place, label(kind, 18), transform=axes.transAxes, va="top", fontsize=8, color=DARK, bbox=ground)
 
 
-def _attention_on_things(axes: Axes, attention: Attention, boxes: Mapping[str, tuple[list[list[float]], str]]) -> Any:
-    even = [1 / len(attention.steps[0])] * len(attention.steps[0])
-    inside = [
-        [_inside(step, attention.grid, areas) for areas, _ in boxes.values()] for step in [*attention.steps, even]
-    ]
-    image = heatmap(axes, np.array(inside[:-1]), fontsize=8)
-    names = [f"{label(kind, 14)}\n({area:.0%})" for kind, area in zip(boxes, inside[-1])]
-    axes.set_xticks(range(len(boxes)), names, fontsize=8)
-    axes.set_yticks(range(len(attention.steps)), [f"step {place + 1}" for place in range(len(attention.steps))])
+def _attention_on_things(axes: Axes, looks: Looks) -> Any:
+    image = heatmap(axes, np.array(looks.shares), fontsize=8)
+    names = [f"{label(name, 14)}\n({area:.0%})" for name, area in zip(looks.names, looks.covered)]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(looks.shares)), [f"step {place + 1}" for place in range(len(looks.shares))])
     axes.set_xlabel("thing (share of the picture it covers)")
     axes.set_title("Attention on each thing")
     return image
-
-
-def _boxes_by_kind(boxes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[list[float]], str]]:
-    out: dict[str, tuple[list[list[float]], str]] = {}
-    for box in boxes:
-        if box["kind"] in out or len(out) < 8:
-            out.setdefault(box["kind"], ([], box["label"]))[0].append(box["box"])
-    merged: dict[str, tuple[list[list[float]], str]] = {}
-    for kind, (areas, shown) in out.items():  # what lies at the same place is one thing to look at
-        same = next((name for name, (others, _) in merged.items() if others == areas), None)
-        if same is not None:
-            merged[f"{same}, {kind}"] = merged.pop(same)
-        else:
-            merged[kind] = (areas, shown)
-    return merged
-
-
-def _inside(shares: Sequence[float], grid: tuple[int, int], boxes: Sequence[Sequence[float]]) -> float:
-    """Share of attention on the tokens whose middle lies in one of `boxes`."""
-    rows, columns = grid
-    total = sum(shares) or 1.0
-    inside = 0.0
-    for place, share in enumerate(shares):
-        y, x = (place // columns + 0.5) / rows, (place % columns + 0.5) / columns
-        inside += share * any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
-    return inside / total
 
 
 def _show_picture(axes: Axes, picture: Image.Image | None, shares: Sequence[float], grid: tuple[int, int]) -> None:

@@ -11,6 +11,7 @@ from embervlm.report.figures import ATTENTION_SAMPLES, FIGURES, draw_all, inline
 from embervlm.report.pages import NUM_SAMPLES, best_examples, failure_cases, index_page, samples_page
 from embervlm.report.pictures import picture_roots
 from embervlm.report.recorded import read_run
+from embervlm.report.things import is_measured
 from embervlm.run_dir import visualizations_dir
 
 
@@ -45,7 +46,7 @@ def write_report(folder: str | Path, *, results: str | Path | None = None, num_s
     narrow, _ = draw_all(record, narrow=True)
     figures = save_figures(drawn, out)
     best, failed = best_examples(record.samples), failure_cases(record.samples)
-    chosen = [s for found in (best, failed) for s in [s for s in found if s.attention][: ATTENTION_SAMPLES // 2]]
+    chosen = [s for found in (best, failed) for s in [s for s in found if is_measured(s)][: ATTENTION_SAMPLES // 2]]
     figures |= write_attention(chosen, out, roots)
     back = "../index.html"
     samples_page(

@@ -24,6 +24,7 @@ from embervlm.report.quality import (
     with_vs_without_reasoning,
 )
 from embervlm.report.recorded import RunRecord, Sample
+from embervlm.report.things import is_measured
 
 ATTENTION_SAMPLES = 8
 """For how many samples the attention is drawn into files; the page shows it for every one."""
@@ -94,7 +95,10 @@ def save_figures(drawn: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
 
 
 def write_attention(samples: Sequence[Sample], folder: str | Path, roots: Sequence[Path] = ()) -> dict[str, Path]:
-    """Attention of `samples` as PNG files in `reasoning_attention/` and `multimodal_grounding/` below `folder`."""
+    """Attention of `samples` as PNG files in `reasoning_attention/` and `multimodal_grounding/` below `folder`.
+
+    None of a sample whose things have no known places: see `things.is_measured`.
+    """
     paths: dict[str, Path] = {}
     with style():
         for part, draw in (
@@ -107,7 +111,7 @@ def write_attention(samples: Sequence[Sample], folder: str | Path, roots: Sequen
             for old in place.glob("*.png"):
                 old.unlink()
             for number_, sample in enumerate(samples):
-                if sample.attention is None or not sample.attention.steps:
+                if not is_measured(sample):
                     continue
                 path = place / f"{file_name(number_, sample.id)}.png"
                 _save(draw(sample, open_picture(sample.image, roots)), path)

@@ -21,6 +21,7 @@ from embervlm.report import page_tables
 from embervlm.report.page_tables import short
 from embervlm.report.pictures import overlay_png, picture_uris
 from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, part
+from embervlm.report.things import UNKNOWN, is_measured, looks_of
 from embervlm.run_dir import write_text_atomic
 
 NUM_SAMPLES = 200
@@ -81,6 +82,7 @@ def samples_page(
     back: str | None = None,
     roots: Sequence[Path] = (),
     result: Mapping[str, Any] | None = None,
+    unmeasured: bool = False,
 ) -> Path:
     """Write a page with one card per sample: picture, chain, attention and validator score of each step, answers.
 
@@ -90,6 +92,7 @@ def samples_page(
         back: address of the run's page, seen from `path`.
         roots: folders that relative picture paths may start from.
         result: the evaluation that the samples come from, where there is one.
+        unmeasured: show attention also where nobody knows what is where in the picture; the page then says so.
     """
     shown = [_shortened(as_sample(s) if isinstance(s, Mapping) else s) for s in samples]
     uris = picture_uris([s.image for s in shown if s.image], roots, max_bytes=MAX_PICTURE_BYTES)
@@ -102,8 +105,9 @@ def samples_page(
         back=back,
         script_source="'none'",
         pictures={place: uris[s.image] for place, s in enumerate(shown) if s.image in uris},
-        veils=[_veils(s) for s in shown],
-        looked_at=[_looked_at(s) for s in shown],
+        veils=[_veils(s) if unmeasured or is_measured(s) else [] for s in shown],
+        looks=[looks_of(s, MAX_STEPS) for s in shown],
+        no_share=UNKNOWN,
         validator_note=validator_note(result),
     )
     write_text_atomic(path, page)
@@ -114,7 +118,7 @@ def best_examples(samples: Sequence[Sample], most: int = NUM_EXAMPLES) -> list[S
     """Right answers with the best chains, taken from every kind and complexity in turn."""
     ranked = sorted(
         (s for s in samples if s.correct and s.steps),
-        key=lambda s: (s.attention is None, -_chain_score(s), -(s.confidence or 0)),
+        key=lambda s: (not is_measured(s), -_chain_score(s), -(s.confidence or 0)),
     )
     by_group: dict[tuple[str | None, str | None], list[Sample]] = {}
     for sample in ranked:
@@ -140,16 +144,6 @@ def _chain_score(sample: Sample) -> float:
 def _veils(sample: Sample) -> list[str]:
     attention = sample.attention
     return [overlay_png(step, attention.grid) for step in attention.steps[:MAX_STEPS]] if attention else []
-
-
-def _looked_at(sample: Sample) -> list[str]:
-    """Of each step in words how much of its attention lies on what it reads."""
-    return [
-        ", ".join(
-            f"{share:.0%} on {short(kind, 40)} ({covered:.0%} of the picture)" for kind, (share, covered) in found
-        )
-        for found in (step.items() for step in sample.looked_at[:MAX_STEPS])
-    ]
 
 
 def validator_note(result: Mapping[str, Any] | None) -> str:
@@ -234,6 +228,7 @@ def index_page(
             "pictures": list(uris.values()),
             "sets": sets,
             "validatorNote": validator_note(result),
+            "noShare": UNKNOWN,
             "samples": [_as_data(s, {p: place for place, p in enumerate(uris)}) for s in shown],
         },
     )
@@ -254,7 +249,7 @@ def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[st
     }
     if places is None:
         return out
-    baseline = sample.without_reasoning
+    baseline, looks = sample.without_reasoning, looks_of(sample, MAX_STEPS)
     return out | {
         "picture": places.get(sample.image or ""),
         "image": sample.image,
@@ -267,8 +262,11 @@ def _as_data(sample: Sample, places: Mapping[str, int] | None = None) -> dict[st
         "reasons": sample.reasons,
         "baseline": baseline and {"answers": baseline["answer_set"], "correct": baseline["correct"]},
         "validator": sample.validator_scores[:MAX_STEPS],
-        "attention": _veils(sample),
-        "lookedAt": _looked_at(sample),
+        "attention": _veils(sample) if looks.names else [],
+        "recorded": sample.attention is not None,
+        "things": [[short(name, 60), round(100 * area)] for name, area in zip(looks.names, looks.covered)],
+        "shares": [[round(100 * share) for share in step] for step in looks.shares],
+        "reads": looks.reads,
     }
 
 

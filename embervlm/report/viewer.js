@@ -111,14 +111,21 @@ function chain(sample) {
   const caption = make("div", { class: "under", "aria-live": "polite" });
   const list = make("ol", { class: "steps", "aria-label": "Steps of the chain" });
   const attention = sample.attention;
-  const looked = (number) => (sample.lookedAt[number] ? ` Of its attention ${sample.lookedAt[number]}.` : "");
+  const shares = (number) => sample.things.map(([name, covered], place) => ({ name, covered, share: sample.shares[number][place],
+    read: sample.reads[number].includes(place) }));
+  const most = (number) => shares(number).filter((thing, _, all) => (sample.reads[number].length ? thing.read
+    : thing.share === Math.max(...all.map((other) => other.share)))).map(({ name, share }) => `${share}% on ${name}`).join(", ");
+  const things = make("ul", { class: "things", "aria-label": "Attention of this step on each thing" });
   const look = (number) => {
     frame.querySelector(".veil")?.remove();
     [...list.querySelectorAll("button")].forEach((button, index) => button.setAttribute("aria-pressed", String(index === number)));
     if (attention[number] && withAttention) frame.append(veil(attention[number]));
-    caption.textContent = !attention.length ? "No attention was recorded for this sample."
+    things.replaceChildren(...(attention[number] && withAttention ? shares(number) : []).map(({ name, covered, share, read }) =>
+      make("li", {}, make("span", {}, foreign(read ? "b" : "span", name), read ? " (this step reads it)" : ""),
+        make("span", { class: "dim" }, `${share}%; it covers ${covered}% of the picture`), meter(share / 100))));
+    caption.textContent = !attention.length ? (sample.recorded ? `Attention is not shown. ${data.noShare}` : "No attention was recorded for this sample.")
       : !withAttention ? "Attention is hidden."
-      : attention[number] ? `Step ${number + 1}: clear where the model looked, faded where it did not.${looked(number)}` : `Step ${number + 1} has no attention.`;
+      : attention[number] ? `Step ${number + 1}: clear where the model looked, faded where it did not. Things may overlap.` : `Step ${number + 1} has no attention.`;
   };
   let chosen = 0;
   sample.steps.forEach((text, number) => {
@@ -134,7 +141,8 @@ function chain(sample) {
     if (validator !== undefined && validator !== null) {
       says.append(make("span", { title: data.validatorNote }, `valid ${percent(validator)}`), meter(validator));
     }
-    parts.push(foreign("span", text), says);
+    const told = attention[number] ? most(number) : "";
+    parts.push(make("span", {}, foreign("span", text), told ? foreign("small", told, "looked dim") : ""), says);
     const button = make("button", { type: "button", class: attention.length ? "step" : "step bare", "aria-pressed": "false" }, ...parts);
     button.addEventListener("click", () => { chosen = number; look(number); });
     list.append(make("li", {}, button));
@@ -143,7 +151,7 @@ function chain(sample) {
   const box = make("input", { type: "checkbox", id: "attention", checked: withAttention && attention.length > 0, disabled: !attention.length });
   box.addEventListener("change", () => { withAttention = box.checked; look(chosen); });
   look(0);
-  return make("div", { class: "two" }, make("div", {}, frame, caption, make("label", { class: "toggle" }, box, "Show attention")), list);
+  return make("div", { class: "two" }, make("div", {}, frame, caption, things, make("label", { class: "toggle" }, box, "Show attention")), list);
 }
 
 function answers(sample) {

@@ -141,4 +141,4 @@ def page_of(model: EmberVLM, picture: str | None, question: str, result: Mapping
         sample |= about
     handle, name = tempfile.mkstemp(prefix="embervlm-", suffix=".html")
     os.close(handle)
-    return samples_page([sample], name, "What was looked at")
+    return samples_page([sample], name, "What was looked at", unmeasured=True)

@@ -53,9 +53,10 @@ def try_reasoning(
     if visualize:
         output_dir = output_dir or checkpoint / "evals" / "samples"
         page = output_dir / "samples.html"
-        samples_page(samples, page, f"{checkpoint}: {len(samples)} samples")
-        write_attention([as_sample(sample) for sample in samples], output_dir)
-        print(f"Page: {page}\nPictures: {output_dir / 'attention_maps'}")
+        samples_page(samples, page, f"{checkpoint}: {len(samples)} samples", unmeasured=True)
+        print(f"Page: {page}")
+        if write_attention([as_sample(sample) for sample in samples], output_dir):
+            print(f"Pictures: {output_dir / 'attention_maps'}")
 
 
 def analyze_options(parser: argparse.ArgumentParser) -> None:
