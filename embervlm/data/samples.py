@@ -178,12 +178,12 @@ def _attention_targets(
     seen = (record.metadata.get("seen") or ())[:num_steps]
     masks = {kind: covered(boxes, grid) for kind, boxes in by_kind.items()}
     sizes = {kind: int(mask.sum()) for kind, mask in masks.items()}
-    covered = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
+    mostly = {kind: _mostly_covered(boxes, grid) for kind, boxes in by_kind.items()}
     own = {}
     for kind, mask in masks.items():
         left = mask.copy()
         for other in masks:
             if sizes[other] < sizes[kind]:
-                left &= ~covered[other]
+                left &= ~mostly[other]
         own[kind] = torch.from_numpy(left if left.any() else mask)
     return tuple((step, own[kind]) for step, kinds in enumerate(seen) for kind in dict.fromkeys(kinds) if kind in own)
