@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from browser import browser, console, look, require_browser
 from report_run import write_run
 from test_report import hostile_run
 
+from embervlm.curate.findings import CheckOptions
+from embervlm.curate.validate import validate
 from embervlm.report.build import write_report
+from embervlm.report.validation import report_page
 
 pytestmark = pytest.mark.slow
 INTERACTIVE = "a[href], button:not(:disabled), select, input:not(:disabled), summary"
@@ -106,6 +110,21 @@ def test_a_page_fits_its_width_is_legible_and_says_nothing_to_the_console(
     broken = "return [...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
     assert driver.execute_script(broken) == 0
     assert console(driver) == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_data_check_shows_everything_at_its_width(driver: Any, tmp_path: Path, width: int) -> None:
+    long = "which_is_" + "a_long_name_" * 20
+    record = {"instruction": f"Add it up: {long}", "reasoning": "Step 1: 2 + 2 = 4.\nConclusion: 4.", "answer": "4"}
+    records = [record, record, {**record, "answer": long}, {**record, "image": f"gone/{long}.png"}, {"reasoning": long}]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    page = tmp_path / "page.html"
+    page.write_text(report_page(validate(tmp_path / "data.json", CheckOptions())), encoding="utf-8")
+    look(driver, page, width=width)
+    assert len(all_of(driver, ".example")) >= 3
+    assert driver.execute_script(CUT_OFF) == []
+    assert driver.execute_script(CONTRAST) == []
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_nothing_is_asked_of_the_network(driver: Any, pages: Path) -> None:
