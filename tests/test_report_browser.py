@@ -122,6 +122,8 @@ def test_the_page_of_a_data_check_shows_everything_at_its_width(driver: Any, tmp
     page.write_text(report_page(validate(tmp_path / "data.json", CheckOptions())), encoding="utf-8")
     look(driver, page, width=width)
     assert len(all_of(driver, ".example")) >= 3
+    lefts = {round(card.rect["x"]) for card in all_of(driver, ".charts .card")}
+    assert len(lefts) == (2 if width > 1000 else 1), "charts stand side by side where there is room"
     assert driver.execute_script(CUT_OFF) == []
     assert driver.execute_script(CONTRAST) == []
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
