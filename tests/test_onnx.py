@@ -21,6 +21,7 @@ from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 from embervlm.model.generation import generate_answers
 from embervlm.model.known import Known
+from embervlm.model.onnx_graphs import round_graphs
 from embervlm.run import run_onnx
 from embervlm.run.export_onnx import save_known
 from embervlm.words.chain_text import parse_answer
@@ -157,3 +158,13 @@ def test_the_runner_writes_the_models_tokens_and_keeps_its_limits(
     assert len({tuple(found["ids"]) for found in written}) > len(LIMITS)  # they look, and read the question
     if kind == "llama":  # whose random weights begin steps often enough
         assert {found["cut_off"] for found in written} >= {"steps", "tokens"}
+        check_rounded(tmp_path / "out", str(photo), written[0]["ids"])
+
+
+def check_rounded(folder, picture, ids):
+    """The graphs with weights of 8 bits are much smaller, and still write much the same."""
+    before = (folder / "text.onnx").stat().st_size
+    round_graphs(folder)
+    assert (folder / "text.onnx").stat().st_size < 0.8 * before  # a tiny graph is mostly its operations
+    found = runner_of(folder).ask(picture, ASKED[0])["ids"]
+    assert found[:3] == ids[:3]

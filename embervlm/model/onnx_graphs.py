@@ -127,6 +127,33 @@ def export_graphs(model: EmberVLMNetwork, folder: Path) -> dict[str, list[int]]:
     return {name: list(part.shape) for name, part in empty.items()}
 
 
+def round_graphs(folder: Path) -> None:
+    """Round the weights of the graphs in `folder` to 8 bits, each output channel with a scale and a zero of its own.
+
+    Unsigned: processors without VNNI add products of signed ones up in 16 bits, which can overflow.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole = logging.getLogger()
+    level = whole.level
+    whole.setLevel(logging.ERROR)  # it warns of what it advises for graphs of other exporters
+    try:
+        for path in (folder / PICTURE, folder / TEXT, folder / ANSWER):
+            if path.exists():
+                rounded = path.with_suffix(".int8")
+                quantize_dynamic(
+                    path,
+                    rounded,
+                    op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+                    per_channel=True,
+                    weight_type=QuantType.QUInt8,
+                    extra_options={"MatMulConstBOnly": True},
+                )
+                rounded.replace(path)
+    finally:
+        whole.setLevel(level)
+
+
 class _Given(DynamicLayer):  # type: ignore[misc]
     """A cache layer that begins with what it is given."""
 

@@ -18,8 +18,8 @@ from embervlm.report.model_card import model_card
 from embervlm.run.export_onnx import RUNNER, write_onnx
 from embervlm.run.import_checkpoint import refuse_existing, write_folder
 
-HF, INT8, ONNX = "hf", "int8", "onnx"
-FORMATS = (HF, INT8, ONNX)
+HF, INT8, ONNX, ONNX_INT8 = "hf", "int8", "onnx", "onnx-int8"
+FORMATS = (HF, INT8, ONNX, ONNX_INT8)
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def export_options(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         default=HF,
         help="hf: as it is, for the Auto classes of transformers; int8: the same with weights of 8 bits, a quarter as "
-        "large; onnx: graphs for onnxruntime and a program that asks them without torch (docs/quantization.md)",
+        "large; onnx: graphs for onnxruntime and a program that asks them without torch; onnx-int8: these with weights "
+        "of 8 bits (docs/quantization.md)",
     )
 
 
@@ -42,15 +43,16 @@ def export(checkpoint: str, out: Path, format: str = HF) -> None:
     folder = resolve_folder(checkpoint)
     model = EmberVLM.from_pretrained(folder)
     model.config.architectures = [type(model).__name__]
-    if format == INT8:
+    if format in (INT8, ONNX_INT8):
         if holds_int8(model.state_dict()):
             raise ConfigError(f"{folder}: holds int8 weights already; export the checkpoint they were made from")
+    if format == INT8:
         to_int8(model)
 
     def save(part: Path) -> None:
         (part / "README.md").write_text(_card(model, folder, out.name, format), encoding="utf-8")
-        if format == ONNX:
-            write_onnx(model, part)
+        if format in (ONNX, ONNX_INT8):
+            write_onnx(model, part, int8=format == ONNX_INT8)
             return
         model.config.save_pretrained(str(part))
         save_safetensors(model.state_dict(), part, with_reasoning=model.config.stage != STAGE3)
@@ -61,7 +63,7 @@ def export(checkpoint: str, out: Path, format: str = HF) -> None:
                 shutil.copy(fitted, path_of(part))
 
     write_folder(save, out)
-    if format == ONNX:
+    if format in (ONNX, ONNX_INT8):
         print(f'{out}: written; `python {out / RUNNER} picture.jpg "question"` asks it, with numpy, onnxruntime,')
         print("tokenizers and Pillow alone: copy the folder to a board that has these")
         return
@@ -79,6 +81,6 @@ def _card(model: EmberVLM, checkpoint: Path, name: str, format: str) -> str:
         version=__version__,
         evaluations=[run_dir.read_object(path, "metrics", "intervals", "split", "num_samples") for path in found[:1]],
         refuses=model.known is not None,
-        is_int8=format == INT8,
-        runner=RUNNER if format == ONNX else None,
+        is_int8=format in (INT8, ONNX_INT8),
+        runner=RUNNER if format in (ONNX, ONNX_INT8) else None,
     )

@@ -13,20 +13,25 @@ from embervlm.model import known
 from embervlm.model.config import STAGE3
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.onnx_graphs import export_graphs
+from embervlm.model.onnx_graphs import export_graphs, round_graphs
 
 RUNNER = "run_onnx.py"
 
 
-def write_onnx(model: EmberVLM, folder: Path) -> None:
+def write_onnx(model: EmberVLM, folder: Path, int8: bool) -> None:
     """Fill `folder`.
+
+    Args:
+        int8: Round the weights to 8 bits; onnxruntime then rounds what they are multiplied with, too.
 
     Raises:
         ConfigError: the model writes no chains, or names the family of a backbone that cannot be exported.
     """
     if model.config.stage == STAGE3:
-        raise ConfigError("--format onnx: a Stage 3 model writes no chains; export one of Stage 4")
+        raise ConfigError("--format: a Stage 3 model writes no chains; export one of Stage 4")
     empty_caches = export_graphs(model, folder)
+    if int8:
+        round_graphs(folder)
     limits = Decoding().for_model(model.config)
     settings = {
         **model.tokenizer.settings(),
