@@ -57,6 +57,20 @@ def test_the_runner_reads_a_picture_as_the_model_does(tmp_path, fill):
         assert np.array_equal(read, load_image(path, size=36, fill=fill)), path.name
 
 
+def test_the_runner_says_in_a_line_which_picture_it_cannot_read(tmp_path):
+    photo = next(path for path in pictures(tmp_path) if path.name == "photo.jpg")
+    (tmp_path / "half.jpg").write_bytes(photo.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in (
+        ("half.jpg", "truncated"),
+        ("text.png", "cannot identify"),
+        ("gone.png", "No such file"),
+        (".", "Is a directory"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: not readable as a picture \(.*{reason}"):
+            run_onnx.load_picture(f"{tmp_path}/{name}", 36, None)
+
+
 @pytest.mark.parametrize(
     "text",
     ["Drone, robot with wheels", "Primary: Robot", "a robot-with wheels.", "3", "-3", "3.5 and A", "none", "", "drone"],

@@ -324,11 +324,24 @@ class Known:
 
 
 def load_picture(path: str | Path, size: int, fill: Sequence[int] | None) -> np.ndarray:
-    """uint8 RGB `[size, size, 3]`, upright, on white where it is transparent; `fill`: keep the aspect ratio on that."""
+    """uint8 RGB `[size, size, 3]`, upright, on white where it is transparent; `fill`: keep the aspect ratio on that.
+
+    Raises:
+        ValueError: names the file that is missing, too large, or no picture.
+    """
+    try:
+        return _read_picture(path, size, fill)
+    except Exception as error:  # decoders raise what they like
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path}: not readable as a picture ({reason}); give another") from error
+
+
+def _read_picture(path: str | Path, size: int, fill: Sequence[int] | None) -> np.ndarray:
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours comes next
     with Image.open(path) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{path}: {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
+            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size
         image.load()
         turn = _orientation(image)
