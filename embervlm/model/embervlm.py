@@ -184,13 +184,16 @@ class EmberVLM(EmberVLMNetwork):
         folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
             config = config or EmberVLMConfig.from_pretrained(str(folder))
-            path, state = read_weights(folder, int8=True)
-            small = holds_int8(state)
+        except UNREADABLE as error:
+            raise _unreadable(folder, error) from error
+        path, state = read_weights(folder, int8=True)
+        small = holds_int8(state)
+        try:
             # floats that nobody writes take no memory
             with no_init_weights() if small and config.stage == STAGE4 else contextlib.nullcontext():
                 model = cls(config)
         except UNREADABLE as error:
-            raise CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})") from error
+            raise _unreadable(folder, error) from error
         if small:
             room_for_int8(model, state)
         load_state(model, state, COMPONENTS if config.stage == STAGE4 else BACKBONE, path)
@@ -220,6 +223,10 @@ class EmberVLM(EmberVLMNetwork):
         save_adapters(self, state, folder)
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / 'config.json'}: not a readable configuration ({error})")
 
 
 def _refuse_options(method: str, others: Mapping[str, Any], known: Sequence[str]) -> None:

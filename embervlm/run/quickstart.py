@@ -40,8 +40,8 @@ class Quickstart:
     input_dataset: Path | None = None
     """External tasks to make scenes for, such as robot_selection.json, instead of the built-in questions."""
     same_time_baseline: bool = False
-    """Also train direct answers for as long as both phases took, which takes as long again. A finished run makes up for
-    it with the same command."""
+    """Also train direct answers for as long as both phases took, which takes as long again. Given to a finished run,
+    it adds this baseline and evaluates anew."""
     num_test: int = 500
 
     def run(self) -> dict[str, float]:
