@@ -95,8 +95,9 @@ MEANINGS = {
     ),
     "stage4_direct_accuracy": Meaning(
         "How often this model is right when it is asked for the answer without a chain.",
-        "low",
-        "It is also low if the model was hardly trained to answer so.",
+        "",
+        "How far it lies below `final_answer_accuracy` is what its chains do for it. It is low if the model was hardly "
+        "trained to answer so.",
     ),
     "blind_accuracy": Meaning("How often it is right without a picture, so how far the question alone gets.", "low"),
     "swapped_image_accuracy": Meaning(
