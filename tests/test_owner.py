@@ -129,26 +129,39 @@ def test_a_run_that_was_taken_for_dead_writes_no_more(tmp_path):
     assert (tmp_path / OWNER).exists()
 
 
-def own_once(folder, start, results):
+def own_once(folder, start, results, seconds):
+    look = Owner.is_dead
+
+    def slow(self, other):
+        time.sleep(seconds)  # all others have looked as well by now, and some have gone on
+        return look(self, other)
+
+    Owner.is_dead = slow
     start.wait()
     try:
         with owning(folder):
             results.put("owned")
-            time.sleep(1)
+            time.sleep(2)
     except OwnedError:
         results.put("refused")
 
 
-def test_of_runs_that_follow_a_dead_one_at_the_same_moment_one_gets_the_folder(tmp_path):
-    (tmp_path / OWNER).write_text(json.dumps(asdict(replace(Owner.of_this_process(), process="1"))))
+@pytest.mark.parametrize("claimed", [False, True], ids=["no_claim", "claim_of_a_dead_run"])
+@pytest.mark.parametrize("apart", [0.0, 0.002, 0.05])
+def test_of_runs_that_follow_a_dead_one_at_the_same_moment_one_gets_the_folder(tmp_path, apart, claimed):
+    dead = replace(Owner.of_this_process(), process="1")
+    (tmp_path / OWNER).write_text(json.dumps(asdict(dead)))
+    if claimed:  # a run that was about to follow it was killed
+        (tmp_path / f"{OWNER}-after-{dead.token}").write_text(json.dumps(asdict(replace(dead, token="second"))))
     context = multiprocessing.get_context("fork")
     start, results = context.Barrier(6), context.Queue()
-    runs = [context.Process(target=own_once, args=(tmp_path, start, results)) for _ in range(6)]
+    runs = [context.Process(target=own_once, args=(tmp_path, start, results, i * apart)) for i in range(6)]
     for run in runs:
         run.start()
-    assert sorted(results.get(timeout=30) for _ in runs) == ["owned"] + ["refused"] * 5
+    assert sorted(results.get(timeout=60) for _ in runs) == ["owned"] + ["refused"] * 5
     for run in runs:
         run.join()
+    assert not list(tmp_path.iterdir())
 
 
 def prepare_once(data, cache, start, results):

@@ -90,8 +90,7 @@ def owning(output_dir: str | Path) -> Iterator[None]:
     """
     path = Path(output_dir) / OWNER
     mine = Owner.of_this_process()
-    while not _create(path, mine):
-        _remove_dead(path, mine)
+    _take(path, mine)
     ended = threading.Event()
     threading.Thread(target=_keep, args=(path, mine, ended), name="owner", daemon=True).start()
     try:
@@ -100,6 +99,12 @@ def owning(output_dir: str | Path) -> Iterator[None]:
         ended.set()
         if (found := _read(path)) is not None and found.token == mine.token:
             path.unlink(missing_ok=True)
+
+
+def _take(path: Path, mine: Owner) -> None:
+    """Write the owner file `path` as soon as there is none. OwnedError if its owner is alive."""
+    while not _create(path, mine):
+        _remove_dead(path, mine)
 
 
 def _create(path: Path, owner: Owner) -> bool:
@@ -124,33 +129,37 @@ def _read(path: Path) -> Owner | None:
 
 def _remove_dead(path: Path, mine: Owner) -> None:
     """Delete the file of an owner that has ended. OwnedError if it is alive."""
+    seen = _sign_of_life(path)
     owner = _read(path)
     dead = owner.is_dead(mine) if owner is not None else None
-    if dead is None:
-        dead = _stands_still(path)
+    if dead is None and seen is not None:
+        dead = _stands_still(path, seen)
+    if _sign_of_life(path) is None:
+        return  # its run has ended and deleted it
     if not dead:
         raise OwnedError(
             f"{path.parent}: another run is writing there ({owner or f'see {path}'}); wait until it ends, stop it, or "
             "choose another --output_dir"
         )
-    aside = path.with_name(f"{OWNER}-{mine.token}")
-    with naming_unwritten(path), suppress(FileNotFoundError):
-        os.rename(path, aside)
-        if _read(aside) != owner:  # somebody else followed the dead one in between
-            os.rename(aside, path)
-        aside.unlink(missing_ok=True)
+    # Looking again and deleting are two steps, so one run at a time does both. Without that, a run that looked before
+    # another one followed the dead one would delete the file of the living.
+    claim = path.with_name(f"{path.name}-after-{owner.token if owner is not None else 'damaged'}")
+    _take(claim, mine)
+    try:
+        if _sign_of_life(path) == seen and _read(path) == owner:
+            with naming_unwritten(path):
+                path.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
 
 
-def _stands_still(path: Path) -> bool:
-    """Wait for a sign of life, independent of the machines' clocks; False as soon as one comes."""
-    first, began = _sign_of_life(path), time.monotonic()
-    if first is not None:
-        print(f"{path}: waiting up to {STALE_S:.0f} s for a sign of life of the run it names", file=sys.stderr)
-    while first is not None and time.monotonic() - began < STALE_S:
+def _stands_still(path: Path, first: int) -> bool:
+    """Wait for a sign of life other than `first`, independent of the machines' clocks; False as soon as one comes."""
+    began = time.monotonic()
+    print(f"{path}: waiting up to {STALE_S:.0f} s for a sign of life of the run it names", file=sys.stderr)
+    while time.monotonic() - began < STALE_S:
         time.sleep(min(1.0, HEARTBEAT_S))
-        if (now := _sign_of_life(path)) != first:
-            return now is None
-        if stop_noted():
+        if _sign_of_life(path) != first or stop_noted():
             return False
     return True
 
