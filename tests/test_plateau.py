@@ -82,13 +82,30 @@ def test_a_decay_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
     assert "no longer falls" not in said  # the measurement at step 4 would be one, but the decay began there
 
 
+def all_train(records: list[dict]) -> None:
+    for record in records:
+        record["metadata"]["split"] = "train"
+
+
+def chains_in_train_alone(records: list[dict]) -> None:
+    all_train(records)
+    for record in records[:3]:
+        record["metadata"]["split"] = "val"
+        del record["reasoning"]
+
+
 @pytest.mark.slow
-def test_a_plateau_without_val_records_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [all_train, chains_in_train_alone])
+def test_a_plateau_without_val_records_is_refused_before_training(tmp_path: Path, change) -> None:
     data = bench(tmp_path)
-    records = [{**r, "metadata": {**r["metadata"], "split": "train"}} for r in json.loads(data.read_text())]
+    settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    settings["stage4"]["phase3"] = {"epochs": 1}  # so that answers alone are taken
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    records = json.loads(data.read_text())
+    change(records)
     data.write_text(json.dumps(records))
     failed = train("python", *start(tmp_path, tmp_path / "out"))
-    assert failed.returncode != 0 and "has no records in the val split" in failed.stderr
+    assert failed.returncode != 0 and "has no records with a chain in the val split" in failed.stderr
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from embervlm.evaluation.sight import Sight, other_pictures, sight
+from embervlm.evaluation.sight import AnsweredTwice, Sight, answer_twice, other_pictures, sight
+from embervlm.model.decoding import Decoding
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,14 @@ def test_another_picture_is_of_another_chain_and_of_the_same_question_where_ther
             o.instruction == record.instruction and o.image != record.image for o in some if o.steps != record.steps
         ):
             assert some[place].instruction == record.instruction
-    alike = [dataclasses.replace(record, steps=some[0].steps) for record in some]
+    alike = [dataclasses.replace(record, steps=some[0].steps, answer=some[0].answer) for record in some]
     assert other_pictures(alike) == [None] * len(alike)
+
+
+def test_records_with_answers_alone_have_another_picture_where_the_answer_is_another(records) -> None:
+    bare = [dataclasses.replace(record, steps=()) for record in records[:12]]
+    for record, place in zip(bare, other_pictures(bare), strict=True):
+        assert place is not None and bare[place].answer != record.answer
 
 
 def test_a_model_whose_words_do_not_depend_on_the_picture_gains_nothing(tiny_model, pictures, records) -> None:
@@ -42,3 +49,30 @@ def test_a_model_whose_words_do_not_depend_on_the_picture_gains_nothing(tiny_mod
     text_only = sight(tiny_model, pictures, [dataclasses.replace(record, image=None) for record in records[:4]])
     assert text_only is not None and text_only.num_texts == 0 and text_only.looks and text_only.loss > 0
     assert sight(tiny_model, pictures, []) is None
+
+
+def test_texts_that_no_record_has_are_not_measured(tiny_model, pictures, records) -> None:
+    assert sight(tiny_model, pictures, [dataclasses.replace(record, steps=()) for record in records[:4]]) is None
+
+
+@pytest.mark.parametrize(
+    ("only_own", "only_other", "looks"), [(10, 0, True), (4, 0, False), (30, 12, True), (24, 16, False), (0, 0, False)]
+)
+def test_answers_depend_on_the_picture_where_more_change_for_the_worse_than_chance_explains(
+    only_own: int, only_other: int, looks: bool
+) -> None:
+    found = AnsweredTwice(48, 0.8, 0.5, only_own, only_other)
+    assert found.looks is looks and ("do not depend on the picture" in str(found)) is not looks
+
+
+def test_a_model_that_cannot_see_answers_alike_with_another_picture(tiny_model, pictures, records) -> None:
+    with torch.no_grad():
+        tiny_model.projection.norm.weight.zero_()
+        tiny_model.projection.norm.bias.zero_()
+    tiny_model.train()
+    found = answer_twice(tiny_model, pictures, records, Decoding(form="direct", max_new_tokens=8))
+    assert found is not None and found.num_questions == len(records) <= 48
+    assert found.own_accuracy == found.other_accuracy and not found.num_only_own and not found.looks
+    assert tiny_model.training
+    text_only = [dataclasses.replace(record, image=None) for record in records[:4]]
+    assert answer_twice(tiny_model, pictures, text_only, Decoding()) is None

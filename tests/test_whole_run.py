@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def test_an_engine_goes_the_whole_way_to_the_weights_of_plain_torch(
         assert failure not in run.said
     for stage in ("stage 3", "phase 1", "phase 2"):
         assert f"{stage}: with the right picture" in run.said
+        assert re.search(rf"{stage}: of \d+ questions \d+% are answered right with the right picture", run.said)
     assert len(alone.val_losses) > 2 and run.val_losses == pytest.approx(alone.val_losses, rel=1e-3)
     assert [found.step for found in run.checkpoints] == [found.step for found in alone.checkpoints]
     for found in run.checkpoints:

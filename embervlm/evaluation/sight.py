@@ -1,11 +1,11 @@
-"""Whether a model looks at the picture: how likely the gold chains are behind their own picture and behind another."""
+"""Whether a model looks at the picture: its answers, and how likely gold texts are, with it and another."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,16 +15,21 @@ from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid, Sample
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.evaluation.batches import alike, see, text_log_probs
+from embervlm.evaluation.batches import alike, answer, see, text_log_probs
+from embervlm.judge.metrics import is_right
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 
 NUM_RECORDS = 128
+NUM_ANSWERED = 48
+"""Questions that are answered twice: writing takes longer than reading."""
 Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, Grid], list[Sample]]
 """Makes texts of records; the last argument is the grid of visual tokens."""
-BLIND = (
-    "the model does not look at the picture. It needs one of these: boxes and captions in the records, more "
-    "epochs of Stage 3, or a pretrained vision encoder (`vision` of the model preset)"
+NEEDS = (
+    "It needs one of these: boxes and captions in the records, more epochs of Stage 3, or a pretrained vision encoder "
+    "(`vision` of the model preset)"
 )
+BLIND = f"the model does not look at the picture. {NEEDS}"
 
 
 def encode_chains(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:
@@ -63,6 +68,32 @@ class Sight:
         return found if self.looks else f"{found}: {BLIND}"
 
 
+@dataclass(frozen=True)
+class AnsweredTwice:
+    """The result of asking each question with its own picture and with another."""
+
+    num_questions: int
+    own_accuracy: float
+    other_accuracy: float
+    num_only_own: int
+    """Questions answered right with their own picture alone."""
+    num_only_other: int
+    """Questions answered right with the other picture alone."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether the own picture gives more right answers than chance explains: two standard errors of the difference
+        of paired answers (McNemar 1947)."""
+        return self.num_only_own - self.num_only_other > 2 * math.sqrt(self.num_only_own + self.num_only_other)
+
+    def __str__(self) -> str:
+        found = (
+            f"of {self.num_questions} questions {self.own_accuracy:.0%} are answered right with the right picture, "
+            f"{self.other_accuracy:.0%} with another"
+        )
+        return found if self.looks else f"{found}: the answers do not depend on the picture yet"
+
+
 def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[int | None]:
     """For each record the place of one with another picture, about which something else is said; None: there is none.
 
@@ -73,11 +104,16 @@ def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[in
         others = [
             place
             for place, other in enumerate(records)
-            if other.image not in (None, record.image) and other.steps != record.steps
+            if other.image not in (None, record.image) and (other.steps, other.answer) != (record.steps, record.answer)
         ]
         same = [place for place in others if records[place].asked == record.asked]
         out.append(rng.choice(same or others) if others else None)
     return out
+
+
+def _some(records: Sequence[ReasoningRecord], most: int) -> Sequence[ReasoningRecord]:
+    """At most so many, from all over `records`, since neighbours are often about one picture."""
+    return records[:: max(1, math.ceil(len(records) / most))]
 
 
 @torch.inference_mode()
@@ -85,13 +121,13 @@ def sight(
     model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord], form: Form = encode_chains
 ) -> Sight | None:
     """What the texts that `form` makes of some of `records` cost behind their pictures; None where there are none."""
-    if not len(records):
+    shown = _some(records, NUM_RECORDS)
+    samples = form(shown, model.tokenizer, model.grid) if shown else []
+    if not samples:
         return None
-    shown = records[:: -(-len(records) // NUM_RECORDS)]  # neighbours are often about one picture
     others = other_pictures(shown)
     was_training = model.training
     visual, seen = see(model, pictures, shown)
-    samples = form(shown, model.tokenizer, model.grid)
     rows = [(sample.record, sample) for sample in samples]
     rows += [(other, s) for s in samples if (other := others[s.record]) is not None]
     found = np.zeros(len(rows))
@@ -107,4 +143,31 @@ def sight(
         own_is_likelier=float((gains > 0).mean()) if len(gains) else 0.5,
         gain=float(gains.mean()) if len(gains) else 0.0,
         loss=-float(found[: len(samples)].sum()) / num_tokens,
+    )
+
+
+def answer_twice(
+    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord], decoding: Decoding
+) -> AnsweredTwice | None:
+    """Ask some of `records` with their pictures and with others; None where no two show different pictures."""
+    shown = _some(records, NUM_ANSWERED)
+    own, other = [], []
+    for record, place in zip(shown, other_pictures(shown)):
+        if place is not None and record.image is not None:
+            own.append(record)
+            other.append(replace(record, image=shown[place].image))
+    if not own:
+        return None
+    was_training = model.training
+    right = [
+        [is_right(found["answer_set"], record) for found, record in zip(answer(model, pictures, asked, decoding), own)]
+        for asked in (own, other)
+    ]
+    model.train(was_training)
+    return AnsweredTwice(
+        num_questions=len(own),
+        own_accuracy=sum(right[0]) / len(own),
+        other_accuracy=sum(right[1]) / len(own),
+        num_only_own=sum(mine and not others for mine, others in zip(*right)),
+        num_only_other=sum(others and not mine for mine, others in zip(*right)),
     )

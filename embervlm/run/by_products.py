@@ -11,7 +11,8 @@ from embervlm import run_dir
 from embervlm.config import TrainConfig
 from embervlm.errors import UserError
 from embervlm.evaluation.evaluate import evaluate_checkpoint
-from embervlm.evaluation.sight import Form, sight
+from embervlm.evaluation.sight import Form, answer_twice, sight
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 from embervlm.run.eval_jobs import submit_evaluation
 from embervlm.run.run_data import RunData
@@ -26,12 +27,23 @@ def after_epoch(config: TrainConfig, world: World, model: EmberVLM, data: RunDat
         write_samples(config, world, model, data, epoch)
 
 
-def say_whether_it_looks(world: World, data: RunData, ended: str, form: Form, model: EmberVLM) -> None:
-    """Print whether the pictures of the val split matter to `model`, with which the phase `ended`."""
+def say_whether_it_looks(
+    world: World, data: RunData, ended: str, form: Form, decoding: Decoding | None, model: EmberVLM
+) -> None:
+    """Print whether the pictures of the val split matter to `model`, with which the phase `ended`.
+
+    Args:
+        form: the texts that the phase trains on.
+        decoding: how its questions are answered; None where it trains no answers.
+    """
     with _only_warned(world, f"{ended}: not known whether the model looks at the picture"):
-        found = sight(model, data.pictures, data.val or data.train, form)
+        records = data.val or data.train
+        found = sight(model, data.pictures, records, form)
+        answers = None if decoding is None else answer_twice(model, data.pictures, records, decoding)
         if found is not None and found.num_texts and world.rank == 0:
             print(f"{ended}: {found}")
+        if answers is not None and world.rank == 0:
+            print(f"{ended}: {answers}")
 
 
 @contextmanager

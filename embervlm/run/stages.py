@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from embervlm import run_dir
-from embervlm.config import BACKBONE, ConfigError, PhaseConfig, TrainConfig
+from embervlm.config import BACKBONE, ConfigError, Phase3Config, PhaseConfig, TrainConfig
 from embervlm.config_file import model_preset
 from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
@@ -20,6 +20,7 @@ from embervlm.data.negatives import PairMaker
 from embervlm.evaluation.asked import refuse_long_questions
 from embervlm.evaluation.sight import Form, Sight, encode_chains, encode_stage3, sight
 from embervlm.model.config import STAGE3, STAGE4
+from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.model.lora import check_targets
 from embervlm.model.preprocessor import preprocessor_notes
@@ -126,7 +127,7 @@ class Run:
             scheduled_sampling=stage.scheduled_sampling,
             gradient_checkpointing=stage.gradient_checkpointing,
             after_epoch=lambda trained, epoch: after_epoch(config, self.world, trained, data, first_epoch + epoch),
-            at_end=partial(say_whether_it_looks, self.world, data, f"phase {number}", encode_chains),
+            at_end=partial(say_whether_it_looks, self.world, data, f"phase {number}", encode_chains, Decoding()),
             after_save=partial(evaluate_saved, config, self.world),
             measure=self._measure(phase, data, encode_chains),
             trained_with=wanted,
@@ -182,17 +183,21 @@ class Run:
             samples_each=samples_each,
             gradient_checkpointing=stage.gradient_checkpointing,
             after_epoch=self._after_epoch_of_phase3(data),
+            at_end=partial(say_whether_it_looks, self.world, data, "phase 3", encode_chains, Decoding()),
             after_save=partial(evaluate_saved, config, self.world),
-            policy=PolicyJob(
-                config=phase,
-                records=data.reasoning,
-                domains=fact_domains(data.train),
-                seed=config.seed,
-                reference=partial(start_from, config, self.world, start, STAGE4) if phase.kl_coef else None,
-            ),
+            policy=self._policy(phase, data, start),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
+
+    def _policy(self, phase: Phase3Config, data: RunData, start: Path) -> PolicyJob:
+        return PolicyJob(
+            config=phase,
+            records=data.reasoning,
+            domains=fact_domains(data.train),
+            seed=self.config.seed,
+            reference=partial(start_from, self.config, self.world, start, STAGE4) if phase.kl_coef else None,
+        )
 
     def _after_epoch_of_phase3(self, data: RunData) -> Callable[[EmberVLM, int], None]:
         stage = self.config.stage4
@@ -227,6 +232,7 @@ class Run:
             global_batch=config.stage3_batch_size * self.world.size,
             seed=config.seed,
         )
+        asked = Decoding(form="direct") if config.stage3.direct_loss_weight else None
         job = PhaseJob(
             name="stage 3",
             folder=folder,
@@ -238,7 +244,7 @@ class Run:
             batch_size=config.stage3_batch_size,
             dense_sizes=labels.sizes,
             measure=self._measure(config.stage3, data, encode_stage3),
-            at_end=partial(say_whether_it_looks, self.world, data, "stage 3", encode_stage3),
+            at_end=partial(say_whether_it_looks, self.world, data, "stage 3", encode_stage3, asked),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
@@ -322,10 +328,11 @@ class Run:
 
     def _measure(self, phase: PhaseConfig, data: RunData, form: Form) -> partial[Sight | None]:
         """Measures the val loss; ConfigError if a phase is to stop by it and there are no records for that."""
-        if phase.stop_at_plateau and not len(data.val):
+        wanted = "records with a chain" if form is encode_chains else "records"
+        if phase.stop_at_plateau and not any(record.steps or form is not encode_chains for record in data.val):
             raise ConfigError(
-                f"stop_at_plateau: {self.config.reasoning_data} has no records in the val split; set it to false, or "
-                "give some records `metadata.split: val`"
+                f"stop_at_plateau: {self.config.reasoning_data} has no {wanted} in the val split; set it to false, or "
+                "give some of them `metadata.split: val`"
             )
         return partial(sight, pictures=data.pictures, records=data.val, form=form)
 
