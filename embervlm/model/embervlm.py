@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.initialization import no_init_weights
 
 from embervlm import run_dir
@@ -19,19 +19,23 @@ from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.decoding import Decoding
-from embervlm.model.generation import generate_answers
+from embervlm.model.generation import continue_ids, generate_answers
 from embervlm.model.int8 import holds_int8, room_for_int8
 from embervlm.model.interactive import Reasoning
 from embervlm.model.known import read_known
 from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.preprocessor import with_preprocessor
+from embervlm.model.processor import EmberVLMProcessor
 from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder, save_weights
 from embervlm.model.streaming import ANSWER, OnText, Pieces
 
 
 class EmberVLM(EmberVLMNetwork):
     """Small vision-language model that reasons in steps before it answers."""
+
+    input_modalities = ("image", "text")
+    output_modalities = ("text",)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -146,6 +150,69 @@ class EmberVLM(EmberVLMNetwork):
         headings = interactive.template_headings(template, {**interactive.TEMPLATES, **(templates or {})})
         return interactive.under_headings(self, image, instruction, headings, Decoding(**decoding))
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int | None = None,
+        pad_token_id: int | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """What `pipeline("image-text-to-text")` calls: the ids of chains and answers, each behind its prompt.
+
+        It refuses no question and gives no confidence; `generate_with_reasoning` does.
+
+        Args:
+            input_ids: `[batch, length]`, padded on the left, as `AutoProcessor` makes them.
+            attention_mask: `[batch, length]`, 0 where it is padded; None where nothing is.
+            pixel_values: `[batch, size, size, 3]` uint8; None without pictures.
+            max_new_tokens: Of each text; None is what the training data needed, with a margin.
+            do_sample: Whether tokens are drawn, with torch's random numbers, at `temperature` and `top_p`.
+            num_return_sequences: Texts of each prompt, one behind the other.
+            pad_token_id: What shorter texts are filled with, on the right; None is the end of text.
+
+        Returns:
+            `[batch * num_return_sequences, longest]` int64.
+
+        Raises:
+            ConfigError: names what is not known of transformers' own settings.
+        """
+        _refuse_options("generate", others, _GENERATE_OPTIONS)
+        hot = 1.0 if temperature is None else temperature
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens,
+            form="direct" if self.config.stage == STAGE3 else "reasoning",
+            num_chains=num_return_sequences or 1,
+            seed=int(torch.randint(2**31, ())) if do_sample else 0,
+            temperature=hot if do_sample else 0.0,
+            top_p=top_p if do_sample and top_p is not None else 1.0,
+        )
+        if decoding.num_chains > 1 and not do_sample:
+            raise ConfigError("generate: num_return_sequences above 1 needs do_sample, or all would be the same")
+        prompts = input_ids.tolist()
+        if attention_mask is not None:
+            prompts = [row[len(row) - kept :] for row, kept in zip(prompts, attention_mask.sum(1).tolist())]
+        with self.in_eval_mode():
+            seen = torch.full((len(prompts),), pixel_values is not None, device=self.device)
+            if pixel_values is None:
+                size = self.config.image_size
+                pixel_values = torch.zeros(len(prompts), size, size, 3, dtype=torch.uint8)
+            texts = continue_ids(self, self.see_pictures(pixel_values), seen, prompts, decoding)
+        pad = self.tokenizer.end_of_text if pad_token_id is None else pad_token_id
+        longest = max(map(len, texts))
+        return torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts], device=self.device)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """True: `generate` takes and gives what transformers' own does."""
+        return True
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -202,6 +269,7 @@ class EmberVLM(EmberVLMNetwork):
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
         model.confidence_temperature = run_dir.read_temperature(folder)
         model.known = read_known(folder)
+        model.generation_config.max_new_tokens = Decoding().for_model(config).max_new_tokens
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -235,6 +303,10 @@ def _refuse_options(method: str, others: Mapping[str, Any], known: Sequence[str]
         raise ConfigError(f"{method}: {', '.join(wrong)}: not known; known are {', '.join(known)}")
 
 
+_GENERATE_OPTIONS = (
+    *("attention_mask", "pixel_values", "max_new_tokens", "do_sample", "temperature", "top_p"),
+    *("num_return_sequences", "pad_token_id"),
+)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -272,3 +344,5 @@ def build_model(settings: Mapping[str, Any], *, load_pretrained: bool = True) ->
 
 AutoConfig.register("embervlm", EmberVLMConfig)
 AutoModel.register(EmberVLMConfig, EmberVLM)
+AutoModelForImageTextToText.register(EmberVLMConfig, EmberVLM)
+AutoProcessor.register(EmberVLMConfig, EmberVLMProcessor)

@@ -124,6 +124,19 @@ def generate_from_visual(
     return vote(model, visual, image_mask, instructions, results, weigh=decoding.weigh_votes and decoding.reasoning)
 
 
+@torch.inference_mode()
+def continue_ids(
+    model: EmberVLMNetwork, visual: Tensor, image_mask: Tensor, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> list[list[int]]:
+    """Prompts of ids, each with what the model writes behind it, in the order of the chains drawn for each."""
+    start = [model.tokenizer.ids["<|reasoning_start|>"]] if decoding.reasoning else []
+    with torch.autocast(visual.device.type, enabled=False):
+        begun = [[*prompt, *start] for prompt in prompts]
+        writer = Writer(model, visual.to(model.visual_dtype), image_mask, begun, decoding)
+        writer.run()
+    return [[*prompt, *row.ids] for prompt, row in zip(writer.for_each_chain(begun), writer.everyone)]
+
+
 def chain_prompts(
     tokenizer: ReasoningTokenizer, instructions: Sequence[str], begun: Sequence[Sequence[int]]
 ) -> list[list[int]]:

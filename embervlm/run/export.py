@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub import HfApi
 
 from embervlm import __version__, run_dir
 from embervlm.config import ConfigError
@@ -33,13 +37,24 @@ def export_options(parser: argparse.ArgumentParser) -> None:
         "large; onnx: graphs for onnxruntime and a program that asks them without torch; onnx-int8: these with weights "
         "of 8 bits (docs/quantization.md)",
     )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        help="upload the folder to this repository of the Hugging Face hub, with the token of `hf auth login` or "
+        "HF_TOKEN",
+    )
+    parser.add_argument("--public", action="store_true", help="let everybody see a repository that is made for it")
 
 
-def export(checkpoint: str, out: Path, format: str = HF) -> None:
+def export(checkpoint: str, out: Path, format: str = HF, push_to_hub: str | None = None, public: bool = False) -> None:
     """Write `out`: the model (`config.json` and `model.safetensors`, or graphs), its tokenizer, how its confidence is
     calibrated and known questions are told, and a model card. Adapters are merged in every checkpoint, so they are
     here."""
     refuse_existing(out)
+    if public and push_to_hub is None:
+        raise ConfigError("--public: nothing is uploaded without --push_to_hub OWNER/NAME")
+    if push_to_hub is not None:
+        _create_repository(push_to_hub, public)  # a wrong name or token is known before anything is written
     folder = resolve_folder(checkpoint)
     model = EmberVLM.from_pretrained(folder)
     model.config.architectures = [type(model).__name__]
@@ -66,9 +81,29 @@ def export(checkpoint: str, out: Path, format: str = HF) -> None:
     if format in (ONNX, ONNX_INT8):
         print(f'{out}: written; `python {out / RUNNER} picture.jpg "question"` asks it, with numpy, onnxruntime,')
         print("tokenizers and Pillow alone: copy the folder to a board that has these")
-        return
-    print(f"{out}: written; `from embervlm import EmberVLM` makes it known to AutoConfig, AutoModel and AutoTokenizer,")
-    print(f'and EmberVLM.from_pretrained("{out}") opens it as well')
+    else:
+        print(f"{out}: written; `from embervlm import EmberVLM` makes it known to the Auto classes and to")
+        print(f'pipeline("image-text-to-text"), and EmberVLM.from_pretrained("{out}") opens it as well')
+    if push_to_hub is not None:
+        with _telling_what_the_hub_refused(push_to_hub):
+            print(f"uploaded: {HfApi().upload_folder(repo_id=push_to_hub, folder_path=out).commit_url}")
+
+
+def _create_repository(name: str, public: bool) -> None:
+    with _telling_what_the_hub_refused(name):
+        HfApi().create_repo(name, private=not public, exist_ok=True)
+
+
+@contextmanager
+def _telling_what_the_hub_refused(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the hub's client or of its HTTP library, which is another one by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--push_to_hub {name}: not uploaded ({reason}); the name is OWNER/NAME, and `hf auth login` stores a "
+            "token that may write there"
+        ) from error
 
 
 def _card(model: EmberVLM, checkpoint: Path, name: str, format: str) -> str:
