@@ -24,11 +24,11 @@ from report_run import METRICS, evaluation, sample, write_checkpoint, write_json
 
 from embervlm import run_dir
 from embervlm.meanings import MEANINGS
-from embervlm.report import drawing, figures
+from embervlm.report import curves, drawing, figures
 from embervlm.report.build import Report, write_report
 from embervlm.report.pages import best_examples, failure_cases, index_page, samples_page
 from embervlm.report.pictures import file_name, overlay_png, relative_attention
-from embervlm.report.recorded import ReportError, as_sample, read_run, read_samples
+from embervlm.report.recorded import ReportError, RunRecord, as_sample, read_run, read_samples
 from embervlm.select_best import select_best_checkpoint
 
 GUIDE_TREE = (
@@ -539,6 +539,15 @@ def test_wilsons_interval_of_a_hand_worked_case() -> None:
 def test_figures_are_told_apart_without_colour() -> None:
     looks = [(str(dashes), marker) for _, dashes, marker in drawing.SERIES]
     assert len(set(looks)) == len(looks) and len({marker for _, marker in looks}) == len(looks)
+
+
+def test_every_curve_is_drawn_however_many_there_are() -> None:
+    terms = {f"term {number}": 1.0 for number in range(17)}
+    rewards = {f"reward part {number}": 0.5 for number in range(17)}
+    lines = [{"step": step, "loss": terms, "policy": rewards} for step in (1, 2)]
+    record = RunRecord(name="run", folder=Path("run"), curves={3: lines})
+    assert len(curves.losses(record).axes[0].lines) == len(terms)
+    assert len(curves.reinforcement(record).axes[0].lines) == len(rewards)
 
 
 # ---- commands

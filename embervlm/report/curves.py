@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -44,7 +45,6 @@ def _by_phase(record: RunRecord, key: str, unit: str, narrow: bool) -> Figure:
     if not phases:
         raise NoData("No log of a phase (stage4/phase1|phase2|phase3/metrics.jsonl); train first.")
     names = list(dict.fromkeys(name for lines in phases.values() for e in lines for name in e.get(key, {})))
-    names = names[: len(SERIES)]
     curves = {name: {phase: _points(lines, key, name) for phase, lines in phases.items()} for name in names}
     least = {name: min((y for curve in of.values() for _, y in curve), default=math.inf) for name, of in curves.items()}
     values = [y for of in curves.values() for curve in of.values() for _, y in curve if y > 0]
@@ -54,7 +54,7 @@ def _by_phase(record: RunRecord, key: str, unit: str, narrow: bool) -> Figure:
     low = max(0.8 * min(values), high / 10**MAX_DECADES)
     figure, shown = panels(9.0, 3.6, len(phases), narrow=narrow, sharey=True)
     for axes, phase in zip(shown, phases):
-        for name, look in zip(names, SERIES):
+        for name, look in zip(names, cycle(SERIES)):
             below = f" (down to {least[name]:.1g})" if least[name] < low else ""
             points = [(step, max(value, low / 10)) for step, value in curves[name][phase]]
             _line(axes, points, look, label(name) + below)
@@ -104,11 +104,11 @@ def reinforcement(record: RunRecord, narrow: bool = False) -> Figure:
     }
     figure, places = panels(9.0, 5.6, 4, columns=2, narrow=narrow, sharex=True)
     for axes, (unit, wanted) in zip(places, shown.items()):
-        for name, look in zip(wanted, SERIES):
+        for name, look in zip(wanted, cycle(SERIES)):
             _line(axes, _points(lines, "policy", name), look, label(name))
         axes.set_title(unit)
         axes.set_xlabel("optimizer steps")
-        if len(wanted) > 1:
+        if len(wanted) > 1 and axes.lines:
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
             axes.legend(loc="upper left", ncols=2)

@@ -36,8 +36,15 @@ SERIES = [
     (ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"),
     (SKY, (0, (8, 2)), "P"),
     (DIM, (0, (1, 1)), "X"),
+    (BLUE, "--", "*"),
+    (VERMILLION, ":", "<"),
+    (GREEN, "-", ">"),
+    (PURPLE, "--", "p"),
+    (ORANGE, "-", "h"),
+    (SKY, ":", "d"),
+    (DIM, "-", "8"),
 ]
-"""Colour, line style and marker of the first, second, ... line."""
+"""Colour, line style and marker of the first, second, ... line; they begin again where there are more."""
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
