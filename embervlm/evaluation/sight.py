@@ -91,7 +91,9 @@ class AnsweredTwice:
             f"of {self.num_questions} questions {self.own_accuracy:.0%} are answered right with the right picture, "
             f"{self.other_accuracy:.0%} with another"
         )
-        return found if self.looks else f"{found}: the answers do not depend on the picture yet"
+        if self.num_only_own <= self.num_only_other:
+            return f"{found}: the answers do not depend on the picture yet"
+        return found if self.looks else f"{found}, which may be chance"
 
 
 def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[int | None]:
