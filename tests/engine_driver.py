@@ -15,6 +15,7 @@ import torch
 from training_helpers import Bench, phase_config
 
 from embervlm.data.collate import Batch
+from embervlm.engines import plain
 from embervlm.engines.base import Engine, EngineState, NonFiniteLossError
 from embervlm.engines.build import build_engine
 from embervlm.engines.deepspeed import DeepSpeedEngine
@@ -54,7 +55,7 @@ def let_deepspeed_compute_in_fp16() -> None:
 def overflow_once(engine: Engine, rank: int, value: float = float("inf")) -> None:
     """The next update meets a gradient of `value` in what process `rank` holds or adds, and in nothing else."""
     update = engine._update
-    if isinstance(engine, DeepSpeedEngine):  # takes gradients away as they come
+    if isinstance(engine, DeepSpeedEngine) or getattr(engine, "_sums", None):  # take gradients as they come
         if engine.world.rank == rank:
             (bias,) = (p for name, p in engine.module.named_parameters() if name.endswith("answer_head.bias"))
             hook = bias.register_hook(lambda gradient: (hook.remove(), gradient + value)[1])
@@ -75,6 +76,9 @@ def overflow_once(engine: Engine, rank: int, value: float = float("inf")) -> Non
 def whole_state(engine: Engine) -> EngineState:
     """The state to save, on every rank."""
     return engine.world.broadcast(engine.snapshot().collect())
+
+
+plain.BUCKET = 3000  # several messages, of a model as small as this one
 
 
 def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:

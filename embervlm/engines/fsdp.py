@@ -57,9 +57,6 @@ class FsdpEngine(TorchEngine):
         self._fsdp.set_requires_gradient_sync(is_last)
         super()._backward(loss * self.world.size, is_last)  # FSDP averages; the loss is a sum's share already
 
-    def _sum_gradients(self) -> None:
-        """Done in the backward pass."""
-
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         self._fsdp.unshard()

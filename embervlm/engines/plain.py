@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ BUCKET = 8 << 20
 
 
 class TorchEngine(Engine):
-    """Plain torch; gradients are summed over processes by hand. Computes under autocast, keeps float32 weights."""
+    """Plain torch; gradients are summed over the processes here. Computes under autocast, keeps float32 weights."""
 
     is_replicated = True
 
@@ -31,8 +32,9 @@ class TorchEngine(Engine):
         self._shard()
         optimizer = self._adamw(phase)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._buckets = _in_buckets(self._parameters)
         self._make_state(optimizer, self._parameters)
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        self._sums = GradientSums(learning) if self.is_replicated and self.world.size > 1 else None
         return optimizer
 
     def _shard(self) -> None:
@@ -48,25 +50,18 @@ class TorchEngine(Engine):
             return self.module(batch)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
+        if self._sums is not None and is_last:
+            self._sums.begin()
         self._scaler.scale(loss).backward()
-
-    def _sum_gradients(self) -> None:
-        """Over all processes, in few large messages: each costs as much as sending some 100 KB."""
-        if self.world.size == 1:
-            return
-        buckets: list[list[Any]] = [[parameter.grad for parameter in bucket] for bucket in self._buckets]
-        flat = [torch.cat([grad.flatten() for grad in bucket]) for bucket in buckets]
-        sent = [dist.all_reduce(values, async_op=True) for values in flat]
-        for bucket, values, work in zip(buckets, flat, sent):
-            work.wait()
-            for grad, summed in zip(bucket, values.split([grad.numel() for grad in bucket])):
-                grad.copy_(summed.view_as(grad))
+        if self._sums is not None and is_last:
+            self._sums.send_rest()
 
     def _update(self, rates: Mapping[str, float]) -> bool:
         for parameter in self._parameters:
             if parameter.grad is None:  # as with the other engines, it decays and counts the step all the same
                 parameter.grad = torch.zeros_like(parameter)
-        self._sum_gradients()
+        if self._sums is not None:
+            self._sums.wait()
         self._scaler.unscale_(self._optimizer)
         norm: Any = nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._set_rates(rates)
@@ -94,6 +89,58 @@ class TorchEngine(Engine):
         good_steps = min(int(state["good_steps"]), self._scaler.get_growth_interval() - 1)
         found = {"scale": state["scale"], "_growth_tracker": good_steps}
         self._scaler.load_state_dict({**self._scaler.state_dict(), **found})
+
+
+class GradientSums:
+    """Gradients summed over all processes in few large messages, sent while the backward pass still computes others
+    (Li et al. 2020, PyTorch Distributed, section 3.2): each message costs as much as sending some 100 KB.
+
+    A process's batch may leave parameters out. The messages have one order on every process all the same.
+
+    Args:
+        parameters: in the order in which a forward pass comes to them.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._buckets = _in_buckets(parameters[::-1])
+        self._missing: list[int] = []
+        """Gradients that each bucket still waits for; empty outside a backward pass that is summed."""
+        self._sent: list[tuple[Tensor, Any]] = []
+        for number, bucket in enumerate(self._buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+
+    def begin(self) -> None:
+        """Before the backward pass behind which the gradients are complete."""
+        self._missing, self._sent = [len(bucket) for bucket in self._buckets], []
+
+    def _arrived(self, number: int, _: Tensor) -> None:
+        if not self._missing:
+            return
+        self._missing[number] -= 1
+        while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+            self._send()
+
+    def _send(self) -> None:
+        for parameter in (bucket := self._buckets[len(self._sent)]):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        values = torch.cat([parameter.grad.flatten() for parameter in bucket])  # type: ignore[union-attr]
+        self._sent.append((values, dist.all_reduce(values, async_op=True)))
+
+    def send_rest(self) -> None:
+        """Behind the backward pass: what waits for gradients that did not come."""
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        self._missing = []
+
+    def wait(self) -> None:
+        """Until every gradient is the sum."""
+        for bucket, (values, work) in zip(self._buckets, self._sent):
+            work.wait()
+            for parameter, summed in zip(bucket, values.split([parameter.numel() for parameter in bucket])):
+                parameter.grad.copy_(summed.view_as(parameter))  # type: ignore[union-attr]
+        self._sent = []
 
 
 def _in_buckets(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
