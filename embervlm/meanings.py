@@ -108,6 +108,12 @@ MEANINGS = {
     "completeness_by_type": Meaning(
         "Step completeness of each type of step.", "high", "Records without step types are left out.", CHAIN
     ),
+    "gold_chains": Meaning(
+        "The chain metrics of up to 100 gold chains: what a perfect chain would get from this judge.",
+        "high",
+        "Where they miss a target, the judge does not read such chains well, and the target says nothing.",
+        CHAIN,
+    ),
     "per_candidate": Meaning(
         "By answer: precision is how often it was right to name it, recall how often it was named where it should be.",
         "high",

@@ -15,7 +15,7 @@ WRITTEN = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 def test_every_metric_and_block_of_an_evaluation_has_a_meaning() -> None:
     assert set(METRICS) <= MEANINGS.keys()
-    assert {"validator", "own_steps", "attention", "calibration", "per_candidate"} <= MEANINGS.keys()
+    assert {"validator", "own_steps", "attention", "calibration", "per_candidate", "gold_chains"} <= MEANINGS.keys()
     faithfulness = {name for name, value in evaluation()["faithfulness"].items() if name != "num_samples"}
     assert faithfulness <= MEANINGS.keys()
     for name, meaning in MEANINGS.items():

@@ -20,7 +20,7 @@ from embervlm.judge.metrics import (
 )
 from embervlm.judge.reading import ChainContext
 from embervlm.report.pages import samples_page
-from embervlm.report.table import metrics_table
+from embervlm.report.table import gold_chain_lines, metrics_table
 from embervlm.words.claims import Claim, ClaimReader
 
 ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
@@ -602,3 +602,69 @@ def test_a_conclusion_that_names_another_answer_is_told_as_a_reason_and_shown_on
     assert reason in samples_page([sample], tmp_path / "samples.html", "Samples").read_text(encoding="utf-8")
     fits = ChainScorer().score([*steps[:2], "Conclusion: Humanoid."], context)
     assert not any("concludes otherwise" in reason for reason in fits["reasons"])
+
+
+def digits(left, right, question):
+    """What somebody wrote about two digits, whose questions name little of what their chains say."""
+    seen = [f"The left digit is {left}.", f"The right digit is {right}."]
+    if question == "What is the sum of the digits?":
+        return question, (*seen, f"{left} + {right} = {left + right}.", f"Conclusion: {left + right}.")
+    if question == "Which digit is larger, left or right?":
+        larger = "left" if left > right else "right"
+        return question, (*seen, f"{max(left, right)} is more than {min(left, right)}.", f"Conclusion: {larger}.")
+    return question, (*seen, f"Conclusion: {left if 'left' in question else right}.")
+
+
+DIGIT_QUESTIONS = (
+    "Which digit is on the left?",
+    "Which digit is on the right?",
+    "Which digit is larger, left or right?",
+    "What is the sum of the digits?",
+)
+
+
+@pytest.fixture(scope="module")
+def digit_scores():
+    """`digit_scores(left, right, question, steps)`: of the gold chain, or of `steps` in its place."""
+    numbers = [(a, b) for a in range(10) for b in range(10) if a != b]
+    scorer = ChainScorer.fit([digits(*numbers[i % 90], DIGIT_QUESTIONS[i % 4])[1] for i in range(360)])
+
+    def scores(left, right, question, steps=None):
+        instruction, gold = digits(left, right, question)
+        answer = frozenset({gold[-1].removeprefix("Conclusion: ").rstrip(".")})
+        context = ChainContext(instruction=instruction, reference_steps=gold, answer=answer, gold_answer=answer)
+        return scorer.score(gold if steps is None else steps, context)
+
+    return scores
+
+
+@pytest.mark.parametrize("question", DIGIT_QUESTIONS)
+@pytest.mark.parametrize(("left", "right"), [(3, 8), (7, 2), (6, 5)])
+def test_no_gold_chain_has_to_say_more_than_it_does(digit_scores, question, left, right):
+    found = digit_scores(left, right, question)
+    assert found["reasoning_consistency"] > 0.95 and found["step_completeness"] > 0.95, found
+
+
+def test_a_chain_with_less_than_its_gold_chain_or_beside_it_scores_less(digit_scores):
+    question = "Which digit is larger, left or right?"
+    gold = digits(3, 8, question)[1]
+    whole = digit_scores(3, 8, question)
+    short = digit_scores(3, 8, question, (gold[0], gold[-1]))
+    assert short["step_completeness"] < whole["step_completeness"] - 0.2
+    aside = digit_scores(3, 8, question, ("Trains leave at noon.", "The weather stays dry.", gold[-1]))
+    assert aside["reasoning_consistency"] < 0.5
+
+
+def test_a_step_about_the_opposite_side_repeats_nothing(digit_scores):
+    same = ("The left digit is 7.", "The right digit is 7.", "Conclusion: 7.")
+    assert digit_scores(7, 7, "Which digit is on the left?", same)["reasons"] == []
+    again = ("The left digit is 7.", "The left digit is 7.", "Conclusion: 7.")
+    assert any("repeats" in reason for reason in digit_scores(7, 7, "Which digit is on the left?", again)["reasons"])
+
+
+def test_gold_chains_below_a_target_are_told():
+    targets = {"reasoning_consistency": {"target": ">0.85"}, "swapped_image_accuracy": {"target": "<=0.7"}}
+    low = {"targets": targets, "gold_chains": {"reasoning_consistency": 0.6, "step_completeness": None}}
+    assert "reasoning_consistency 0.600 themselves" in gold_chain_lines(low)
+    assert gold_chain_lines({"targets": targets, "gold_chains": {"reasoning_consistency": 0.9}}) == ""
+    assert gold_chain_lines({"targets": targets}) == ""

@@ -37,13 +37,26 @@ COMPARISONS = {
 }
 """What else is asked, and the name of its accuracy."""
 METRICS = (*RANKABLE, *COMPARISONS.values())
+NUM_GOLD_CHAINS = 100
+"""Gold chains that are scored, to know what the judge makes of chains of this kind."""
+
+
+def _scores(record: ReasoningRecord, steps: Sequence[str], answer: Sequence[str], data: EvalData) -> dict[str, Any]:
+    types = record.metadata.get("step_types") or ()
+    assert data.scorer is not None
+    return data.scorer.score(steps, dataclasses.replace(known_of(record, data.domains, answer), step_types=types))
+
+
+def _gold_scores(data: EvalData) -> dict[str, float | None]:
+    """What a perfect chain would get: the mean of each chain metric over gold chains; None of no chain."""
+    records = [record for record in data.records if record.steps][:NUM_GOLD_CHAINS]
+    found = [_scores(record, record.steps, record.answer, data) for record in records]
+    return {name: mean([_finite(scores[name]) for scores in found]) for name in CHAIN_METRICS}
 
 
 def scored(record: ReasoningRecord, result: Mapping[str, Any], data: EvalData) -> dict[str, Any]:
     types = record.metadata.get("step_types") or ()
-    context = dataclasses.replace(known_of(record, data.domains, result["answer_set"]), step_types=types)
-    assert data.scorer is not None
-    scores = data.scorer.score(result["reasoning_steps"], context)
+    scores = _scores(record, result["reasoning_steps"], result["answer_set"], data)
     scores["reasons"] = [*cut_off_reasons(result), *scores["reasons"]]
     boxes = known_boxes(record.metadata)
     return {
@@ -108,6 +121,7 @@ def result_of(
         "intervals": {name: list(bootstrap_interval(found)) for name, found in values.items() if found},
         "gains": gains(values),
         "targets": compare_with_targets(metrics),
+        "gold_chains": _gold_scores(data) if data.scorer else None,
         "accuracy_by_complexity": {name: row["reasoning"] for name, row in by(samples, "complexity").items()},
         "impact_by_complexity": by(samples, "complexity"),
         "accuracy_by_question_kind": by(samples, "question_kind"),

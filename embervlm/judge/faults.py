@@ -76,9 +76,14 @@ class StepJudgment:
         return [fault.reason for fault in (self.redundant, self.contradicted, self.unsupported) if fault.reason]
 
 
-def judge_chain(reading: ChainReading) -> list[StepJudgment]:
-    """Faults of each step, by the rules and beyond them by its words."""
-    anchor = float(ramp(relevance(reading), *RELEVANT))
+def judge_chain(reading: ChainReading, gold: ChainReading | None = None) -> list[StepJudgment]:
+    """Faults of each step, by the rules and beyond them by its words.
+
+    Args:
+        gold: The gold chain read like the other. No chain has to speak of the question more than it does.
+    """
+    wanted = 1.0 if gold is None else min(1.0, relevance(gold) / RELEVANT[1])
+    anchor = float(ramp(relevance(reading) + RELEVANT[1] * (1 - wanted), *RELEVANT))
     supported, granted = support(reading), granted_by_given(reading)
     contradictions: list[Fault] = []
     for j, rule in enumerate(contradicted_claims(reading.steps, reading.context)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,10 +131,14 @@ class ChainScorer:
 
         `final_answer_accuracy` is None where the gold answer is not known.
         """
+        gold = self._read_gold(context)
         reading = ChainReading.of(steps, context, self.backends, self.words)
-        judgments, ends = judge_chain(reading), conclusion_of(reading)
+        judgments, ends = judge_chain(reading, gold), conclusion_of(reading)
         consistency, parts = _consistency(reading, judgments)
         by_type, of_completeness = _completeness(reading, judgments, ends)
+        if gold is not None and of_completeness:
+            of_gold = _completeness(gold, judge_chain(gold, gold), conclusion_of(gold))
+            by_type, of_completeness = _as_far_as_gold(by_type, of_completeness, *of_gold)
         flow, of_flow = _flow(reading, judgments, ends, self.order)
         complete = of_completeness or by_type
         reasons = [f"step {number} {reason}" for number, found in enumerate(judgments, 1) for reason in found.reasons]
@@ -150,6 +155,30 @@ class ChainScorer:
             "parts": {name: round(value, 6) for name, value in {**parts, **of_completeness, **of_flow}.items()},
             "reasons": reasons,
         }
+
+    def _read_gold(self, context: ChainContext) -> ChainReading | None:
+        """The gold chain read as one that leads to the gold answer; None where it is not known."""
+        if not context.reference_steps:
+            return None
+        own = replace(context, answer=context.gold_answer)
+        return ChainReading.of(context.reference_steps, own, self.backends, self.words)
+
+
+def _as_far_as_gold(
+    by_type: Mapping[str, float],
+    parts: Mapping[str, float],
+    gold_by_type: Mapping[str, float],
+    gold: Mapping[str, float],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """No chain has to have more types of steps, or build on more of them, than the gold chain."""
+    types = {name: value for name, value in by_type.items() if gold_by_type.get(name)}
+    found = {**parts}
+    for name in ("type_coverage", "grounds"):
+        if whole := gold.get(name):
+            found[name] = min(1.0, parts[name] / whole)
+        else:
+            found.pop(name, None)
+    return types, found
 
 
 def _strongest(judgments: Sequence[StepJudgment]) -> float:

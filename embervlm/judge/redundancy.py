@@ -41,11 +41,17 @@ def redundancy(reading: ChainReading, j: int) -> Fault:
     scores = ramp(reading.similarity[:j, j], *REDUNDANT)
     for i in np.flatnonzero(scores):
         if not calculates_again(step.text, earlier[i].text):  # the result is what it says, whatever else it names
-            claims_more = not set(step.claims) <= set(earlier[i].claims)
+            claims_more = not set(step.claims) <= set(earlier[i].claims) or _opposed(reading, j, int(i))
             scores[i] *= 0.0 if claims_more else reading.entails[i, j] * (1 - _adds(reading, j, int(i)))
     best = int(scores.argmax())
     sure = float(scores[best])
     return Fault(sure, f"says the same as step {best + 1}" if sure >= FAULT else "")
+
+
+def _opposed(reading: ChainReading, j: int, i: int) -> bool:
+    """Whether one step has a word and the other its opposite: "the left one is 8", "the right one is 8"."""
+    mine, other = set(reading.places(j)), set(reading.places(i))
+    return any({a, b} <= mine ^ other and (a in mine) != (b in mine) for a, b in reading.words.opposites)
 
 
 def _adds(reading: ChainReading, j: int, i: int) -> float:

@@ -90,6 +90,23 @@ def cut_off_lines(eval_json: Mapping[str, Any]) -> str:
     )
 
 
+def gold_chain_lines(eval_json: Mapping[str, Any]) -> str:
+    """A warning where not even the gold chains meet the targets of their metrics; "" where they do."""
+    targets = {
+        name: float(target["target"].lstrip(">"))
+        for name, target in eval_json.get("targets", {}).items()
+        if str(target.get("target")).startswith(">")
+    }
+    found = {name: value for name, value in (eval_json.get("gold_chains") or {}).items() if value is not None}
+    low = [f"{name} {found[name]:.3f}" for name, target in targets.items() if name in found and found[name] <= target]
+    if not low:
+        return ""
+    return (
+        f"warning: the gold chains of these records get no more than {', '.join(low)} themselves: the judge does not "
+        "read chains like these well, so compare with that, not with the target"
+    )
+
+
 def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 

@@ -18,7 +18,7 @@ from embervlm import run_dir
 from embervlm.config import REPOSITORY, ConfigError
 from embervlm.config_file import read_yaml
 from embervlm.options import add_flag
-from embervlm.report.table import cut_off_lines, faithfulness_lines, metrics_table, own_steps_lines
+from embervlm.report.table import cut_off_lines, faithfulness_lines, gold_chain_lines, metrics_table, own_steps_lines
 from embervlm.run.owner import owning
 
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
@@ -159,7 +159,7 @@ class Quickstart:
         print("\nanswer accuracy by complexity: " + _figures(result["accuracy_by_complexity"]))
         if result["faithfulness"] is not None:
             print(faithfulness_lines(result["faithfulness"]))
-        if warning := cut_off_lines(result):
+        for warning in filter(None, (cut_off_lines(result), gold_chain_lines(result))):
             print(warning)
         print("validator, balanced accuracy by kind of invalid step: " + _figures(result["validator"]))
         print(own_steps_lines(result))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
+from itertools import combinations
 from math import log
 from typing import Any
 
@@ -32,6 +33,7 @@ from embervlm.words.english import (
     strip_numbering,
 )
 from embervlm.words.numbers import NUMBER_WORDS, ORDINALS
+from embervlm.words.opposites import EXCLUDES
 
 Array = NDArray[np.float32]
 
@@ -119,6 +121,8 @@ def _stem_of(token: str) -> tuple[bool, str]:
 
 
 _NUMBER_STEMS = frozenset(map(stem, NUMBER_WORDS | ORDINALS))
+_EXCLUDED_STEMS = {tuple(sorted(map(stem, pair))) for pair in EXCLUDES}
+_HAS_OPPOSITE = {word for pair in _EXCLUDED_STEMS for word in pair}
 
 
 class WordVectors:
@@ -204,10 +208,20 @@ class Reading:
         self.text_places = [sorted({place for number in span for place in self.places[number]}) for span in self.spans]
 
     @cached_property
+    def opposites(self) -> list[tuple[int, int]]:
+        """Pairs of words that exclude each other."""
+        places = [place for place, word in enumerate(self.words) if word in _HAS_OPPOSITE]
+        return [
+            (a, b)
+            for a, b in combinations(places, 2)
+            if tuple(sorted((self.words[a], self.words[b]))) in _EXCLUDED_STEMS
+        ]
+
+    @cached_property
     def alike(self) -> Array:
         """`[word, word]` likeness in [0, 1]; 1 for the same stem.
 
-        A number is like itself alone, and of names a name is."""
+        A number is like itself alone, and of names a name is; opposites are not alike."""
         vectors = word_vectors().rows(self.words)
         cosine = vectors @ vectors.T
         out = np.clip((cosine - UNKNOWN_COSINE) / (SAME_COSINE - UNKNOWN_COSINE), 0, 1) * SYNONYM
@@ -217,6 +231,8 @@ class Reading:
         out[numbers, :] = 0
         out[:, numbers] = 0
         out[np.ix_(named, named)] = 0
+        for a, b in self.opposites:
+            out[a, b] = out[b, a] = 0
         np.fill_diagonal(out, 1)
         return out.astype(np.float32)  # type: ignore[no-any-return]
 
