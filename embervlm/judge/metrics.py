@@ -139,7 +139,7 @@ class ChainScorer:
         if gold is not None and of_completeness:
             of_gold = _completeness(gold, judge_chain(gold, gold), conclusion_of(gold))
             by_type, of_completeness = _as_far_as_gold(by_type, of_completeness, *of_gold)
-        flow, of_flow = _flow(reading, judgments, ends, self.order)
+        flow, of_flow = _flow(reading, judgments, ends, self.order, gold)
         complete = of_completeness or by_type
         reasons = [f"step {number} {reason}" for number, found in enumerate(judgments, 1) for reason in found.reasons]
         if ends is not None and (fault := wrong_conclusion(reading, ends)):
@@ -222,12 +222,22 @@ def _completeness(
 
 
 def _flow(
-    reading: ChainReading, judgments: Sequence[StepJudgment], ends: int | None, order: OrderScorer
+    reading: ChainReading,
+    judgments: Sequence[StepJudgment],
+    ends: int | None,
+    order: OrderScorer,
+    gold: ChainReading | None,
 ) -> tuple[float, dict[str, float]]:
-    """0.4 order + 0.3 no contradiction + 0.3 conclusion follows, and these parts; 0 for an empty chain."""
+    """0.4 order + 0.3 no contradiction + 0.3 conclusion follows, and these parts; 0 for an empty chain.
+
+    No conclusion has to follow more clearly than that of the gold chain.
+    """
     if reading.is_empty:
         return 0.0, {}
     context, strongest = reading.context, _strongest(judgments)
+    follows = conclusion_follows(reading, ends, strongest)
+    if gold is not None and (whole := conclusion_follows(gold, conclusion_of(gold), 0.0)):
+        follows = min(1.0, follows / whole)
     parts = {
         "order": order.order_score(
             [step.text for step in reading.steps],
@@ -235,6 +245,6 @@ def _flow(
             answer=", ".join(sorted(context.answer)),
             known=completeness.gold_order(reading),
         ),
-        "conclusion_follows": conclusion_follows(reading, ends, strongest),
+        "conclusion_follows": follows,
     }
     return 0.4 * parts["order"] + 0.3 * (1 - strongest) + 0.3 * parts["conclusion_follows"], parts
