@@ -14,6 +14,7 @@ from embervlm.curate.findings import KINDS, CheckOptions
 from embervlm.curate.quality import filter_file
 from embervlm.curate.validate import validate
 from embervlm.data.blind import best_guess, blind_guess
+from embervlm.data.domain import NO_DOMAIN
 from embervlm.data.records import DataError, read_records
 from embervlm.data.samples import Grid
 from embervlm.data.splits import split_of, split_records
@@ -360,6 +361,15 @@ def test_the_command_exits_with_one_only_where_a_record_would_not_train(changes,
     assert json.loads(report.read_text(encoding="utf-8"))["trains"] == (not code)
     assert report.with_suffix(".html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "2 records" in capsys.readouterr().out
+
+
+def test_data_of_another_domain_are_told_how_to_be_read(tmp_path):
+    path = tmp_path / "data.json"
+    strange = {"image": None, "instruction": "How many?", "reasoning": ["I count.", "Conclusion: 4."], "answer": "4"}
+    path.write_text(json.dumps([strange, strange]), encoding="utf-8")
+    text = report_text(validate(path, CheckOptions(domain=ROBOTS_DOMAIN)))
+    assert "2 answers are none of this domain's: data about something else need `--domain none`" in text
+    assert "--domain" not in report_text(validate(path, CheckOptions(domain=NO_DOMAIN)))
 
 
 def test_a_file_without_a_usable_record_still_gets_its_report(tmp_path):

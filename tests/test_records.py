@@ -189,6 +189,7 @@ def test_record_with_its_own_candidates_is_checked_against_those(read):
         ({"answer": "Humaniod"}, 'answer "Humaniod" is not one of Drone, Underwater Robot, Humanoid, '),
         ({"answer": "Humaniod"}, 'did you mean "Humanoid"? correct it or drop the record'),
         ({"answer": "Drone, Boat"}, 'answer "Boat" is not one of Drone'),
+        ({"answer": "four"}, "drop the record (data about something else need `--domain none`, in the YAML"),
         ({"confidence": float("nan")}, "confidence: is NaN, which is not JSON; write null, or leave the field out"),
         ({"confidence": 92.5}, "confidence: 92.5 is not between 0 and 1; correct"),
         ({"confidence": "0.9"}, "confidence: is a string, not a number; give"),

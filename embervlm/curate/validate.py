@@ -15,7 +15,7 @@ import numpy as np
 from embervlm.curate.checking import check_file
 from embervlm.curate.findings import KINDS, CheckedData, CheckOptions, problem_counts
 from embervlm.data.blind import best_guess, blind_guess
-from embervlm.data.record_fields import COMPOSED_OF, told_several, told_unused
+from embervlm.data.record_fields import COMPOSED_OF, OTHER_DOMAIN, told_several, told_unused
 from embervlm.data.splits import SPLITS
 from embervlm.words.chain_text import format_reasoning
 
@@ -46,6 +46,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "num_stopping": len(bad - {0}),
         "num_with_findings": len({problem.number for problem in data.problems} - {0}),
         "num_text_only": sum(record.image is None for record in data.records),
+        "other_domain_in_words": _told_other_domain(data),
         "unused": dict(data.unused.most_common()),
         "unused_in_words": told_unused(data.unused),
         "several_pictures_in_words": told_several(
@@ -84,6 +85,12 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "examples": _examples(data),
         "problems": [asdict(problem) | _where(data, problem.number) for problem in data.problems],
     }
+
+
+def _told_other_domain(data: CheckedData) -> str:
+    """A sentence where answers are like none of the domain's; "" where there are none."""
+    count = sum(OTHER_DOMAIN in problem.fix for problem in data.problems)
+    return f"{count:,} answers are none of this domain's: {OTHER_DOMAIN}" if count else ""
 
 
 def _where(data: CheckedData, number: int) -> dict[str, str]:

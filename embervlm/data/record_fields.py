@@ -370,7 +370,8 @@ def _read_answer(
         unknown.extend(rest)
     others = _called_otherwise(value, "candidates") if own is None else ""
     for name in unknown:
-        report(f"answer {quote(name)} is not one of {_listing(candidates)}{others}; {_advice(name, candidates)}")
+        advice = _advice(name, candidates, of_domain=own is None)
+        report(f"answer {quote(name)} is not one of {_listing(candidates)}{others}; {advice}")
     if not known and not unknown:
         report("answer: is empty; add the right answer or answers")
     return tuple(name for name in candidates if name in known)
@@ -380,9 +381,15 @@ def _listing(candidates: Sequence[str]) -> str:
     return ", ".join(quote(name)[1:-1] for name in candidates[:8]) + (", ..." if len(candidates) > 8 else "")
 
 
-def _advice(name: str, candidates: Sequence[str]) -> str:
+OTHER_DOMAIN = "data about something else need `--domain none`, in the YAML `domain: none`"
+"""Said where an answer is like none of the domain's."""
+
+
+def _advice(name: str, candidates: Sequence[str], *, of_domain: bool) -> str:
     folded = {candidate.casefold(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name[:100].casefold(), folded, n=1)
+    if of_domain and not close:
+        return f"correct it or drop the record ({OTHER_DOMAIN})"
     hint = f"did you mean {quote(folded[close[0]])}? " if close else ""
     return f"{hint}correct it or drop the record"
 

@@ -90,7 +90,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not report["trains"]:
         if not report["num_stopping"]:  # findings about files alone
             return "these findings would stop training; correct them"
-        return f"{report['num_stopping']:,} records would stop training; correct or delete them"
+        told = f"{report['num_stopping']:,} records would stop training; correct or delete them"
+        return ". ".join(filter(None, (told, report["other_domain_in_words"])))
     if report["num_with_findings"]:
         return f"every record can be used for training; {report['num_with_findings']:,} of them are worth a look"
     return "every record can be used for training, and nothing was found"
