@@ -80,6 +80,16 @@ def test_a_repeated_step_is_not_kept(records, tiny_model):
     assert fault(records[0], tiny_model, reasoning_steps=[steps[0], *steps]).startswith("rules: step 2 repeats step 1")
 
 
+def test_what_is_read_off_a_picture_of_which_nothing_is_known_is_not_made_up(records, tiny_model):
+    record = replace(records[0], instruction="Which one?", steps=(), metadata={})
+    answer = ", ".join(record.answer)
+    steps = ["The picture shows a blue rectangle.", f"Conclusion: {answer}."]
+    assert fault(record, tiny_model, reasoning_steps=steps) == ""
+    assert "repeats step 1" in fault(record, tiny_model, reasoning_steps=[steps[0], *steps])
+    told = replace(records[0], instruction="Which one?", steps=())
+    assert fault(told, tiny_model, reasoning_steps=steps).startswith("rules: step 1")
+
+
 def test_a_step_that_the_validator_doubts_is_not_kept(records, tiny_model):
     assert fault(records[0], tiny_model, sure=0.4) == "step validator: step 1 follows with probability 0.40"
 

@@ -31,6 +31,10 @@ class StepFaults:
     def any(self) -> bool:
         return bool(self.redundant or self.contradicted or self.unsupported)
 
+    def told(self, context: ChainContext) -> str | None:
+        """The fault of a step about a picture: one that nothing supports has none where nothing is known."""
+        return self.contradicted or self.redundant or (self.unsupported if context.is_told else None)
+
 
 def judge_steps(steps: Sequence[str], context: ChainContext) -> list[StepFaults]:
     """Faults of each step by rules alone.

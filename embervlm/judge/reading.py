@@ -66,6 +66,11 @@ class ChainContext:
         names = _verdict_names(self.reader.key, frozenset(self.suitable_values))
         return names & set(self.candidates) if self.candidates else names
 
+    @property
+    def is_told(self) -> bool:
+        """Whether more is known than the question. Where not, whatever a step reads off the picture looks made up."""
+        return bool(self.facts or self.statements or self.reference_steps)
+
     @cached_property
     def all_candidates(self) -> frozenset[str]:
         return self.verdict_names | set(self.candidates) | set(self.answer) | set(self.gold_answer)

@@ -77,16 +77,15 @@ def soundness_reward(record: ReasoningRecord, chain: Chain, domains: Mapping[str
     Where the record knows its facts, they must not make up anything either. Where it does not, whatever a step reads
     off the picture would count as made up.
     """
-    steps, facts = chain["reasoning_steps"], record.metadata.get("facts") or {}
+    steps = chain["reasoning_steps"]
     context = ChainContext(
         instruction=record.instruction,
-        facts=facts,
+        facts=record.metadata.get("facts") or {},
         domains=domains,
         answer=frozenset(chain["answer_set"]),
         candidates=frozenset(record.candidates),
     )
-    faults = judge_steps(steps, context)
-    wrong = [fault.redundant or fault.contradicted or (fault.unsupported if facts else None) for fault in faults]
+    wrong = [fault.told(context) for fault in judge_steps(steps, context)]
     return sum(not found for found in wrong) / len(steps) if steps else 0.0
 
 
