@@ -27,7 +27,7 @@ from embervlm.model.lora import merged, save_adapters
 from embervlm.model.network import EmberVLMNetwork
 from embervlm.model.preprocessor import with_preprocessor
 from embervlm.model.processor import EmberVLMProcessor
-from embervlm.model.storage import CheckpointError, load_state, read_weights, resolve_folder, save_weights
+from embervlm.model.storage import HUB_OPTIONS, CheckpointError, load_state, read_weights, resolve_folder, save_weights
 from embervlm.model.streaming import ANSWER, OnText, Pieces
 
 
@@ -243,11 +243,11 @@ class EmberVLM(EmberVLMNetwork):
             ConfigError: names an option that is not known.
         """
         dtype, device = _dtype_of(others.pop("torch_dtype", None) if dtype is None else dtype), _device_of(device_map)
-        hub = {name: others.pop(name) for name in _HUB_OPTIONS if name in others}
+        hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
         others.pop("trust_remote_code", None)  # nothing here runs any; AutoModel always passes it
         if "_adapter_model_path" not in (others.get("adapter_kwargs") or {}):  # it passes these too, for no adapter
             others.pop("adapter_kwargs", None)
-        _refuse_options("from_pretrained", others, ("config", "dtype", "device_map", "revision", *_HUB_OPTIONS))
+        _refuse_options("from_pretrained", others, ("config", "dtype", "device_map", "revision", *HUB_OPTIONS))
         folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
         try:
             config = config or EmberVLMConfig.from_pretrained(str(folder))
@@ -307,7 +307,6 @@ _GENERATE_OPTIONS = (
     *("attention_mask", "pixel_values", "max_new_tokens", "do_sample", "temperature", "top_p"),
     *("num_return_sequences", "pad_token_id"),
 )
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def _dtype_of(given: Any) -> torch.dtype:

@@ -12,6 +12,7 @@ from embervlm.config import ConfigError
 from embervlm.data.images import load_image
 from embervlm.data.tokenizer import DIRECT_PROMPT, ReasoningTokenizer
 from embervlm.model.config import STAGE3, EmberVLMConfig
+from embervlm.model.storage import HUB_OPTIONS, resolve_folder
 from embervlm.words.chain_text import format_reasoning
 
 
@@ -34,10 +35,13 @@ class EmberVLMProcessor(ProcessorMixin):  # type: ignore[misc]
         return ["tokenizer"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **others: Any) -> EmberVLMProcessor:
-        """The processor of a checkpoint folder."""
-        folder = str(pretrained_model_name_or_path)
-        return cls(ReasoningTokenizer.from_folder(folder), EmberVLMConfig.from_pretrained(folder))
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, revision: str | None = None, **others: Any
+    ) -> EmberVLMProcessor:
+        """The processor of a checkpoint folder or hub id; `others` as in `EmberVLM.from_pretrained`."""
+        hub = {name: others[name] for name in HUB_OPTIONS if name in others}
+        folder = resolve_folder(pretrained_model_name_or_path, revision, **hub)
+        return cls(ReasoningTokenizer.from_folder(folder), EmberVLMConfig.from_pretrained(str(folder)))
 
     def save_pretrained(self, save_directory: Any, **others: Any) -> list[str]:
         """Write the tokenizer and the model's configuration."""

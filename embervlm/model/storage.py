@@ -197,6 +197,10 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Of a download, passed on."""
+
+
 def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
     """The local folder of a checkpoint path or hub id. `revision` and `hub` are for `snapshot_download`."""
     folder = Path(str(name))
