@@ -25,11 +25,10 @@ NUM_ANSWERED = 48
 """Questions that are answered twice: writing takes longer than reading."""
 Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, Grid], list[Sample]]
 """Makes texts of records; the last argument is the grid of visual tokens."""
-NEEDS = (
-    "It needs one of these: boxes and captions in the records, more epochs of Stage 3, or a pretrained vision encoder "
-    "(`vision` of the model preset)"
+BLIND = (
+    "the model does not look at the picture. It needs one of these: boxes and captions in the records, more "
+    "epochs of Stage 3, or a pretrained vision encoder (`vision` of the model preset)"
 )
-BLIND = f"the model does not look at the picture. {NEEDS}"
 
 
 def encode_chains(records: Sequence[ReasoningRecord], tokenizer: ReasoningTokenizer, grid: Grid) -> list[Sample]:
