@@ -162,6 +162,9 @@ def test_an_answer_that_is_worked_out_in_the_conclusion_follows_from_its_other_w
         gold_answer=frozenset({"16:55"}),
     )
     scorer = ChainScorer.fit()
-    assert 0 < scorer.score(steps, context)["parts"]["conclusion_follows"] <= 0.5
-    wrong = dataclasses.replace(context, answer=frozenset({"17:10"}))
-    assert scorer.score([*steps[:2], "Conclusion: 17:10."], wrong)["parts"]["conclusion_follows"] == 0
+    alone = dataclasses.replace(context, reference_steps=())
+    assert 0 < scorer.score(steps, alone)["parts"]["conclusion_follows"] <= 0.5
+    assert scorer.score(steps, context)["parts"]["conclusion_follows"] == 1  # as clearly as the gold chain's
+    for known in (context, alone):
+        wrong = dataclasses.replace(known, answer=frozenset({"17:10"}))
+        assert scorer.score([*steps[:2], "Conclusion: 17:10."], wrong)["parts"]["conclusion_follows"] == 0
