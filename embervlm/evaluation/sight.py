@@ -15,7 +15,7 @@ from embervlm.data.images import PictureCache
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Grid, Sample
 from embervlm.data.tokenizer import ReasoningTokenizer
-from embervlm.evaluation.batches import alike, answer, see, text_log_probs
+from embervlm.evaluation.batches import alike, answer, chunks, see, text_log_probs
 from embervlm.judge.metrics import is_right
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
@@ -160,15 +160,15 @@ def answer_twice(
     if not own:
         return None
     was_training = model.training
-    right = [
-        [is_right(found["answer_set"], record) for found, record in zip(answer(model, pictures, asked, decoding), own)]
-        for asked in (own, other)
-    ]
+    asked = [*own, *other]
+    found = [result for part in chunks(asked) for result in answer(model, pictures, part, decoding)]
     model.train(was_training)
+    right = [is_right(result["answer_set"], record) for result, record in zip(found, asked)]
+    pairs = list(zip(right, right[len(own) :]))
     return AnsweredTwice(
         num_questions=len(own),
-        own_accuracy=sum(right[0]) / len(own),
-        other_accuracy=sum(right[1]) / len(own),
-        num_only_own=sum(mine and not others for mine, others in zip(*right)),
-        num_only_other=sum(others and not mine for mine, others in zip(*right)),
+        own_accuracy=sum(right[: len(own)]) / len(own),
+        other_accuracy=sum(right[len(own) :]) / len(own),
+        num_only_own=sum(mine and not others for mine, others in pairs),
+        num_only_other=sum(others and not mine for mine, others in pairs),
     )
