@@ -129,7 +129,7 @@ def test_a_run_that_was_taken_for_dead_writes_no_more(tmp_path):
     assert (tmp_path / OWNER).exists()
 
 
-def own_once(folder, start, results, seconds):
+def own_once(folder, start, results, seconds, over):
     look = Owner.is_dead
 
     def slow(self, other):
@@ -141,7 +141,7 @@ def own_once(folder, start, results, seconds):
     try:
         with owning(folder):
             results.put("owned")
-            time.sleep(2)
+            over.wait(60)  # until all others have tried, however long the machine makes them wait
     except OwnedError:
         results.put("refused")
 
@@ -154,11 +154,13 @@ def test_of_runs_that_follow_a_dead_one_at_the_same_moment_one_gets_the_folder(t
     if claimed:  # a run that was about to follow it was killed
         (tmp_path / f"{OWNER}-after-{dead.token}").write_text(json.dumps(asdict(replace(dead, token="second"))))
     context = multiprocessing.get_context("fork")
-    start, results = context.Barrier(6), context.Queue()
-    runs = [context.Process(target=own_once, args=(tmp_path, start, results, i * apart)) for i in range(6)]
+    start, results, over = context.Barrier(6), context.Queue(), context.Event()
+    runs = [context.Process(target=own_once, args=(tmp_path, start, results, i * apart, over)) for i in range(6)]
     for run in runs:
         run.start()
-    assert sorted(results.get(timeout=60) for _ in runs) == ["owned"] + ["refused"] * 5
+    found = [results.get(timeout=60) for _ in runs]
+    over.set()
+    assert sorted(found) == ["owned"] + ["refused"] * 5
     for run in runs:
         run.join()
     assert not list(tmp_path.iterdir())
