@@ -98,6 +98,8 @@ def test_stage_3_answers_directly(tiny_settings, tokenizer, tmp_path, picture):
         (lambda p, m, i: p.apply_chat_template([]), "0 pictures for 0 questions"),
         (lambda p, m, i: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]), "has video"),
         (lambda p, m, i: p.apply_chat_template(chat(None)), "none of image, url and path"),
+        (lambda p, m, i: p(i, QUESTION, truncation=True), "processor: truncation: cannot be followed"),
+        (lambda p, m, i: p.apply_chat_template(chat(i), tokenize=False, tools=["x"]), "processor: tools: cannot"),
         (lambda p, m, i: m.generate(**p(i, QUESTION), num_beams=4), "generate: num_beams: not known"),
         (lambda p, m, i: m.generate(**p(i, QUESTION), num_return_sequences=2), "needs do_sample"),
     ],

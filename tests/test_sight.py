@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from embervlm.evaluation.batches import answer
 from embervlm.evaluation.sight import AnsweredTwice, Sight, answer_twice, other_pictures, sight
+from embervlm.judge.metrics import is_right
 from embervlm.model.decoding import Decoding
 
 
@@ -84,3 +86,23 @@ def test_a_model_that_cannot_see_answers_alike_with_another_picture(tiny_model, 
     assert tiny_model.training
     text_only = [dataclasses.replace(record, image=None) for record in records[:4]]
     assert answer_twice(tiny_model, pictures, text_only, Decoding()) is None
+
+
+def test_each_question_is_compared_with_itself(lively_model, pictures, records) -> None:
+    """Gold is what the model answers with the right picture, so only the other picture can make it wrong."""
+    decoding = Decoding(form="direct", max_new_tokens=8)
+    bare = [dataclasses.replace(record, default_candidates=(), metadata={}) for record in records[:12]]
+    gold = [found["answer_set"] for found in answer(lively_model, pictures, bare, decoding)]
+    asked = [dataclasses.replace(record, answer=tuple(text)) for record, text in zip(bare, gold, strict=True)]
+    asked = [record for record in asked if is_right(record.answer, record)]  # noise may be punctuation alone
+    swapped = [
+        dataclasses.replace(record, image=asked[place].image)
+        for record, place in zip(asked, other_pictures(asked), strict=True)
+        if place is not None
+    ]
+    found = answer_twice(lively_model, pictures, asked, decoding)
+    others = answer(lively_model, pictures, swapped, decoding)
+    changed = sum(not is_right(one["answer_set"], record) for one, record in zip(others, swapped, strict=True))
+    assert found is not None and found.num_questions == len(swapped) > 3 and changed
+    assert (found.own_accuracy, found.num_only_own, found.num_only_other) == (1, changed, 0)
+    assert found.other_accuracy == pytest.approx(1 - changed / len(swapped))

@@ -189,7 +189,7 @@ class _Writer:
             return str(error)
         context = known_of(record, self.domains, record.answer)
         for number, fault in enumerate(judge_steps(steps, context), 1):
-            if found := fault.told(context):
+            if found := fault.reason(context):
                 return f"rules: step {number} {found}"
         for number, probability in enumerate(followed, 1):
             if probability <= 0.5:

@@ -31,7 +31,7 @@ class StepFaults:
     def any(self) -> bool:
         return bool(self.redundant or self.contradicted or self.unsupported)
 
-    def told(self, context: ChainContext) -> str | None:
+    def reason(self, context: ChainContext) -> str | None:
         """The fault of a step about a picture: one that nothing supports has none where nothing is known."""
         return self.contradicted or self.redundant or (self.unsupported if context.is_told else None)
 

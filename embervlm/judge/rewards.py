@@ -85,7 +85,7 @@ def soundness_reward(record: ReasoningRecord, chain: Chain, domains: Mapping[str
         answer=frozenset(chain["answer_set"]),
         candidates=frozenset(record.candidates),
     )
-    wrong = [fault.told(context) for fault in judge_steps(steps, context)]
+    wrong = [fault.reason(context) for fault in judge_steps(steps, context)]
     return sum(not found for found in wrong) / len(steps) if steps else 0.0
 
 

@@ -19,7 +19,7 @@ from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.decoding import Decoding
-from embervlm.model.generation import continue_ids, generate_answers
+from embervlm.model.generation import continue_ids, generate_answers, look
 from embervlm.model.int8 import holds_int8, room_for_int8
 from embervlm.model.interactive import Reasoning
 from embervlm.model.known import read_known
@@ -199,11 +199,11 @@ class EmberVLM(EmberVLMNetwork):
         if attention_mask is not None:
             prompts = [row[len(row) - kept :] for row, kept in zip(prompts, attention_mask.sum(1).tolist())]
         with self.in_eval_mode():
-            seen = torch.full((len(prompts),), pixel_values is not None, device=self.device)
             if pixel_values is None:
-                size = self.config.image_size
-                pixel_values = torch.zeros(len(prompts), size, size, 3, dtype=torch.uint8)
-            texts = continue_ids(self, self.see_pictures(pixel_values), seen, prompts, decoding)
+                visual, seen = look(self, [None] * len(prompts))
+            else:
+                visual, seen = self.see_pictures(pixel_values), torch.ones(len(prompts), dtype=torch.bool)
+            texts = continue_ids(self, visual, seen.to(self.device), prompts, decoding)
         pad = self.tokenizer.end_of_text if pad_token_id is None else pad_token_id
         longest = max(map(len, texts))
         return torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts], device=self.device)

@@ -57,8 +57,9 @@ class EmberVLMProcessor(ProcessorMixin):  # type: ignore[misc]
             `[batch, size, size, 3]` uint8.
 
         Raises:
-            ConfigError: pictures and questions do not go together.
+            ConfigError: pictures and questions do not go together, or `others` ask for something else.
         """
+        _refuse(others, {"padding": True, "return_tensors": "pt"})
         questions = [text] if isinstance(text, str) else list(text or ())
         pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         pictures = [one for given in pictures for one in (given if isinstance(given, (list, tuple)) else [given])]
@@ -83,8 +84,10 @@ class EmberVLMProcessor(ProcessorMixin):  # type: ignore[misc]
         picture, under `image`, `url` or `path`. For follow-ups there is `EmberVLM.reason`.
 
         Raises:
-            ConfigError: it is another one.
+            ConfigError: it is another one, or `others` ask for something else.
         """
+        given = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        _refuse(others, given)
         single = bool(conversation) and isinstance(conversation[0], Mapping)
         asked = [_asked(messages) for messages in ([conversation] if single else conversation)]
         pictures = [picture for _, picture in asked if picture is not None]
@@ -105,6 +108,13 @@ class EmberVLMProcessor(ProcessorMixin):  # type: ignore[misc]
             return str(question)
         steps, answer = tokenizer.parse_generated(ids[place:])
         return "\n".join(filter(None, [f"{question}{format_reasoning(steps)}", answer and f"Answer: {answer}"]))
+
+
+def _refuse(others: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ConfigError that names those of `others` that ask for something which is not `given` anyway."""
+    if wrong := [name for name, value in others.items() if value and given.get(name) != value]:
+        known = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ConfigError(f"processor: {', '.join(wrong)}: cannot be followed; it always does {known}")
 
 
 def _asked(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
