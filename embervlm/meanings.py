@@ -39,8 +39,8 @@ MEANINGS = {
         CHAIN,
     ),
     "step_completeness": Meaning(
-        "The share of the gold chain's steps that the chain contains; where their types are not known, the mean of that, "
-        "of the types of steps, of what the conclusion builds on, and of the known facts.",
+        "The share of the gold chain's steps that the chain contains; where their types are not known, the mean of "
+        "that, of the types of steps, of what the conclusion builds on, and of the known facts.",
         "high",
         "Another good way to the answer loses points.",
         CHAIN,
