@@ -49,7 +49,7 @@ FIRST_PORT, PORTS = 61_000, 560
 _turn = itertools.count(random.randrange(PORTS))
 GRACE_S = 30
 """What is left to the other processes when one has failed, as under torchrun."""
-VOCABULARY = 400
+VOCABULARY = 704
 TINY: dict[str, Any] = {
     "vision": {
         "config": {
