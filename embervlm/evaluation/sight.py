@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from embervlm.evaluation.batches import alike, answer, chunks, see, text_log_pro
 from embervlm.judge.metrics import is_right
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
+from embervlm.progress import progress_bar
 
+Item = TypeVar("Item")
 NUM_RECORDS = 128
 NUM_ANSWERED = 48
 """Questions that are answered twice: writing takes longer than reading."""
@@ -117,9 +120,20 @@ def _some(records: Sequence[ReasoningRecord], most: int) -> Sequence[ReasoningRe
     return records[:: max(1, math.ceil(len(records) / most))]
 
 
+def _shown(parts: Sequence[Sequence[Item]], what: str, progress: bool) -> Iterable[Sequence[Item]]:
+    """`parts` with a bar, where they take long: a large model on a CPU reads for minutes."""
+    shown: Iterable[Sequence[Item]] = progress_bar(parts, desc=what, unit="part", delay=2, disable=not progress)
+    return shown
+
+
 @torch.inference_mode()
 def sight(
-    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord], form: Form = encode_chains
+    model: EmberVLM,
+    pictures: PictureCache,
+    records: Sequence[ReasoningRecord],
+    form: Form = encode_chains,
+    *,
+    progress: bool = False,
 ) -> Sight | None:
     """What the texts that `form` makes of some of `records` cost behind their pictures; None where there are none."""
     shown = _some(records, NUM_RECORDS)
@@ -132,7 +146,7 @@ def sight(
     rows = [(sample.record, sample) for sample in samples]
     rows += [(other, s) for s in samples if (other := others[s.record]) is not None]
     found = np.zeros(len(rows))
-    for batch in alike(len(sample) for _, sample in rows):
+    for batch in _shown(alike(len(sample) for _, sample in rows), "reading with another picture", progress):
         texts = [(place, [*s.prompt, *s.target], len(s.prompt)) for place, s in map(rows.__getitem__, batch)]
         found[list(batch)] = text_log_probs(model, visual, seen, texts)
     model.train(was_training)
@@ -148,7 +162,12 @@ def sight(
 
 
 def answer_twice(
-    model: EmberVLM, pictures: PictureCache, records: Sequence[ReasoningRecord], decoding: Decoding
+    model: EmberVLM,
+    pictures: PictureCache,
+    records: Sequence[ReasoningRecord],
+    decoding: Decoding,
+    *,
+    progress: bool = False,
 ) -> AnsweredTwice | None:
     """Ask some of `records` with their pictures and with others; None where no two show different pictures."""
     shown = _some(records, NUM_ANSWERED)
@@ -161,7 +180,8 @@ def answer_twice(
         return None
     was_training = model.training
     asked = [*own, *other]
-    found = [result for part in chunks(asked) for result in answer(model, pictures, part, decoding)]
+    parts = _shown(chunks(asked), "answering with another picture", progress)
+    found = [result for part in parts for result in answer(model, pictures, part, decoding)]
     model.train(was_training)
     right = [is_right(result["answer_set"], record) for result, record in zip(found, asked)]
     pairs = list(zip(right, right[len(own) :]))

@@ -38,8 +38,11 @@ def say_whether_it_looks(
     """
     with _only_warned(world, f"{ended}: not known whether the model looks at the picture"):
         records = data.val or data.train
-        found = sight(model, data.pictures, records, form)
-        answers = None if decoding is None else answer_twice(model, data.pictures, records, decoding)
+        shown = world.rank == 0
+        found = sight(model, data.pictures, records, form, progress=shown)
+        answers = None
+        if decoding is not None:
+            answers = answer_twice(model, data.pictures, records, decoding, progress=shown)
         if found is not None and found.num_texts and world.rank == 0:
             print(f"{ended}: {found}")
         if answers is not None and world.rank == 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 from embervlm.data.collate import Batch
 from embervlm.data.images import PictureCache
 from embervlm.model.embervlm import EmberVLM
+from embervlm.progress import progress_bar
 from embervlm.world import World
 
 MAX_BYTES = 4 << 30
@@ -32,7 +33,9 @@ class VisualCache:
         tokens = torch.zeros(shape)
         model.to(world.device).eval()
         with torch.no_grad():
-            for start in range(world.rank * chunk, shape[0], world.size * chunk):
+            mine = range(world.rank * chunk, shape[0], world.size * chunk)
+            quiet = world.rank > 0
+            for start in progress_bar(mine, desc=f"pictures, {chunk} at a time", unit="part", delay=2, disable=quiet):
                 block = torch.from_numpy(pictures.array[start : start + chunk].copy()).to(world.device)
                 tokens[start : start + chunk] = model.see(model.normalise(block)).float().cpu()
         if world.size > 1:
