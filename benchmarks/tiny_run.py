@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def make_data(folder: Path, num_samples: int) -> Path:
 
 
 def write_run(folder: Path, data: Path, model: str | None, **settings: Any) -> Path:
-    """The YAML of a Stage 3 run in `folder`; None is the tiny model."""
+    """The YAML of a run in `folder`; None is the tiny model."""
     if model is None:
         model = str(folder / "tiny.yaml")
         Path(model).write_text(yaml.safe_dump(TINY_MODEL), encoding="utf-8")
@@ -84,12 +85,14 @@ def write_run(folder: Path, data: Path, model: str | None, **settings: Any) -> P
     return path
 
 
-def start(config: Path, output: Path, processes: int, threads: int, *flags: str) -> subprocess.Popen[bytes]:
-    """A training of Stage 3 in a process group of its own; its log is appended to `<output>.log`."""
+def start(
+    config: Path, output: Path, processes: int, threads: int, *flags: str, stages: Sequence[str] = ("3",)
+) -> subprocess.Popen[bytes]:
+    """A training in a process group of its own; its log is appended to `<output>.log`."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(REPOSITORY / "launch" / "train.py"), "--config", str(config), "--stages", "3"]
+    command += [str(REPOSITORY / "launch" / "train.py"), "--config", str(config), "--stages", *stages]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with Path(f"{output}.log").open("ab") as log:
         return subprocess.Popen(
@@ -112,8 +115,13 @@ def finish(process: subprocess.Popen[bytes], output: Path) -> None:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's log so far."""
-    path = run_dir.metrics_log_path(run_dir.stage3_dir(output))
+    """The complete lines of the log of a run's Stage 3 so far."""
+    return metrics_of(run_dir.stage3_dir(output))
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of the log of a stage so far."""
+    path = run_dir.metrics_log_path(folder)
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
