@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from embervlm.config_checks import ConfigError, bounded, filled_in, one_of, require
 from embervlm.config_data import AugmentationConfig, CurriculumConfig
@@ -38,6 +38,14 @@ class ScheduledSamplingConfig:
 
     def __post_init__(self) -> None:
         bounded(self, "initial_teacher_forcing", "final_teacher_forcing", least=0, most=1)
+
+
+def _by_component(key: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` under the names of `COMPONENTS`; ConfigError where a component has two names in it."""
+    out = {ALIASES.get(name, name): value for name, value in given.items()}
+    if len(out) < len(given):
+        raise ConfigError(f"{key}: {sorted(given)} name one component twice")
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,8 @@ class PhaseConfig:
     glossary_records_ratio: float = 0.0
     """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
     max_minutes: float | None = None
-    """Stop after this much wall-clock time, with warmup and decay stretched over it; None trains `epochs`."""
+    """Stop after this much wall-clock time; None trains `epochs`. The rate then falls with the time, behind a warmup of
+    `warmup_steps`, or of a quarter of the time where these take longer."""
     stop_at_plateau: bool = False
     """Keep the peak rate until the loss on the val split no longer falls, then decay over a quarter as many steps and
     stop. `epochs` is then the most, and a model that does not look at the picture yet trains on."""
@@ -128,7 +137,7 @@ class PhaseConfig:
             value = getattr(self, name)
             shown = ", ".join(value) if isinstance(value, Mapping) else value
             require(not value, f"{name}: {shown} does nothing in this phase")
-        object.__setattr__(self, "lora", {ALIASES.get(name, name): lora for name, lora in self.lora.items()})
+        object.__setattr__(self, "lora", _by_component("lora", self.lora))
         check_lora(self.lora, self.multipliers)
         mixed = ("direct_records_ratio", "edited_facts_ratio", "caption_records_ratio", "glossary_records_ratio")
         weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
@@ -137,12 +146,9 @@ class PhaseConfig:
         self._check_component_lists()
 
     def _complete_multipliers(self) -> None:
-        given = {ALIASES.get(name, name): factor for name, factor in self.learning_rate_multipliers.items()}
+        given = _by_component("learning_rate_multipliers", self.learning_rate_multipliers)
         if wrong := set(given) - set(COMPONENTS):
             raise ConfigError(f"learning_rate_multipliers: unknown {sorted(wrong)}; components are {COMPONENTS}")
-        if len(given) < len(self.learning_rate_multipliers):
-            names = sorted(self.learning_rate_multipliers)
-            raise ConfigError(f"learning_rate_multipliers: {names} name one component twice")
         if negative := [name for name, factor in given.items() if factor < 0]:
             raise ConfigError(f"learning_rate_multipliers: {negative} are negative")
         defaults = dict.fromkeys(COMPONENTS, 1.0) | dict(self.default_multipliers)

@@ -145,9 +145,11 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `a.b.c` in nested mappings, in place."""
     *parents, last = dotted.split(".")
     for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
+        # a component may stand there by its other name
+        key = next((key for key in values if ALIASES.get(key, key) == ALIASES.get(parent, parent)), parent)
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ConfigError(f"{dotted}: {parent} is {values!r} in the YAML, not a section with keys")
     component = ALIASES.get(last, last)

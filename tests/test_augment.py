@@ -438,6 +438,12 @@ def test_training_reads_from_the_cache_what_the_first_process_made(records, tmp_
         assert one.metadata["boxes"] and len(one.metadata["seen"]) == len(one.steps)
 
 
+def test_training_augments_by_the_shares_of_its_settings(records, tmp_path):
+    config = AugmentationConfig(target_samples=len(records) + 6, augmentation_strategies={"simplify": 1.0})
+    made = augment_cached(records, config, tmp_path, 0, make=True)[len(records) :]
+    assert [one.metadata["augmentation"] for one in made] == ["simplify"] * 6
+
+
 def test_other_records_are_not_read_from_the_same_cache(records, tmp_path):
     config = AugmentationConfig(target_samples=30)
     augment_cached(records[:10], config, tmp_path, 0, make=True)

@@ -97,6 +97,8 @@ def refusal(bench: Path, output: Path, *more: object) -> str:
         (("--batch_size", "2"), 1, "records per update 4, now 2"),
         (("--max_reasoning_length", "390"), 1, "max_reasoning_length 400, now 390"),
         (("--model", "quickstart"), 1, "tiny.yaml, now quickstart"),
+        (("--domain", "none"), 1, "domain robots, now none"),
+        (("--set", "max_closed_answers=3"), 1, "max_closed_answers 64, now 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -141,6 +143,15 @@ def test_other_data_under_a_finished_run_is_refused(bench: Path, output: Path, t
     (tmp_path / "other.json").write_text(json.dumps(records[:9]))
     found = refusal(bench, output, "--reasoning_data", tmp_path / "other.json")
     assert f"reasoning_data {bench / 'reasoning_data.json'}, now {tmp_path / 'other.json'}" in found
+
+
+@pytest.mark.slow
+def test_an_answer_that_was_corrected_in_the_data_is_noticed(bench: Path, output: Path, tmp_path: Path) -> None:
+    text = (bench / "reasoning_data.json").read_text()
+    shutil.copytree(bench / "images", tmp_path / "images")
+    (tmp_path / "reasoning_data.json").write_text(text.replace("is suited", "is SUITED", 1))
+    found = refusal(bench, output, "--reasoning_data", tmp_path / "reasoning_data.json")
+    assert f"now {tmp_path / 'reasoning_data.json'}" in found
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_read_only_or_gone_is_named_and_training_goes_on_whe
     with training.store(on_error="continue") as store:
         training.save(store, 1)
         assert store.wait()
-        for step, options, reason in ((2, "size=1m", "No space left"), (4, "ro", "Read-only file system")):
+        for step, options, reason in ((2, "size=1500k", "No space left"), (4, "ro", "Read-only file system")):
             remount(disk, options)
             failed = training.save(store, step)
             assert not store.wait()
@@ -303,6 +303,19 @@ def test_the_best_evaluated_checkpoint_is_kept_beside_the_last(training: Trainin
     with training.store(keep_last=2, keep_best=1) as store:
         training.save(store, 4)
     assert sorted(path.name for path in training.folder.iterdir()) == [f"checkpoint-{step}" for step in (1, 3, 4)]
+
+
+def test_it_is_said_once_when_a_checkpoint_is_deleted_that_nothing_has_evaluated(
+    training: Training, three: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated = {"metrics": {"reasoning_consistency": 0.9, "final_answer_accuracy": 0.9}}
+    run_dir.write_json_atomic(run_dir.eval_path(three[0], "val"), evaluated)
+    for are_ranked, told in ((False, 0), (True, 1)):
+        with training.store(keep_last=1, keep_weights=1, are_ranked=are_ranked) as store:
+            for step in range(4, 8):
+                training.save(store, step + 4 * are_ranked)
+        assert caplog.text.count("nothing has evaluated it, so `select_best` cannot choose it") == told
+    assert three[0].exists() is False and f"{three[0]} is deleted, and" not in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"metrics": ', '{"metrics": {}}'])

@@ -18,6 +18,7 @@ from embervlm.run.slurm import (
     MAX_REQUEUES_VARIABLE,
     Allocation,
     Requeues,
+    ended,
     job_options,
     step_options,
     warn_of_short_limit,
@@ -309,6 +310,14 @@ def test_elements_of_an_array_keep_their_starts_apart(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("code", [1, 2, 255])  # 255: srun does not know an option
 def test_an_error_of_the_run_is_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     assert "an error that would occur again" in str(start(monkeypatch, tmp_path, restarts=0).refusal(code))
+
+
+@pytest.mark.parametrize(("state", "code", "status"), [("CANCELLED", EXIT_REQUEUE, EXIT_REQUEUE), ("RUNNING", 0, 0)])
+def test_a_stop_after_which_nobody_requeues_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, code: int, status: int
+) -> None:
+    monkeypatch.setattr("embervlm.run.slurm.job_state", lambda job: state)
+    assert ended(start(monkeypatch, tmp_path, restarts=0), code) == status
 
 
 def test_a_requeue_without_progress_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from embervlm import run_dir
 from embervlm.config import COMPONENTS, ConfigError, TrainConfig
 from embervlm.config_data import AUGMENTATION_STRATEGIES
 from embervlm.config_file import from_mapping, load_train_config
+from embervlm.config_lora import LoraConfig
 from embervlm.data.records import read_records
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 
@@ -93,10 +95,23 @@ def test_the_guides_other_names_of_components_are_taken_for_multipliers(
     assert load_train_config(path, flag).stage4.phase2.multipliers[component] == 0.75
 
 
-def test_one_component_under_two_names_is_refused() -> None:
-    factors = {"projection": 0.5, "projection_layer": 0.25}
-    with pytest.raises(ConfigError, match="name one component twice"):
-        from_mapping(TrainConfig, {"stage4": {"phase2": {"learning_rate_multipliers": factors}}})
+def test_adapters_are_asked_for_by_either_name_and_a_flag_changes_what_the_file_says(tmp_path: Path) -> None:
+    path = pasted(tmp_path, phase2={"lora": {"language_model_backbone": {"rank": 4, "alpha": 16}}})
+    for name in ("language_model", "language_model_backbone"):
+        lora = load_train_config(path, {f"stage4.phase2.lora.{name}.rank": 8}).stage4.phase2.lora
+        assert lora == {"language_model": LoraConfig(rank=8, alpha=16)}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("learning_rate_multipliers", {"projection": 0.5, "projection_layer": 0.25}),
+        ("lora", {"language_model": {"rank": 8}, "language_model_backbone": {"rank": 4}}),
+    ],
+)
+def test_one_component_under_two_names_is_refused(key: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: .* name one component twice"):
+        from_mapping(TrainConfig, {"stage4": {"phase2": {key: values}}})
 
 
 @pytest.mark.parametrize(

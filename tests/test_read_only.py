@@ -62,6 +62,7 @@ def test_a_read_only_checkpoint_is_evaluated_and_chosen_all_the_same(checkpoint,
         ["data", "generate", "--output_file", "OUT/x/data.json", "--num_samples", "1"],
         ["data", "augment", "--input", "DATA", "--output_file", "OUT/x/data.json", "--target_samples", "49"],
         ["quickstart", "--output_dir", "OUT/x"],
+        ["export", "CHECKPOINT", "OUT/x"],
     ],
     ids=lambda argv: " ".join(argv[:2]),
 )

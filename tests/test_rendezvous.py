@@ -16,7 +16,7 @@ import pytest
 from training_helpers import REPOSITORY, free_port
 
 from embervlm.ranks import is_slurm_task
-from embervlm.rendezvous import FIRST_PORT, NUM_PORTS, adopt_slurm, first_host, tell_gloo
+from embervlm.rendezvous import FIRST_PORT, NUM_PORTS, RendezvousError, adopt_slurm, first_host, joining, tell_gloo
 from embervlm.signals import EXIT_REQUEUE
 
 TASK = {
@@ -131,6 +131,19 @@ def test_a_port_in_use_is_one_line_that_says_how_to_name_another(tmp_path: Path)
         _, said = second.communicate(timeout=120)
     assert second.returncode == EXIT_REQUEUE
     assert f"error: port {port} of this machine is taken" in said and "Traceback" not in said
+
+
+def test_a_network_error_at_the_start_is_one_line_and_another_start_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "10007")
+    with pytest.raises(
+        RendezvousError, match="process 1 of 4 cannot reach the others at n1:10007: Connection reset"
+    ) as e:
+        with joining(1, 4):
+            raise RuntimeError("Connection reset by peer\nC++ frames")
+    assert e.value.exit_status == EXIT_REQUEUE and "C++" not in str(e.value)
 
 
 def test_a_wrong_flag_is_one_line_of_process_0_also_where_torchrun_ends() -> None:

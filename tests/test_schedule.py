@@ -94,3 +94,8 @@ def test_a_run_that_the_clock_ends_warms_up_by_steps_and_comes_down_with_the_tim
     assert [timed_learning_rate_factor(step, 4, 0.0, 0.1) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert timed_learning_rate_factor(10**6, 4, 0.5, 0.1) == pytest.approx(0.55)
     assert timed_learning_rate_factor(10**6, 4, 1.0, 0.1) == pytest.approx(0.1)
+
+
+def test_a_warmup_that_the_time_does_not_allow_ends_after_a_quarter_of_it() -> None:
+    assert timed_learning_rate_factor(50, 500, 0.125, 0.1) == pytest.approx(0.5)
+    assert timed_learning_rate_factor(100, 500, 0.25, 0.1) > 0.8

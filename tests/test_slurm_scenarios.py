@@ -517,8 +517,11 @@ def a_bare_sbatch_trains_at_a_site_that_passes_no_environment_on(bench: Bench) -
     env_file.write_text(env_file.read_text() + "\nEMBERVLM_SRUN_OPTIONS=--nonsense\n")
     unknown = submit("sbatch", "--gres=gpu:2", "slurm/stage4_phase2.sh")
     bench.finish(unknown, state="FAILED")
-    env_file.write_text(env_file.read_text() + "\nEMBERVLM_SBATCH_GPU='--gres=gpu:1 --ntasks-per-node=3'\n")
-    endless = submit("bash", "slurm/stage4_phase2.sh", "--cluster", f"{bench.folder}/one.yaml")
+    with env_file.open("a") as file:
+        file.write(
+            f"\nEMBERVLM_SBATCH_GPU='--gres=gpu:1 --ntasks-per-node=3'\nEMBERVLM_CLUSTER={bench.folder}/one.yaml\n"
+        )
+    endless = submit("bash", "slurm/stage4_phase2.sh")
     for job in (nowhere, endless):
         bench.finish(job, state="FAILED")
     logs = {job: next(site.glob(f"*-{job}.log")) for job in (on_its_gpus, nowhere, unknown, endless)}

@@ -41,6 +41,8 @@ MAX_REMEMBERED_IMAGES = 100_000
 _SUFFIX = re.compile(
     r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
 )
+_ENCODED = re.compile(r"(?:image|img|picture|photo).*(?:base64|b64|bytes|data)$")
+"""Names of fields that contain a picture as text."""
 PLACEHOLDER = re.compile(
     r"<\|?(?:image|img|picture)(?:[ _-]?(?:placeholder|token|soft_token|pad|here))?[ _-]?(\d*)\|?>"
     r"|<start_of_image>|\[(?:image|img)\]",
@@ -61,7 +63,7 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
     }
     if not given:
         for name, item in metadata.items():
-            if _looks_like_picture(item) or (name.casefold() in PICTURE_NAMES and _names_picture(name, item)):
+            if _looks_like_picture(item) or _is_called_picture(name, item):
                 report(
                     f"{quote(name)}: names a picture in a field that is not read; rename the field to "
                     f"image, or remove it"
@@ -138,7 +140,16 @@ def _names_picture(name: str, item: Any) -> bool:
     return item not in (None, "", [], {})
 
 
+def _is_called_picture(name: str, item: Any) -> bool:
+    """Whether a field that nothing reads is a picture by its name: `image_base64`, not `image_source` or `image_id`."""
+    if name.casefold() in PICTURE_NAMES:
+        return _names_picture(name, item)
+    return _ENCODED.search(name.casefold()) is not None and isinstance(item, str) and bool(item)
+
+
 def _looks_like_picture(item: Any) -> bool:
+    if isinstance(item, list):
+        return bool(item) and all(map(_looks_like_picture, item))
     if isinstance(item, str):
         return (
             len(item) < 4096

@@ -104,7 +104,8 @@ def refuse_existing(out: Path) -> None:
 
 def write_folder(save: Callable[[Path], None], out: Path) -> None:
     """`save` into a folder beside `out`, which takes its place when whole."""
-    part = run_dir.new_tmp_dir(out.parent)
+    with run_dir.naming_unwritten(out):
+        part = run_dir.new_tmp_dir(out.parent)
     try:
         with run_dir.naming_unwritten(out):
             whole, filling = run_dir.checkpoint_path(part, None), run_dir.new_tmp_dir(part)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ from embervlm.model.lora import is_adapted
 from embervlm.model.storage import CheckpointError, read_tensors
 from embervlm.ranking import best_checkpoints
 from embervlm.run_dir import TRAINING_STATE
-from embervlm.slurm_commands import awaiting_evaluation
+from embervlm.slurm_commands import EVALUATED_SPLIT, awaiting_evaluation
 from embervlm.training.module import TrainingModule
 from embervlm.world import World
 
@@ -90,17 +90,21 @@ class CheckpointStore:
         on_error: str = "stop",
         in_background: bool = True,
         on_saved: Callable[[Path], None] | None = None,
+        are_ranked: bool = False,
     ) -> None:
         """
         Args:
             on_error: `stop` raises SaveError at the step after; `continue` warns.
             in_background: False waits in `save` until the checkpoint is on disk.
             on_saved: Called with the path of each checkpoint that is on disk, in the thread that wrote it.
+            are_ranked: Whether somebody will want the best of these checkpoints, so that it is said when one is deleted
+                that nothing has evaluated.
         """
         self.folder, self._world = folder, world
         self._keep_last, self._keep_best, self._keep_weights = keep_last, keep_best, keep_weights
         self._on_error = on_error
         self._in_background, self._on_saved = in_background, on_saved
+        self._tells_unranked = are_ranked
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.stalled_s = 0.0
@@ -223,9 +227,23 @@ class CheckpointStore:
             self._on_saved(target)
         try:
             kept = [*best_checkpoints(self.folder, self._keep_best), *awaiting_evaluation(self.folder)]
-            run_dir.prune_checkpoints(self.folder, self._keep_last, kept, self._keep_weights)
+            unranked = [found.path for found in run_dir.list_checkpoints(self.folder) if not _is_evaluated(found.path)]
+            deleted = run_dir.prune_checkpoints(self.folder, self._keep_last, kept, self._keep_weights)
+            self._say_unranked([path for path in deleted if path in unranked])
         except (UserError, OSError) as error:  # the checkpoint stands, and what is not known to be old is kept
             _log.warning("%s: no old checkpoint was deleted: %s", self.folder, error)
+
+    def _say_unranked(self, deleted: Sequence[Path]) -> None:
+        """Once, because more will follow."""
+        if deleted and self._tells_unranked:
+            self._tells_unranked = False
+            _log.warning(
+                "%s is deleted, and nothing has evaluated it, so `select_best` cannot choose it; nor will it choose "
+                "from those that follow. To keep more, raise keep_weights (%d); to evaluate while training, set "
+                "eval_steps",
+                deleted[0],
+                self._keep_weights,
+            )
 
     @staticmethod
     def _write_files(part: Path, module: TrainingModule, state: EngineState, content: dict[str, Any]) -> None:
@@ -253,6 +271,10 @@ def _reason_of(error: BaseException, part: Path | None) -> BaseException:
         except OSError as reason:
             return reason
     return error
+
+
+def _is_evaluated(checkpoint: Path) -> bool:
+    return run_dir.eval_path(checkpoint, EVALUATED_SPLIT).exists()
 
 
 def _one_line(error: BaseException) -> str:

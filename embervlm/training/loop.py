@@ -61,6 +61,7 @@ class _Training:
             on_error=config.on_save_error,
             in_background=config.background_saves,
             on_saved=self._say_saved,
+            are_ranked=job.collator.use_reasoning,
         )
         self.tracker = Tracker(
             job.folder,

@@ -6,6 +6,9 @@ import math
 
 from embervlm.config import ScheduledSamplingConfig
 
+LONGEST_WARMUP = 0.25
+"""Share of the time of a run that ends by time."""
+
 
 def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps: float, final_ratio: float) -> float:
     """Factor on the peak rate: linear warmup from 1/warmup, then a cosine down to `final_ratio` at `total_steps`.
@@ -22,8 +25,12 @@ def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps
 
 
 def timed_learning_rate_factor(steps: int, warmup_steps: int, spent_ratio: float, final_ratio: float) -> float:
-    """Like `learning_rate_factor` for a run that ends by time: warmup by steps, cosine by elapsed time."""
-    return min((steps + 1) / (warmup_steps + 1), learning_rate_factor(spent_ratio, 1.0, 0, final_ratio))
+    """Like `learning_rate_factor` for a run that ends by time: warmup by steps, cosine by elapsed time.
+
+    A warmup whose steps would take longer than `LONGEST_WARMUP` of the time ends there.
+    """
+    warm = max((steps + 1) / (warmup_steps + 1), spent_ratio / LONGEST_WARMUP)
+    return min(warm, learning_rate_factor(spent_ratio, 1.0, 0, final_ratio))
 
 
 def shortened_warmup(warmup_steps: float, total_steps: float) -> float:

@@ -16,6 +16,9 @@ from embervlm.config_lora import LoraConfig
 from embervlm.data.sources import source_files
 
 NO_LORA = "none"
+HASHED_WHOLE = 1 << 28
+"""Bytes of a file of data that are read to tell it from another: a fraction of a second."""
+HASHED_BLOCK = 1 << 20
 _NAMES_ONLY = ("name", "trainable_components", "frozen_components")
 _OF_STAGE4 = ("scheduled_sampling", "reasoning_augmentation", "max_reasoning_length")
 
@@ -34,7 +37,9 @@ def trained_with(
         "seed": config.seed,
         "max_steps": config.max_steps,
         "model": {"is": config.model, "id": hashlib.blake2b(model.encode(), digest_size=8).hexdigest()},
-        "reasoning_data": {"is": config.reasoning_data, "id": _num_bytes(config.reasoning_data)},
+        "domain": config.domain,
+        "max_closed_answers": config.max_closed_answers,
+        "reasoning_data": {"is": config.reasoning_data, "id": _data_id(config.reasoning_data)},
         "starting weights": {"is": str(start), "id": _weights_id(start)},
         "records per update": {"is": global_batch, "id": [global_batch, processes]},
         **more,
@@ -85,6 +90,8 @@ def _differ(old: Any, new: Any) -> bool:
     """Whether two ids are known and differ; a batch is compared only for the same number of processes."""
     if isinstance(old, list) and isinstance(new, list):
         return old[0] != new[0] and old[1] == new[1]
+    if isinstance(old, int) and isinstance(new, str):  # of a version that only counted the data's bytes
+        return str(old) != new.partition(" ")[0]
     return None not in (old, new) and old != new
 
 
@@ -92,10 +99,24 @@ def _shown(value: Any) -> str:
     return "given" if isinstance(value, dict) else "not given" if value is None else str(value)
 
 
-def _num_bytes(data: str) -> int | None:
-    """Bytes of the data's files: moved data is the same, and other data has almost never as many."""
+def _data_id(data: str) -> str | None:
+    """Bytes and hash of the data's files, wherever they lie; None where they are not there.
+
+    Of a file of more than `HASHED_WHOLE` bytes only as many are read, in blocks from all over it.
+    """
     files = source_files(data)
-    return sum(file.stat().st_size for file in files) if files and all(file.is_file() for file in files) else None
+    if not files or not all(file.is_file() for file in files):
+        return None
+    digest, total = hashlib.blake2b(digest_size=8), 0
+    for path in files:
+        size = path.stat().st_size
+        total += size
+        stride = max(HASHED_BLOCK, size * HASHED_BLOCK // HASHED_WHOLE)
+        with path.open("rb") as file:
+            for start in range(0, size, stride):
+                file.seek(start)
+                digest.update(file.read(HASHED_BLOCK))
+    return f"{total} {digest.hexdigest()}"
 
 
 def _weights_id(checkpoint: Path | None) -> str | None:

@@ -74,8 +74,11 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
 
 
 def _with_unit(value: Fraction, unit: str) -> tuple[Fraction, str] | None:
+    """None where what stands behind the number is no unit, such as another number: "3 or 4", "3 4"."""
     words = unit.casefold().split()
-    return None if len(words) > MOST_UNIT_WORDS or NO_UNITS & set(words) else (value, unit_name(unit))
+    if len(words) > MOST_UNIT_WORDS or NO_UNITS & set(words) or any(number(word) is not None for word in words):
+        return None
+    return value, unit_name(unit)
 
 
 @lru_cache(maxsize=1 << 14)
