@@ -104,6 +104,11 @@ def test_a_flag_stands_over_the_recipe_and_the_recipe_over_the_yaml() -> None:
     assert (config.stage4.batch_size, config.stage4.gradient_accumulation_steps, config.precision) == (8, 4, "fp16")
 
 
+def test_a_setting_is_not_lost_where_the_flag_is_given_again() -> None:
+    settings = overrides_of(parser().parse_args(["--set", "seed=3", "log_steps=9", "--set", "seed=4", "keep_last=2"]))
+    assert {"seed": 4, "log_steps": 9, "keep_last": 2}.items() <= settings.items()
+
+
 def test_the_environment_variable_stands_for_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBERVLM_CLUSTER", "a100x8")
     assert overrides_of(parser().parse_args([])) == load_recipe("a100x8").train_settings

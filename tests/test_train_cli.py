@@ -126,6 +126,16 @@ def test_reasoning_samples_hold_question_chain_and_answer(trained: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_phase_that_ends_by_the_clock_warms_up_all_the_same(bench: Path, tmp_path: Path) -> None:
+    start = bench / "start" / "stage3" / "checkpoint-final"
+    flags = ("--config", bench / "run.yaml", "--phase", "1", "--resume_from", start, "--output_dir", tmp_path / "out")
+    ok(train("python", *flags, "--set", "stage4.phase1.max_minutes=0.05", "--set", "stage4.phase1.warmup_steps=9"))
+    lines = metrics(tmp_path / "out", 1)
+    assert lines[0]["learning_rate"]["reasoning_module"] == pytest.approx(PHASE1["learning_rate"] / 10)
+    assert max(line["learning_rate"]["reasoning_module"] for line in lines) > PHASE1["learning_rate"] / 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("phase", "values"), [(1, PHASE1), (2, PHASE2)])
 def test_the_log_holds_the_closed_form_rate_of_every_group_at_every_step(
     phase: int, values: dict, trained: Path

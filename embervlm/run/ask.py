@@ -40,7 +40,9 @@ def ask_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, Decoding, "num_chains", flag="chains")
     add_flag(parser, Decoding, "weigh_votes")
     add_flag(parser, Decoding, "min_known")
-    parser.add_argument("--candidates", nargs="+", help="answers to choose among; default: those of the checkpoint")
+    parser.add_argument(
+        "--candidates", action="extend", nargs="+", help="answers to choose among; default: those of the checkpoint"
+    )
     parser.add_argument(
         "--open", dest="open_page", action="store_true", help="show where the model looked at each step, in a browser"
     )

@@ -25,7 +25,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     checkpoint_option(parser)
     for name in ServeSettings.__dataclass_fields__:
         if name == "picture_hosts":
-            add_flag(parser, ServeSettings, name, nargs="+", type=str)
+            add_flag(parser, ServeSettings, name, action="extend", nargs="+", type=str, default=[])
         else:
             add_flag(parser, ServeSettings, name)
     parser.add_argument(

@@ -164,7 +164,7 @@ def training_jobs(argv: Sequence[str], sweeps: Sequence[str], signal_delay_s: in
     jobs = []
     for combination in itertools.product(*axes):
         flags = [flag for key, value in combination for flag in swept_flags(key, value, given.phase)]
-        settings = [*given.set, *(item for item in flags if "=" in item)]
+        settings = [item for item in flags if "=" in item]
         full = [*argv, *(flag for flag in flags if flag != "--set" and "=" not in flag)]
         full += ["--set", *settings] if settings else []
         output = base
@@ -317,7 +317,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--max_timeouts", type=int, default=MAX_REQUEUES, help="time limits after which the job is not requeued"
     )
-    out.add_argument("--sbatch", nargs="+", default=[], metavar="KEY=VALUE", help="more options of sbatch")
+    out.add_argument(
+        "--sbatch", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="more options of sbatch"
+    )
     out.add_argument("--folder", type=Path, help="logs and pickles; default: submitit/ in the output folder")
     return out
 

@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
         help="only this phase of Stage 4; default: 1 and 2, and 3 where the YAML has stage4.phase3",
     )
     out.add_argument("--run_both_phases", action="store_true", help="phase 1, then phase 2 (the default)")
-    out.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML")
+    out.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the YAML"
+    )
     out.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     for flag, key in FLAGS.items():
         action = add_flag(out, TrainConfig, key, flag=flag, default=None, dest=flag)  # None: the YAML decides
