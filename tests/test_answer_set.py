@@ -10,12 +10,12 @@ import torch
 from training_helpers import CPU, TINY, make_tokenizer, write_model_yaml
 
 from embervlm.config import ConfigError, TrainConfig
+from embervlm.data.answer_space import told_answers
 from embervlm.data.store import prepare
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM, build_model
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
-from embervlm.run.run_data import told_answers
 from embervlm.run.start import adopt_tokenizer, model_settings, start_from
 from embervlm.world import World
 

@@ -70,6 +70,16 @@ def test_generated_records_have_no_findings_but_near_duplicates_of_one_picture(s
     assert {kind for kind, _ in check(scenes)} <= {"near_duplicate"}
 
 
+def test_what_a_step_may_have_read_off_the_picture_is_not_held_against_it(scenes, check):
+    """Nobody says what this picture shows, so "gray 2" is no worse than the words of the question."""
+    bare = {"instruction": "Which bar is tallest?", "answer": "Drone", "image": scenes[0]["image"]}
+    steps = ["From left to right I read gray 2, blue 4.", "So the tallest is the Drone."]
+    assert check([{**bare, "reasoning": [*steps, "Conclusion: Drone"]}]) == set()
+    assert check([{**bare, "reasoning": [*steps, "Conclusion: Drone"], "image": None}]) == {("unsupported", 1)}
+    strange = ["The tide goes out at noon.", "Seven boats lie on dry sand."]
+    assert check([{**bare, "reasoning": [*strange, "Conclusion: Drone"]}]) == {("unsupported", 1)}
+
+
 def test_records_of_another_domain_without_pictures_have_no_findings(check):
     assert check([sum_record(number) for number in (3, 50, 700)]) == set()
 

@@ -513,6 +513,22 @@ def test_without_a_domain_a_free_answer_is_left_to_the_data_to_close(folder):
 # ---- LLaMA-Factory
 
 
+def test_it_is_said_how_many_answers_are_none_of_the_domains(folder):
+    said = summary(convert(folder, "sharegpt", SHAREGPT), folder / "out.json")
+    assert "1 answers are none of the domain's and became free text (`candidates: []`)" in said
+    made = convert_file(folder / "in.json", folder / "out.json", source="sharegpt", progress=False, domain=NO_DOMAIN)
+    assert "free text" not in summary(made, folder / "out.json")
+
+
+def test_the_files_of_a_folder_are_the_splits_that_they_are_called_after(folder):
+    (data := folder / "data").mkdir()
+    for number, name in enumerate(("test", "train", "validation")):
+        turns = [{"from": "human", "value": "Is it day?"}, {"from": "gpt", "value": f"I see {number}. Yes."}]
+        (data / f"{name}.jsonl").write_text(json.dumps({"id": number, "conversations": turns}))
+    made = convert_file(data, folder / "out.json", source="llava", progress=False, domain=NO_DOMAIN)
+    assert [record.metadata["split"] for record in made.records] == ["test", "train", "val"]
+
+
 def test_sharegpt_takes_either_spelling_and_keeps_the_system_turn(folder):
     first, second = convert(folder, "sharegpt", SHAREGPT).records
     assert first.image.endswith("a.png") and first.metadata["system"] == "You are careful."
@@ -528,6 +544,22 @@ def test_alpaca_joins_instruction_and_input_behind_the_history(folder):
     )
     assert record.steps == ("Two lemons lie in the bowl.", "One lies on the table.", "Conclusion: 3.")
     assert record.answer == ("3",) and record.metadata["system"] == "You count." and record.image.endswith("a.png")
+
+
+def test_of_a_tagged_reply_the_turns_behind_it_hold_the_answer_alone(folder):
+    turns = [
+        {"from": "human", "value": "Which bar is tallest?"},
+        {"from": "gpt", "value": "<think>The yellow bar reaches 9. No other does.</think><answer>yellow</answer>"},
+        {"from": "human", "value": "How many bars are there?"},
+        {"from": "gpt", "value": "<think>I count. One, two, three.</think> There are three."},
+        {"from": "human", "value": "Is one red?"},
+        {"from": "gpt", "value": "<think>I look. One is.</think><answer>yes</answer>"},
+    ]
+    *_, last = convert(folder, "llava", LLAVA | {"conversations": turns}).records
+    assert last.instruction == (
+        "Question: Which bar is tallest?\nAnswer: yellow\n"
+        "Question: How many bars are there?\nAnswer: There are three.\nIs one red?"
+    )
 
 
 @pytest.mark.parametrize("names", ["query response", "query content", "problem solution", "prompt completion"])

@@ -318,6 +318,30 @@ def test_every_format_gives_the_same_samples_in_the_same_order(form, records, to
     assert plans[0].digest() == plans[1].digest()
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train.jsonl", "val.jsonl", "test.jsonl"), {"train": 5, "val": 5, "test": 5}),
+        (("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl"), {"train": 10, "val": 5}),
+    ],
+)
+def test_files_that_are_called_after_splits_are_those(names, splits, tmp_path):
+    (folder := tmp_path / "data").mkdir()
+    for number, name in enumerate(names):
+        rows = [{**GOOD, "id": f"{number}-{row}", "instruction": f"Task {number} {row}?"} for row in range(5)]
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    for path in (folder, folder / "*.jsonl"):
+        store = prepare(path, tmp_path / "cache", candidates=ROBOTS)
+        assert {name: len(store.split(name)) for name in splits} == splits
+
+
+def test_a_record_that_names_its_split_stays_there_whatever_its_file_is_called(tmp_path):
+    for name, split in (("train", "train"), ("test", "val")):
+        row = {**GOOD, "id": name, "instruction": f"Task {name}?", "metadata": {"split": split}}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    assert len(prepare(tmp_path, tmp_path / "cache", candidates=ROBOTS).split("val")) == 1
+
+
 def test_lone_surrogates_and_large_numbers_come_back_from_the_store(tmp_path):
     value = {**GOOD, "id": "r", "metadata": {"text": "\ud800 \u00e9", "n": 10**30, "f": 0.1}}
     (tmp_path / "d.jsonl").write_text(json.dumps(value))

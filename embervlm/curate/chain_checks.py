@@ -44,6 +44,7 @@ class ChainJob:
     answer: tuple[str, ...]
     looking: frozenset[int] = frozenset()
     """Places, from 1, of the steps that `metadata.seen` says are about something in the picture."""
+    is_pictured: bool = False
 
     @classmethod
     def of(cls, record: ReasoningRecord, domains: Mapping[str, frozenset[str]]) -> ChainJob:
@@ -51,7 +52,8 @@ class ChainJob:
         facts = tuple((name, value) for name, value in known if name in domains)
         seen = record.metadata.get("seen") or ()
         looking = frozenset(place for place, names in enumerate(seen, 1) if names)
-        return cls(record.instruction, record.steps, facts, record.candidates, record.answer, looking)
+        is_pictured = record.image is not None
+        return cls(record.instruction, record.steps, facts, record.candidates, record.answer, looking, is_pictured)
 
 
 def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list[Finding]:
@@ -65,7 +67,11 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         candidates=job.candidates,
         answer=job.answer,
     )
-    for place, (text, fault) in enumerate(zip(job.steps, judge_steps(job.steps, context)), 1):
+    faults = judge_steps(job.steps, context)
+    # where nobody knows what the picture shows, steps may say it in words of their own, but hardly all of several
+    alien = len(faults) > 2 and all(fault.unsupported for fault in faults[:-1])
+    told = context.is_told or not job.is_pictured or alien
+    for place, (text, fault) in enumerate(zip(job.steps, faults), 1):
         step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"
         if fault.contradicted:
             fix = "correct the step, or metadata.facts" if job.facts else "correct the step"
@@ -73,7 +79,7 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         if fault.redundant:
             out.append(("repetition", "reasoning", f"{step} {fault.redundant}", "drop the step"))
         # "Conclusion: five" need only name the answer, and a step about a box is supported by the picture
-        if fault.unsupported and not is_conclusion(text) and place not in job.looking:
+        if fault.unsupported and told and not is_conclusion(text) and place not in job.looking:
             fix = "say what it is about, or drop the step"
             out.append(("unsupported", "reasoning", f"{step} {fault.unsupported}", fix))
     if (opposite := opposite_steps(job.steps)) is not None:

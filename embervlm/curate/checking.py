@@ -29,7 +29,7 @@ from embervlm.data.lengths import too_long
 from embervlm.data.record_fields import unused_fields
 from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
-from embervlm.data.sources import is_one_file, source_files, source_rules, source_values
+from embervlm.data.sources import is_one_file, named_splits, source_files, source_rules, source_values, with_split
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
 from embervlm.data.tables import label_of
 from embervlm.progress import progress_bar
@@ -118,7 +118,10 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
     """Of one file, or of all that training would read under this name; these are then numbered through."""
     files, one_file = source_files(data.path), is_one_file(data.path)
     if not files or (options.unpack_dir is None and not one_file):
-        raise DataError(f"{data.path}: no data file there; give a data file, a folder of shards, or a pattern of files")
+        raise DataError(
+            f"{data.path}: no data file there; give a data file, a pattern of files, or a folder of shards or of "
+            "train.jsonl, val.jsonl and test.jsonl"
+        )
     rules = source_rules(
         data.path,
         files,
@@ -128,13 +131,15 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
         allow_outside=options.allow_outside,
     )
 
+    splits = named_splits(files)
+
     def values() -> Iterator[tuple[int, str, Any]]:
         for file in files:
             for key, value in source_values(file, Path(options.unpack_dir or ""), problems, data.unused):
                 number = int(key) if one_file else len(data.where) + 1
                 if not one_file:
                     data.where[number] = f"{file} record {key}"
-                yield number, f"{label_of(file)}:{key}", value
+                yield number, f"{label_of(file)}:{key}", with_split(value, splits.get(file))
 
     yield from read_values(values(), rules)
 
@@ -235,9 +240,10 @@ def _check_splits(data: CheckedData, _: CheckOptions) -> None:
 
 def _add_leak(data: CheckedData, kind: str, place: int, first: int, more: str = "") -> None:
     """The record at `place` stands in another split than that at `first`, which says the same."""
+    says_itself = data.records[place].metadata.get("split") or data.records[first].metadata.get("split")
     name, what, fix = {
         "picture_leak": ("metadata.split", "the picture is", "give both the same metadata.split"),
-        "text_leak": ("instruction", "stands", "give both the same metadata.split_group"),
+        "text_leak": ("instruction", "stands", f"give both the same metadata.split{'' if says_itself else '_group'}"),
     }[kind]
     number = data.numbers[first]
     where = f"in {data.splits[place]} here and in {data.splits[first]} in record {number}{more}"

@@ -28,7 +28,7 @@ from embervlm.data.domain import Domain
 from embervlm.data.record_fields import FieldRules, quote
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
-from embervlm.data.sources import is_shard, source_files
+from embervlm.data.sources import is_shard, named_splits, source_files, with_split
 from embervlm.data.splits import SPLITS, picture_digests
 from embervlm.progress import progress_bar
 
@@ -70,6 +70,8 @@ class Converted:
     """Folder that the picture paths in the output are relative to."""
     num_moved: int
     """Records whose split was changed, because their picture is also in another split."""
+    num_open: int
+    """Records whose answer became free text, because it is none of the domain's candidates."""
 
 
 def convert_file(
@@ -120,7 +122,10 @@ def convert_file(
         write_dataset(skipped_path(output_file), skipped)
     else:
         skipped_path(output_file).unlink(missing_ok=True)  # of an earlier try
-    return Converted(records=records, skipped=skipped, picture_root=picture_root, num_moved=num_moved)
+    num_open = sum(record.metadata.get("candidates") == [] for record in records) if domain.candidates else 0
+    return Converted(
+        records=records, skipped=skipped, picture_root=picture_root, num_moved=num_moved, num_open=num_open
+    )
 
 
 def _convert(
@@ -163,8 +168,14 @@ def _values(path: Path, source: str, problems: list[str]) -> Iterator[tuple[int,
         yield from file_values(path, problems, keyed=keyed, inside=inside)
         return
     if not files or is_shard(files[0]):
-        raise DataError(f"{path}: contains no data file; give one, or a folder of Parquet files or of a saved data set")
-    all_values = (value for file in files for _, value in file_values(file, problems, inside=inside))
+        raise DataError(
+            f"{path}: contains no data file; give one, or a folder of Parquet files, of a saved data set, or of "
+            "train.json, val.json and test.json (.jsonl)"
+        )
+    splits = named_splits(files)
+    all_values = (
+        with_split(value, splits.get(file)) for file in files for _, value in file_values(file, problems, inside=inside)
+    )
     yield from enumerate(all_values, start=1)
 
 
@@ -231,6 +242,11 @@ def summary(made: Converted, output_file: Path) -> str:
         f"{output_file}: {len(records)} records, {sum(record.image is not None for record in records)} with a picture, "
         f"{min(steps)} to {max(steps)} steps ({', '.join(f'{n} {name}' for name, n in sorted(complexity.items()))})"
     ]
+    if made.num_open:
+        lines.append(
+            f"{made.num_open} answers are none of the domain's and became free text (`candidates: []`); if they are a "
+            "set to choose from, convert with `--domain none`"
+        )
     if made.num_moved:
         lines.append(f"{made.num_moved} records were moved to the other split of their picture")
     if made.skipped:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from embervlm.config import TrainConfig
 from embervlm.curate.checking import check_file
 from embervlm.curate.findings import KINDS, CheckedData, CheckOptions, problem_counts
+from embervlm.data.answer_space import AnswerSpace, told_answers
 from embervlm.data.blind import best_guess, blind_guess
 from embervlm.data.record_fields import COMPOSED_OF, OTHER_DOMAIN, told_several, told_unused
 from embervlm.data.splits import SPLITS
@@ -47,6 +49,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "num_with_findings": len({problem.number for problem in data.problems} - {0}),
         "num_text_only": sum(record.image is None for record in data.records),
         "other_domain_in_words": _told_other_domain(data),
+        "answers_in_words": _told_answers(data),
         "unused": dict(data.unused.most_common()),
         "unused_in_words": told_unused(data.unused),
         "several_pictures_in_words": told_several(
@@ -85,6 +88,14 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "examples": _examples(data),
         "problems": [asdict(problem) | _where(data, problem.number) for problem in data.problems],
     }
+
+
+def _told_answers(data: CheckedData) -> str:
+    """What answers are chosen from, as a run with the default `max_closed_answers` has it."""
+    space = AnswerSpace(TrainConfig.max_closed_answers)
+    for record in data.records:
+        space.add(record)
+    return told_answers(space.kinds, space.closed)
 
 
 def _told_other_domain(data: CheckedData) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from embervlm.data.records import ReasoningRecord
@@ -71,3 +71,19 @@ def chosen_from(record: ReasoningRecord, closed: Sequence[str]) -> ReasoningReco
 def key(answer: str) -> str:
     """Equal for answers that are one."""
     return " ".join(answer.split()).casefold()
+
+
+def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> str:
+    """A line about the candidates of the answers; "" if all records use the domain's candidates."""
+    spelled = {
+        "domain": "choose among the domain's candidates",
+        "closed": f"choose among the {len(candidates)} answers of the data ({_listed(candidates)})",
+        "own": "among candidates of their own (metadata.candidates)",
+        "open": "have free-text answers, which do not use the answer head",
+    }
+    found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
+    return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from embervlm.data.json_text import Decoder
 from embervlm.data.record_fields import FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
 from embervlm.data.records import file_values, folder_of_images
-from embervlm.data.tables import saved_files
+from embervlm.data.tables import SPLIT_NAMES, saved_files
 from embervlm.run_dir import WriteError, naming_unwritten
 
 _NO_PICTURES = frozenset(
@@ -40,13 +41,19 @@ def picture_suffixes() -> frozenset[str]:
 def source_files(path: str | os.PathLike[str]) -> list[Path]:
     """The files that `path` names, in order: itself, shards, Parquet or Arrow files of a folder, or those of a pattern.
 
-    A pattern is a glob (`shards/*.tar`), braces (`shards/{000..009}.tar`), or both. Of braces every file counts, there
-    or not, so that a missing shard is noticed. Empty where nothing is found.
+    Of a folder also its JSON files, where their names are those of splits. A pattern is a glob (`shards/*.tar`), braces
+    (`shards/{000..009}.tar`), or both. Of braces every file counts, there or not, so that a missing shard is noticed.
+    Empty where nothing is found.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
         folder = Path(text)
-        return sorted(folder.glob("*.tar")) or sorted(folder.glob("*.parquet")) or saved_files(folder)
+        return (
+            sorted(folder.glob("*.tar"))
+            or sorted(folder.glob("*.parquet"))
+            or saved_files(folder)
+            or list(named_splits(sorted(folder.glob("*.json*"))))
+        )
     if os.path.exists(text) or not set(text) & set("*?[{"):
         return [Path(text)]
     from braceexpand import braceexpand  # here: most data sets are one file
@@ -55,6 +62,24 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     for name in braceexpand(text):
         found += map(Path, sorted(glob.glob(name)) if glob.has_magic(name) else [name])
     return found
+
+
+def named_splits(files: Sequence[Path]) -> dict[Path, str]:
+    """The split of each file, where all of several are called after one: `test.jsonl`, `train-00000-of-00002.parquet`.
+
+    {} for others, and where none of them is for training.
+    """
+    names = [re.sub(r"[-_.]\d.*", "", file.stem.casefold()) for file in files]
+    found = {file: SPLIT_NAMES[name] for file, name in zip(files, names) if name in SPLIT_NAMES}
+    return found if len(found) == len(files) > 1 and "train" in found.values() else {}
+
+
+def with_split(value: Any, split: str | None) -> Any:
+    """`value` with the split that its file is called after, unless it names one itself."""
+    if split is None or not isinstance(value, dict) or value.get("split"):
+        return value
+    metadata = value.get("metadata")
+    return value if isinstance(metadata, dict) and metadata.get("split") else {**value, "split": split}
 
 
 def is_one_file(path: str | os.PathLike[str]) -> bool:

@@ -25,13 +25,13 @@ from embervlm.data.images import files_digest
 from embervlm.data.lazy import Lazy
 from embervlm.data.record_fields import COMPOSED_OF, FieldRules, quote, unused_fields
 from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
-from embervlm.data.sources import source_files, source_rules, source_values
+from embervlm.data.sources import named_splits, source_files, source_rules, source_values, with_split
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
 from embervlm.data.tables import label_of
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
-STORE_FORMAT = 5
+STORE_FORMAT = 6
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""
@@ -348,9 +348,11 @@ class _Source:
 
         Members of shards that nothing reads are counted in `unused`.
         """
+        splits = named_splits(self.files)
         for file in self.files:
-            for number, value in source_values(file, self.unpack_dir, problems, unused):
+            for number, given in source_values(file, self.unpack_dir, problems, unused):
                 found: list[str] = []
+                value = with_split(given, splits.get(file))
                 record = read_record(value, f"{label_of(file)}:{number}", self.rules, found.append)
                 problems += [f"{file} record {number}: {problem}" for problem in found]
                 if record is not None:

@@ -13,7 +13,7 @@ from embervlm.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_ROWS = 512
-_SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
 
 
 class TableError(UserError):
@@ -106,7 +106,7 @@ def _split_of(file: Path) -> str | None:
     """The split of a file in a saved dictionary of splits; None elsewhere, or where we have none of that name."""
     if file.suffix.lower() != ".arrow" or not (file.parent.parent / "dataset_dict.json").is_file():
         return None
-    return _SPLITS.get(file.parent.name)
+    return SPLIT_NAMES.get(file.parent.name)
 
 
 def _split_inside(metadata: Any) -> bool:

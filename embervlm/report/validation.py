@@ -68,6 +68,7 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{report['num_text_only']:,} text only, {distinct['chains']:,} different chains",
         "splits: " + ", ".join(f"{name} {count:,}" for name, count in report["splits"].items()),
     ]
+    lines += filter(None, [report["answers_in_words"]])
     if blind.get("best") is not None:
         lines.append(
             f"answering from the instruction alone, test split: {blind['best']:.1%} by the best guesser, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import numpy as np
 
 from embervlm.config import ConfigError, PhaseConfig, TrainConfig
 from embervlm.curate.augment import augment_cached
+from embervlm.data.answer_space import told_answers
 from embervlm.data.curriculum import records_of_epochs
 from embervlm.data.dataset import (
     edit_facts,
@@ -237,22 +238,6 @@ def note_lengths(model: EmberVLM, direct: Samples, chains: Samples | None = None
     if chains is not None:
         model.config.longest_chain_tokens = int(chains.sizes[:, 1].max())
         model.config.longest_chain_steps = int(chains.num_steps.max())
-
-
-def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> str:
-    """A line about the candidates of the answers; "" if all records use the domain's candidates."""
-    spelled = {
-        "domain": "choose among the domain's candidates",
-        "closed": f"choose among the {len(candidates)} answers of the data ({_listed(candidates)})",
-        "own": "among candidates of their own (metadata.candidates)",
-        "open": "have free-text answers, which do not use the answer head",
-    }
-    found = [f"{kinds[name]} records {text}" for name, text in spelled.items() if kinds.get(name)]
-    return f"answers: {', '.join(found)}" if set(kinds) - {"domain"} else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def first_on_rank_0(world: World, prepared: Callable[[], Prepared]) -> Prepared:

@@ -106,8 +106,16 @@ def _records(
             chain = chain_of(parts, answer, at.metadata(_USED, source=source, **about))
             pictured = {} if images is None else {"image": images}
             records.append({"id": turn_id, "instruction": earlier + question, "answer": answer, **pictured, **chain})
-        earlier += f"Question: {question}\nAnswer: {reply}\n"
+        earlier += f"Question: {question}\nAnswer: {_without_thought(reply)}\n"
     return records
+
+
+def _without_thought(reply: str) -> str:
+    """What a tagged reply told the user, for the turns behind it; another reply as it stands."""
+    for pattern in (_ANSWERED, _CONCLUDED):
+        if found := pattern.search(reply):
+            return found[1].strip()
+    return _TAG.sub("", reply[ends[-1].end() :] if (ends := list(_THOUGHT.finditer(reply))) else reply).strip()
 
 
 def _numbered(at: Source, turns: Sequence[Turn], num_pictures: int) -> list[Turn]:
@@ -184,6 +192,7 @@ _THOUGHT_WHOLE = re.compile(
     rf"(?P<before>.*?)<(?P<tag>{_THINK})>(?P<thought>.*?)</(?P=tag)>(?P<behind>.*)", re.IGNORECASE | re.DOTALL
 )
 _ANSWERED = re.compile(r"<answer>(?P<answer>.*?)(?:</answer>|$)", re.IGNORECASE | re.DOTALL)
+_CONCLUDED = re.compile(r"<CONCLUSION>(.*?)</CONCLUSION>", re.DOTALL)
 _CAPTION = re.compile(r"<(caption|description)>(?P<caption>.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"</?[a-z_]+>", re.IGNORECASE)
 
