@@ -108,13 +108,6 @@ def test_a_step_states_every_fact_that_it_is_said_to_read(chains):
             assert all(f" is {getattr(facts, name)}" in step for name in names)
 
 
-def test_a_fact_is_read_off_the_picture_once_and_taken_from_the_chain_where_it_is_named_again(chains):
-    """Attention to the place in the step that names it again made the answer follow the picture, not the chain."""
-    for *_, chain in chains:
-        read = [name for names in chain.seen for name in names]
-        assert len(read) == len(set(read))
-
-
 def test_the_chain_says_nothing_about_a_place_at_sea_level_without_its_tide(chains):
     for facts, _, chain in chains:
         assert ("tide" in chain.claims) == (facts.place in TIDAL_PLACES)

@@ -274,7 +274,7 @@ def teach(facts: SceneFacts, task: Task, instead: Mapping[str, str] = MappingPro
                 f"the forecast is {claims['forecast']}.",
                 ("sky", "weather"),
             ),
-            (C, ground, ()),  # the place stands in the first step; looking again would not follow the text
+            (C, ground, ("place",)),
         ]
         grouped = [" ".join(verdicts)] if task.kind == "walk" else verdicts
         steps += [(S, verdict, ()) for verdict in grouped]
