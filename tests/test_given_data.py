@@ -6,6 +6,8 @@ import datetime
 import decimal
 import io
 import json
+import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
 from embervlm.cli import main
+from embervlm.config import TrainConfig
 from embervlm.curate.checking import check_file
 from embervlm.curate.findings import CheckOptions
 from embervlm.curate.quality import filter_file
@@ -24,6 +28,8 @@ from embervlm.data.records import DataError, read_records, write_dataset
 from embervlm.data.store import RecordStore, prepare
 from embervlm.robots.domain import ROBOTS as ROBOTS_DOMAIN
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.run.run_data import load_data
+from embervlm.world import World
 
 
 def picture(shade: int = 0, form: str = "PNG") -> bytes:
@@ -343,3 +349,16 @@ def test_validate_reads_whatever_training_reads_and_finds_what_it_refuses(
                 "quickstart",
             ]
         )
+
+
+def test_a_run_says_how_many_of_its_pictures_have_no_boxes(
+    scene_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((scene_data / "reasoning_data.json").read_text())
+    shutil.copytree(scene_data / "images", tmp_path / "images")
+    for number in range(0, len(values), 2):
+        del values[number]["metadata"]["boxes"]
+    (tmp_path / "data.json").write_text(json.dumps(values))
+    config = TrainConfig(reasoning_data=str(tmp_path / "data.json"), output_dir=str(tmp_path / "out"))
+    load_data(config, 36, World(0, 1, torch.device("cpu")))
+    assert re.search(r"\d+ of \d+ records with a picture have boxes; the others have no mul", capsys.readouterr().out)

@@ -33,7 +33,7 @@ from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import Sample, Samples
 from embervlm.data.sources import source_files
 from embervlm.data.splits import SPLITS
-from embervlm.data.store import RecordView, has_field, picture_paths, prepare
+from embervlm.data.store import RecordView, has_field, picture_hashes, picture_paths, prepare
 from embervlm.data.tokenizer import ReasoningTokenizer
 from embervlm.errors import UserError
 from embervlm.model.embervlm import EmberVLM
@@ -91,6 +91,9 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
     train, val, test = (_answered(store.split(name), config, world) for name in SPLITS)
     if not train:
         raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
+    boxed, pictured = int(has_field(train, "boxes").sum()), int((picture_hashes(train) != 0).sum())
+    if world.rank == 0 and 0 < boxed < pictured:
+        print(f"{path}: {boxed} of {pictured} records with a picture have boxes; the others have no multimodal loss")
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
     paths = list(picture_paths(shown))
     pictures = first_on_rank_0(world, lambda: PictureCache(paths, image_size, cache, fill))
