@@ -431,6 +431,7 @@ def test_a_thought_in_tags_becomes_the_steps_and_what_the_answer_tag_holds_the_a
     [
         ("<think>I look. I count.</think>\n\nThere are many. The answer is 3.", 3, "3"),
         ("I look. I count.\n</think>\n\\boxed{3}", 2, "3"),
+        ('<think>I look. I see two.</think><answer>["red", "blue"]</answer>', 2, "red, blue"),
         ("<caption>A bowl.</caption><thinking>I count.</thinking><answer>$\\boxed{\\text{3 cm}}$</answer>", 2, "3 cm"),
         ("<think>I count. I add.</think>\nThey stand there.\n\n**Answer:** There are 3.", 3, "There are 3"),
         (

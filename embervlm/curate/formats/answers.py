@@ -7,6 +7,7 @@ The words that lead to an answer are known in English, Spanish, German, French, 
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,15 @@ _BOXED = "\\boxed{"
 _AS_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
+def _as_words(text: str) -> str:
+    """A JSON list of texts as "red, blue", which is compared as a set; anything else as it is."""
+    try:
+        found = json.loads(text) if text.startswith("[") else None
+    except ValueError:
+        return text
+    return ", ".join(found) if found and isinstance(found, list) and all(isinstance(f, str) for f in found) else text
+
+
 def only_leads(text: str) -> bool:
     """Whether `text` says that an answer comes, and no more: "Final answer:"."""
     return not _ANSWER_LEAD.sub("", text).strip()
@@ -133,7 +143,7 @@ def free_answer(text: str, asked: str, known: Sequence[str]) -> Answer:
 
     Where the domain has candidates, free words are open; without a domain the data decide what they are.
     """
-    text = unboxed(text)
+    text = _as_words(unboxed(text))
     answer = _ANSWER_LEAD.sub("", text).strip().rstrip(".。").strip() or text
     if found := yes_or_no(answer, asked):
         return found
