@@ -22,9 +22,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_run import ANSWERS_ALONE, TINY_MODEL, finish, make_data, metrics_of, start, write_run
@@ -253,8 +254,8 @@ class Soak:
     def other_steps(self) -> list[int]:
         """Steps whose records, losses or drawn chains are not those of the undisturbed run."""
         logs = [
-            {line["step"]: {name: line.get(name) for name in ("epoch", "records", "loss", "policy")} for line in lines}
-            for lines in map(metrics_of, (self.folder, self.folder_of(self.undisturbed)))
+            {line["step"]: _without_times(line) for line in metrics_of(folder)}
+            for folder in (self.folder, self.folder_of(self.undisturbed))
         ]
         return sorted(step for step in logs[0].keys() | logs[1].keys() if logs[0].get(step) != logs[1].get(step))
 
@@ -290,6 +291,12 @@ def save_stage4(folder: Path, records: Sequence[ReasoningRecord]) -> Path:
     part = run_dir.new_tmp_dir(folder)
     model.save_pretrained(part)
     return run_dir.publish_checkpoint(part, final, step=0)
+
+
+def _without_times(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step of the log was about, and what came out."""
+    policy = {name: value for name, value in line.get("policy", {}).items() if not name.endswith("_s")}
+    return {"policy": policy, **{name: line.get(name) for name in ("epoch", "records", "loss")}}
 
 
 def _leaves(tree: object, path: str = "") -> list[tuple[str, object]]:
