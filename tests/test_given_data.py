@@ -127,6 +127,11 @@ def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(
     assert message in found.replace('"', "")
 
 
+def test_what_is_said_about_a_picture_is_no_picture(tmp_path: Path) -> None:
+    about = {"image_metadata": "24 x 24", "image_source": "a camera", "image_id": "7", "tags": ["day", "sea"]}
+    assert read_records(write(tmp_path, [record(1, **about)]), candidates=ROBOTS)[0].metadata.items() >= about.items()
+
+
 def test_the_place_of_the_picture_is_taken_out_of_the_question(tmp_path: Path) -> None:
     (found,) = read_records(
         write(tmp_path, [record(1, image="1.png", instruction="<image>\nWho goes?")]), candidates=ROBOTS

@@ -41,7 +41,7 @@ MAX_REMEMBERED_IMAGES = 100_000
 _SUFFIX = re.compile(
     r"\.(jpe?g|jfif|jp2|png|webp|bmp|gif|tiff?|avif|heic|heif|ppm|pgm|pnm|tga|img)(?:\?.*)?$", re.IGNORECASE
 )
-_ENCODED = re.compile(r"(?:image|img|picture|photo).*(?:base64|b64|bytes|data)$")
+_ENCODED = re.compile(r"(?:image|img|picture|photo)s?[_-]?(?:base64|b64|bytes|data)$")
 """Names of fields that contain a picture as text."""
 PLACEHOLDER = re.compile(
     r"<\|?(?:image|img|picture)(?:[ _-]?(?:placeholder|token|soft_token|pad|here))?[ _-]?(\d*)\|?>"
@@ -141,7 +141,7 @@ def _names_picture(name: str, item: Any) -> bool:
 
 
 def _is_called_picture(name: str, item: Any) -> bool:
-    """Whether a field that nothing reads is a picture by its name: `image_base64`, not `image_source` or `image_id`."""
+    """Whether a field that nothing reads is a picture by its name: `image_base64`, not `image_metadata`."""
     if name.casefold() in PICTURE_NAMES:
         return _names_picture(name, item)
     return _ENCODED.search(name.casefold()) is not None and isinstance(item, str) and bool(item)
