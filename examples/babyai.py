@@ -3,25 +3,31 @@
     python examples/babyai.py records OUT/records.jsonl --episodes 300
     python launch/train.py --stages 3 4 baseline --reasoning_data OUT/records.jsonl --output_dir OUT/run ...
     python examples/babyai.py episodes OUT/run --episodes 50
+    PYTHONPATH=examples python launch/train.py --stages 4 --phase 3 --output_dir OUT/run ... \\
+        --set "stage4.phase3.reward={answer: 0, own: {babyai:nearer: 1}}"
 
 `records` lets the bot that comes with minigrid play, and writes what it sees and does: picture of the room, mission, a
 chain made by rule, next action. `episodes` lets the trained model play rooms that no record shows, to the end of each
-mission: with chains, and without. docs/babyai.md has the commands in full, and the figures.
+mission: with chains, and without. In phase 3 the simulator rewards an answer, whatever the bot did (`nearer`).
+docs/babyai.md has the commands in full, and the figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
+import math
 import os
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,8 @@ TILE, CELLS = 12, 6
 """Pixels a cell, and cells that a picture shows: 72 x 72 pixels. A room of 8 x 8 cells has so many inside its walls."""
 TEST_SEED = 10_000_000
 """Rooms of test records and played episodes count from here, those of training and val from 0."""
+MOST_STEPS = 64
+"""Steps after which the bot is taken to have no way."""
 BATCH = 64
 """Episodes that are played at a time."""
 Ask = Callable[[Sequence[np.ndarray], Sequence[str]], Sequence[str]]
@@ -215,6 +223,43 @@ def make_records(output_file: Path, levels: Sequence[str], episodes: int, per_ep
     print(f"{output_file}: written")
 
 
+# ---- the simulator's reward
+
+
+def nearer(records: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A reward for phase 3: 1 where the answer is an action that brings the mission nearer to its end."""
+    return [float(chain["answer"] in good_actions(record["id"])) for record, chain in zip(records, chains)]
+
+
+@lru_cache(maxsize=1 << 14)
+def good_actions(record_id: str) -> frozenset[str]:
+    """The actions in the moment of a record after which the bot needs fewer steps than before them."""
+    level, seed, number = record_id.rsplit("-", 2)
+    env, action = room(level, int(seed)), None
+    bot = bot_for(env)
+    for _ in range(int(number)):
+        action = bot.replan(action)
+        env.step(action)
+    now = steps_left(env)
+    return frozenset(name for name in ACTIONS if steps_left(env, ACTIONS.index(name)) < now)
+
+
+def steps_left(env: Any, first: int | None = None) -> float:
+    """Steps that the bot needs to fulfil the mission, behind the action `first`; infinite where it cannot any more."""
+    env = copy.deepcopy(env)
+    ended, reward = False, 0.0
+    if first is not None:
+        _, reward, ended, _, _ = env.step(first)
+        if not ended and env.carrying is not None:  # the wrong thing, and the bot does not know what to do then
+            return math.inf
+    bot, action, steps = bot_for(env), None, 0
+    while not ended and steps < MOST_STEPS:
+        action = bot.replan(action)
+        _, reward, ended, _, _ = env.step(action)
+        steps += 1
+    return steps if ended and reward > 0 else math.inf
+
+
 # ---- episodes
 
 
@@ -259,6 +304,7 @@ def players(run: Path) -> dict[str, Ask]:
     """Those that `run` has trained, beside chance."""
     asked = {
         "with chains": (checkpoint_path(phase_dir(run, 2), None), "reasoning"),
+        "with chains, after phase 3": (checkpoint_path(phase_dir(run, 3), None), "reasoning"),
         "the same model, asked without a chain": (checkpoint_path(phase_dir(run, 2), None), "direct"),
         "direct, trained on as many samples": (checkpoint_path(run / "baseline" / "same_samples", None), "direct"),
         "direct, trained for the same time": (checkpoint_path(run / "baseline" / "same_time", None), "direct"),

@@ -29,6 +29,16 @@ def made(babyai: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+def test_the_simulator_rewards_what_brings_the_mission_nearer(babyai: SimpleNamespace, made: Path) -> None:
+    values = [json.loads(line) for line in made.read_text().splitlines()][:40]
+    good = [babyai.good_actions(value["id"]) for value in values]
+    assert all(value["answer"] in actions for value, actions in zip(values, good)), "the bot gets nearer"
+    assert all(len(actions) < 4 for actions in good) and any(len(actions) > 1 for actions in good)
+    chains = [{"answer": "turn left"}, {"answer": ""}]
+    found = babyai.nearer(values[:2], chains)
+    assert found == [float("turn left" in good[0]), 0.0]
+
+
 def test_records_train_and_no_room_is_in_two_splits(made: Path) -> None:
     report = validate(made, CheckOptions(unpack_dir=None, domain=NO_DOMAIN))
     assert report["trains"] and all(report["splits"].values())
