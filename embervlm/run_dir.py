@@ -109,19 +109,8 @@ def eval_job_path(checkpoint: str | Path, split: str) -> Path:
 
 
 def calibration_path(checkpoint: str | Path) -> Path:
-    """Path of the temperature of the checkpoint's `confidence`, which its last evaluation fitted."""
+    """Path of what calibrates the checkpoint's `confidence`, which its last evaluation fitted."""
     return Path(checkpoint) / EVALS / "calibration.json"
-
-
-def read_temperature(checkpoint: str | Path) -> float:
-    """Temperature of a checkpoint's `confidence`; 1 if it was never fitted."""
-    path = calibration_path(checkpoint)
-    if not path.exists():
-        return 1.0
-    value = read_object(path, "temperature")["temperature"]
-    if not isinstance(value, (int, float)) or not value > 0:
-        raise UserError(f"{path}: damaged: its temperature is not a number above 0; delete it and evaluate again")
-    return float(value)
 
 
 def read_eval(path: str | Path) -> dict[str, Any]:

@@ -20,15 +20,16 @@ from embervlm.evaluation.calibration import (
     calibration,
     expected_calibration_error,
     fit_temperature,
+    fit_written,
     reliability_bins,
 )
 from embervlm.evaluation.eval_data import Evaluation
 from embervlm.evaluation.evaluate import evaluate, evaluate_checkpoint
 from embervlm.evaluation.result import METRICS, gains
 from embervlm.evaluation.sharing import TaskJournal
+from embervlm.model.confidence import set_confidence, written_confidence
 from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
-from embervlm.model.voting import set_confidence
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.evaluate import evaluate_to_file
 from embervlm.select_best import main as select_best
@@ -321,6 +322,29 @@ def test_the_fitted_temperature_is_that_of_the_data(temperature):
     assert sum(row["num"] for row in found["bins"]) == half
     if temperature != 1:
         assert found["ece_uncalibrated"] > 0.05
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.3, -1.5)])
+def test_the_scale_of_answers_in_free_words_is_that_of_the_data(slope, offset):
+    """As a model is surer of what it has concluded than it is right."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(3, 2, 20_000)
+    right = rng.random(len(logits)) < 1 / (1 + np.exp(-slope * logits - offset))
+    sure = 1 / (1 + np.exp(-logits))
+    results = [{"answer_set": ["7"], "written_probability": p, "confidence": p} for p in sure]
+    half = len(logits) // 2
+    found = calibration(results[:half], right[:half], results[half:], right[half:])
+    assert found["written"] == pytest.approx({"slope": slope, "offset": offset}, abs=0.1)
+    assert found["temperature"] == 1 and found["ece"] < 0.02
+    if offset:
+        assert found["ece_uncalibrated"] > 0.3
+    assert fit_written(results[: MIN_SAMPLES - 1], right[: MIN_SAMPLES - 1]) is None
+
+
+def test_answers_that_are_all_right_make_none_certain():
+    results = [{"answer_set": ["7"], "written_probability": 1.0, "confidence": 1.0}] * 50
+    slope, offset = fit_written(results, [True] * 50)
+    assert 0.9 < written_confidence(1.0, (slope, offset)) < 1
 
 
 def test_of_a_set_the_confidence_is_that_of_exactly_it():

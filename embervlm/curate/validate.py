@@ -36,10 +36,6 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
     """
     data = check_file(data_file, options)
     bad = {problem.number for problem in data.problems if problem.stops_training}
-    guessed = blind_guess(
-        (split, record.asked, record.instruction, ", ".join(record.answer))
-        for split, record in zip(data.splits, data.records)
-    )
     return {
         "format": REPORT_FORMAT,
         "data_file": str(data_file),
@@ -65,10 +61,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
             for name, count in problem_counts(data.problems).items()
         },
         "splits": {name: data.splits.count(name) for name in SPLITS},
-        "blind": {
-            name: None if math.isnan(value) else round(value, 4)
-            for name, value in ({**guessed, "best": best_guess(guessed)} if data.records else guessed).items()
-        },
+        "blind": _guessing(data),
         "length": {
             "max_reasoning_length": options.max_reasoning_length,
             "positions": options.positions,
@@ -88,6 +81,16 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "examples": _examples(data),
         "problems": [asdict(problem) | _where(data, problem.number) for problem in data.problems],
     }
+
+
+def _guessing(data: CheckedData) -> dict[str, float | None]:
+    """Accuracies of guessers that see no picture; None where there is nothing to guess."""
+    guessed = blind_guess(
+        (split, record.asked, record.instruction, ", ".join(record.answer))
+        for split, record in zip(data.splits, data.records)
+    )
+    found = {**guessed, "best": best_guess(guessed)} if data.records else guessed
+    return {name: None if math.isnan(value) else round(value, 4) for name, value in found.items()}
 
 
 def _told_answers(data: CheckedData) -> str:

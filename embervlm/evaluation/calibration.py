@@ -1,4 +1,5 @@
-"""Is an answer right as often as its `confidence` says? Expected calibration error, and a temperature to correct it."""
+"""Is an answer right as often as its `confidence` says? Expected calibration error, and what corrects it: a temperature
+of the answer head, and for answers in free words, which it does not see, a scale of their probability."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
-from embervlm.model.voting import set_confidence
+from embervlm.model.confidence import SUREST, set_confidence, written_confidence
 
 NUM_BINS = 10
 MIN_SAMPLES = 20
@@ -25,14 +26,16 @@ def calibration(
     split: str = "val",
 ) -> dict[str, Any] | None:
     """The evaluation's block: temperature of `fitted_on`, and the error of `results` with it and without."""
-    temperature = fit_temperature(fitted_on, fitted_correct)
-    if temperature is None or not results:
+    temperature, scale = fit_temperature(fitted_on, fitted_correct), fit_written(fitted_on, fitted_correct)
+    if (temperature is None and scale is None) or not results:
         return None
-    sure = confidences(results, temperature)
+    temperature = 1.0 if temperature is None else temperature
+    sure = confidences(results, temperature, scale)
     return {
         "split_fitted": split,
         "num_fitted": len(fitted_on),
         "temperature": temperature,
+        "written": None if scale is None else {"slope": scale[0], "offset": scale[1]},
         "ece": expected_calibration_error(sure, correct),
         "ece_uncalibrated": expected_calibration_error(confidences(results, 1.0), correct),
         "bins": reliability_bins(sure, correct),
@@ -57,14 +60,42 @@ def fit_temperature(results: Sequence[Mapping[str, Any]], correct: Sequence[bool
     return float(np.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x))
 
 
-def confidences(results: Sequence[Mapping[str, Any]], temperature: float) -> list[float]:
-    """Each result's confidence at `temperature`; what the answer head did not see keeps its own."""
-    return [
-        set_confidence(result["head_probabilities"], result["answer_set"], temperature)
-        if result.get("head_probabilities") and result["answer_set"]
-        else float(result["confidence"])
-        for result in results
-    ]
+def fit_written(results: Sequence[Mapping[str, Any]], correct: Sequence[bool]) -> tuple[float, float] | None:
+    """Slope and offset that give `correct` the highest likelihood from the logits of the written answers (Platt 1999,
+    with his targets, by which no finite sample makes an answer certain); None with too few answers in free words."""
+    kept = [(result, right) for result, right in zip(results, correct, strict=True) if is_written(result)]
+    if len(kept) < MIN_SAMPLES:
+        return None
+    p = np.clip([result["written_probability"] for result, _ in kept], SUREST, 1 - SUREST)
+    logit, right = np.log(p) - np.log1p(-p), np.array([bool(right) for _, right in kept])
+    target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+
+    def surprise(found: np.ndarray) -> float:
+        scaled = np.exp(found[0]) * logit + found[1]
+        return float((target * np.logaddexp(0, -scaled) + (1 - target) * np.logaddexp(0, scaled)).mean())
+
+    log_slope, offset = minimize(surprise, np.zeros(2), bounds=[(-5, 5), (-50, 50)]).x
+    return float(np.exp(log_slope)), float(offset)
+
+
+def is_written(result: Mapping[str, Any]) -> bool:
+    """Whether a result is an answer in free words, which the answer head does not see."""
+    return not result.get("head_probabilities") and bool(result["answer_set"]) and "written_probability" in result
+
+
+def confidences(
+    results: Sequence[Mapping[str, Any]], temperature: float, scale: tuple[float, float] | None = None
+) -> list[float]:
+    """Each result's confidence at `temperature`, or with `scale` for answers in free words."""
+
+    def of(result: Mapping[str, Any]) -> float:
+        if is_written(result):
+            return written_confidence(result["written_probability"], scale)
+        if result.get("head_probabilities") and result["answer_set"]:
+            return set_confidence(result["head_probabilities"], result["answer_set"], temperature)
+        return float(result["confidence"])
+
+    return [of(result) for result in results]
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool]) -> float:

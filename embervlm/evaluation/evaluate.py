@@ -53,7 +53,7 @@ def keep_in_checkpoint(
     samples_file = path.with_name(f"{path.stem}_samples.json")
     try:
         if (found := result["calibration"]) is not None:
-            kept = {name: found[name] for name in ("split_fitted", "num_fitted", "temperature")}
+            kept = {name: found[name] for name in ("split_fitted", "num_fitted", "temperature", "written")}
             run_dir.write_json_atomic(run_dir.calibration_path(job.checkpoint), kept)
         if whole:
             run_dir.write_json_atomic(path, result)

@@ -176,7 +176,9 @@ def _calibrate(job: Evaluation, samples: list[dict[str, Any]], passes: Mapping[s
         return None
     found = calibration(fitted.results, fitted.right, chains.results, chains.right)
     if found is not None:
-        for sample, sure in zip(samples, confidences(chains.results, found["temperature"])):
+        written = found["written"]
+        scale = None if written is None else (written["slope"], written["offset"])
+        for sample, sure in zip(samples, confidences(chains.results, found["temperature"], scale)):
             sample["confidence"] = sure
     return found
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.initialization import no_init_weights
 
-from embervlm import run_dir
 from embervlm.config import BACKBONE, COMPONENTS, ConfigError
 from embervlm.data.tokenizer import TEXT_FORMAT, ReasoningTokenizer
 from embervlm.errors import UNREADABLE
 from embervlm.model import interactive
+from embervlm.model.confidence import read_calibration
 from embervlm.model.config import PAD, SQUASH, STAGE3, STAGE4, EmberVLMConfig
 from embervlm.model.decoding import Decoding
 from embervlm.model.generation import continue_ids, generate_answers, look
@@ -267,7 +267,7 @@ class EmberVLM(EmberVLMNetwork):
         if small:
             model.language_model.find_head()
         model.attach_tokenizer(ReasoningTokenizer.from_folder(folder))
-        model.confidence_temperature = run_dir.read_temperature(folder)
+        model.confidence_temperature, model.written_scale = read_calibration(folder)
         model.known = read_known(folder)
         model.generation_config.max_new_tokens = Decoding().for_model(config).max_new_tokens
         return model.to(device=device, dtype=dtype).eval()

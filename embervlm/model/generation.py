@@ -12,10 +12,11 @@ from torch import Tensor
 from embervlm.config import ConfigError
 from embervlm.data.images import load_image
 from embervlm.data.tokenizer import DIRECT_PROMPT, ReasoningTokenizer
+from embervlm.model.confidence import set_confidence, written_confidence
 from embervlm.model.decoding import Decoding, OnToken
 from embervlm.model.known import Verdict, settled
 from embervlm.model.network import EmberVLMNetwork
-from embervlm.model.voting import set_confidence, vote
+from embervlm.model.voting import vote
 from embervlm.model.writer import Row, Writer
 from embervlm.words.chain_text import parse_answer
 
@@ -174,12 +175,14 @@ def _result(
         end = row.ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in row.ids else len(row.ids)
         text = tokenizer.decode(row.ids[:end]).strip()
     answer = parse_answer(text or "", candidates) if candidates else tuple(filter(None, [text]))
+    written = math.exp(row.answer_log_prob) if text else 0.0
     result: dict[str, Any] = {
         "reasoning_steps": steps,
         "answer": ", ".join(answer) if answer else (text or ""),
         "answer_set": list(answer),
         "text": text or "",
-        "confidence": math.exp(row.answer_log_prob) if text else 0.0,
+        "confidence": written if candidates else written_confidence(written, model.written_scale),
+        "written_probability": written,
         "num_tokens": len(row.ids),
         "cut_off": row.cut_off,
     }

@@ -75,6 +75,7 @@ class EmberVLMNetwork(PreTrainedModel):
         self.adapted: tuple[str, ...] = ()
         """Components whose own weights are frozen because adapters are trained; so are their running statistics."""
         self.confidence_temperature = 1.0
+        self.written_scale: tuple[float, float] | None = None
         self.known: Known | None = None
 
     def _init_weights(self, module: torch.nn.Module) -> None:

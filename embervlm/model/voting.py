@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from embervlm.model.confidence import set_confidence
 from embervlm.model.judging import step_probabilities
 from embervlm.model.network import EmberVLMNetwork
 
@@ -78,17 +78,3 @@ def _belief(chains: Sequence[Mapping[str, Any]], answer: Collection[str], temper
     else:
         each = [float(set(chain["answer_set"]) == set(answer)) for chain in chains]
     return sum(each) / len(each)
-
-
-def set_confidence(probabilities: Mapping[str, float], answer: Collection[str], temperature: float = 1.0) -> float:
-    """How sure the answer head is of exactly the set `answer`: of each candidate in it, and of no other.
-
-    Args:
-        temperature: divides the head's logits; above 1 it is less sure than it said.
-    """
-    log_confidence = 0.0
-    for name, probability in probabilities.items():
-        p = min(max(probability, 1e-15), 1 - 1e-15)
-        logit = (math.log(p) - math.log1p(-p)) / temperature
-        log_confidence -= math.log1p(math.exp(-logit if name in answer else logit))
-    return math.exp(log_confidence)
