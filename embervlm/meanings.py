@@ -129,7 +129,8 @@ MEANINGS = {
         "ECE, the expected calibration error: how far the confidence lies from the share of right answers, over ten "
         "bins of equal width (Naeini et al. 2015).",
         "low",
-        "With the temperature fitted on 200 val records (Guo et al. 2017), and unscaled. With few records the bins are "
+        "With what was fitted on 200 val records, and unscaled: a temperature of the answer head (Guo et al. 2017), "
+        "and for answers in free words a scale of their probability (Platt 1999). With few records the bins are "
         "nearly empty and the error is mostly noise; on val it is fitted and measured on the same records.",
     ),
     "validator": Meaning(

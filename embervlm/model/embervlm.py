@@ -66,8 +66,9 @@ class EmberVLM(EmberVLMNetwork):
 
             `answer` is None, and `why` a sentence, where the model wrote none or the question is unlike those of
             training: where `known`, in [0, 1], is below `min_known`. `confidence` is the answer head's probability
-            times `known`; `answer_set` and `text` are what the model wrote all the same. `known` is None, and no
-            question is refused, before the checkpoint has been evaluated.
+            (of an answer in free words `written_probability`, scaled) times `known`; `answer_set` and `text` are what
+            the model wrote all the same. `known` is None, and no question is refused, before the checkpoint has been
+            evaluated.
         """
         single = isinstance(instruction, str)
         images, instructions = ([image], [instruction]) if single else (image, instruction)
