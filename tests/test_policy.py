@@ -307,3 +307,13 @@ def test_more_right_answers_by_worse_reasons_are_told(
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = what_changed(log)
     assert "answer rose from 0.23 to 0.67" in told and ("by worse reasons" in told) == gamed
+
+
+def test_what_moves_by_less_than_is_shown_stayed_and_a_reward_of_the_users_own_is_told(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "policy": {"reward_form": 1.0, "reward_soundness": 1 - step / 1e5, "reward_own:near": step / 10}}
+        for step in range(10)
+    ]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert what_changed(log) == "of the drawn chains soundness stayed at 1.00 and own:near rose from 0.05 to 0.85"

@@ -134,7 +134,10 @@ def what_changed(log: Path) -> str:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     drawn = [line["policy"] for line in lines if "policy" in line]
     size = max(1, len(drawn) // 5)
-    names = [name for name in ("reward_answer", "reward_soundness") if drawn and name in drawn[0]]
+    wanted = ("reward_answer", "reward_soundness")
+    names = [
+        name for name in (drawn[0] if drawn else ()) if name in wanted or (name.startswith("reward_") and ":" in name)
+    ]
     if len(drawn) < FEWEST_LINES or not names:
         return ""
 
@@ -142,13 +145,16 @@ def what_changed(log: Path) -> str:
         return statistics.fmean(line[name] for line in some)
 
     found = {name: (mean(drawn[:size], name), mean(drawn[-size:], name)) for name in names}
-    told = " and ".join(
-        f"{name.removeprefix('reward_')} {'rose' if last > first else 'fell'} from {first:.2f} to {last:.2f}"
-        for name, (first, last) in found.items()
-    )
-    gamed = len(found) == 2 and found["reward_answer"][1] > found["reward_answer"][0]
+    told = " and ".join(f"{name.removeprefix('reward_')} {_moved(*means)}" for name, means in found.items())
+    gamed = set(wanted) <= set(found) and found["reward_answer"][1] > found["reward_answer"][0]
     gamed = gamed and found["reward_soundness"][1] < found["reward_soundness"][0] - SOUNDNESS_MARGIN
     return f"of the drawn chains {told}" + (": more right answers by worse reasons; read groups.jsonl" if gamed else "")
+
+
+def _moved(first: float, last: float) -> str:
+    if f"{first:.2f}" == f"{last:.2f}":
+        return f"stayed at {last:.2f}"
+    return f"{'rose' if last > first else 'fell'} from {first:.2f} to {last:.2f}"
 
 
 def without_reported(terms: Mapping[str, float]) -> dict[str, float]:
