@@ -56,6 +56,20 @@ def test_a_question_of_training_is_known_and_one_about_something_else_is_not():
         assert found < 0.01 and why == UNLIKE_QUESTION, question
 
 
+def test_a_few_questions_of_a_form_of_their_own_do_not_open_the_door_to_any_other():
+    """Of bar charts: 64 questions differ in their colors alone, four have no color and stand alone."""
+    colors = ("red", "blue", "green", "gray", "black", "purple", "orange", "yellow")
+    pairs = [(a, b) for a in colors for b in colors if a != b]
+    asked = [f"Is the {a} bar taller than the {b} one?" for a, b in pairs]
+    asked += [f"What is the value of the {color} bar?" for color in colors]
+    lone = ["Which bar is tallest?", "How many bars are there?", "List the colors above 5.", "Name the lowest one."]
+    known = Known.fit(tokens(200), tokens(100, seed=1), [*asked, *lone], asked[:20], 1.0)
+    for question in OFF:
+        assert verdict(known, question)[0] < 0.5, question
+    for question in ("Is the red bar higher than the blue one?", "Which bar is the tallest one?"):
+        assert verdict(known, question)[0] >= 0.5, question
+
+
 def test_another_wording_is_known_where_it_shares_most_of_its_words_with_one_of_training():
     known = fitted()
     for question in ("Please carry the load over to the flag. Which robots are suited?", "Take the load to the pump!"):

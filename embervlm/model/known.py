@@ -29,6 +29,8 @@ UNLIKE = 999.0
 """The odds against what is unlike all of training: its `known` is 0.001."""
 FEW = 0.01
 """A kind of record that is a smaller share of the training data counts as unknown."""
+UNUSUAL = 0.8
+"""Quantile of the wordings of training from which on they are unusual."""
 UNLIKE_QUESTION = "The question is unlike those that the model was trained on."
 UNLIKE_PICTURE = "The picture is unlike those that the model was trained on."
 NO_PICTURE = "There is no picture, and the questions that the model was trained on had one."
@@ -70,8 +72,9 @@ class Known:
         """From training data, and from val data for the distances that are usual.
 
         19 val records in 20 are as near as is usual. One val picture in a hundred is beyond the limit. A question
-        may go half-way from the most unusual wordings of training (each measured against the others) to a text that
-        has nothing in common with them.
+        may go half-way from the more unusual wordings of training (each measured against the others) to a text that
+        has nothing in common with them: not from the most unusual ones, since among many questions of one form the only
+        one of another form is as far from them as any text.
 
         Args:
             pictures: `[pictures, num_visual_tokens, hidden]`, projected; `val_pictures` likewise; either may be empty.
@@ -101,7 +104,7 @@ class Known:
             found.scales[0] = torch.tensor([usual, limit, limit + (limit - median)])
         others = found._similarities(found._matrix)
         np.fill_diagonal(others, 0)
-        unusual = float(np.quantile(1 - others.max(1), 0.98)) if len(questions) > 1 else 0.5
+        unusual = float(np.quantile(1 - others.max(1), UNUSUAL)) if len(questions) > 1 else 0.5
         usual, limit = np.quantile(found.question_distances(val_questions), [0.95, 0.99])
         found.scales[1] = torch.tensor([usual, max((min(unusual, 0.8) + 1) / 2, limit), 1.0])
         return found
