@@ -133,12 +133,23 @@ def test_forced_answers_are_counted_by_what_they_follow():
         "follows_text": 0.4,
         "follows_picture": 0.2,
         "neither": 0.4,
+        "head_num": 5,
         "head_follows_text": 0.2,
         "head_follows_picture": pytest.approx(0.6),
         "head_neither": 0.2,
     }
     low, high = block["intervals"]["forced_prefix.follows_text"]
     assert low < 0.4 < high
+    said = faithfulness_lines({"num_samples": 5, **block})
+    assert "put in (5), the answer head follows" in said and "a mistake planted" not in said  # none was
+
+
+def test_of_free_answers_nothing_is_said_about_the_answer_head():
+    free = dataclasses.replace(free_record("mine", "7", ("Look.", "Conclusion: 7.")), default_candidates=())
+    probe = Probe(kind="forced", record=free, steps=("It is red.",), follows=("9",))
+    block = summarise([probe], [{"answer_set": ["9"], "head_answer": []}], [], dropped=0)
+    said = faithfulness_lines({"num_samples": 1, **block})
+    assert "put in (1), the written answer follows: text 1.000" in said and "answer head" not in said
 
 
 def test_what_was_not_asked_has_no_share():

@@ -69,6 +69,8 @@ def test_the_end_is_said_once_the_rate_is_known(monkeypatch):
     at = time.strftime("%H:%M", time.localtime(1_000_000_000 + 300))
     said = expected_end("phase 1", 100, 50, 600)
     assert said == f"phase 1: 5 min to go at 2 steps a second, so it ends at about {at}"
+    at_plateau = expected_end("phase 1", 100, 50, 600, at_plateau=True)
+    assert at_plateau == f"{said}, or earlier at a plateau of the val loss"
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def summarise(
     }
     for key, prefix in (("answer_set", ""), ("head_answer", "head_")):
         asked_so = [(p, a) for p, a in forced if key == "answer_set" or p.record.candidates]  # an open one has no head
+        block["forced_prefix"][f"{prefix}num"] = len(asked_so)
         text, picture = follows(asked_so, key), right(asked_so, key)
         neither = [1 - t - p for t, p in zip(text, picture)]
         for name, hits in (("follows_text", text), ("follows_picture", picture), ("neither", neither)):

@@ -44,14 +44,19 @@ def faithfulness_lines(block: Mapping[str, Any]) -> str:
     gained = " ".join("n/a" if value is None else f"{value:+.1f}" for value in block["information_gain"]["per_step"])
     lines = [f"does the answer come from the chain? {block['num_samples']} records"]
     for who, prefix in (("written answer", ""), ("answer head", "head_")):
+        if not (num := forced.get(f"{prefix}num", forced["num"])):
+            continue
         follows = (
             f"{label} {_share(forced[prefix + key])}"
             for key, label in (("follows_text", "text"), ("follows_picture", "picture"), ("neither", "neither"))
         )
-        lines.append(f"  another scene's facts put in ({forced['num']}), the {who} follows: {', '.join(follows)}")
+        lines.append(f"  another scene's facts put in ({num}), the {who} follows: {', '.join(follows)}")
+    if planted["num"]:
+        lines.append(
+            f"  a mistake planted ({planted['num']}): still right {_share(planted['accuracy'])}, "
+            f"follows the mistake {_share(planted['follows_mistake'])}"
+        )
     lines += [
-        f"  a mistake planted ({planted['num']}): still right {_share(planted['accuracy'])}, "
-        f"follows the mistake {_share(planted['follows_mistake'])}",
         f"  made to conclude early, right after {cut}",
         f"  nats that each step adds to the gold answer: {gained}",
     ]

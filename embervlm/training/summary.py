@@ -78,13 +78,17 @@ def _steps(job: PhaseJob, config: TrainConfig) -> str:
     return f"{until}{most:,} in {phase.epochs} epoch{'s' if phase.epochs > 1 else ''}"
 
 
-def expected_end(name: str, steps: int, seconds: float, left: int) -> str | None:
-    """When the phase will end, from the `steps` that took `seconds`; None while that is not known yet."""
+def expected_end(name: str, steps: int, seconds: float, left: int, *, at_plateau: bool = False) -> str | None:
+    """When the phase will end, from the `steps` that took `seconds`; None while that is not known yet.
+
+    `at_plateau`: it may end earlier.
+    """
     if steps < RATE_KNOWN_AFTER_STEPS or seconds < RATE_KNOWN_AFTER_S or left <= 0:
         return None
     more = left * seconds / steps
     at = time.strftime("%H:%M" if more < 20 * 3600 else "%a %d %b %H:%M", time.localtime(time.time() + more))
-    return f"{name}: {duration(more)} to go at {steps / seconds:.2g} steps a second, so it ends at about {at}"
+    earlier = ", or earlier at a plateau of the val loss" if at_plateau else ""
+    return f"{name}: {duration(more)} to go at {steps / seconds:.2g} steps a second, so it ends at about {at}{earlier}"
 
 
 def duration(seconds: float) -> str:
