@@ -20,7 +20,7 @@ from embervlm.judge.metrics import (
 )
 from embervlm.judge.reading import ChainContext
 from embervlm.report.pages import samples_page
-from embervlm.report.table import gold_chain_lines, metrics_table
+from embervlm.report.table import gold_chain_lines, group_lines, metrics_table
 from embervlm.words.claims import Claim, ClaimReader
 
 ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
@@ -553,6 +553,20 @@ def test_the_table_fits_80_columns_and_shows_missing_values():
         "high",
     ]
     assert next(line for line in text.splitlines() if "same_time" in line).split()[1:] == ["n/a", "-", "-", "low"]
+
+
+def test_the_console_says_accuracy_by_wording_and_how_far_to_trust_the_confidence():
+    row = {"num": 4, "reasoning": 0.5, "no_reasoning": None}
+    result = {
+        "impact_by_complexity": {"simple": row},
+        "accuracy_by_wording": {"count": {**row, "reasoning": 1.0}, "value": row},
+        "calibration": {"ece": 0.055, "ece_uncalibrated": 0.2468},
+    }
+    assert group_lines(result).splitlines() == [
+        "accuracy by wording: count 1.000 of 4, value 0.500 of 4",
+        "confidence: expected calibration error 0.055 (0.247 before it was fitted on val)",
+    ]
+    assert group_lines({"accuracy_by_wording": {"None": row}, "calibration": None}) == ""
 
 
 def test_a_chain_is_scored_in_a_few_hundredths_of_a_second(scorer):

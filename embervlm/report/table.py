@@ -63,6 +63,20 @@ def faithfulness_lines(block: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def group_lines(result: Mapping[str, Any]) -> str:
+    """Accuracy by what the records are grouped by, and how far the confidence is from it; "" where there is neither."""
+    lines = []
+    for key, what in (("impact_by_complexity", "complexity"), ("accuracy_by_wording", "wording")):
+        groups = result.get(key) or {}
+        if len(groups) > 1:
+            found = (f"{_shorten(name, 30)} {_share(row['reasoning'])} of {row['num']}" for name, row in groups.items())
+            lines.append(f"accuracy by {what}: {', '.join(found)}")
+    if calibration := result.get("calibration"):
+        error, before = calibration["ece"], calibration["ece_uncalibrated"]
+        lines.append(f"confidence: expected calibration error {error:.3f} ({before:.3f} before it was fitted on val)")
+    return "\n".join(lines)
+
+
 def own_steps_lines(result: Mapping[str, Any]) -> str:
     """How far to trust the validator's scores, and where the steps that read something look; "" where not measured."""
     lines = []

@@ -17,7 +17,14 @@ from embervlm.evaluation.evaluate import keep_in_checkpoint
 from embervlm.evaluation.result import METRICS
 from embervlm.model.decoding import Decoding
 from embervlm.options import add_flag, chosen
-from embervlm.report.table import cut_off_lines, faithfulness_lines, gold_chain_lines, metrics_table, own_steps_lines
+from embervlm.report.table import (
+    cut_off_lines,
+    faithfulness_lines,
+    gold_chain_lines,
+    group_lines,
+    metrics_table,
+    own_steps_lines,
+)
 from embervlm.run.report import send_evaluation
 from embervlm.run.score_chains import judge_options
 from embervlm.world import World
@@ -163,7 +170,7 @@ def print_result(result: dict[str, Any], output_file: Path) -> None:
     print(metrics_table(result))
     if result["faithfulness"] is not None:
         print("\n" + faithfulness_lines(result["faithfulness"]))
-    if lines := own_steps_lines(result):
+    for lines in filter(None, (group_lines(result), own_steps_lines(result))):
         print("\n" + lines)
     for warning in filter(None, (cut_off_lines(result), gold_chain_lines(result))):
         print(warning)
