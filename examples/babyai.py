@@ -3,13 +3,10 @@
     python examples/babyai.py records OUT/records.jsonl --episodes 300
     python launch/train.py --stages 3 4 baseline --reasoning_data OUT/records.jsonl --output_dir OUT/run ...
     python examples/babyai.py episodes OUT/run --episodes 50
-    PYTHONPATH=examples python launch/train.py --stages 4 --phase 3 --output_dir OUT/run ... \\
-        --set "stage4.phase3.reward={answer: 0, own: {babyai:nearer: 1}}"
 
 `records` lets the bot that comes with minigrid play, and writes what it sees and does: picture of the room, mission, a
 chain made by rule, next action. `episodes` lets the trained model play rooms that no record shows, to the end of each
-mission: with chains, and without. In phase 3 the simulator rewards an answer, whatever the bot did (`nearer`).
-docs/babyai.md has the commands in full, and the figures.
+mission: with chains, and without. In phase 3 the simulator rewards answers (`nearer`). docs/babyai.md has the figures.
 """
 
 from __future__ import annotations
@@ -56,8 +53,6 @@ TILE, CELLS = 12, 6
 """Pixels a cell, and cells that a picture shows: 72 x 72 pixels. A room of 8 x 8 cells has so many inside its walls."""
 TEST_SEED = 10_000_000
 """Rooms of test records and played episodes count from here, those of training and val from 0."""
-MOST_STEPS = 64
-"""Steps after which the bot is taken to have no way."""
 BATCH = 64
 """Episodes that are played at a time."""
 Ask = Callable[[Sequence[np.ndarray], Sequence[str]], Sequence[str]]
@@ -178,8 +173,7 @@ def episode(level: str, seed: int) -> list[Moment] | None:
         target, first = way
         name = ACTIONS[action]
         out.append(Moment(picture(env), env.mission, chain(env, target, first, name), name, known_of(env, target)))
-        _, _, ended, truncated, _ = env.step(action)
-        over = ended or truncated
+        over = any(env.step(action)[2:4])  # ended or truncated
     return None if "pick up" in {m.action for m in out[:-1]} else out
 
 
@@ -238,8 +232,7 @@ def good_actions(record_id: str) -> frozenset[str]:
     env, action = room(level, int(seed)), None
     bot = bot_for(env)
     for _ in range(int(number)):
-        action = bot.replan(action)
-        env.step(action)
+        env.step(action := bot.replan(action))
     now = steps_left(env)
     return frozenset(name for name in ACTIONS if steps_left(env, ACTIONS.index(name)) < now)
 
@@ -247,16 +240,15 @@ def good_actions(record_id: str) -> frozenset[str]:
 def steps_left(env: Any, first: int | None = None) -> float:
     """Steps that the bot needs to fulfil the mission, behind the action `first`; infinite where it cannot any more."""
     env = copy.deepcopy(env)
-    ended, reward = False, 0.0
+    ended, reward, action, steps = False, 0.0, None, 0
     if first is not None:
         _, reward, ended, _, _ = env.step(first)
         if not ended and env.carrying is not None:  # the wrong thing, and the bot does not know what to do then
             return math.inf
-    bot, action, steps = bot_for(env), None, 0
-    while not ended and steps < MOST_STEPS:
-        action = bot.replan(action)
+    bot, most = bot_for(env), env.max_steps
+    while not ended and steps < most:
+        action, steps = bot.replan(action), steps + 1
         _, reward, ended, _, _ = env.step(action)
-        steps += 1
     return steps if ended and reward > 0 else math.inf
 
 
@@ -290,8 +282,8 @@ def asking(checkpoint: Path, form: str) -> Ask:
     model = embervlm.EmberVLM.from_pretrained(checkpoint, device_map="auto")
 
     def ask(frames: Sequence[np.ndarray], missions: Sequence[str]) -> list[str]:
-        found = model.generate_with_reasoning(list(frames), list(missions), form=form, min_known=0)  # always act
-        return [result["answer"] or "" for result in found]
+        results = model.generate_with_reasoning(list(frames), list(missions), form=form, min_known=0)  # always act
+        return [result["answer"] or "" for result in results]
 
     return ask
 
@@ -321,13 +313,11 @@ def players(run: Path) -> dict[str, Ask]:
 def play_episodes(run: Path, levels: Sequence[str], episodes: int) -> None:
     """Success rates with 95% intervals (Wilson)."""
     for name, ask in players(run).items():
-        began, all_won = time.monotonic(), []
-        told = []
+        began, all_won, told = time.monotonic(), [], []
         for level in levels:
             won = []
             for first in range(0, episodes, BATCH):
-                seeds = range(TEST_SEED + first, TEST_SEED + min(first + BATCH, episodes))
-                won += play(ask, level, seeds)
+                won += play(ask, level, range(TEST_SEED + first, TEST_SEED + min(first + BATCH, episodes)))
             told.append(f"{level} {np.mean(won):.3f}")
             all_won += won
         low, high = wilson(float(np.mean(all_won)), len(all_won))
@@ -339,12 +329,7 @@ def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, path, number, text in (
-        (
-            "records",
-            "output_file",
-            300,
-            "episodes of each level, played by the bot; a tenth as many again are for test",
-        ),
+        ("records", "output_file", 300, "episodes of each level that the bot plays, and a tenth as many for test"),
         ("episodes", "run", 50, "episodes of each level"),
     ):
         command = commands.add_parser(name)

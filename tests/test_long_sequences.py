@@ -158,7 +158,7 @@ def test_an_evaluation_asks_nothing_that_the_model_cannot_read(records: list[dic
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     found = read_records(data, allow_outside=True, candidates=ROBOTS)
-    tokenizer = make_tokenizer(found)
+    tokenizer = make_tokenizer(found, 400)
     lengths = [
         len(tokenizer.encode(record.instruction)) + len(tokenizer.encode(" ".join(record.steps))) for record in found
     ]

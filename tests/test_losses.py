@@ -138,7 +138,7 @@ def test_contrast_by_itself_teaches_to_look_at_the_picture(data) -> None:
         loss.backward()
         optimizer.step()
         found.append(loss.item())
-    assert found[0] == pytest.approx(math.log(2), abs=0.02) and found[-1] < math.log(2) / 4
+    assert found[0] == pytest.approx(math.log(2), abs=0.1) and found[-1] < math.log(2) / 4
 
 
 # -- dense -----------------------------------------------------------------------------------------------------------
