@@ -1,7 +1,7 @@
 """Chains and answers as text: what is formatted parses back, and no text a model writes raises."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embervlm.data.records import parse_answer, parse_reasoning_text
@@ -46,6 +46,7 @@ pieces = st.sampled_from(
 
 
 @given(st.text() | st.lists(pieces, max_size=12).map("".join))
+@example("STEP 0:STEP 0 Step 2:")
 @settings(max_examples=400)
 def test_any_text_parses_without_error_and_to_a_fixed_point(text):
     steps = parse_reasoning_text(text)

@@ -77,9 +77,12 @@ def parse_chain(text: str) -> tuple[tuple[str, ...], list[str]]:
                 conclusion.append(rest)
                 break
             else:
-                num_filled += not current
-                cut = _inline_cut(rest, str(num_filled + 1))
-                current.append(rest[:cut].rstrip())
+                cut = _inline_cut(rest, str(num_filled + (not current) + 1))
+                if not _STEP_HEADER.fullmatch(
+                    part := rest[:cut].rstrip()
+                ):  # else a header before another, without text
+                    num_filled += not current
+                    current.append(part)
                 rest = rest[cut:]
     found = ["\n".join(lines) for lines in steps if lines]
     if conclusion:
