@@ -131,6 +131,11 @@ def test_contrast_by_itself_teaches_to_look_at_the_picture(data) -> None:
     batch = bench.collator(bench.chains[:6], step=0)
     assert batch.counts["multimodal"] > 1
     module, found = TrainingModule(bench.model), []
+    pictures = batch.inputs["image_mask"].clone()
+    batch.inputs["image_mask"].zero_()  # whoever sees nothing is as sure of the one picture as of the other
+    blind = module(batch)["multimodal"] / batch.counts["multimodal"]
+    assert blind.item() == pytest.approx(math.log(2), abs=1e-5)
+    batch.inputs["image_mask"].copy_(pictures)
     optimizer = torch.optim.Adam(module.parameters(), lr=5e-3)
     for _ in range(40):
         loss = module(batch)["multimodal"] / batch.counts["multimodal"]

@@ -192,7 +192,8 @@ class _Training:
         if self.end_is_said or self.job.phase.max_minutes is not None or self.world.rank != 0:
             return
         done, seconds = self.progress.step - self.started.step, self.progress.elapsed_s - self.started.elapsed_s
-        left, at_plateau = self.total - self.progress.step, self.job.phase.stop_at_plateau
+        left = self.total - self.progress.step
+        at_plateau = self.job.phase.stop_at_plateau and self.progress.decay_from is None
         if line := summary.expected_end(self.job.name, done, seconds, left, at_plateau=at_plateau):
             self.end_is_said = True
             note(line)
