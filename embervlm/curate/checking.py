@@ -29,9 +29,9 @@ from embervlm.data.lengths import too_long
 from embervlm.data.record_fields import unused_fields
 from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
-from embervlm.data.sources import is_one_file, named_splits, source_files, source_rules, source_values, with_split
+from embervlm.data.sources import is_one_file, named_splits, source_files, source_rules, source_values
 from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
-from embervlm.data.tables import label_of
+from embervlm.data.tables import label_of, with_split
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import number_lines, step_numbers
 

@@ -28,8 +28,9 @@ from embervlm.data.domain import Domain
 from embervlm.data.record_fields import FieldRules, quote
 from embervlm.data.record_pictures import is_inside, pictures_beside
 from embervlm.data.records import DataError, ReasoningRecord, file_values, read_record, record_to_json, write_dataset
-from embervlm.data.sources import is_shard, named_splits, source_files, with_split
+from embervlm.data.sources import is_shard, named_splits, source_files
 from embervlm.data.splits import SPLITS, picture_digests
+from embervlm.data.tables import with_split
 from embervlm.progress import progress_bar
 
 CONVERTERS: dict[str, Callable[[Source], list[dict[str, Any]]]] = {

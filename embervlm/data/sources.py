@@ -74,14 +74,6 @@ def named_splits(files: Sequence[Path]) -> dict[Path, str]:
     return found if len(found) == len(files) > 1 and "train" in found.values() else {}
 
 
-def with_split(value: Any, split: str | None) -> Any:
-    """`value` with the split that its file is called after, unless it names one itself."""
-    if split is None or not isinstance(value, dict) or value.get("split"):
-        return value
-    metadata = value.get("metadata")
-    return value if isinstance(metadata, dict) and metadata.get("split") else {**value, "split": split}
-
-
 def is_one_file(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is what the commands that write records read; else a folder, a pattern or a shard."""
     return source_files(path) == [Path(path)] and not is_shard(Path(path))

@@ -25,9 +25,9 @@ from embervlm.data.images import files_digest
 from embervlm.data.lazy import Lazy
 from embervlm.data.record_fields import COMPOSED_OF, FieldRules, quote, unused_fields
 from embervlm.data.records import DataError, ReasoningRecord, no_records, read_record
-from embervlm.data.sources import named_splits, source_files, source_rules, source_values, with_split
+from embervlm.data.sources import named_splits, source_files, source_rules, source_values
 from embervlm.data.splits import SPLITS, Split, SplitTable, readable_digest, text_hash
-from embervlm.data.tables import label_of
+from embervlm.data.tables import label_of, with_split
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 

@@ -60,12 +60,18 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
                 for name, names in labels.items():
                     if isinstance(row.get(name), int) and 0 <= row[name] < len(names):
                         row[name] = names[row[name]]
-                if split and not row.get("split") and not _split_inside(row.get("metadata")):
-                    row["split"] = split
-                yield row
+                yield with_split(row, split)
     except (OSError, ValueError, KeyError, arrow.ArrowException) as error:
         advice = "check the path or write the file again"
         raise TableError(f"{path}: not readable as {kind} ({error}); {advice}") from error
+
+
+def with_split(value: Any, split: str | None) -> Any:
+    """`value` with the split that its file is called after, unless it names one itself."""
+    if split is None or not isinstance(value, dict) or value.get("split"):
+        return value
+    metadata = value.get("metadata")
+    return value if isinstance(metadata, dict) and metadata.get("split") else {**value, "split": split}
 
 
 def _batch_rows(schema: Any) -> int:
@@ -107,10 +113,6 @@ def _split_of(file: Path) -> str | None:
     if file.suffix.lower() != ".arrow" or not (file.parent.parent / "dataset_dict.json").is_file():
         return None
     return SPLIT_NAMES.get(file.parent.name)
-
-
-def _split_inside(metadata: Any) -> bool:
-    return isinstance(metadata, dict) and bool(metadata.get("split"))
 
 
 def _listed(path: Path, name: str) -> list[Any]:
