@@ -106,7 +106,8 @@ class PhaseConfig:
     """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
     max_minutes: float | None = None
     """Stop after this much wall-clock time; None trains `epochs`. The rate then falls with the time, behind a warmup of
-    `warmup_steps`, or of a quarter of the time where these take longer."""
+    `warmup_steps`, or of a quarter of the time where these take longer. With `stop_at_plateau` the decay begins after
+    four fifths of the time at the latest, so that the phase ends at about this time."""
     stop_at_plateau: bool = False
     """Keep the peak rate until the loss on the val split no longer falls, then decay over a quarter as many steps and
     stop. `epochs` is then the most, and a model that does not look at the picture yet trains on."""
@@ -127,8 +128,6 @@ class PhaseConfig:
 
     def _check(self) -> None:
         bounded(self, "epochs", "plateau_steps", least=1)
-        both = self.stop_at_plateau and self.max_minutes is not None
-        require(not both, "stop_at_plateau and max_minutes: give one of them")
         for name in ("learning_rate", "gradient_clipping", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: {value} is not positive")
@@ -401,6 +400,9 @@ class TrainConfig:
     """Also log the ids of the records of every logged step."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
+    max_minutes: float | None = None
+    """Training time of Stage 3 and both phases together, as far as the command trains them. They share it 4 to 1 to 4,
+    as `max_minutes` of each; what one leaves is not passed on. The look at val questions behind each is not in it."""
     report: bool = False
     """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""
     wandb_project: str | None = None
@@ -421,3 +423,4 @@ class TrainConfig:
         bounded(self, "keep_best", "keep_weights", "data_workers", least=0)
         bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
         bounded(self, "max_steps", "eval_steps", least=1)
+        require(self.max_minutes is None or self.max_minutes > 0, f"max_minutes: {self.max_minutes} is not positive")

@@ -125,3 +125,21 @@ def test_a_phase_ends_early_at_a_plateau_and_a_resume_ends_where_it_would_have(t
         assert json.loads((final / "state.json").read_text())["step"] == 5
         expected = weights_of(run_dir.checkpoint_path(run_dir.phase_dir(straight, 2), None))
         assert all(torch.equal(value, expected[key]) for key, value in weights_of(final).items())
+
+
+@pytest.mark.slow
+def test_the_decay_begins_while_it_still_ends_within_the_time(tmp_path: Path) -> None:
+    data = bench(tmp_path, epochs=2000, final_lr_ratio=0.5)
+    flags = ("--set", "stage4.phase2.plateau_steps=1000000", "log_steps=1", "save_steps=1000", "--max_minutes", 0.1)
+    result = ok(train("python", *start(tmp_path, tmp_path / "out"), *flags))
+    phase = run_dir.phase_dir(tmp_path / "out", 2)
+    state = json.loads((run_dir.checkpoint_path(phase, None) / "state.json").read_text())
+    begun = state["decay_from"]
+    assert state["step"] == plateau.total_steps(begun, 10**6)
+    assert f"80% of the 0.1 minutes are over: the learning rate decays from step {begun} to the end at" in result.stdout
+    lines = [json.loads(line) for line in run_dir.metrics_log_path(phase).read_text().splitlines()]
+    elapsed = {line["step"]: line["elapsed_s"] for line in lines if "elapsed_s" in line}
+    assert elapsed[begun - 1] < 0.8 * 6 <= elapsed[begun]
+    rates = {line["step"]: line["learning_rate"]["reasoning_module"] for line in lines if "learning_rate" in line}
+    assert rates[begun] == pytest.approx(1e-9) and rates[state["step"]] < 0.6e-9
+    assert data.is_file() and "as many as 0.1 minutes allow, at most" in result.stdout

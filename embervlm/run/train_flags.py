@@ -34,6 +34,7 @@ _OF_THE_RUN = (
     "zero_stage",
     "deepspeed_config",
     "max_steps",
+    "max_minutes",
     "save_steps",
     "eval_steps",
     "eval_cluster",
@@ -53,6 +54,8 @@ FLAGS = {
     "stage3_epochs": "stage3.epochs",
 }
 """Flag -> key in the YAML, which defines type, default and help."""
+_TIME_SHARES = {"stage3": 4, "phase1": 1, "phase2": 4}
+"""Of `max_minutes`: what they took on easy-VQA, until each had learned what it could (docs/results.md)."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +121,25 @@ def load_config(args: argparse.Namespace) -> TrainConfig:
         config = dataclasses.replace(
             config, stage3=dataclasses.replace(config.stage3, learning_rate_multipliers=factors)
         )
-    return config
+    return config if config.max_minutes is None else _with_time_shared(config, stages_of(args), args.phase)
+
+
+def _with_time_shared(config: TrainConfig, stages: Sequence[str], phase: int | None) -> TrainConfig:
+    """`config` in which each stage that the command trains has its part of `max_minutes`."""
+    assert config.max_minutes is not None
+    trained = ["stage3"] if "3" in stages else []
+    trained += [f"phase{number}" for number in (1, 2) if "4" in stages and phase in (None, number)]
+    if not trained:
+        raise ConfigError("max_minutes: the time of Stage 3 and phases 1 and 2, and this command trains none of them")
+    whole = sum(_TIME_SHARES[name] for name in trained)
+    settings = {"stage3": config.stage3, "phase1": config.stage4.phase1, "phase2": config.stage4.phase2}
+    for name in trained:
+        if settings[name].max_minutes is not None:
+            raise ConfigError(f"max_minutes is given for the whole run and for {name}; give one of them")
+        minutes = config.max_minutes * _TIME_SHARES[name] / whole
+        settings[name] = dataclasses.replace(settings[name], max_minutes=minutes)
+    stage4 = dataclasses.replace(config.stage4, phase1=settings["phase1"], phase2=settings["phase2"])
+    return dataclasses.replace(config, stage3=settings["stage3"], stage4=stage4)
 
 
 def stages_of(args: argparse.Namespace) -> list[str]:

@@ -48,7 +48,8 @@ class _Training:
     def __init__(self, job: PhaseJob, config: TrainConfig, world: World) -> None:
         self.job, self.config, self.world = job, config, world
         self.engine, self.progress, self.cache, wandb_run_id = _prepare(job, config, world)
-        steps = job.total_steps if job.phase.max_minutes is None else 10**9
+        self.by_time = job.phase.max_minutes is not None and not job.phase.stop_at_plateau
+        steps = 10**9 if self.by_time else job.total_steps
         self.most = min(steps, config.max_steps or steps)
         self.total = self._total_steps()
         self.settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
@@ -68,7 +69,7 @@ class _Training:
             active=world.rank == 0,
             name=job.name,
             first_step=self.progress.step,
-            total_steps=None if job.phase.max_minutes else self.total,
+            total_steps=None if self.by_time else self.total,
             epochs=job.phase.epochs if job.samples_wanted is None else None,
             project=config.wandb_project,
             run_name=config.wandb_run_name,
@@ -101,6 +102,7 @@ class _Training:
                 self.store.poll()
                 if self._step() and progress.step < self.total:
                     self._measure_if_due()
+                    self._decay_if_time()
                     self._save_if_due()
             if progress.step == 0:
                 raise RuntimeError(f"{job.name}: no step was done")
@@ -126,7 +128,7 @@ class _Training:
 
     def _total_steps(self) -> int:
         phase, total = self.job.phase, self.most
-        if phase.max_minutes is not None:
+        if self.by_time:
             return total
         if phase.stop_at_plateau:
             total = plateau.total_steps(self.progress.decay_from, self.most)
@@ -139,12 +141,15 @@ class _Training:
         return total
 
     def _out_of_time(self) -> bool:
+        return self.by_time and self._spent_ratio() >= 1
+
+    def _spent_ratio(self) -> float:
+        """Elapsed share of `max_minutes`, the same on all processes."""
         minutes, progress = self.job.phase.max_minutes, self.progress
-        if minutes is None:
-            return False
+        assert minutes is not None
         spent = self.world.sum(torch.tensor(progress.elapsed_s, device=self.world.device)) / self.world.size
         progress.elapsed_s = float(spent)
-        return progress.elapsed_s >= 60 * minutes
+        return progress.elapsed_s / (60 * minutes)
 
     def _step(self) -> bool:
         """One update, counted and logged; False if it overflowed, so nothing was learned."""
@@ -189,10 +194,12 @@ class _Training:
         return self.feed.made_of(samples, step)
 
     def _say_when_it_ends(self) -> None:
-        if self.end_is_said or self.job.phase.max_minutes is not None or self.world.rank != 0:
+        if self.end_is_said or self.by_time or self.world.rank != 0:
             return
         done, seconds = self.progress.step - self.started.step, self.progress.elapsed_s - self.started.elapsed_s
-        left = self.total - self.progress.step
+        left: float = self.total - self.progress.step
+        if done and (minutes := self.job.phase.max_minutes) is not None:
+            left = min(left, (60 * minutes - self.progress.elapsed_s) * done / seconds)
         at_plateau = self.job.phase.stop_at_plateau and self.progress.decay_from is None
         if line := summary.expected_end(self.job.name, done, seconds, left, at_plateau=at_plateau):
             self.end_is_said = True
@@ -204,7 +211,8 @@ class _Training:
 
     def _rate_factor(self) -> float:
         phase, progress = self.job.phase, self.progress
-        if phase.max_minutes is not None:
+        if self.by_time:
+            assert phase.max_minutes is not None
             spent_ratio = progress.elapsed_s / (60 * phase.max_minutes)
             return timed_learning_rate_factor(progress.step, phase.warmup_steps, spent_ratio, phase.final_lr_ratio)
         if phase.stop_at_plateau:
@@ -228,14 +236,26 @@ class _Training:
             return
         progress.val_losses += (found.loss,)
         if found.looks and plateau.is_plateau(progress.val_losses, job.phase.plateau_improvement):
-            progress.decay_from = progress.step
-            self.total = self._total_steps()
-            self.tracker.shorten(self.total)
-            if self.world.rank == 0:
-                note(
-                    f"{job.name}: the val loss no longer falls ({found.loss:.3f}): the learning rate decays from step "
-                    f"{progress.step} to the end at {self.total}"
-                )
+            self._decay(f"the val loss no longer falls ({found.loss:.3f})")
+
+    def _decay_if_time(self) -> None:
+        """Begin the decay at the latest when it still ends within `max_minutes`."""
+        phase, progress = self.job.phase, self.progress
+        if not phase.stop_at_plateau or phase.max_minutes is None or progress.decay_from is not None:
+            return
+        if progress.step < plateau.latest_start(self.most) and self._spent_ratio() >= plateau.LATEST_START:
+            self._decay(f"{plateau.LATEST_START:.0%} of the {phase.max_minutes:.1f} minutes are over")
+
+    def _decay(self, why: str) -> None:
+        """Let the learning rate fall from here to the end, which is nearer now."""
+        self.progress.decay_from = self.progress.step
+        self.total = self._total_steps()
+        self.tracker.shorten(self.total)
+        if self.world.rank == 0:
+            note(
+                f"{self.job.name}: {why}: the learning rate decays from step {self.progress.step} to the end at "
+                f"{self.total}"
+            )
 
     def _speed(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """The values of a log line besides the losses."""

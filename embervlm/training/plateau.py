@@ -9,6 +9,8 @@ PATIENCE = 3
 """Measurements without progress that make a plateau."""
 DECAY_RATIO = 0.25
 """Steps of the decay for each step before it."""
+LATEST_START = 1 / (1 + DECAY_RATIO)
+"""Share of a phase behind which the decay begins where no plateau was found before."""
 
 
 def is_plateau(losses: Sequence[float], improvement: float) -> bool:
@@ -25,7 +27,7 @@ def total_steps(decay_from: int | None, most: int) -> int:
 
 def latest_start(most: int) -> int:
     """Step at which the decay of a phase of `most` steps begins where no plateau was found before."""
-    return math.floor(most / (1 + DECAY_RATIO))
+    return math.floor(most * LATEST_START)
 
 
 def rate_factor(step: int, decay_from: int | None, most: int, warmup_steps: float, final_ratio: float) -> float:

@@ -69,16 +69,18 @@ def _mixed(job: PhaseJob) -> str:
 
 def _steps(job: PhaseJob, config: TrainConfig) -> str:
     phase = job.phase
-    if phase.max_minutes is not None:
-        return f"as many as {phase.max_minutes:.1f} minutes allow"
+    by_time = "" if phase.max_minutes is None else f"as many as {phase.max_minutes:.1f} minutes allow"
+    if by_time and not phase.stop_at_plateau:
+        return by_time
     most = min(job.total_steps, config.max_steps or job.total_steps)
     if job.samples_wanted is not None or most < job.total_steps:
         return f"{most:,}"
     until = "at most " if phase.stop_at_plateau else ""
-    return f"{until}{most:,} in {phase.epochs} epoch{'s' if phase.epochs > 1 else ''}"
+    epochs = f"{until}{most:,} in {phase.epochs} epoch{'s' if phase.epochs > 1 else ''}"
+    return f"{by_time}, {epochs}" if by_time else epochs
 
 
-def expected_end(name: str, steps: int, seconds: float, left: int, *, at_plateau: bool = False) -> str | None:
+def expected_end(name: str, steps: int, seconds: float, left: float, *, at_plateau: bool = False) -> str | None:
     """When the phase will end, from the `steps` that took `seconds`; None while that is not known yet.
 
     `at_plateau`: it may end earlier.
