@@ -9,16 +9,17 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, Phase3Config, StageConfig, TrainConfig
+from embervlm.config import REPOSITORY, ConfigError, Phase3Config, PhaseConfig, StageConfig, TrainConfig
 from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
 
+_Phase = TypeVar("_Phase", bound=PhaseConfig)
 _OF_THE_RUN = (
     "model",
     "output_dir",
@@ -132,14 +133,18 @@ def _with_time_shared(config: TrainConfig, stages: Sequence[str], phase: int | N
     if not trained:
         raise ConfigError("max_minutes: the time of Stage 3 and phases 1 and 2, and this command trains none of them")
     whole = sum(_TIME_SHARES[name] for name in trained)
-    settings = {"stage3": config.stage3, "phase1": config.stage4.phase1, "phase2": config.stage4.phase2}
-    for name in trained:
-        if settings[name].max_minutes is not None:
+    minutes = {name: config.max_minutes * _TIME_SHARES[name] / whole for name in trained}
+
+    def timed(name: str, phase: _Phase) -> _Phase:
+        if name not in trained:
+            return phase
+        if phase.max_minutes is not None:
             raise ConfigError(f"max_minutes is given for the whole run and for {name}; give one of them")
-        minutes = config.max_minutes * _TIME_SHARES[name] / whole
-        settings[name] = dataclasses.replace(settings[name], max_minutes=minutes)
-    stage4 = dataclasses.replace(config.stage4, phase1=settings["phase1"], phase2=settings["phase2"])
-    return dataclasses.replace(config, stage3=settings["stage3"], stage4=stage4)
+        return dataclasses.replace(phase, max_minutes=minutes[name])
+
+    stage = config.stage4
+    stage = dataclasses.replace(stage, phase1=timed("phase1", stage.phase1), phase2=timed("phase2", stage.phase2))
+    return dataclasses.replace(config, stage3=timed("stage3", config.stage3), stage4=stage)
 
 
 def stages_of(args: argparse.Namespace) -> list[str]:
