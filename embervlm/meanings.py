@@ -64,6 +64,12 @@ MEANINGS = {
         "It says nothing about the chain.",
         CHAIN,
     ),
+    "conclusion_agreement": Meaning(
+        "The share of chains with a conclusion whose conclusion names the answer that follows it.",
+        "high",
+        "Where they differ, the answer does not come from the chain.",
+        CHAIN,
+    ),
     "head_accuracy": Meaning(
         "The share of questions that the answer head gets right; it reads the chain before its conclusion.", "high"
     ),

@@ -19,7 +19,11 @@ ACCURACY = "final_answer_accuracy"
 CHAIN_METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 
 
-RANKABLE = (*CHAIN_METRICS, ACCURACY, "head_accuracy", "head_agreement", "unparseable_share", "cut_off_share")
+RANKABLE = (
+    *CHAIN_METRICS,
+    ACCURACY,
+    *("conclusion_agreement", "head_accuracy", "head_agreement", "unparseable_share", "cut_off_share"),
+)
 """Metrics that every evaluation of a checkpoint has."""
 
 

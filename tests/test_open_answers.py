@@ -151,7 +151,7 @@ def test_the_metrics_of_the_head_leave_open_answers_out():
         ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity"), 1.0
     )
     closed = {
-        "scores": scores,
+        "scores": {**scores, "parts": {"conclusion_agrees": 0.0}},
         "correct": True,
         "is_open": False,
         "head_answer": ["Yes"],
@@ -160,11 +160,12 @@ def test_the_metrics_of_the_head_leave_open_answers_out():
         "reasoning_steps": ["a"],
         "cut_off": None,
     }
-    free = {**closed, "is_open": True, "gold_answer": ["three"], "answer_set": ["3"]}
+    free = {**closed, "is_open": True, "gold_answer": ["three"], "answer_set": ["3"], "scores": {**scores, "parts": {}}}
     del free["head_answer"]
     values = _values([closed, free], {})
     assert values["head_accuracy"] == [0.0] and values["head_agreement"] == [0.0]
     assert values["final_answer_accuracy"] == [1.0, 1.0]
+    assert values["conclusion_agreement"] == [0.0]  # the other chain has no conclusion
     assert _values([free], {})["head_accuracy"] == []
 
 

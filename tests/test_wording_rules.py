@@ -11,6 +11,7 @@ from embervlm.judge.arithmetic import calculates_again, wrong_arithmetic
 from embervlm.judge.metrics import ChainScorer
 from embervlm.judge.reading import ChainContext
 from embervlm.judge.replaced import replaced_details
+from embervlm.words.opposites import Alternatives
 from embervlm.words.wording import Rarity, Reading, clauses_of
 
 
@@ -59,6 +60,9 @@ def test_the_same_sum_again_says_nothing_new():
     assert not calculates_again("The good apples are counted.", first)
 
 
+_LISTS = ("red, red and blue", "red, green and blue", "red and blue")
+
+
 @pytest.mark.parametrize(
     ("text", "known", "found"),
     [
@@ -76,6 +80,13 @@ def test_the_same_sum_again_says_nothing_new():
         ("Carp need 3 milligrams.", "Trout need 7 milligrams.", None),  # of something else
         ("Friday is out.", "Monday is out.", None),
         ("A large box is heavy.", "A big box is heavy.", None),  # no opposites
+        ("Counting them gives six.", "Counting them gives 6.", []),
+        ("Counting them gives six.", "Counting them gives 5.", [("six", "5")]),
+        ("The bars are red, green and blue.", "The bars are blue, red, and green.", []),
+        ("The chart has red, red and blue bars.", "The chart has red, green and blue bars.", [_LISTS[:2]]),
+        ("The chart has red and blue bars.", "The chart has red, green and blue bars.", [_LISTS[2:0:-1]]),
+        ("The day is wet and cold.", "The day is dry and cold.", [("wet and cold", "dry and cold")]),
+        ("The day is wet and bright.", "The day is cold and loud.", None),  # of something else
         ("", "Insects have six legs.", None),
     ],
 )
@@ -92,6 +103,60 @@ def test_a_long_text_takes_no_longer_for_it(text):
 
 def test_names_are_left_alone_where_others_may_be_meant():
     assert replaced_details("The shop is closed on Sunday.", "The shop is closed on Monday.", names=False) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The picture shows a dog.", [("dog", "cat")]),
+        ("The picture shows a fire truck.", [("fire truck", "cat")]),
+        ("The picture shows an animal.", None),  # the answer to another question
+        ("The picture shows a mouse.", None),  # both were the answer once
+        ("The picture shows a bat.", None),  # never an answer
+    ],
+)
+def test_two_answers_to_one_question_exclude_each_other(text: str, found) -> None:
+    asked = [
+        ("What is it?", ["cat"]),
+        ("what  is it?", ["Dog"]),
+        ("What is it?", ["fire truck"]),
+        ("What is it?", ["mouse"]),
+        ("Which kind?", ["animal"]),
+        ("Which kind?", ["vehicle"]),
+        ("What is in it?", ["cat", "mouse"]),
+    ]
+    known = "The picture shows a cat."
+    assert replaced_details(text, known, alternatives=Alternatives(asked)) == found
+    scorer = ChainScorer.fit(asked=asked)
+    context = ChainContext(instruction="What is it?", reference_steps=[known, "Conclusion: cat."])
+    contradicted = "where 'cat' is known" in str(scorer.score([text, "Conclusion: cat."], context)["reasons"])
+    assert contradicted == (found is not None)
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "answer", "agrees"),
+    [
+        ("Conclusion: 6.", "six", 1.0),
+        ("Conclusion: there are six of them.", "6", 1.0),
+        ("Conclusion: there are six of them.", "5", 0.0),
+        ("Conclusion: the tallest bar is red.", "blue", 0.0),
+        ("There are six of them.", "6", None),  # no conclusion
+    ],
+)
+def test_a_conclusion_names_the_answer_behind_it(conclusion: str, answer: str, agrees: float | None) -> None:
+    context = ChainContext(instruction="How many bars?", answer={answer}, gold_answer={"6"})
+    parts = ChainScorer.fit().score(["The bars are counted.", conclusion], context)["parts"]
+    assert parts.get("conclusion_agrees") == agrees
+
+
+def test_a_count_in_words_leads_to_the_number() -> None:
+    gold = ("The picture shows a row of bars.", "Counting them gives six.", "Conclusion: 6")
+    context = ChainContext(instruction="How many bars?", reference_steps=gold, answer={"6"}, gold_answer={"6"})
+    in_digits = (gold[0], "Counting them gives 6.", gold[2])
+    for steps in (gold, in_digits):
+        scores = ChainScorer.fit().score(steps, context)
+        assert scores["reasons"] == [] and scores["parts"]["conclusion_follows"] == 1.0
+        assert scores["reasoning_consistency"] == 1.0 and scores["step_completeness"] > 0.9
 
 
 def test_a_planted_detail_is_told_and_what_is_given_is_not():

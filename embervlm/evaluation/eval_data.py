@@ -189,7 +189,8 @@ def _scorer(
         if job.world.rank > 0:
             return None
         chains = [record.steps for record in reference if record.steps]
-        return ChainScorer.fit(chains, domains, similarity=job.similarity, entailment=job.entailment)
+        asked = [(record.instruction, record.answer) for record in reference]
+        return ChainScorer.fit(chains, domains, asked=asked, similarity=job.similarity, entailment=job.entailment)
 
 
 def _read_test_set(

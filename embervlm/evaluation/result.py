@@ -142,6 +142,8 @@ def _values(samples: Sequence[Mapping[str, Any]], passes: Mapping[str, Pass]) ->
     """Each metric's value for every record; [] where it was not measured."""
     values: dict[str, list[float]] = {name: [_finite(s["scores"][name]) for s in samples] for name in CHAIN_METRICS}
     values["final_answer_accuracy"] = [float(s["correct"]) for s in samples]
+    found = [s["scores"]["parts"].get("conclusion_agrees") for s in samples]
+    values["conclusion_agreement"] = [agrees for agrees in found if agrees is not None]
     for name, other in (("head_accuracy", "gold_answer"), ("head_agreement", "answer_set")):
         values[name] = [final_answer_accuracy(s.get("head_answer", ()), s[other]) for s in samples if not s["is_open"]]
     values["unparseable_share"] = [float(not s["reasoning_steps"] or not s["answer_set"]) for s in samples]

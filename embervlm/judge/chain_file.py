@@ -169,12 +169,14 @@ def scorer_for(
             for name, fact in line.context.facts.items():
                 values[name].add(fact)
         domains = {name: frozenset(found) for name, found in values.items()}
+        asked = [(line.context.instruction, line.context.gold_answer) for line in lines]
     else:
         records = read_records(reference)
         chains = [record.steps for record in records if record.steps]
         domains = fact_domains(records)
+        asked = [(record.instruction, record.answer) for record in records]
     domains = {name: found for name, found in domains.items() if len(found) <= MAX_VALUES}
-    return ChainScorer.fit(chains, domains, similarity=similarity, entailment=entailment), domains
+    return ChainScorer.fit(chains, domains, asked=asked, similarity=similarity, entailment=entailment), domains
 
 
 def score_lines(

@@ -97,7 +97,9 @@ def _replaced(reading: ChainReading, j: int) -> tuple[str, str, str] | None:
     for text, shared in zip(reading.given, reading.words.text_words_shared[reading.end :, FIRST_STEP + j]):
         if shared < MIN_SHARED_OF_REPLACED:
             continue
-        found = replaced_details(reading.steps[j].text, text, names=text in gold)  # else not all names may be given
+        names = text in gold  # else not all names may be given
+        alternatives = reading.context.alternatives
+        found = replaced_details(reading.steps[j].text, text, names=names, alternatives=alternatives)
         if found == []:
             return None  # it is given
         if found and first is None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from embervlm.judge.reading import ANSWER, FAULT, FIRST_STEP, ChainContext, ChainReading
 from embervlm.words.claims import all_words, conclusion_fault, named_candidates
+from embervlm.words.numbers import in_digits
 from embervlm.words.open_answers import same_answers
 from embervlm.words.wording import clauses_of
 
@@ -59,11 +60,16 @@ def names_answer(text: str, context: ChainContext) -> bool:
     if context.gold_answer and text in context.reference_steps[-1:]:
         return bool(is_gold(answer, context))
     if named := named_candidates(text, context.all_candidates):
-        return _as_set(named) == answer
-    words, wanted = set(all_words(text)), {word for name in answer for word in all_words(name)}
+        return bool(final_answer_accuracy(named, context.answer, is_open=not context.candidates))
+    words, wanted = _said(text), {word for name in answer for word in _said(name)}
     if answer < POLAR and (clauses := clauses_of(text)) and not wanted & words:
         return clauses[-1].negated == (answer <= {"no", "false"})  # "No", and "it does not"
     return bool(wanted) and wanted <= words
+
+
+def _said(text: str) -> set[str]:
+    """Words of `text`, number words as numbers."""
+    return set(map(in_digits, all_words(text)))
 
 
 def wrong_conclusion(reading: ChainReading, ends: int | None) -> str:

@@ -22,6 +22,7 @@ from embervlm.judge.flow import conclusion_follows, conclusion_of, final_answer_
 from embervlm.judge.order import OrderScorer
 from embervlm.judge.reading import FAULT, ChainContext, ChainReading
 from embervlm.judge.support import relevance
+from embervlm.words.opposites import NO_ALTERNATIVES, Alternatives
 
 TARGETS = {
     "reasoning_consistency": 0.85,
@@ -98,9 +99,15 @@ def compare_with_targets(metrics: Mapping[str, float | None]) -> dict[str, dict[
 class ChainScorer:
     """Scores chains; the same chain gets the same score, whoever wrote it."""
 
-    def __init__(self, backends: Backends | None = None, order: OrderScorer | None = None) -> None:
+    def __init__(
+        self,
+        backends: Backends | None = None,
+        order: OrderScorer | None = None,
+        alternatives: Alternatives = NO_ALTERNATIVES,
+    ) -> None:
         self.backends = backends or make_backends()
         self.order = order or OrderScorer()
+        self.alternatives = alternatives
         similarity = self.backends.similarity
         self.words = similarity if isinstance(similarity, EmbeddedBackend) else EmbeddedBackend()
         """Compares words, whatever the backends are."""
@@ -111,6 +118,7 @@ class ChainScorer:
         chains: Iterable[Sequence[str]] = (),
         domains: Mapping[str, Collection[str]] | None = None,
         *,
+        asked: Iterable[tuple[str, Collection[str]]] = (),
         similarity: str = EMBEDDED,
         entailment: str = EMBEDDED,
     ) -> ChainScorer:
@@ -118,10 +126,11 @@ class ChainScorer:
 
         Args:
             domains: fact name -> values, as in `ChainContext`.
+            asked: questions with their answers, from which it learns what cannot both be true.
             similarity, entailment: `embedded`, or the id or folder of a model.
         """
         chains = [tuple(chain) for chain in chains]
-        scorer = cls(make_backends(similarity, entailment, chains=chains))
+        scorer = cls(make_backends(similarity, entailment, chains=chains), alternatives=Alternatives(asked))
         if chains:
             scorer.order = OrderScorer.fit(chains, domains, scorer.words.rarity)
         return scorer
@@ -131,6 +140,7 @@ class ChainScorer:
 
         `final_answer_accuracy` is None where the gold answer is not known.
         """
+        context = replace(context, alternatives=self.alternatives)
         gold = self._read_gold(context)
         reading = ChainReading.of(steps, context, self.backends, self.words)
         judgments, ends = judge_chain(reading, gold), conclusion_of(reading)
@@ -142,8 +152,10 @@ class ChainScorer:
         flow, of_flow = _flow(reading, judgments, ends, self.order, gold)
         complete = of_completeness or by_type
         reasons = [f"step {number} {reason}" for number, found in enumerate(judgments, 1) for reason in found.reasons]
-        if ends is not None and (fault := wrong_conclusion(reading, ends)):
+        fault = wrong_conclusion(reading, ends)
+        if fault and ends is not None:
             reasons.append(f"step {ends + 1} {fault}")
+        agrees = {"conclusion_agrees": float(not fault)} if ends is not None and reading.steps[ends].concludes else {}
         beside = [float(reading.similarity[j, j + 1]) for j in range(len(steps) - 1)]
         return {
             "reasoning_consistency": consistency,
@@ -152,7 +164,9 @@ class ChainScorer:
             "final_answer_accuracy": is_gold(context.answer, context) if context.gold_answer else None,
             "adjacent_similarity": float(np.mean(beside)) if beside else 0.0,
             "completeness_by_type": by_type,
-            "parts": {name: round(value, 6) for name, value in {**parts, **of_completeness, **of_flow}.items()},
+            "parts": {
+                name: round(value, 6) for name, value in {**parts, **of_completeness, **of_flow, **agrees}.items()
+            },
             "reasons": reasons,
         }
 

@@ -15,6 +15,7 @@ import numpy as np
 from embervlm.judge.backends import Backends, EmbeddedBackend
 from embervlm.words.claims import Claim, ClaimReader, content_words, is_conclusion
 from embervlm.words.english import sentences
+from embervlm.words.opposites import NO_ALTERNATIVES, Alternatives
 from embervlm.words.wording import Array, Reading
 
 SUITABLE_VALUES = frozenset({"yes", "suited", "suitable", "true"})
@@ -47,6 +48,8 @@ class ChainContext:
     """Names an answer can hold. Empty: every name of `domains` with two values, one of `suitable_values`."""
     suitable_values: Collection[str] = SUITABLE_VALUES
     """Values with which a step says that a candidate fits."""
+    alternatives: Alternatives = NO_ALTERNATIVES
+    """What cannot both be true in these data."""
 
     def __post_init__(self) -> None:
         if self.step_types and len(self.step_types) != len(self.reference_steps):

@@ -33,7 +33,7 @@ METRIC_GROUPS = {
     "consistency": ("reasoning_consistency", "adjacent_similarity"),
     "completeness": ("step_completeness",),
     "flow": ("logical_flow_score",),
-    "accuracy": ("final_answer_accuracy", "head_accuracy", "head_agreement"),
+    "accuracy": ("final_answer_accuracy", "conclusion_agreement", "head_accuracy", "head_agreement"),
 }
 """Groups for `--reasoning_metrics` besides `all`; it also accepts the name of any metric."""
 

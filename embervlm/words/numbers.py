@@ -35,6 +35,14 @@ COUNTS = frozenset((*_SMALL, *_TENS))
 NUMBER_WORDS = COUNTS | frozenset(_SCALES)
 ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth tenth half twice".split())
 """And other words that count."""
+
+
+def in_digits(word: str) -> str:
+    """`word`, or if it is a number word up to ninety in lower case, that number."""
+    value = _SMALL.get(word, _TENS.get(word))
+    return word if value is None else str(value)
+
+
 _NUMBER = re.compile(rf"[-+]?\s*(?:{DIGITS})")
 _RATIO = re.compile(rf"(?:(?P<whole>\d+)\s+)?(?P<over>{DIGITS})\s*/\s*(?P<under>{DIGITS})")
 

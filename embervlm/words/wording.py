@@ -32,7 +32,7 @@ from embervlm.words.english import (
     stem,
     strip_numbering,
 )
-from embervlm.words.numbers import NUMBER_WORDS, ORDINALS
+from embervlm.words.numbers import NUMBER_WORDS, ORDINALS, in_digits
 from embervlm.words.opposites import EXCLUDES
 
 Array = NDArray[np.float32]
@@ -111,7 +111,8 @@ def names_of(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1 << 16)
 def _stem_of(token: str) -> tuple[bool, str]:
-    """Whether a prefix turns the word around ("unsuited"), and its stem."""
+    """Whether a prefix turns the word around ("unsuited"), and its stem; of a number word, the number."""
+    token = in_digits(token)
     if prefix := _PREFIX.match(token):
         rest = token[prefix.end() :]
         vectors = word_vectors()
