@@ -109,6 +109,8 @@ def test_text_only_records_have_no_picture_to_go_against():
     [
         ({"step_types": ["problem_analysis", "solution_selection", "solution_selection", "conclusion"]}, 1),
         ({"step_types": ["solution_selection"] * 3 + ["conclusion"]}, 2),
+        ({"step_types": ["constraint_checking"] * 2 + ["solution_selection", "conclusion"]}, 2),
+        ({"step_types": ["constraint_checking"] * 3 + ["conclusion"]}, 2),
         ({}, 2),
     ],
 )
@@ -243,3 +245,12 @@ def test_the_whole_block_is_measured_with_a_model(tiny_model, records):
         assert sum(forced[prefix + name] for name in ("follows_text", "follows_picture", "neither")) == pytest.approx(1)
     assert block["planted_mistake"]["num"] > 0 and all(np.isfinite(block["information_gain"]["per_step"]))
     assert f"put in ({forced['num']})" in faithfulness_lines(block)
+
+
+def test_of_a_long_converted_chain_the_derivation_is_not_given():
+    """A converter calls all of its sentences but the last `constraint_checking`."""
+    steps = tuple(f"Bar {number} is seen." for number in range(1, 6)) + ("Conclusion: Drone.",)
+    types = ["constraint_checking"] * 4 + ["solution_selection", "conclusion"]
+    mine = free_record("mine", "Humanoid", ("It is blue.", "So go.", "Conclusion: Humanoid."))
+    probe = force_facts(mine, [mine, free_record("other", "Drone", steps, step_types=types)], random.Random(0))
+    assert probe.steps == steps[:3]

@@ -151,15 +151,18 @@ def force_facts(record: ReasoningRecord, others: Sequence[ReasoningRecord], rng:
 
 
 def _fact_steps(record: ReasoningRecord) -> tuple[str, ...]:
-    """The steps at a chain's start that state what the picture shows: as far as the record says so, by its step types
-    (all before the first that selects a solution), else the first half.
+    """The steps at a chain's start that state what the picture shows: as many as the record says, else the first half,
+    or fewer where its step types say that a solution is selected sooner.
+
+    Not more by those types: converters know them of a chain's end alone, and all before would be half the derivation.
     """
     steps = _without_conclusion(record.steps)
     types = record.metadata.get("step_types") or ()
-    count = num_fact_steps(record)
-    if not count and len(types) == len(record.steps) and "solution_selection" in types:
-        count = list(types).index("solution_selection")
-    return tuple(steps[: count or (len(steps) + 1) // 2])
+    if count := num_fact_steps(record):
+        return tuple(steps[:count])
+    half = (len(steps) + 1) // 2
+    known = len(types) == len(record.steps) and "solution_selection" in types
+    return tuple(steps[: min(half, list(types).index("solution_selection") or half) if known else half])
 
 
 def _without_conclusion(steps: Sequence[str]) -> list[str]:
