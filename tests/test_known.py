@@ -1,5 +1,7 @@
 """A model says that it does not know: the question, the picture, or that there is none."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,25 @@ def test_a_picture_unlike_those_of_training_is_told_and_no_more_than_a_few_of_th
     assert found < 1e-6 and why == UNLIKE_PICTURE
     new = known.of(tokens(300, seed=3), torch.ones(300, dtype=torch.bool), QUESTIONS[:1] * 300)
     assert np.mean([share < 0.5 for share, _ in new]) <= 0.04
+
+
+def test_an_empty_picture_is_unknown_though_each_of_its_tokens_is_one_of_training():
+    pictures = tokens(200)
+    known = Known.fit(pictures, tokens(100, seed=1), QUESTIONS, QUESTIONS[:5], 1.0)
+    background = pictures[:, :1].repeat(1, 4, 1)  # of each picture one token, everywhere
+    for empty in background[:20]:
+        assert known.picture_distances(empty[None]) < known.picture_distances(tokens(1, seed=2))
+        found, why = verdict(known, visual=empty[None])
+        assert found < 1e-6 and why == UNLIKE_PICTURE
+
+
+def test_a_file_of_before_knows_no_empty_pictures(tmp_path):
+    known = fitted()
+    old = dataclasses.replace(known, scales=known.scales[:2])
+    old.save(tmp_path)
+    empty = tokens(1, seed=2)[:, :1].repeat(1, 4, 1)
+    assert verdict(read_known(tmp_path), visual=empty) == verdict(old, visual=empty)
+    assert verdict(known, visual=empty)[0] < 1e-6
 
 
 def test_the_farther_a_picture_is_the_less_it_is_known():

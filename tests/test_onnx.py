@@ -79,12 +79,15 @@ def test_the_runner_finds_the_names_that_the_model_finds(text):
     assert tuple(run_onnx.parse_answer(text, NAMES)) == parse_answer(text, NAMES)
 
 
+EMPTY = tokens(1, seed=2)[:, :1].repeat(1, 4, 1)
+
+
 @pytest.mark.parametrize("known", [fitted(), fitted(share=0.9)], ids=["all", "most"])
 def test_the_runner_knows_what_the_model_knows(known: Known, tmp_path):
     save_known(known, tmp_path / "known.npz")
     runner = run_onnx.Known(tmp_path / "known.npz")
     for question in (*QUESTIONS[:3], *OFF):
-        for visual in (tokens(1, seed=2), tokens(1, seed=3, centre=4.0)):
+        for visual in (tokens(1, seed=2), tokens(1, seed=3, centre=4.0), EMPTY):
             for has_one in (True, False):
                 (wanted,) = known.of(visual, torch.tensor([has_one]), [question])
                 found = runner.of(visual.numpy(), has_one, question)

@@ -55,8 +55,8 @@ class Known:
     columns: Tensor
     counts: Tensor
     scales: Tensor
-    """`[2, 3]` float64: the distances of pictures, and of questions, up to which `known` is 1, where it is 0.5 (the
-    limit), and where it is 0.001."""
+    """`[3, 3]` float64: the distances of pictures, of questions, and the evenness of pictures, up to which `known` is
+    1, where it is 0.5 (the limit), and where it is 0.001. Files of before have no evenness."""
     with_picture_share: Tensor
     """`[1]`, share of the training records that have a picture."""
 
@@ -71,7 +71,8 @@ class Known:
     ) -> Known:
         """From training data, and from val data for the distances that are usual.
 
-        19 val records in 20 are as near as is usual. One val picture in a hundred is beyond the limit. A question
+        19 val records in 20 are as near as is usual. One val picture in a hundred is beyond the limit, and none is more
+        even than its limit: an empty picture, whose every token is one of some training picture's. A question
         may go half-way from the more unusual wordings of training (each measured against the others) to a text that
         has nothing in common with them: not from the most unusual ones, since among many questions of one form the only
         one of another form is as far from them as any text.
@@ -95,13 +96,16 @@ class Known:
             indptr=torch.tensor(np.cumsum([0, *map(len, groups)])),
             columns=torch.tensor([column for one in groups for column in one], dtype=torch.int32),
             counts=torch.tensor([count for one in groups for count in one.values()], dtype=torch.int32),
-            scales=torch.zeros(2, 3, dtype=torch.float64),
+            scales=torch.zeros(3, 3, dtype=torch.float64),
             with_picture_share=torch.tensor([with_picture_share], dtype=torch.float64),
         )
         if len(tokens):
             far = np.array(found.picture_distances(val_pictures))
             median, usual, limit = np.quantile(far, [0.5, 0.95, 0.99])
             found.scales[0] = torch.tensor([usual, limit, limit + (limit - median)])
+            even = np.array(found.evenness(val_pictures))
+            median, usual, limit = np.quantile(even, [0.5, 0.95, 1.0])
+            found.scales[2] = torch.tensor([usual, limit, limit + (limit - median)])
         others = found._similarities(found._matrix)
         np.fill_diagonal(others, 0)
         unusual = float(np.quantile(1 - others.max(1), UNUSUAL)) if len(questions) > 1 else 0.5
@@ -125,14 +129,18 @@ class Known:
         if last is not None:
             own = [self._known(1, far) for far in self.question_distances(last)]
             words = [both if both == 1 else min(both, alone) for both, alone in zip(words, own, strict=True)]
-        pictures = self.picture_distances(visual) if len(self.bank) else [0.0] * len(questions)
+        pictures = [1.0] * len(questions)
+        if len(self.bank):
+            pictures = [self._known(0, far) for far in self.picture_distances(visual)]
+            if len(self.scales) > 2:
+                pictures = [min(near, self._known(2, even)) for near, even in zip(pictures, self.evenness(visual))]
         share = float(self.with_picture_share)
         out = []
-        for known, far, has_one in zip(words, pictures, image_mask.tolist(), strict=True):
+        for known, picture, has_one in zip(words, pictures, image_mask.tolist(), strict=True):
             found = [(known, UNLIKE_QUESTION)]
             if has_one:
                 found.append((min(1.0, share / (2 * FEW)), NO_PICTURE_WANTED))
-                found.append((self._known(0, far), UNLIKE_PICTURE))
+                found.append((picture, UNLIKE_PICTURE))
             else:
                 found.append((min(1.0, (1 - share) / (2 * FEW)), NO_PICTURE))
             out.append(min(found))
@@ -145,6 +153,12 @@ class Known:
         # |t - b|^2 = |t|^2 + (|b|^2 - 2 t b); picture by picture, for memory's sake
         nearest = torch.stack([torch.addmm(lengths, one, bank, alpha=-2).amin(1) for one in tokens])
         return (nearest + tokens.square().sum(-1)).clamp_min(0).sqrt().mean(1).tolist()  # type: ignore[no-any-return]
+
+    def evenness(self, visual: Tensor) -> list[float]:
+        """For each picture how alike its tokens are: the negative logarithm of their mean deviation, standardised."""
+        _, _, centre, spread = self._on(visual.device)
+        tokens = (visual.float() - centre) / spread
+        return (-tokens.std(1, correction=0).mean(-1).clamp_min(1e-6).log()).tolist()  # type: ignore[no-any-return]
 
     def question_distances(self, questions: Sequence[str]) -> list[float]:
         """1 - cosine to the nearest training question, in [0, 1]; groups of characters weighed by how rare they are

@@ -291,6 +291,7 @@ class Known:
             found.append((min(1.0, self.share / (2 * self.few)), PICTURE_UNWANTED))
             if len(self.bank):
                 found.append((self._grade(0, self._picture_distance(visual[0])), UNLIKE_PICTURE))
+                found.append((self._grade(2, self._evenness(visual[0])), UNLIKE_PICTURE))
         else:
             found.append((min(1.0, (1 - self.share) / (2 * self.few)), PICTURE_MISSING))
         return min(found)
@@ -314,6 +315,11 @@ class Known:
         tokens = (visual - self.centre) / self.spread
         nearest = ((self.bank**2).sum(1) - 2 * tokens @ self.bank.T).min(1)
         return float(np.sqrt((nearest + (tokens**2).sum(1)).clip(0)).mean())
+
+    def _evenness(self, visual: np.ndarray) -> float:
+        """How alike a picture's tokens are."""
+        tokens = (visual - self.centre) / self.spread
+        return float(-np.log(max(1e-6, tokens.std(0).mean())))
 
     def _grade(self, row: int, far: float) -> float:
         usual, limit, unlike = map(float, self.scales[row])
