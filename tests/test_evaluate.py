@@ -32,6 +32,7 @@ from embervlm.model.decoding import Decoding
 from embervlm.model.embervlm import EmberVLM
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
 from embervlm.run.evaluate import evaluate_to_file
+from embervlm.run.quickstart import Quickstart
 from embervlm.select_best import main as select_best
 
 SHORT = Decoding(max_new_tokens=24)
@@ -432,6 +433,18 @@ def test_a_test_set_of_its_own_is_evaluated_whole_and_known_records_are_named(ch
     assert f"{trained} of the {len(records)} records of {path} were used for training" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no such file"):
         evaluate(dataclasses.replace(job, test_set="nowhere.json"))
+
+
+@pytest.mark.slow
+def test_the_quickstart_evaluates_in_as_many_processes_as_it_trains_with(checkpoint, tmp_path, capfd):
+    quickstart = Quickstart(output_dir=tmp_path / "quickstart", num_test=2)
+    quickstart._best = checkpoint
+    quickstart._evaluate()
+    path = run_dir.eval_results_path(quickstart.output_dir)
+    result = run_dir.read_eval(path)
+    assert result["split"] == "test" and result["num_samples"] == 2 and set(result["metrics"]) == set(METRICS)
+    assert len(run_dir.read_json(path.with_name(f"{path.stem}_samples.json"))) == 2
+    assert "final_answer_accuracy" not in capfd.readouterr().out  # it is shown behind the report
 
 
 # ---- W&B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -145,6 +146,17 @@ def test_light_modules_import_where_torch_is_not_installed(name: str) -> None:
     code = f"import sys; sys.modules.update(torch=None, transformers=None, deepspeed=None); import {name}"
     found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_do_not_wait_busily_for_each_other_unless_the_user_says_so(given: str | None, found: str) -> None:
+    """OpenMP reads the variable when torch is imported, so the package sets it at once."""
+    code = "import os, sys, embervlm; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True).stdout
+    assert out.split() == [found, "False"]
 
 
 @pytest.mark.parametrize("folder", ["launch", "scripts", "benchmarks", "examples"])

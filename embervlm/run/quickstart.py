@@ -83,9 +83,7 @@ class Quickstart:
 
     def _launch(self, *stages: str) -> None:
         """`deepspeed launch/train.py`, with as many processes as the machine has GPUs, or two on the CPU."""
-        import torch
-
-        processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+        processes, env = _processes()
         deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if deepspeed is None:
             raise ConfigError("the deepspeed command is not installed; run `make install`")
@@ -109,9 +107,6 @@ class Quickstart:
         ]
         if settings := self._settings():
             command += ["--set", *settings]
-        env = dict(os.environ)
-        if not torch.cuda.is_available():
-            env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
         print("$ " + " ".join(command), flush=True)
         code = subprocess.run(command, env=env, check=False).returncode
         if code != 0:
@@ -137,15 +132,23 @@ class Quickstart:
         print(f"Best checkpoint: {self._best}")
 
     def _evaluate(self) -> None:
-        from embervlm.run.evaluate import evaluate_to_file
+        output_file = run_dir.eval_results_path(self.output_dir)
+        if self.smoke:  # starting processes would take longer
+            from embervlm.run.evaluate import evaluate_to_file
 
-        evaluate_to_file(
-            self._best,
-            split="test",
-            output_file=run_dir.eval_results_path(self.output_dir),
-            num_samples=8 if self.smoke else self.num_test,
-            save_samples=True,
-        )
+            evaluate_to_file(self._best, split="test", output_file=output_file, num_samples=8, save_samples=True)
+            return
+        processes, env = _processes()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        flags = ["--checkpoint", str(self._best), "--output_file", str(output_file)]
+        command = [*launcher, "-m", "embervlm.cli", "evaluate", *flags, "--num_samples", str(self.num_test)]
+        command += ["--save_reasoning_samples", "--no_wandb"]
+        # what it prints comes behind the report, with the rest
+        code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False).returncode
+        if code != 0:
+            raise ConfigError(
+                f"the evaluation ended with exit code {code}; the error is printed above. The same command resumes"
+            )
 
     def _report(self) -> None:
         from embervlm.report.build import write_report
@@ -184,6 +187,17 @@ def quickstart_options(parser: argparse.ArgumentParser) -> None:
 def quickstart(**options: Any) -> None:
     """A small complete run, from data to evaluation."""
     Quickstart(**options).run()
+
+
+def _processes() -> tuple[int, dict[str, str]]:
+    """How many processes work together, one for each GPU, or two on the CPU; and their environment."""
+    import torch
+
+    processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    env = dict(os.environ)
+    if not torch.cuda.is_available():
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    return processes, env
 
 
 def _free_port() -> int:
