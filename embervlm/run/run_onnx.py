@@ -290,8 +290,7 @@ class Known:
         if has_picture:
             found.append((min(1.0, self.share / (2 * self.few)), PICTURE_UNWANTED))
             if len(self.bank):
-                found.append((self._grade(0, self._picture_distance(visual[0])), UNLIKE_PICTURE))
-                found.append((self._grade(2, self._evenness(visual[0])), UNLIKE_PICTURE))
+                found.append((self._picture_known(visual[0]), UNLIKE_PICTURE))
         else:
             found.append((min(1.0, (1 - self.share) / (2 * self.few)), PICTURE_MISSING))
         return min(found)
@@ -310,16 +309,12 @@ class Known:
         products = np.add.reduceat(self.weights * asked[self.columns], self.indptr[:-1])
         return float(1 - (products / (self.lengths * np.sqrt((asked**2).sum()))).max())
 
-    def _picture_distance(self, visual: np.ndarray) -> float:
-        """The mean over a picture's tokens of the distance to the nearest training token."""
+    def _picture_known(self, visual: np.ndarray) -> float:
+        """By the mean distance of its tokens to the nearest training token, and by how alike they are."""
         tokens = (visual - self.centre) / self.spread
         nearest = ((self.bank**2).sum(1) - 2 * tokens @ self.bank.T).min(1)
-        return float(np.sqrt((nearest + (tokens**2).sum(1)).clip(0)).mean())
-
-    def _evenness(self, visual: np.ndarray) -> float:
-        """How alike a picture's tokens are."""
-        tokens = (visual - self.centre) / self.spread
-        return float(-np.log(max(1e-6, tokens.std(0).mean())))
+        far = float(np.sqrt((nearest + (tokens**2).sum(1)).clip(0)).mean())
+        return min(self._grade(0, far), self._grade(2, float(-np.log(max(1e-6, tokens.std(0).mean())))))
 
     def _grade(self, row: int, far: float) -> float:
         usual, limit, unlike = map(float, self.scales[row])
