@@ -104,6 +104,9 @@ class PhaseConfig:
     """Stage 3: captions per direct record."""
     glossary_records_ratio: float = 0.0
     """Stage 3: texts without a picture, a few rules each, per direct record: the words that chains are made of."""
+    picture_shift: float = 0.0
+    """Pictures are shifted and scaled by up to this share of their side, anew at each step, so that few of them are not
+    learned by heart. Not where records have boxes, which would stand beside what they name."""
     max_minutes: float | None = None
     """Stop after this much wall-clock time; None trains `epochs`. The rate then falls with the time, behind a warmup of
     `warmup_steps`, or of a quarter of the time where these take longer. With `stop_at_plateau` the decay begins after
@@ -142,6 +145,7 @@ class PhaseConfig:
         weights = [f"{term}_loss_weight" for term in (*LOSS_TERMS, "dense")]
         bounded(self, *weights, *mixed, "warmup_steps", "weight_decay", least=0)
         bounded(self, "final_lr_ratio", "validator_records_ratio", "plateau_improvement", least=0, most=1)
+        bounded(self, "picture_shift", least=0, most=0.5)
         self._check_component_lists()
 
     def _complete_multipliers(self) -> None:
@@ -235,7 +239,7 @@ class ReasoningPhaseConfig(PhaseConfig):
 class Phase1Config(ReasoningPhaseConfig):
     """Phase 1 with the guide's values."""
 
-    does_nothing: ClassVar[tuple[str, ...]] = (*ReasoningPhaseConfig.does_nothing, "lora")
+    does_nothing: ClassVar[tuple[str, ...]] = (*ReasoningPhaseConfig.does_nothing, "lora", "picture_shift")
 
     name: str = "train_reasoning_heads"
     warmup_steps: int = 500
@@ -267,7 +271,7 @@ class Phase3Config(ReasoningPhaseConfig, PolicySettings):
     default_multipliers: ClassVar[Mapping[str, float]] = dict(vision_encoder=0.0, projection=0.0, language_model=0.5)
     does_nothing: ClassVar[tuple[str, ...]] = (
         *ReasoningPhaseConfig.does_nothing,
-        *("edited_facts_ratio", "stop_at_plateau", "max_minutes"),
+        *("edited_facts_ratio", "stop_at_plateau", "max_minutes", "picture_shift"),
     )
 
     name: str = "reinforcement"

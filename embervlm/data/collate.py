@@ -15,6 +15,7 @@ from torch import Tensor
 from embervlm.data.drawn import DrawnChain, policy_counts, policy_targets
 from embervlm.data.images import PictureCache
 from embervlm.data.length_groups import JUDGE_COST, length_groups
+from embervlm.data.moved import moved
 from embervlm.data.negatives import MAX_PAIR_TOKENS, PAIR_SEGMENTS, PairMaker, StepPair, fit_pair
 from embervlm.data.records import ReasoningRecord
 from embervlm.data.samples import (
@@ -106,11 +107,13 @@ class Collator:
         max_pair_tokens: int = MAX_PAIR_TOKENS,
         most_groups: int = 1,
         policy: bool = False,
+        picture_shift: float = 0.0,
     ) -> None:
         """
         Args:
             most_groups: parts of a micro-batch, of texts of like length, that the model may read one after the other.
             policy: there are drawn chains among the samples.
+            picture_shift: see `PhaseConfig`.
         """
         self.most_groups = most_groups
         self.records, self.tokenizer, self.pictures = records, tokenizer, pictures
@@ -119,6 +122,7 @@ class Collator:
         self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
         self.grounding, self.use_reasoning, self.policy = grounding, use_reasoning, policy
         self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
+        self.picture_shift = 0.0 if self._has_boxes else picture_shift
         self._names = lru_cache(maxsize=256)(self._encoded_names)
 
     def __call__(
@@ -147,7 +151,7 @@ class Collator:
         if self.most_groups > 1:
             inputs["groups"] = length_groups([*map(len, texts)], [row >= 0 for row in rows], most=self.most_groups)
         if load_pictures:
-            inputs["pictures"], inputs["picture_rows"] = self.pictures_at(rows)
+            inputs["pictures"], inputs["picture_rows"] = self.pictures_at(rows, step)
         batch = Batch(
             inputs=inputs,
             targets={},
@@ -177,12 +181,18 @@ class Collator:
         image = self.records[record].image if record >= 0 else None
         return self.pictures.index(image) if image is not None else -1
 
-    def pictures_at(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The pictures in `rows`, each once, and which of them every row has: any, where it has none."""
+    def pictures_at(self, rows: Sequence[int], step: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pictures in `rows`, each once, and which of them every row has: any, where it has none.
+
+        With `step` as that one trains on them, shifted.
+        """
         found = list(dict.fromkeys(row for row in rows if row >= 0))
         out = torch.zeros(max(1, len(found)), self.image_size, self.image_size, 3, dtype=torch.uint8)
         for place, row in enumerate(found):
-            out[place] = torch.from_numpy(np.array(self.pictures.array[row]))
+            picture = np.array(self.pictures.array[row])
+            if self.picture_shift and step is not None:
+                picture = moved(picture, self.picture_shift, random.Random(f"{self.seed}:{step}:picture {row}"))
+            out[place] = torch.from_numpy(picture)
         place_of = {row: place for place, row in enumerate(found)}
         return out, torch.tensor([place_of.get(row, 0) for row in rows])
 

@@ -113,6 +113,7 @@ class Run:
             pair_maker=PairMaker(data.reasoning, samples, model.tokenizer),
             pair_records_ratio=phase.validator_records_ratio,
             grounding=phase.multimodal_loss_weight > 0,
+            picture_shift=phase.picture_shift,
         )
         job = PhaseJob(
             name=f"phase {number}",
@@ -239,7 +240,13 @@ class Run:
             phase=_without_reasoning(config.stage3),
             model=model,
             plan=plan,
-            collator=self._collator(model, data, dense=labels if labels.classes else None, use_reasoning=False),
+            collator=self._collator(
+                model,
+                data,
+                dense=labels if labels.classes else None,
+                use_reasoning=False,
+                picture_shift=config.stage3.picture_shift,
+            ),
             pictures=data.pictures,
             batch_size=config.stage3_batch_size,
             dense_sizes=labels.sizes,
@@ -304,7 +311,7 @@ class Run:
 
     def _collator(self, model: EmberVLM, data: RunData, **options: Any) -> Collator:
         dense, records = options.pop("dense", None), options.pop("records", data.train)
-        return Collator(
+        made = Collator(
             records,
             model.tokenizer,
             data.pictures,
@@ -315,6 +322,11 @@ class Run:
             most_groups=self._most_groups(),
             **options,
         )
+        if (share := options.get("picture_shift")) and not made.picture_shift and self.world.rank == 0:
+            print(
+                f"picture_shift {share:g} does nothing here: records have boxes, which would stand beside their things"
+            )
+        return made
 
     def _most_groups(self) -> int:
         """Parts of a micro-batch that are read one after the other; see `data.length_groups`.
