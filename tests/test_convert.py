@@ -419,6 +419,85 @@ def said(folder, question, reply, **options):
     return record
 
 
+SEEN = "I see a furry thing. It has a tail."
+TWO = ("I see a furry thing.", "It has a tail.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "last"),
+    [
+        (f"{SEEN} answer: dog", "dog", TWO[1]),
+        (f"{SEEN}\nAnswer: dog\nI hope this helps!", "dog", TWO[1]),
+        (f"Answer: dog\n{SEEN}", "dog", TWO[1]),
+        (f"{SEEN} The answer is a pet. Answer: dog", "dog", "The answer is a pet."),
+        (f"{SEEN} **dog**", "dog", TWO[1]),
+        (f"{SEEN} $\\boxed{{\\text{{dog}}}}$", "dog", TWO[1]),
+        (f"{SEEN}\nResult: dog", "dog", TWO[1]),
+        (f"{SEEN} Thus, the correct answer is: dog", "dog", TWO[1]),
+        (f"Dog. {SEEN}", "Dog", TWO[1]),
+        (f"Sure. {SEEN}", "It has a tail", TWO[0]),  # nothing shorter is said
+        (f"{SEEN} So it must be a dog.", "dog", "So it must be a dog."),
+        (f"{SEEN} I would say this is a dog.", "dog", "I would say this is a dog."),
+        (f"{SEEN} So its place is left.", "left", "So its place is left."),
+        (f"{SEEN} So 1 of them.", "1", "So 1 of them."),
+        (f"{SEEN} That makes none.", "none", "That makes none."),
+        (f"{SEEN} So it is not a cat.", "So it is not a cat", TWO[1]),
+        (f"{SEEN} So the dog is running.", "So the dog is running", TWO[1]),
+        (f"{SEEN} Bell pepper.", "Bell pepper", TWO[1]),
+    ],
+)
+def test_the_answer_is_the_sentence_that_says_so_else_the_last_else_a_first_word(folder, reply, answer, last):
+    record = said(folder, "What is it?", reply)
+    assert record.answer == (answer,) and record.steps[-2] == last and record.steps[0] in (*TWO, "Sure.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "last"),
+    [
+        (f"Yes. {SEEN}", "Yes", TWO[1]),
+        (f"Yes, it is an animal. {SEEN} That is typical of dogs.", "Yes", "That is typical of dogs."),
+        (f"{SEEN} Yes, it is an animal.", "Yes", "Yes, it is an animal."),
+        (f"{SEEN} So yes.", "Yes", TWO[1]),
+        (f"{SEEN} Therefore, the answer is yes, it is one.", "Yes", "Therefore, the answer is yes, it is one."),
+        (f"{SEEN} No, it isn't a car.", "No", "No, it isn't a car."),
+        (f"{SEEN} No dog has wheels.", "No dog has wheels", TWO[1]),
+    ],
+)
+def test_yes_and_no_are_answers_with_what_follows_them(folder, reply, answer, last):
+    record = said(folder, "Is it an animal?", reply)
+    assert record.answer == (answer,) and record.steps[-2] == last and record.steps[0] == TWO[0]
+    assert (record.metadata.get("candidates") or None) == (["Yes", "No"] if answer in ("Yes", "No") else None)
+
+
+@pytest.mark.parametrize(
+    ("choices", "reply", "answer"),
+    [
+        ("\na) cat\nb) dog\nc) car", "Answer: b", "dog"),
+        ("\n1) cat\n2) dog\n3) car", "Answer: 2", "dog"),
+        (" A: cat, B: dog, C: car", "The answer is B.", "dog"),
+        (" Is it (A) cat or (B) dog?", "So it is (B).", "dog"),
+        ("\nA. cat\nB. dog\nC. car", "It is a dog, choice B. Answer: A", "cat"),
+        ("\nA. cat\nB. dog\nC. car", "Answer: dog\nI hope this helps!", "dog"),
+        ("\nA. cat\nB. dog\nC. car", "It is not (A), so (B) is right. Answer: B. dog", "dog"),
+    ],
+)
+def test_choices_are_known_by_their_marks(folder, choices, reply, answer):
+    record = said(folder, f"What is it?{choices}", f"{SEEN} {reply}")
+    assert record.answer == (answer,) and record.metadata["candidates"][:2] == ["cat", "dog"]
+
+
+def test_a_letter_beside_the_text_of_another_choice_is_refused(folder):
+    with pytest.raises(DataError, match="names one of the choices"):
+        said(folder, "What is it?\nA. cat\nB. dog\nC. car", f"{SEEN} Answer: (B) car")
+
+
+def test_answers_that_are_sentences_are_told(folder):
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": f"{SEEN} Dogs like to run all day."}]
+    made = convert(folder, "llava", LLAVA | {"conversations": turns})
+    told = summary(made, folder / "out.jsonl")
+    assert '1 of 1 free-text answers have 5 words or more, such as "Dogs like to run all day"' in told
+
+
 def test_a_thought_in_tags_becomes_the_steps_and_what_the_answer_tag_holds_the_answer(folder):
     (record,) = convert(folder, "llava", THOUGHT).records
     assert record.steps == ("A ball rolls in.", "It hits the block.", "So they collide.", "Conclusion: Collision.")

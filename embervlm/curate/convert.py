@@ -59,6 +59,10 @@ FOLDERS = {"geometry3k": ("data.json", "logic_form.json")}
 """Format -> the files of a record that has a folder of its own; what the others hold stands under their names."""
 
 
+SENTENCE_WORDS = 5
+"""From which on a free-text answer may be a sentence that holds the answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """The result of a conversion."""
@@ -248,6 +252,8 @@ def summary(made: Converted, output_file: Path) -> str:
             f"{made.num_open} answers are none of the domain's and became free text (`candidates: []`); if they are a "
             "set to choose from, convert with `--domain none`"
         )
+    if told := _told_long_answers(records):
+        lines.append(told)
     if made.num_moved:
         lines.append(f"{made.num_moved} records were moved to the other split of their picture")
     if made.skipped:
@@ -255,3 +261,15 @@ def summary(made: Converted, output_file: Path) -> str:
     if any(record.image for record in records) and made.picture_root != os.path.realpath(output_file.parent):
         lines.append(f"read it with --image_root {made.picture_root} to find its pictures")
     return "\n".join(lines)
+
+
+def _told_long_answers(records: Sequence[ReasoningRecord]) -> str:
+    """A line where free-text answers are sentences, which a converter may have taken for want of something shorter."""
+    free = [", ".join(record.answer) for record in records if not record.candidates]
+    long = [answer for answer in free if len(answer.split()) >= SENTENCE_WORDS]
+    if not long:
+        return ""
+    return (
+        f"{len(long)} of {len(free)} free-text answers have {SENTENCE_WORDS} words or more, such as {quote(long[0])}; "
+        "where the answer is shorter, end the reply with `Answer: ...`"
+    )

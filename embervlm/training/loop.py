@@ -198,7 +198,7 @@ class _Training:
             return
         done, seconds = self.progress.step - self.started.step, self.progress.elapsed_s - self.started.elapsed_s
         left: float = self.total - self.progress.step
-        if done and (minutes := self.job.phase.max_minutes) is not None:
+        if done and self.progress.decay_from is None and (minutes := self.job.phase.max_minutes) is not None:
             left = min(left, (60 * minutes - self.progress.elapsed_s) * done / seconds)
         at_plateau = self.job.phase.stop_at_plateau and self.progress.decay_from is None
         if line := summary.expected_end(self.job.name, done, seconds, left, at_plateau=at_plateau):

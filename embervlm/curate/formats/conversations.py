@@ -6,7 +6,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embervlm.curate.formats.answers import Answer, answer_in, only_leads
+from embervlm.curate.formats.answers import (
+    Answer,
+    answer_in,
+    answering,
+    answers_apart,
+    free_answer,
+    leads,
+    lettered_choices,
+    only_leads,
+)
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of, sentences
 from embervlm.data.record_fields import kind, quote
 from embervlm.data.record_pictures import check_placeholders
@@ -22,8 +31,8 @@ Reader = Callable[[Source, Turn], tuple[Parts, Answer] | None]
 def llava(at: Source) -> list[dict[str, Any]]:
     """`id`, `image`, `conversations` of human and gpt in turn; one record for each reply that reasons.
 
-    A reply with <think> is read as `read_thought` has it. Of another the last sentence is the answer, or the first
-    where only that names a choice; the others are the steps.
+    A reply with <think> is read as `read_thought` has it. Of another a sentence such as "Answer: dog" is the answer,
+    else the last one, or the first where only that answers (`answers.answering`); the others are the steps.
     """
     return _records(at, "llava", _turns(at), read_reply)
 
@@ -175,13 +184,17 @@ def read_reply(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
     question, reply, where = turn
     if _THOUGHT.search(reply):
         return _read_thought(at, turn)
-    lines = sentences(reply)
+    lines = sentences(answers_apart(reply))
     if len(lines) < 2:
         at.report(f"{where}: holds no reasoning, only an answer; add the steps, or drop the turn")
         return None
-    for index in (-1, 0):
-        if found := answer_in(lines[index], question, at.candidates):
-            return [(CHECKING, sentence) for sentence in (lines[:-1] if index else lines[1:])], found
+    if not lettered_choices(question):
+        place, answer, says_more = answering(lines)
+        steps = [line for number, line in enumerate(lines) if number != place or says_more]
+        return [(CHECKING, line) for line in steps], free_answer(answer, question, at.candidates)
+    for place in dict.fromkeys((*reversed([n for n, line in enumerate(lines) if leads(line)]), len(lines) - 1, 0)):
+        if found := answer_in(lines[place], question, at.candidates):
+            return [(CHECKING, line) for number, line in enumerate(lines) if number != place], found
     at.report(f"{where}: neither its last nor its first sentence names one of the choices; end with the answer")
     return None
 
