@@ -80,6 +80,38 @@ def test_what_a_step_may_have_read_off_the_picture_is_not_held_against_it(scenes
     assert check([{**bare, "reasoning": [*strange, "Conclusion: Drone"]}]) == {("unsupported", 1)}
 
 
+@pytest.mark.parametrize(
+    ("question", "steps", "answer"),
+    [
+        ("What is this?", ["I can see something white.", "It has wheels.", "So it must be an ambulance."], "ambulance"),
+        ("Is that something to eat?", ["The picture shows a cupcake.", "A cupcake is food."], "yes"),
+        ("How many of them are tools?", ["A saw and a cat lie there.", "The saw counts.", "That makes one."], "1"),
+    ],
+)
+def test_a_right_chain_that_shares_no_word_with_its_question_has_no_findings(scenes, check, question, steps, answer):
+    record = {"instruction": question, "image": scenes[0]["image"], "metadata": {"candidates": []}}
+    assert check([{**record, "reasoning": [*steps, f"Conclusion: {answer}"], "answer": answer}]) == set()
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "answer", "found"),
+    [
+        ("food", "animal", True),
+        ("none", "2", True),
+        ("two", "2", False),
+        ("it is on the left side", "left", False),
+        ("the answer is yes", "no", False),  # "yes" may be of something else; candidates would tell
+        ("No", "yes", True),
+        ("a red bus", "the bus", False),
+    ],
+)
+def test_a_conclusion_in_other_words_than_the_free_answer_is_found(scenes, check, conclusion, answer, found):
+    steps = ["The picture shows some things.", "They are looked at.", f"Conclusion: {conclusion}."]
+    record = {"instruction": "What do the things show?", "image": scenes[0]["image"], "metadata": {"candidates": []}}
+    kinds = {kind for kind, _ in check([{**record, "reasoning": steps, "answer": answer}])}
+    assert ("conclusion" in kinds) == found
+
+
 def test_records_of_another_domain_without_pictures_have_no_findings(check):
     assert check([sum_record(number) for number in (3, 50, 700)]) == set()
 

@@ -10,12 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from embervlm.data.facts import fact_domains
+from embervlm.data.record_fields import quote
 from embervlm.data.records import ReasoningRecord
 from embervlm.judge.contradiction import opposite_steps
 from embervlm.judge.faults import judge_steps
+from embervlm.judge.flow import context_free
 from embervlm.judge.reading import ChainContext
 from embervlm.words.chain_text import CONCLUSION
-from embervlm.words.claims import is_conclusion, named_candidates
+from embervlm.words.claims import all_words, content_words, is_conclusion, named_candidates
+from embervlm.words.english import STOP_WORDS
+from embervlm.words.numbers import in_digits
+from embervlm.words.open_answers import same_answers
 
 MAX_DOMAIN_VALUES = 200
 """A fact with more values over the data set is free text, which no pattern can look for."""
@@ -68,8 +73,8 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         answer=job.answer,
     )
     faults = judge_steps(job.steps, context)
-    # where nobody knows what the picture shows, steps may say it in words of their own, but hardly all of several
-    alien = len(faults) > 2 and all(fault.unsupported for fault in faults[:-1])
+    # where nobody knows what the picture shows, steps may say it in words of their own, but they lead to the answer
+    alien = len(faults) > 2 and all(fault.unsupported for fault in faults[:-1]) and not _lead_to(job)
     told = context.is_told or not job.is_pictured or alien
     for place, (text, fault) in enumerate(zip(job.steps, faults), 1):
         step = "the conclusion" if text.startswith(CONCLUSION) else f"step {place}"
@@ -87,9 +92,12 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
         out.append(("contradiction", "reasoning", what, "correct one of the two"))
     if is_conclusion(last := job.steps[-1]):
-        named = named_candidates(last.removeprefix(CONCLUSION), job.candidates)
-        if named and named != set(job.answer):
-            listed = ", ".join(name for name in job.candidates if name in named)
+        concluded = last.removeprefix(CONCLUSION).strip()
+        named = named_candidates(concluded, job.candidates)
+        listed = ", ".join(name for name in job.candidates if name in named)
+        if not job.candidates and _other_words(concluded, job.answer):
+            listed = quote(concluded)
+        if listed and named != set(job.answer):
             what = f"the conclusion names {listed}, the answer is {answer}"
             out.append(("conclusion", "reasoning", what, "correct the one that is wrong"))
     named = named_candidates(job.instruction, job.candidates)
@@ -97,3 +105,24 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         what = f"names {answer} and no other candidate"
         out.append(("given_away", "instruction", what, "ask without the answer, or name every candidate"))
     return out
+
+
+def _lead_to(job: ChainJob) -> bool:
+    """Whether steps before the conclusion speak of the answer, or the answer is one that no step can speak of."""
+    if context_free(job.answer):
+        return True
+    wanted = {word for text in job.answer for word in _words(text)}
+    return any(wanted & _words(step) for step in job.steps[:-1])
+
+
+def _other_words(conclusion: str, answer: Sequence[str]) -> bool:
+    """Whether a conclusion and an answer in free words share none, and are not the same number."""
+    ours, theirs = _words(conclusion), {word for text in answer for word in _words(text)}
+    polar = context_free(answer) and not context_free([conclusion.rstrip(".")])
+    return bool(ours and theirs) and not polar and not ours & theirs and not same_answers([conclusion], answer)
+
+
+def _words(text: str) -> set[str]:
+    return {in_digits(word) for word in content_words(text)} | {
+        in_digits(word) for word in all_words(text)
+    } - STOP_WORDS

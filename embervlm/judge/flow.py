@@ -124,7 +124,7 @@ def _leads_to(reading: ChainReading, ends: int | None) -> float:
 
     What comes only after the conclusion led to nothing.
     """
-    if _context_free(reading.context.answer):
+    if context_free(reading.context.answer):
         return 1.0
     size = len(reading.steps)
     before = size if ends is None else ends
@@ -135,7 +135,7 @@ def _leads_to(reading: ChainReading, ends: int | None) -> float:
     return support if ends is None or not before else support * before / (size - 1)
 
 
-def _context_free(answer: Collection[str]) -> bool:
+def context_free(answer: Collection[str]) -> bool:
     """Yes, no, or a letter: an answer that no step can speak of."""
     names = _as_set(answer)
     return bool(names) and all(name in POLAR or (len(name) == 1 and name.isalpha()) for name in names)
