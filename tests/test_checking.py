@@ -476,6 +476,13 @@ def test_a_fault_lowers_its_part_of_the_score(kind, part, value, tmp_path):
     assert rejected["reasons"]
 
 
+def test_steps_about_an_unknown_picture_are_a_finding_but_drop_no_record(scenes, tmp_path):
+    steps = ["The tide goes out at noon.", "Seven boats lie on dry sand.", "Conclusion: Drone"]
+    strange = {"instruction": "Which bar is tallest?", "answer": "Drone", "reasoning": steps}
+    assert filtered([{**strange, "image": scenes[0]["image"]}], tmp_path)[0] == (1, 0)
+    assert filtered([strange], tmp_path)[0] == (0, 1)
+
+
 def test_what_is_kept_and_what_is_not_make_up_the_file(scenes, tmp_path):
     values = [*scenes, 5, {"instruction": "What?"}, {**scenes[0], "id": "again"}]
     (kept, rejected), output = filtered(values, tmp_path, output="kept.jsonl")

@@ -447,6 +447,30 @@ def test_the_quickstart_evaluates_in_as_many_processes_as_it_trains_with(checkpo
     assert "final_answer_accuracy" not in capfd.readouterr().out  # it is shown behind the report
 
 
+def test_of_a_stage_3_checkpoint_only_its_direct_answers_are_measured(checkpoint, tmp_path, scene_data, capsys):
+    (stage3,) = (checkpoint.parents[2] / "baseline" / "same_samples").glob("checkpoint-*")
+    flags = ["--num_samples", "4", "--split", "train", "--max_new_tokens", "24", "--no_wandb"]
+    data = ["--reasoning_data", str(scene_data / "reasoning_data.json")]
+    main(
+        [
+            "evaluate",
+            "--stage",
+            "3",
+            "--checkpoint",
+            str(stage3),
+            "--output_file",
+            str(tmp_path / "e.json"),
+            *flags,
+            *data,
+        ]
+    )
+    metrics = run_dir.read_eval(tmp_path / "e.json")["metrics"]
+    measured = {name for name, value in metrics.items() if value is not None}
+    assert measured == {"stage4_direct_accuracy", "no_reasoning_accuracy"}  # and the baseline beside it
+    said = capsys.readouterr().out
+    assert "A Stage 3 checkpoint writes no chains" in said and "max_new_tokens" not in said
+
+
 # ---- W&B
 
 

@@ -23,13 +23,15 @@ def quality(
     """The parts of a record's quality, each in [0, 1], and `score`, their product: one grave fault is enough.
 
     consistency: halved by each contradiction. conclusion: 0 where it disagrees with the answer. relevance: share of
-    steps that neither repeat an earlier one nor fail to bear on the question. form: 3/4 where the numbering has gaps.
-    length: limit / tokens where that is below 1. novelty: 0 for a duplicate, 1/2 for a near duplicate or a question
-    that has another answer too. question: 1/2 where the instruction gives the answer away. A record that would stop
-    training has score 0.
+    steps that neither repeat an earlier one nor, where that is known, fail to bear on the question. form: 3/4 where the
+    numbering has gaps. length: limit / tokens where that is below 1. novelty: 0 for a duplicate, 1/2 for a near
+    duplicate or a question that has another answer too. question: 1/2 where the instruction gives the answer away. A
+    record that would stop training has score 0.
     """
     count = Counter(problem.kind for problem in problems)
-    idle = count["repetition"] + count["unsupported"]
+    # Whether steps about a picture of which nothing is known bear on the question is too weak a sign to drop a record.
+    told = record.image is None or bool(record.metadata.get("facts"))
+    idle = count["repetition"] + (count["unsupported"] if told else 0)
     parts = {
         "consistency": 0.5 ** count["contradiction"],
         "conclusion": 0.0 if count["conclusion"] else 1.0,

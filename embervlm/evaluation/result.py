@@ -24,6 +24,7 @@ from embervlm.judge.metrics import (
     is_right,
     per_candidate_precision_recall,
 )
+from embervlm.model.config import STAGE3
 from embervlm.model.embervlm import EmberVLM
 from embervlm.ranking import CHAIN_METRICS, RANKABLE
 from embervlm.version import __version__
@@ -36,6 +37,7 @@ COMPARISONS = {
     "same_time": "no_reasoning_same_time_accuracy",
 }
 """What else is asked, and the name of its accuracy."""
+_DIRECT = (COMPARISONS["direct"], COMPARISONS["same_samples"], COMPARISONS["same_time"])
 METRICS = (*RANKABLE, *COMPARISONS.values())
 NUM_GOLD_CHAINS = 100
 """Gold chains that are scored, to know what the judge makes of chains of this kind."""
@@ -103,6 +105,8 @@ def result_of(
     answers: Mapping[tuple[str, int], Any],
 ) -> dict[str, Any]:
     values = _values(samples, passes)
+    if model.config.stage == STAGE3:  # it writes no chains, so 0 would say nothing of it
+        values = {name: found if name in _DIRECT else [] for name, found in values.items()}
     metrics = {name: mean(found) for name, found in values.items()}
     about = run_dir.read_state(job.checkpoint)
     calibrated = _calibrate(job, samples, passes)

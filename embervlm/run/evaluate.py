@@ -168,6 +168,12 @@ def evaluate_to_file(
 
 def print_result(result: dict[str, Any], output_file: Path) -> None:
     print(metrics_table(result))
+    if result["metrics"].get("final_answer_accuracy", 0.0) is None:
+        print(
+            "\nA Stage 3 checkpoint writes no chains: stage4_direct_accuracy is how often its direct answers are right."
+        )
+        print(f"written: {output_file}")
+        return
     if result["faithfulness"] is not None:
         print("\n" + faithfulness_lines(result["faithfulness"]))
     for lines in filter(None, (group_lines(result), own_steps_lines(result))):
