@@ -330,6 +330,8 @@ def test_files_that_are_called_after_splits_are_those(names, splits, tmp_path):
     for number, name in enumerate(names):
         rows = [{**GOOD, "id": f"{number}-{row}", "instruction": f"Task {number} {row}?"} for row in range(5)]
         (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    for left_out in ("train.skipped.jsonl", "train.rejected.jsonl"):  # as `convert` and `filter` write them
+        (folder / left_out).write_text(json.dumps({"record": 3, "problems": ["image: is missing"]}))
     for path in (folder, folder / "*.jsonl"):
         store = prepare(path, tmp_path / "cache", candidates=ROBOTS)
         assert {name: len(store.split(name)) for name in splits} == splits

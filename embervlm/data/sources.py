@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def picture_suffixes() -> frozenset[str]:
 def source_files(path: str | os.PathLike[str]) -> list[Path]:
     """The files that `path` names, in order: itself, shards, Parquet or Arrow files of a folder, or those of a pattern.
 
-    Of a folder also its JSON files, where their names are those of splits. A pattern is a glob (`shards/*.tar`), braces
+    Of a folder also its JSON files, where their names are those of splits. Lists of what `convert` and `filter` left
+    out do not count. A pattern is a glob (`shards/*.tar`), braces
     (`shards/{000..009}.tar`), or both. Of braces every file counts, there or not, so that a missing shard is noticed.
     Empty where nothing is found.
     """
@@ -52,7 +53,7 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
             sorted(folder.glob("*.tar"))
             or sorted(folder.glob("*.parquet"))
             or saved_files(folder)
-            or list(named_splits(sorted(folder.glob("*.json*"))))
+            or list(named_splits(_kept(sorted(folder.glob("*.json*")))))
         )
     if os.path.exists(text) or not set(text) & set("*?[{"):
         return [Path(text)]
@@ -60,8 +61,13 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
 
     found: list[Path] = []
     for name in braceexpand(text):
-        found += map(Path, sorted(glob.glob(name)) if glob.has_magic(name) else [name])
+        found += _kept(map(Path, sorted(glob.glob(name)))) if glob.has_magic(name) else [Path(name)]
     return found
+
+
+def _kept(files: Iterable[Path]) -> list[Path]:
+    """`files` without the lists of what `convert` and `filter` left out, which they write beside the records."""
+    return [file for file in files if not re.search(r"\.(?:skipped|rejected)\.jsonl?$", file.name)]
 
 
 def named_splits(files: Sequence[Path]) -> dict[Path, str]:
