@@ -198,10 +198,10 @@ class _Training:
             return
         done, seconds = self.progress.step - self.started.step, self.progress.elapsed_s - self.started.elapsed_s
         left: float = self.total - self.progress.step
-        if done and self.progress.decay_from is None and (minutes := self.job.phase.max_minutes) is not None:
-            left = min(left, (60 * minutes - self.progress.elapsed_s) * done / seconds)
-        at_plateau = self.job.phase.stop_at_plateau and self.progress.decay_from is None
-        if line := summary.expected_end(self.job.name, done, seconds, left, at_plateau=at_plateau):
+        open_end = self.job.phase.stop_at_plateau and self.progress.decay_from is None
+        if open_end and done and (minutes := self.job.phase.max_minutes) is not None:
+            left, open_end = min(left, (60 * minutes - self.progress.elapsed_s) * done / seconds), False
+        if line := summary.expected_end(self.job.name, done, seconds, left, at_plateau=open_end):
             self.end_is_said = True
             note(line)
 

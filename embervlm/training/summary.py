@@ -83,14 +83,19 @@ def _steps(job: PhaseJob, config: TrainConfig) -> str:
 def expected_end(name: str, steps: int, seconds: float, left: float, *, at_plateau: bool = False) -> str | None:
     """When the phase will end, from the `steps` that took `seconds`; None while that is not known yet.
 
-    `at_plateau`: it may end earlier.
+    `at_plateau`: it probably ends earlier.
     """
     if steps < RATE_KNOWN_AFTER_STEPS or seconds < RATE_KNOWN_AFTER_S or left <= 0:
         return None
     more = left * seconds / steps
     at = time.strftime("%H:%M" if more < 20 * 3600 else "%a %d %b %H:%M", time.localtime(time.time() + more))
-    earlier = ", or earlier at a plateau of the val loss" if at_plateau else ""
-    return f"{name}: {duration(more)} to go at {steps / seconds:.2g} steps a second, so it ends at about {at}{earlier}"
+    speed = f"{steps / seconds:.2g} steps a second"
+    if at_plateau:
+        return (
+            f"{name}: at most {duration(more)} to go at {speed}; it ends earlier where the val loss no longer falls, "
+            "and --max_minutes sets a limit"
+        )
+    return f"{name}: {duration(more)} to go at {speed}, so it ends at about {at}"
 
 
 def duration(seconds: float) -> str:
