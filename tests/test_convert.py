@@ -441,6 +441,7 @@ TWO = ("I see a furry thing.", "It has a tail.")
         (f"{SEEN} So its place is left.", "left", "So its place is left."),
         (f"{SEEN} So 1 of them.", "1", "So 1 of them."),
         (f"{SEEN} That makes none.", "none", "That makes none."),
+        (f"{SEEN} That makes it a tool.", "tool", "That makes it a tool."),
         (f"{SEEN} So it is not a cat.", "So it is not a cat", TWO[1]),
         (f"{SEEN} So the dog is running.", "So the dog is running", TWO[1]),
         (f"{SEEN} Bell pepper.", "Bell pepper", TWO[1]),

@@ -160,7 +160,7 @@ _POLAR = re.compile(r"(yes|no|sí|si|ja|nein|oui|non|да|нет)(?=\s*(?:[,.;!]
 _ALL_SO = re.compile(_SO, re.IGNORECASE)
 _VERB = re.compile(any_of("is", "are", "was", "were", "makes?", "has", "have", "counts?"), re.IGNORECASE)
 _IT_IS = re.compile(
-    r"(?:(?:it|this|that)\s+(?:is|must\s+be|has\s+to\s+be|can\s+only\s+be)|(?:that|this)\s+makes|there\s+(?:is|are))"
+    r"(?:(?:it|this|that)\s+(?:is|must\s+be|has\s+to\s+be|can\s+only\s+be)|(?:that|this)\s+makes(?:\s+it)?|there\s+(?:is|are))"
     r"\s+(?P<what>\S+(?:\s+\S+){0,3})",
     re.IGNORECASE,
 )
