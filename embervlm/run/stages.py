@@ -275,7 +275,8 @@ class Run:
             learning_rate=baseline.learning_rate,
             warmup_steps=baseline.warmup_steps,
             direct_loss_weight=1.0,
-            lora=config.stage4.phase2.lora,  # what learns is the same as in phase 2
+            lora=config.stage4.phase2.lora,  # what learns, and from which pictures, is the same as in phase 2
+            picture_shift=config.stage4.phase2.picture_shift,
             max_minutes=minutes,
             epochs=1,
         )
@@ -293,7 +294,7 @@ class Run:
             phase=_without_reasoning(phase),
             model=model,
             plan=plan,
-            collator=self._collator(model, data, use_reasoning=False),
+            collator=self._collator(model, data, use_reasoning=False, picture_shift=phase.picture_shift),
             pictures=data.pictures,
             batch_size=baseline.batch_size,
             samples_wanted=samples,
