@@ -10,7 +10,7 @@ from embervlm.version import __version__
 __all__ = ["EmberVLM", "__version__", "reasoning_validator", "save_to_dataset", "select_best_checkpoint"]
 
 # Read by OpenMP when torch is imported. Its threads wait for each other after every operation, by default busily: with
-# other work on the machine, an evaluation by two threads on two cores took 144 s so and 27 s like this (docs/performance.md).
+# other work on the machine, an evaluation by two threads on two cores took 144 s so, and 27 s like this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
