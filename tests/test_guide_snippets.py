@@ -16,6 +16,7 @@ from training_helpers import REPOSITORY, free_port, ok, run
 from embervlm.data.records import read_records
 from embervlm.data.splits import split_records
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.run.owner import OWNER
 
 HERE = Path(__file__).resolve().parent
 GUIDE = REPOSITORY.parent / "shared" / "spec" / "stage4_guide.md"
@@ -36,7 +37,8 @@ def workplace(smoke: Smoke, tmp_path: Path) -> Path:
     """A folder that looks like the repository after training."""
     for name in ("scripts", "launch", "configs", "embervlm"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    shutil.copytree(smoke.output, tmp_path / "outputs", ignore=shutil.ignore_patterns("data", "cache"))
+    # not its owner: another test may be running the quickstart there again at this moment
+    shutil.copytree(smoke.output, tmp_path / "outputs", ignore=shutil.ignore_patterns("data", "cache", OWNER))
     (tmp_path / "data").mkdir()
     data = tmp_path / "data" / "stage4"
     shutil.copytree(smoke.output / "data", data)
