@@ -331,6 +331,11 @@ class BaselineConfig:
     same_time: bool = True
     """Also train for as much wall-clock time as both phases took."""
 
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"learning_rate: {self.learning_rate} is not positive")
+        bounded(self, "warmup_steps", least=0)
+        bounded(self, "batch_size", least=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -388,6 +393,9 @@ class TrainConfig:
     two steps."""
     sample_records: int = 8
     """Chains written to `reasoning_samples` after every epoch."""
+    compared_records: int = 48
+    """Val questions that are answered with their picture and with another behind each phase, which tells whether it
+    looks; 0 asks none."""
     keep_last: int = 3
     """Number of newest numbered checkpoints to keep whole, so that a phase can resume from them."""
     keep_weights: int = 20
@@ -424,7 +432,8 @@ class TrainConfig:
         one_of("resume", self.resume, ("auto", "never"))
         one_of("on_save_error", self.on_save_error, ("stop", "continue"))
         require(self.zero_stage in (0, 1, 2, 3), f"zero_stage: {self.zero_stage} is not 0, 1, 2 or 3")
-        bounded(self, "keep_best", "keep_weights", "data_workers", least=0)
+        bounded(self, "keep_best", "keep_weights", "data_workers", "sample_records", "compared_records", least=0)
+        bounded(self, "seed", "max_closed_answers", least=0)
         bounded(self, "save_steps", "log_steps", "keep_last", "stage3_batch_size", "eval_samples", least=1)
         bounded(self, "max_steps", "eval_steps", least=1)
         require(self.max_minutes is None or self.max_minutes > 0, f"max_minutes: {self.max_minutes} is not positive")

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from embervlm import config
 from embervlm.config import (
     COMPONENTS,
     REPOSITORY,
     ConfigError,
     PhaseConfig,
+    PolicySettings,
     ScheduledSamplingConfig,
     StageConfig,
     TrainConfig,
@@ -286,20 +288,23 @@ def test_an_impossible_value_is_named(make, message):
         make()
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "direct_records_ratio",
-        "edited_facts_ratio",
-        "caption_records_ratio",
-        "final_lr_ratio",
-        "weight_decay",
-        "max_minutes",
-    ],
-)
-def test_a_negative_share_is_refused(field):
+SECTIONS = [
+    kind
+    for kind in vars(config).values()
+    if dataclasses.is_dataclass(kind) and kind is not PolicySettings  # checked with the phase that has it
+]
+NUMBERS = [
+    pytest.param(kind, field.name, id=f"{kind.__name__}-{field.name}")
+    for kind in SECTIONS
+    for field in dataclasses.fields(kind)
+    if str(field.type).startswith(("int", "float"))
+]
+
+
+@pytest.mark.parametrize(("kind", "field"), NUMBERS)
+def test_no_number_of_a_run_may_be_negative(kind, field):
     with pytest.raises(ConfigError, match=field):
-        PhaseConfig(**{field: -1.0})
+        kind(**{field: -1})
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked():

@@ -80,12 +80,12 @@ def test_a_model_that_cannot_see_answers_alike_with_another_picture(tiny_model, 
         tiny_model.projection.norm.weight.zero_()
         tiny_model.projection.norm.bias.zero_()
     tiny_model.train()
-    found = answer_twice(tiny_model, pictures, records, Decoding(form="direct", max_new_tokens=8))
+    found = answer_twice(tiny_model, pictures, records, Decoding(form="direct", max_new_tokens=8), 48)
     assert found is not None and found.num_questions == len(records) <= 48
     assert found.own_accuracy == found.other_accuracy and not found.num_only_own and not found.looks
     assert tiny_model.training
     text_only = [dataclasses.replace(record, image=None) for record in records[:4]]
-    assert answer_twice(tiny_model, pictures, text_only, Decoding()) is None
+    assert answer_twice(tiny_model, pictures, text_only, Decoding(), 48) is None
 
 
 def test_each_question_is_compared_with_itself(lively_model, pictures, records) -> None:
@@ -100,7 +100,7 @@ def test_each_question_is_compared_with_itself(lively_model, pictures, records) 
         for record, place in zip(asked, other_pictures(asked), strict=True)
         if place is not None
     ]
-    found = answer_twice(lively_model, pictures, asked, decoding)
+    found = answer_twice(lively_model, pictures, asked, decoding, 48)
     others = answer(lively_model, pictures, swapped, decoding)
     changed = sum(not is_right(one["answer_set"], record) for one, record in zip(others, swapped, strict=True))
     assert found is not None and found.num_questions == len(swapped) > 3 and changed

@@ -24,8 +24,6 @@ from embervlm.progress import progress_bar
 
 Item = TypeVar("Item")
 NUM_RECORDS = 128
-NUM_ANSWERED = 48
-"""Questions that are answered twice: writing takes longer than reading."""
 Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, Grid], list[Sample]]
 """Makes texts of records; the last argument is the grid of visual tokens."""
 BLIND = (
@@ -166,11 +164,12 @@ def answer_twice(
     pictures: PictureCache,
     records: Sequence[ReasoningRecord],
     decoding: Decoding,
+    most: int,
     *,
     progress: bool = False,
 ) -> AnsweredTwice | None:
-    """Ask some of `records` with their pictures and with others; None where no two show different pictures."""
-    shown = _some(records, NUM_ANSWERED)
+    """Ask at most so many of `records` with their pictures and others; None where no two show different pictures."""
+    shown = _some(records, most)
     own, other = [], []
     for record, place in zip(shown, other_pictures(shown)):
         if place is not None and record.image is not None:

@@ -28,21 +28,22 @@ def after_epoch(config: TrainConfig, world: World, model: EmberVLM, data: RunDat
 
 
 def say_whether_it_looks(
-    world: World, data: RunData, ended: str, form: Form, decoding: Decoding | None, model: EmberVLM
+    world: World, data: RunData, ended: str, form: Form, decoding: Decoding | None, most: int, model: EmberVLM
 ) -> None:
     """Print whether the pictures of the val split matter to `model`, with which the phase `ended`.
 
     Args:
         form: the texts that the phase trains on.
         decoding: how its questions are answered; None where it trains no answers.
+        most: number of questions.
     """
     with _only_warned(world, f"{ended}: not known whether the model looks at the picture"):
         records = data.val or data.train
         shown = world.rank == 0
         found = sight(model, data.pictures, records, form, progress=shown)
         answers = None
-        if decoding is not None:
-            answers = answer_twice(model, data.pictures, records, decoding, progress=shown)
+        if decoding is not None and most:
+            answers = answer_twice(model, data.pictures, records, decoding, most, progress=shown)
         if found is not None and found.num_texts and world.rank == 0:
             print(f"{ended}: {found}")
         if answers is not None and world.rank == 0:

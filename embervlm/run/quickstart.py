@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ NUM_SAMPLES, QUESTIONS_PER_PICTURE = 5_600, 2
 SMOKE_SAMPLES = 360
 SMOKE_TOKENS = 160
 SMOKE_FLAGS = ("--max_steps", "2", "--max_reasoning_length", str(SMOKE_TOKENS))
-SMOKE_SETTINGS = ("sample_records=2", "log_steps=1")
+SMOKE_SETTINGS = ("sample_records=2", "compared_records=4", "log_steps=1")
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,7 @@ class Quickstart:
         if settings := self._settings():
             command += ["--set", *settings]
         print("$ " + " ".join(command), flush=True)
+        threading.Thread(target=_load_evaluation, daemon=True).start()
         code = subprocess.run(command, env=env, check=False).returncode
         if code != 0:
             raise ConfigError(
@@ -198,6 +200,13 @@ def _processes() -> tuple[int, dict[str, str]]:
     if not torch.cuda.is_available():
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     return processes, env
+
+
+def _load_evaluation() -> None:
+    """What comes behind a training, imported while the launcher starts and leaves a core idle: that takes seconds."""
+    import embervlm.report.build
+    import embervlm.run.evaluate
+    import embervlm.select_best  # noqa: F401
 
 
 def _free_port() -> int:

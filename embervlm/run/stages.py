@@ -128,7 +128,7 @@ class Run:
             scheduled_sampling=stage.scheduled_sampling,
             gradient_checkpointing=stage.gradient_checkpointing,
             after_epoch=lambda trained, epoch: after_epoch(config, self.world, trained, data, first_epoch + epoch),
-            at_end=partial(say_whether_it_looks, self.world, data, f"phase {number}", encode_chains, Decoding()),
+            at_end=self._say_whether_it_looks(data, f"phase {number}", encode_chains, Decoding()),
             after_save=partial(evaluate_saved, config, self.world),
             measure=self._measure(phase, data, encode_chains),
             trained_with=wanted,
@@ -184,12 +184,17 @@ class Run:
             samples_each=samples_each,
             gradient_checkpointing=stage.gradient_checkpointing,
             after_epoch=self._after_epoch_of_phase3(data),
-            at_end=partial(say_whether_it_looks, self.world, data, "phase 3", encode_chains, Decoding()),
+            at_end=self._say_whether_it_looks(data, "phase 3", encode_chains, Decoding()),
             after_save=partial(evaluate_saved, config, self.world),
             policy=self._policy(phase, data, start),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
+
+    def _say_whether_it_looks(
+        self, data: RunData, ended: str, form: Form, decoding: Decoding | None
+    ) -> Callable[[EmberVLM], None]:
+        return partial(say_whether_it_looks, self.world, data, ended, form, decoding, self.config.compared_records)
 
     def _policy(self, phase: Phase3Config, data: RunData, start: Path) -> PolicyJob:
         return PolicyJob(
@@ -251,7 +256,7 @@ class Run:
             batch_size=config.stage3_batch_size,
             dense_sizes=labels.sizes,
             measure=self._measure(config.stage3, data, encode_stage3),
-            at_end=partial(say_whether_it_looks, self.world, data, "stage 3", encode_stage3, asked),
+            at_end=self._say_whether_it_looks(data, "stage 3", encode_stage3, asked),
             trained_with=wanted,
         )
         return train_phase(job, config, self.world)
