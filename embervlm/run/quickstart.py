@@ -25,6 +25,8 @@ from embervlm.run.owner import owning
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 NUM_SAMPLES, QUESTIONS_PER_PICTURE = 5_600, 2
 SMOKE_SAMPLES = 360
+SMOKE_RECORDS = 4
+"""That its evaluations ask."""
 SMOKE_TOKENS = 160
 SMOKE_FLAGS = ("--max_steps", "2", "--max_reasoning_length", str(SMOKE_TOKENS))
 SMOKE_SETTINGS = ("sample_records=2", "compared_records=4", "log_steps=1")
@@ -127,7 +129,7 @@ class Quickstart:
         config = read_yaml(CONFIG)
 
         def evaluate(path: Path, split: str) -> dict[str, object]:
-            samples = 8 if self.smoke else config["eval_samples"]
+            samples = SMOKE_RECORDS if self.smoke else config["eval_samples"]
             return evaluate_checkpoint(path, split, num_samples=samples)
 
         self._best = select_best_checkpoint(run_dir.phase_dir(self.output_dir, 2), evaluate=evaluate)
@@ -138,7 +140,9 @@ class Quickstart:
         if self.smoke:  # starting processes would take longer
             from embervlm.run.evaluate import evaluate_to_file
 
-            evaluate_to_file(self._best, split="test", output_file=output_file, num_samples=8, save_samples=True)
+            evaluate_to_file(
+                self._best, split="test", output_file=output_file, num_samples=SMOKE_RECORDS, save_samples=True
+            )
             return
         processes, env = _processes()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
