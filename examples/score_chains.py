@@ -2,9 +2,9 @@
 
     python examples/score_chains.py CHAINS.jsonl [HOW_MANY]
 
-A line: {"steps": ["...", ...], "answer": "...", "gold_answer"?, "instruction"?, "facts"?, "gold_steps"?}. The more is
-known about the question, the more the scores find; docs/evaluation.md has the formulas. `embervlm score-chains` does
-the same from the command line.
+A line: {"steps": ["...", ...], "answer": "...", "gold_answer"?, "instruction"?, "image"?, "facts"?,
+"gold_steps"?}. The more is known about the question, the more the scores find; docs/evaluation.md has the formulas.
+`embervlm score-chains` does the same from the command line.
 """
 
 from __future__ import annotations

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from embervlm.cli import main
+from embervlm.data.records import ReasoningRecord
+from embervlm.evaluation.batches import known_of
 from embervlm.judge.chain_file import MAX_CHARACTERS, MAX_STEPS
+from embervlm.judge.metrics import ChainScorer
 
 METRICS = ("reasoning_consistency", "step_completeness", "logical_flow_score", "adjacent_similarity")
 LAMP = {
@@ -69,6 +73,38 @@ def test_what_a_line_may_leave_out_may_be_left_out(tmp_path, capsys):
     bare = {"steps": LAMP["steps"], "answer": "No"}
     (line,) = scored(capsys, write(tmp_path / "chains.jsonl", bare))
     assert line["scores"]["final_answer_accuracy"] is None and line["scores"]["reasoning_consistency"] > 0.5
+
+
+SEEN = {
+    "steps": ["It has a beak and feathers.", "It stands on one leg.", "So it is a stork.", "Conclusion: a stork."],
+    "answer": "stork",
+    "gold_answer": "stork",
+    "instruction": "Which animal is drawn here?",
+}
+
+
+def test_what_a_step_reads_off_a_picture_is_not_made_up(tmp_path, capsys):
+    """Without facts and gold chain nobody but the chain's author knows what the picture shows."""
+    elsewhere = {**SEEN, "image": "a.png", "steps": ["Rent is due in May.", "Banks close at noon.", "Pay it before."]}
+    told = {**SEEN, "image": "a.png", "facts": {"animal": "stork"}}
+    lines = [SEEN, {**SEEN, "image": "a.png"}, {**SEEN, "img_path": "a.png"}, elsewhere, told]
+    main(["score-chains", str(write(tmp_path / "chains.jsonl", *lines)), "--json"])
+    captured = capsys.readouterr()
+    text, pictured, named, other, known = (json.loads(line)["scores"] for line in captured.out.splitlines())
+    assert pictured["reasons"] == named["reasons"] == [] and pictured["reasoning_consistency"] > 0.95
+    assert text["reasoning_consistency"] < 0.7 and known["reasoning_consistency"] < 0.9
+    assert other["reasoning_consistency"] < 0.2 and "does not speak of the question" in other["reasons"][0]
+    assert "3 of 5 lines have a picture and neither facts nor gold_steps" in captured.err
+    assert "1 of 5 lines have nothing but the question" in captured.err
+
+
+def test_an_evaluation_of_a_record_without_a_chain_knows_that_it_has_a_picture():
+    record = ReasoningRecord(record_id="1", image="a.png", instruction=SEEN["instruction"], steps=(), answer=("stork",))
+    scores = [
+        ChainScorer().score(SEEN["steps"], known_of(replace(record, image=image), {}, ["stork"]))
+        for image in ("a.png", None)
+    ]
+    assert scores[0]["reasoning_consistency"] > 0.95 and scores[1]["reasoning_consistency"] < 0.7
 
 
 def test_answers_are_sets_in_any_spelling(tmp_path, capsys):
@@ -145,6 +181,14 @@ def test_reference_chains_teach_order_and_values_of_facts(tmp_path, capsys):
     told = {**LAMP, "steps": ["The switch is half open.", *LAMP["steps"][1:]]}
     (line,) = scored(capsys, write(tmp_path / "chains.jsonl", told), "--reference", str(reference))
     assert "step 1 says 'switch is half open', but switch is open" in line["scores"]["reasons"]
+
+
+def test_a_data_set_is_a_reference_without_its_pictures(tmp_path, capsys):
+    record = {"instruction": "<image> What is it?", "answer": "a stork", "reasoning": "Step 1: It has a beak."}
+    record |= {"image": "gone.png", "metadata": {"boxes": {"beak": [0, 0, 4, 4]}, "images_base64": "iVBO"}}
+    reference = write(tmp_path / "records.jsonl", record, {**record, "image": ["a.png", "b.png"]})
+    with_it = scored(capsys, write(tmp_path / "chains.jsonl", SEEN), "--reference", str(reference))
+    assert with_it[0]["scores"]["final_answer_accuracy"] == 1
 
 
 def test_a_bad_line_of_the_reference_is_an_error(tmp_path):

@@ -86,6 +86,28 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
     return _read_bytes(name, one, rules, report) if isinstance(one, Embedded) else _read_path(name, one, rules, report)
 
 
+def names_picture(value: Mapping[str, Any]) -> bool:
+    """Whether a record has a picture, in a field that is read or in one that is not."""
+    return any(_is_called_picture(name, item) or _looks_like_picture(item) for name, item in value.items())
+
+
+def without_pictures(value: Any) -> Any:
+    """A record for whoever reads texts alone: without its pictures, their boxes and their places in the question."""
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        name: item
+        for name, item in value.items()
+        if not _is_called_picture(name, item) and not _looks_like_picture(item) and name != "boxes"
+    }
+    for name in ("instruction", "question"):
+        if isinstance(kept.get(name), str):
+            kept[name] = PLACEHOLDER.sub("", kept[name]).strip()
+    if "metadata" in kept:
+        kept["metadata"] = without_pictures(kept["metadata"])
+    return kept
+
+
 def pictures_beside(output_file: Path) -> Path:
     """Folder into which a command that writes records puts pictures that the records contained."""
     return output_file.with_name(f"{output_file.stem}-pictures")

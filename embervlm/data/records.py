@@ -18,7 +18,7 @@ from embervlm.data.errors import DataError
 from embervlm.data.json_text import Decoder, JsonText
 from embervlm.data.parquet_rows import holds_bytes, plain_row, without_bytes
 from embervlm.data.record_fields import COMPOSED_OF, MAX_STEPS, SURROGATE, FieldRules, Report, kind, quote, read_fields
-from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture
+from embervlm.data.record_pictures import check_placeholders, is_inside, read_picture, without_pictures
 from embervlm.data.tables import SUFFIXES, TableError, table_rows
 from embervlm.run_dir import atomic_text
 from embervlm.words.chain_text import (
@@ -111,6 +111,7 @@ def read_records(
     allow_outside: bool = False,
     max_steps: int = MAX_STEPS,
     unpack_dir: str | os.PathLike[str] | None = None,
+    texts_alone: bool = False,
 ) -> list[ReasoningRecord]:
     """All records of a `.json` (a list), `.jsonl`, `.parquet` or `.arrow` file, in its order.
 
@@ -123,6 +124,7 @@ def read_records(
         require_answer: False admits questions whose answer is not known; `answer` is then `()`.
         max_steps: the most numbered steps a chain may have.
         unpack_dir: folder for pictures that are contained in the records themselves; None refuses these.
+        texts_alone: leave the pictures out, which then need not be there.
     Raises:
         DataError: with every problem of the file, each as `<file> record <n>: <field>: <what>; <what to do>`; two
             records of one id are one.
@@ -140,7 +142,10 @@ def read_records(
     problems: list[str] = []
     records: list[ReasoningRecord] = []
     num_values = 0
-    named = ((number, f"{path.name}:{number}", value) for number, value in file_values(path, problems))
+    named = (
+        (number, f"{path.name}:{number}", without_pictures(value) if texts_alone else value)
+        for number, value in file_values(path, problems)
+    )
     for reading in read_values(named, rules):
         num_values += 1
         if reading.record is not None:

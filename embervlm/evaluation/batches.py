@@ -110,6 +110,7 @@ def known_of(record: ReasoningRecord, domains: Mapping[str, Collection[str]], an
         answer=frozenset(answer),
         gold_answer=frozenset(record.answer),
         candidates=frozenset(record.candidates),
+        is_pictured=record.image is not None,
     )
 
 

@@ -25,7 +25,7 @@ from embervlm.run_dir import read_object
 from embervlm.words.wording import Rarity, Reading, ramp
 
 EMBEDDED = "embedded"
-EMBEDDED_VERSION = "5"
+EMBEDDED_VERSION = "6"
 """Changes whenever the same chain would get another score."""
 SAID = (0.45, 0.75)
 """Share of a text said by another: from none of it to all of it."""

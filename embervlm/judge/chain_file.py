@@ -1,7 +1,8 @@
 """`embervlm score-chains`: chains of any model and subject, one JSON object to a line, with their scores.
 
-In: {"steps": [...], "answer": ..., "gold_answer"?, "instruction"?, "facts"?, "candidates"?, "gold_steps"?}. Out: the
-same lines with "scores". A line that cannot be read scores 0 and is counted.
+In: {"steps": [...], "answer": ..., "gold_answer"?, "instruction"?, "image"?, "facts"?, "candidates"?, "gold_steps"?}.
+Out: the same lines with "scores". A line that cannot be read scores 0 and is counted. The picture is not opened: that
+there is one says that steps read off it what the line does not tell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from embervlm.data.facts import fact_domains
 from embervlm.data.record_fields import kind
+from embervlm.data.record_pictures import PLACEHOLDER, names_picture
 from embervlm.data.records import DataError, file_values, read_records
 from embervlm.judge.backends import EMBEDDED
 from embervlm.judge.metrics import ChainScorer
@@ -111,6 +113,7 @@ def _read_line(number: int, value: Any) -> ChainLine:
         reference_steps=gold_steps,
         answer=_answer(value, "answer", candidates),
         gold_answer=_answer(value, "gold_answer", candidates),
+        is_pictured=names_picture(value) or bool(PLACEHOLDER.search(instruction)),
     )
     return ChainLine(number, value, tuple(steps), context)
 
@@ -171,7 +174,7 @@ def scorer_for(
         domains = {name: frozenset(found) for name, found in values.items()}
         asked = [(line.context.instruction, line.context.gold_answer) for line in lines]
     else:
-        records = read_records(reference)
+        records = read_records(reference, texts_alone=True, require_reasoning=False)
         chains = [record.steps for record in records if record.steps]
         domains = fact_domains(records)
         asked = [(record.instruction, record.answer) for record in records]
@@ -225,7 +228,28 @@ def score_file(
         for line, value in zip(lines, scored, strict=True):
             for reason in value["scores"]["reasons"] if not line.problem else ():
                 print(f"line {line.number}: {reason}")
-    print("\n".join(summary(scored, scorer)), file=sys.stderr if as_json else sys.stdout)
+    out = sys.stderr if as_json else sys.stdout
+    print("\n".join(summary(scored, scorer)), file=out)
+    print("".join(f"{note}\n" for note in notes(lines)), end="", file=out)
+
+
+def notes(lines: Sequence[ChainLine]) -> list[str]:
+    """How the scores are to be read of lines that tell little."""
+    read = [line.context for line in lines if not line.problem]
+    seen = sum(context.is_seen_alone for context in read)
+    untold = sum(not context.is_told and not context.is_pictured for context in read)
+    out = []
+    if seen:
+        out.append(
+            f"{seen:,} of {len(lines):,} lines have a picture and neither facts nor gold_steps: whether what their "
+            "steps read off it is true was not judged"
+        )
+    if untold:
+        out.append(
+            f"{untold:,} of {len(lines):,} lines have nothing but the question: what their steps bring in counts as "
+            'made up. If they are about pictures, name these ("image": "..."); else give facts or gold_steps'
+        )
+    return out
 
 
 def summary(scored: Sequence[Mapping[str, Any]], scorer: ChainScorer) -> list[str]:

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from embervlm.judge.contradiction import all_claims, claims_contradict, contradiction, granted_by_given
 from embervlm.judge.reading import ChainContext, ChainReading, Fault, ReadStep, read_steps
 from embervlm.judge.redundancy import redundancy, repetition
-from embervlm.judge.support import RELEVANT, known_words, lack_of_support, lack_of_words, relevance, support
+from embervlm.judge.support import (
+    RELEVANT,
+    known_words,
+    lack_of_support,
+    lack_of_words,
+    relevance,
+    spoken_of_answer,
+    support,
+)
 from embervlm.words.claims import Claim
 from embervlm.words.wording import ramp
 
@@ -88,6 +96,8 @@ def judge_chain(reading: ChainReading, gold: ChainReading | None = None) -> list
     """
     wanted = 1.0 if gold is None else min(1.0, relevance(gold) / RELEVANT[1])
     anchor = float(ramp(relevance(reading) + RELEVANT[1] * (1 - wanted), *RELEVANT))
+    if reading.context.is_seen_alone:
+        anchor = max(anchor, float(ramp(spoken_of_answer(reading), *RELEVANT)))
     supported, granted = support(reading), granted_by_given(reading)
     contradictions: list[Fault] = []
     for j, rule in enumerate(contradicted_claims(reading.steps, reading.context)):

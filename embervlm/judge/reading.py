@@ -50,6 +50,8 @@ class ChainContext:
     """Values with which a step says that a candidate fits."""
     alternatives: Alternatives = NO_ALTERNATIVES
     """What cannot both be true in these data."""
+    is_pictured: bool = False
+    """Whether the question is about a picture."""
 
     def __post_init__(self) -> None:
         if self.step_types and len(self.step_types) != len(self.reference_steps):
@@ -73,6 +75,11 @@ class ChainContext:
     def is_told(self) -> bool:
         """Whether more is known than the question. Where not, whatever a step reads off the picture looks made up."""
         return bool(self.facts or self.statements or self.reference_steps)
+
+    @property
+    def is_seen_alone(self) -> bool:
+        """Whether steps read off a picture what nobody has told: each may name what stands nowhere else."""
+        return self.is_pictured and not self.is_told
 
     @cached_property
     def all_candidates(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from embervlm.judge.reading import FAULT, FIRST_STEP, QUESTION, ChainContext, ChainReading, Fault, ReadStep
+from embervlm.judge.reading import ANSWER, FAULT, FIRST_STEP, QUESTION, ChainContext, ChainReading, Fault, ReadStep
 from embervlm.words.claims import content_words
 from embervlm.words.english import CONNECTIVES, any_of, sentences
 from embervlm.words.wording import SYNONYM, Array, Reading, clauses_of, ramp
@@ -71,10 +71,10 @@ def lack_of_words(reading: ChainReading, j: int, supported: Array, anchor: float
         return Fault(1.0, f"says something of {name} that is not known: it is {context.facts[name]}")
     if step.concludes or any(context.confirms(claim) or not context.facts for claim in step.claims):
         return Fault()
-    sure = 1 - float(supported[j]) * anchor
+    sure = 1 - (1.0 if context.is_seen_alone else float(supported[j])) * anchor
     if sure < FAULT:
         return Fault(sure)
-    if supported[j] < FAULT:
+    if supported[j] < FAULT and not context.is_seen_alone:
         return Fault(sure, "shares hardly a word with the question, the facts or other steps")
     return Fault(sure, "belongs to a chain that does not speak of the question")
 
@@ -112,6 +112,12 @@ def relevance(reading: ChainReading) -> float:
 
     of_steps = float(share[QUESTION, own].max(initial=0))
     return max(spoken([*rows, *last]), min(spoken(rows), spoken(last), of_steps))
+
+
+def spoken_of_answer(reading: ChainReading) -> float:
+    """How much of the answer the chain's steps before its end speak of; 0 where it has none."""
+    share = reading.words.text_cover[0]
+    return float(share[ANSWER, FIRST_STEP : reading.end - 1].max(initial=0))
 
 
 def _asking(words: Reading) -> list[int]:

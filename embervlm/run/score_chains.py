@@ -12,7 +12,7 @@ from embervlm.judge.chain_file import score_file
 
 def score_chains_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, metavar="FILE.jsonl", help="{steps, answer, gold_answer?, instruction?, facts?}"
+        "file", type=Path, metavar="FILE.jsonl", help="{steps, answer, gold_answer?, instruction?, image?, facts?}"
     )
     parser.add_argument("--output_file", type=Path, help="JSONL: the same lines with their scores")
     parser.add_argument(
