@@ -1,11 +1,13 @@
 """The data checks: every planted fault is found at its record, and nothing is found in data that has none."""
 
 import json
+import random
 import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from embervlm.cli import main
 from embervlm.config import ConfigError
@@ -191,7 +193,7 @@ def test_pictures_are_opened_in_other_processes_as_in_this_one(scenes, tmp_path,
 def test_equal_pictures_have_equal_digests_whatever_they_are_called(scenes, tmp_path):
     first, copy = tmp_path / scenes[0]["image"], tmp_path / "copy.jpg"
     shutil.copy(first, copy)
-    assert open_picture(str(first)) == open_picture(str(copy)) != ("", "")
+    assert open_picture(str(first)) == open_picture(str(copy)) and open_picture(str(first)).digest
 
 
 def test_a_fact_that_a_step_gets_wrong_is_a_contradiction(scenes, check):
@@ -208,6 +210,51 @@ def test_a_picture_in_two_splits_is_found_by_its_content(scenes, tmp_path, check
     path = tmp_path / "data.json"
     with pytest.raises(DataError, match="is in train"):
         split_records(read_records(path, candidates=ROBOTS))  # what training would say
+
+
+SAVED_AGAIN = {
+    "jpeg.jpg": lambda picture, path: picture.save(path, quality=70),
+    "twice.png": lambda picture, path: picture.resize((picture.width * 2, picture.height * 2)).save(path),
+    "half.webp": lambda picture, path: picture.resize((picture.width // 2, picture.height // 2)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", SAVED_AGAIN)
+def test_a_picture_that_was_saved_again_is_found_in_another_split(name, scenes, tmp_path, check):
+    with Image.open(tmp_path / scenes[0]["image"]) as picture:
+        SAVED_AGAIN[name](picture.convert("RGB"), tmp_path / name)
+    asked = with_metadata(scenes[1], split="test", split_group="other") | {"image": name}
+    pictured = [with_metadata(value, split="train") for value in scenes if value["image"] != scenes[1]["image"]]
+    found = check([with_metadata(scenes[0], split="train"), asked, *pictured[1:]])
+    assert [number for kind, number in found if kind == "picture_alike"] == [2]
+
+
+def test_other_pictures_in_another_split_do_not_look_the_same(scenes, check):
+    pictures = sorted({value["image"] for value in scenes})
+    halves = [with_metadata(value, split="train" if pictures.index(value["image"]) % 2 else "test") for value in scenes]
+    assert not any(kind == "picture_alike" for kind, _ in check(halves))
+
+
+def page(seed: int) -> Image.Image:
+    """Forty lines of text, as a scan has them: from afar one page is like another."""
+    draw, rng = ImageDraw.Draw(picture := Image.new("RGB", (420, 640), "white")), random.Random(seed)
+    for line in range(40):
+        text = "".join(rng.choice("etaoinshrdlu ") for _ in range(60))
+        draw.text((20, 12 + 15 * line), text, fill="black")
+    return picture
+
+
+def test_two_pages_of_text_are_two_and_a_smaller_copy_of_one_is_not(tmp_path, check):
+    who = {"candidates": ["Ann", "Bob"]}
+    asked = {"instruction": "Who signed it?", "answer": "Ann", "reasoning": ["Ann stands at the end."]}
+    page(1).save(tmp_path / "1.png")
+    page(2).save(tmp_path / "2.png")
+    page(1).resize((300, 457)).save(tmp_path / "3.jpg", quality=60)
+    values = [{**asked, "image": "1.png", "metadata": {**who, "split": "train"}}]
+    values += [{**asked, "image": name, "metadata": {**who, "split": "test"}} for name in ("2.png", "3.jpg")]
+    assert [number for kind, number in check(values) if kind == "picture_alike"] == [3]
+    values[2]["answer"] = "Bob"  # asked the same: so they are not the same
+    assert not any(kind == "picture_alike" for kind, _ in check(values))
 
 
 def test_a_task_without_a_picture_in_two_splits_is_found_whatever_its_case(check):
@@ -228,7 +275,10 @@ def test_an_exact_duplicate_is_found_and_so_is_another_answer_to_the_same_questi
     assert {("duplicate", 2), ("conflict", 3)} <= found
 
 
-def test_a_text_with_one_word_changed_is_a_near_duplicate_and_another_text_is_not(check):
+@pytest.mark.parametrize("most_compared", [0, 64])
+def test_a_text_with_one_word_changed_is_a_near_duplicate_and_another_text_is_not(most_compared, check, monkeypatch):
+    """In pairs as well as with MinHash."""
+    monkeypatch.setattr("embervlm.curate.duplicates.MOST_COMPARED", most_compared)
     words = [f"word{i}" for i in range(100)]
     changed = [*words[:50], "other", *words[51:]]
     values = [
@@ -520,3 +570,8 @@ def test_the_filter_command_says_where_everything_went(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"1 records kept in {output}" in said and "kept.rejected.json" in said
     assert f"--image_root {tmp_path}" in said
+
+
+def test_a_report_where_its_page_would_be_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match="the HTML page is written beside it"):
+        main(["data", "validate", "--data_file", str(tmp_path / "none.json"), "--output_report", "report.html"])

@@ -17,20 +17,21 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from embervlm.curate.chain_checks import ChainJob, check_chain, checkable_facts
 from embervlm.curate.duplicates import find_duplicates
 from embervlm.curate.findings import BYTES_PER_TOKEN, KINDS, CheckedData, CheckOptions
+from embervlm.curate.look_alikes import have_the_same_detail, pairs_from_afar, thumbnail
 from embervlm.data.curriculum import complexity_problem
 from embervlm.data.lengths import too_long
 from embervlm.data.record_fields import unused_fields
 from embervlm.data.record_pictures import PICTURE_NAMES
 from embervlm.data.records import DataError, Reading, ReasoningRecord, no_records, read_values, record_to_json
 from embervlm.data.sources import is_one_file, named_splits, source_files, source_rules, source_values
-from embervlm.data.splits import normalised_text, picture_digest, split_problem, splits_of
+from embervlm.data.splits import SPLITS, normalised_text, picture_digest, split_problem, splits_of
 from embervlm.data.tables import label_of, with_split
 from embervlm.progress import progress_bar
 from embervlm.words.chain_text import number_lines, step_numbers
@@ -183,31 +184,42 @@ def _check_numbering(data: CheckedData, reading: Reading) -> None:
 # ---- pictures and splits
 
 
-def open_picture(path: str, *, decode: bool = True) -> tuple[str, str]:
-    """A digest over the picture's content, or else its problem; decoded as in training."""
+class Opened(NamedTuple):
+    """A picture of the data, or why it cannot be one."""
+
+    digest: str = ""
+    """Over its content."""
+    problem: str = ""
+    thumbnail: bytes = b""
+    """See `look_alikes`; none where it was not decoded."""
+
+
+def open_picture(path: str, *, decode: bool = True) -> Opened:
+    """Decoded as in training."""
     from embervlm.data.images import ImageError, load_image
 
     try:
-        if decode:
-            load_image(path)
-        return picture_digest(path), ""
+        seen = thumbnail(load_image(path)).tobytes() if decode else b""
+        return Opened(picture_digest(path), thumbnail=seen)
     except ImageError as error:
-        return "", str(error)
+        return Opened(problem=str(error))
     except OSError as error:
-        return "", f"{path}: {error.strerror}; correct the path, or drop the record"
+        return Opened(problem=f"{path}: {error.strerror}; correct the path, or drop the record")
     except MemoryError:
-        return "", f"{path}: does not fit into memory; make it smaller"
+        return Opened(problem=f"{path}: does not fit into memory; make it smaller")
 
 
 def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
     paths = list(dict.fromkeys(record.image for record in data.records if record.image is not None))
     unreadable: dict[str, str] = {}
     job = partial(open_picture, decode=options.open_pictures)
-    for path, (digest, problem) in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
-        if problem:
-            unreadable[path] = problem
+    for path, opened in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
+        if opened.problem:
+            unreadable[path] = opened.problem
         else:
-            data.pictures[path] = digest
+            data.pictures[path] = opened.digest
+        if opened.thumbnail:
+            data.thumbnails.setdefault(opened.digest, opened.thumbnail)
     for number, record in zip(data.numbers, data.records):
         if record.image in unreadable:
             what, _, fix = unreadable[record.image].rpartition("; ")
@@ -238,12 +250,38 @@ def _check_splits(data: CheckedData, _: CheckOptions) -> None:
                 _add_leak(data, "picture_leak", place, first)
 
 
+def _check_look_alikes(data: CheckedData, _: CheckOptions) -> None:
+    """Pictures in two splits that were saved again: what is learned of one answers the other, and no bytes tell so."""
+    from embervlm.data.images import load_image
+
+    first: dict[str, int] = {}
+    for place, record in enumerate(data.records):
+        if record.image is not None and (digest := data.pictures[record.image]) in data.thumbnails:
+            first.setdefault(digest, place)
+    places = list(first.values())
+    thumbnails = np.array([np.frombuffer(data.thumbnails[digest], np.uint8) for digest in first])
+    order = [SPLITS.index(data.splits[place]) for place in places]
+    for row, other in pairs_from_afar(thumbnails, order):
+        pair = places[row], places[other]
+        pictures = [load_image(str(data.records[place].image)) for place in pair]
+        if have_the_same_detail(*pictures) and not _are_told_apart(data, *pair):
+            _add_leak(data, "picture_alike", *pair)
+
+
+def _are_told_apart(data: CheckedData, one: int, other: int) -> bool:
+    """Whether the two records ask the same and are answered differently, so that their pictures do differ."""
+    a, b = data.records[one], data.records[other]
+    return normalised_text(a.instruction) == normalised_text(b.instruction) and set(a.answer) != set(b.answer)
+
+
 def _add_leak(data: CheckedData, kind: str, place: int, first: int, more: str = "") -> None:
     """The record at `place` stands in another split than that at `first`, which says the same."""
     says_itself = data.records[place].metadata.get("split") or data.records[first].metadata.get("split")
+    split = "metadata.split" if says_itself else "metadata.split_group"
     name, what, fix = {
         "picture_leak": ("metadata.split", "the picture is", "give both the same metadata.split"),
-        "text_leak": ("instruction", "stands", f"give both the same metadata.split{'' if says_itself else '_group'}"),
+        "picture_alike": ("image", "looks the same", f"give both the same {split}"),
+        "text_leak": ("instruction", "stands", f"give both the same {split}"),
     }[kind]
     number = data.numbers[first]
     where = f"in {data.splits[place]} here and in {data.splits[first]} in record {number}{more}"
@@ -379,6 +417,7 @@ CHECKS: tuple[Callable[[CheckedData, CheckOptions], None], ...] = (
     _check_pictures,
     _drop_unusable,
     _check_splits,
+    _check_look_alikes,
     _check_chains,
     _check_repeats,
     _check_instructions,

@@ -22,6 +22,8 @@ SHINGLE_WORDS = 3
 _CANDIDATE_JACCARD = 0.8
 """What MinHash looks for: below `NEAR_JACCARD`, as it only estimates."""
 _NUM_PERMUTATIONS = 64
+MOST_COMPARED = 64
+"""Texts of one picture and answer that are compared in pairs, which is exact; of more, MinHash chooses the pairs."""
 
 Repeat = Literal["duplicate", "near_duplicate", "conflict"]
 
@@ -77,25 +79,55 @@ def find_duplicates(records: Sequence[ReasoningRecord], pictures: Mapping[str, s
 
 
 def _near_duplicates(records: Sequence[ReasoningRecord], group: Sequence[int]) -> list[Duplicate]:
-    from datasketch import MinHash, MinHashLSH  # imports scipy
-
     @lru_cache(maxsize=4096)  # not all at once: a set of strings takes 10 KB
     def shingles(index: int) -> frozenset[str]:
         return shingles_of(words_of(records[index].instruction, records[index].steps))
 
-    known = MinHashLSH(threshold=_CANDIDATE_JACCARD, num_perm=_NUM_PERMUTATIONS)
-    encoded = ([text.encode("utf-8", "surrogatepass") for text in shingles(index)] for index in group)
+    known = _Estimated() if len(group) > MOST_COMPARED else _Compared()
     found = []
-    for index, signature in zip(group, MinHash.generator(encoded, num_perm=_NUM_PERMUTATIONS)):
+    for index in group:
         mine = shingles(index)
-        for first in sorted(known.query(signature)):
+        for first in known.candidates(mine):
             other = shingles(first)
             if len(mine & other) >= NEAR_JACCARD * len(mine | other):
                 found.append(Duplicate("near_duplicate", index, first))
                 break
         else:  # only what is new is compared with: a thousand variants of one text cost a thousand comparisons
-            known.insert(index, signature)
+            known.add(index)
     return found
+
+
+class _Compared:
+    """Every text that was added is a candidate."""
+
+    def __init__(self) -> None:
+        self._known: list[int] = []
+
+    def candidates(self, _: frozenset[str]) -> Sequence[int]:
+        return self._known
+
+    def add(self, index: int) -> None:
+        self._known.append(index)
+
+
+class _Estimated:
+    """Texts that MinHash (Broder 1997) takes for like ones: millions are not compared in pairs."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHashLSH  # imports scipy
+
+        self._known = MinHashLSH(threshold=_CANDIDATE_JACCARD, num_perm=_NUM_PERMUTATIONS)
+
+    def candidates(self, shingles: frozenset[str]) -> Sequence[int]:
+        from datasketch import MinHash
+
+        encoded = [text.encode("utf-8", "surrogatepass") for text in shingles]
+        (self._last,) = MinHash.generator([encoded], num_perm=_NUM_PERMUTATIONS)
+        return sorted(self._known.query(self._last))
+
+    def add(self, index: int) -> None:
+        """The text whose candidates were asked for last."""
+        self._known.insert(index, self._last)
 
 
 class ChainIndex:

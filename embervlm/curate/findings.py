@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "maybe_too_long": Kind("Probably too long (estimate)", False),
     "left_out": Kind("Augmented records that are too long, which training leaves out", False),
     "complexity": Kind("Complexities that a curriculum refuses", False),
+    "picture_alike": Kind("Pictures in two splits that look the same", False),
     "text_leak": Kind("The same task in two splits", False),
     "conclusion": Kind("Conclusions that disagree with the answer", False),
     "contradiction": Kind("Steps that contradict each other or the facts", False),
@@ -134,6 +135,8 @@ class CheckedData:
     """Fields that nothing reads, and in how many records they are."""
     pictures: dict[str, str] = field(default_factory=dict)
     """Path -> digest over its content, of the readable ones."""
+    thumbnails: dict[str, bytes] = field(default_factory=dict)
+    """Digest -> how the picture looks from afar, of those that were decoded."""
 
     def add(self, kind: str, number: int, field: str, what: str, fix: str, other: int = 0) -> None:
         self.problems.append(Problem(kind=kind, number=number, field=field, what=what, fix=fix, other=other))

@@ -20,15 +20,21 @@ MAX_BARS = 20
 """Of a count with more values the rest is one bar."""
 
 
-def write_reports(report: Mapping[str, Any], output_report: str | Path) -> Path:
-    """Write `output_report` (JSON for the suffix .json, else text) and, beside it, an HTML page; the page's path."""
-    output_report = Path(output_report)
+def page_beside(output_report: Path) -> Path:
+    """Where the page goes; ConfigError if that is where the report itself would be."""
     page = output_report.with_suffix(".html")
     if page == output_report:
         raise ConfigError(
             f"--output_report {output_report}: the HTML page is written beside it; choose "
             f"a name that ends in .txt or .json"
         )
+    return page
+
+
+def write_reports(report: Mapping[str, Any], output_report: str | Path) -> Path:
+    """Write `output_report` (JSON for the suffix .json, else text) and, beside it, an HTML page; the page's path."""
+    output_report = Path(output_report)
+    page = page_beside(output_report)
     try:
         if output_report.suffix == ".json":
             write_json_atomic(output_report, report)

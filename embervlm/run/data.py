@@ -113,8 +113,9 @@ def validate_options(parser: argparse.ArgumentParser) -> None:
 def validate(data_file: Path, *, output_report: Path, **options: Any) -> None:
     """Report every problem of a data set and its contents; exit status 1 if it cannot be used for training."""
     from embervlm.curate.validate import validate
-    from embervlm.report.validation import summary, write_reports
+    from embervlm.report.validation import page_beside, summary, write_reports
 
+    page_beside(output_report)  # what is wrong with it is said before minutes of checks
     with tempfile.TemporaryDirectory() as unpack_dir:
         report = validate(data_file, _checked_as(unpack_dir=unpack_dir, **options))
         page = write_reports(report, output_report)
