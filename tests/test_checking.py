@@ -573,5 +573,5 @@ def test_the_filter_command_says_where_everything_went(tmp_path, capsys):
 
 
 def test_a_report_where_its_page_would_be_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(ConfigError, match="the HTML page is written beside it"):
+    with pytest.raises(SystemExit, match="the HTML page is written beside it"):
         main(["data", "validate", "--data_file", str(tmp_path / "none.json"), "--output_report", "report.html"])

@@ -473,6 +473,18 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
         read_run(tmp_path / "typo")
 
 
+def test_a_run_that_has_stage_3_alone_shows_its_losses(tmp_path: Path) -> None:
+    (tmp_path / "stage3").mkdir()
+    line = {"step": 1, "loss": {"direct": 2.0}, "learning_rate": {"vision_encoder": 1e-3}, "elapsed_s": 60.0}
+    lines = [line, {**line, "step": 2, "loss": {"direct": 1.0}}]
+    (tmp_path / "stage3" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    report = write_report(tmp_path)
+    page = report.index.read_text(encoding="utf-8")
+    assert "training/losses" in report.figures and "Stage 3 took" in page and "1.0 min, 2 steps" in page
+    titles = [axes.get_title("left") for axes in figures.draw_all(read_run(tmp_path))[0]["training/losses"].axes]
+    assert titles == ["Stage 3"]
+
+
 def test_half_a_log_line_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_samples=2)
     log = run_dir.metrics_log_path(run_dir.phase_dir(folder, 1))

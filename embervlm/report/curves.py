@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from embervlm.report.drawing import INK, SERIES, NoData, label, legend_below, panels
-from embervlm.report.recorded import CHAIN_METRICS, CheckpointResult, RunRecord, part
+from embervlm.report.recorded import CHAIN_METRICS, CheckpointResult, RunRecord, part, training_name
 
 MAX_POINTS = 300
 """Of a longer curve neighbouring log lines are averaged."""
@@ -43,7 +43,7 @@ def learning_rates(record: RunRecord, narrow: bool = False) -> Figure:
 def _by_phase(record: RunRecord, key: str, unit: str, narrow: bool) -> Figure:
     phases = {phase: lines for phase, lines in record.curves.items() if any(e.get(key) for e in lines)}
     if not phases:
-        raise NoData("No log of a phase (stage4/phase1|phase2|phase3/metrics.jsonl); train first.")
+        raise NoData("No log of a training (metrics.jsonl in stage3/ or stage4/phase1|phase2|phase3/); train first.")
     names = list(dict.fromkeys(name for lines in phases.values() for e in lines for name in e.get(key, {})))
     curves = {name: {phase: _points(lines, key, name) for phase, lines in phases.items()} for name in names}
     least = {name: min((y for curve in of.values() for _, y in curve), default=math.inf) for name, of in curves.items()}
@@ -58,7 +58,7 @@ def _by_phase(record: RunRecord, key: str, unit: str, narrow: bool) -> Figure:
             below = f" (down to {least[name]:.1g})" if least[name] < low else ""
             points = [(step, max(value, low / 10)) for step, value in curves[name][phase]]
             _line(axes, points, look, label(name) + below)
-        axes.set_title(f"Phase {phase}")
+        axes.set_title(training_name(phase))
         axes.set_xlabel("optimizer steps")
         axes.set_yscale("log")
         axes.set_ylim(low, high)

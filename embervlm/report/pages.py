@@ -20,7 +20,7 @@ from embervlm.meanings import MEANINGS
 from embervlm.report import page_tables
 from embervlm.report.page_tables import short
 from embervlm.report.pictures import overlay_png, picture_uris
-from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, part
+from embervlm.report.recorded import CHAIN_METRICS, RunRecord, Sample, as_sample, flat, part, training_name
 from embervlm.report.things import UNKNOWN, is_measured, looks_of
 from embervlm.run_dir import write_text_atomic
 
@@ -376,5 +376,5 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
     out = [(name, short(settings[key], 300)) for name, key in wanted if key in settings]
     for phase, lines in record.curves.items():
         if lines and (seconds := lines[-1].get("elapsed_s")) is not None:
-            out.append((f"Phase {phase} took", f"{seconds / 60:.1f} min, {lines[-1]['step']:,} steps"))
+            out.append((f"{training_name(phase)} took", f"{seconds / 60:.1f} min, {lines[-1]['step']:,} steps"))
     return out

@@ -70,6 +70,12 @@ class Sample:
 
 
 PHASES = (1, 2, 3)
+STAGE3 = 0
+"""Stage 3 among the phases."""
+
+
+def training_name(phase: int) -> str:
+    return f"Phase {phase}" if phase else "Stage 3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class RunRecord:
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     curves: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    """Phase -> lines of its log."""
+    """Phase, or `STAGE3`, -> lines of its log."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     """Of phase 3: chains that were drawn for one question, with their rewards, by step."""
     checkpoints: list[CheckpointResult] = field(default_factory=list)
@@ -163,6 +169,9 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder; give the --output_dir of a training run")
     record = RunRecord(name=folder.resolve().name, folder=folder)
+    stage3 = run_dir.stage3_dir(folder)
+    if stage3.is_dir():
+        record.curves[STAGE3] = _read_log(run_dir.metrics_log_path(stage3), record.notices)
     phases = [phase for phase in PHASES if phase < 3 or run_dir.phase_dir(folder, phase).is_dir()]
     for phase in phases:
         record.curves[phase] = _read_log(run_dir.metrics_log_path(run_dir.phase_dir(folder, phase)), record.notices)
@@ -191,8 +200,8 @@ def read_run(folder: str | Path, *, results: str | Path | None = None) -> RunRec
     _read_sample_sets(folder, record)
     if not (record.result or record.checkpoints or record.sample_sets or any(record.curves.values())):
         raise ReportError(
-            f"{folder}: nothing to report; looked for stage4/phase1|phase2|phase3/metrics.jsonl, evaluations in "
-            f"checkpoints, stage4/reasoning_samples/ and {path}"
+            f"{folder}: nothing to report; looked for metrics.jsonl in stage3/ and stage4/phase1|phase2|phase3/, "
+            f"evaluations in checkpoints, stage4/reasoning_samples/ and {path}"
         )
     return record
 
