@@ -133,6 +133,36 @@ def test_two_answers_to_one_question_exclude_each_other(text: str, found) -> Non
     assert contradicted == (found is not None)
 
 
+KINDS = [("What is drawn here?", ["shrimp"]), ("What is drawn here?", ["sandal"]), ("How many?", ["3"])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "step 2 says 'sandal', and the answer is 'shrimp'"),
+        ({"answer": frozenset(["boat"])}, ""),  # nobody has said that the two exclude each other
+        ({"answer": frozenset(["shrimp"])}, ""),
+        ({"gold_answer": frozenset()}, ""),
+        ({"instruction": "Is it a sandal or a shrimp?"}, ""),
+        ({"reference_steps": ("A sandal has no legs, and this has.", "So a shrimp is drawn.")}, ""),
+    ],
+)
+def test_a_step_that_names_a_wrong_answer_is_false_in_whatever_words(changes, reason):
+    """A gold chain that says it in other words cannot be compared with word by word."""
+    known = {
+        "instruction": "What is drawn here?",
+        "answer": frozenset(["sandal"]),
+        "gold_answer": frozenset(["shrimp"]),
+        "reference_steps": ("The shape is that of a shrimp.", "It has many legs."),
+        **changes,
+    }
+    scorer = ChainScorer.fit(asked=KINDS)
+    scores = scorer.score(["It has many legs.", "It must be a sandal."], ChainContext(**known))
+    found = [each for each in scores["reasons"] if "and the answer is" in each]
+    assert found == ([reason] if reason else [])
+    assert not reason or scores["reasoning_consistency"] == 0
+
+
 @pytest.mark.parametrize(
     ("conclusion", "answer", "agrees"),
     [

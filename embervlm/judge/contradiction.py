@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from embervlm.judge.arithmetic import wrong_arithmetic
 from embervlm.judge.reading import FAULT, FIRST_STEP, ChainContext, ChainReading, Fault, ReadStep
 from embervlm.judge.replaced import replaced_details
 from embervlm.words.claims import Claim, content_words, named_candidates, statements
-from embervlm.words.english import NEGATION, is_negation
+from embervlm.words.english import NEGATION, is_negation, is_number
+from embervlm.words.numbers import in_digits
 from embervlm.words.wording import Array, ramp
 
 MIN_SHARED_OF_REPLACED = 0.3
@@ -68,6 +70,8 @@ def contradiction(reading: ChainReading, j: int, rule: str | None, earlier: Sequ
         return Fault()
     if detail := _replaced(reading, j):
         return Fault(1.0, "says '{}' where '{}' is known: '{}'".format(*detail))
+    if answers := _other_answer(step.text, context):
+        return Fault(1.0, "says '{}', and the answer is '{}'".format(*answers))
     # What the facts confirm is right even where an earlier step, itself against the facts, said otherwise.
     checked = [found for claim in step.claims if (found := context.confirms(claim)) is not None]
     known = bool(checked) and all(checked)
@@ -105,6 +109,27 @@ def _replaced(reading: ChainReading, j: int) -> tuple[str, str, str] | None:
         if found and first is None:
             first = (*found[0], _short(text))
     return first
+
+
+def _other_answer(text: str, context: ChainContext) -> tuple[str, str] | None:
+    """The chain's answer and the gold one, where these exclude each other and a step names the first alone.
+
+    "It must be a sandal." is false of a shrimp, whatever words the gold chain has for it. Numbers, letters and yes or
+    no may stand in a step for something else, and so may what the question or the gold chain name.
+    """
+    if len(context.answer) != 1 or len(context.gold_answer) != 1:
+        return None
+    ours, gold = (" ".join(name.casefold().split()) for (name,) in (context.answer, context.gold_answer))
+    if not context.alternatives.exclude(ours, gold) or not set(ours.split()) - {"yes", "no"} or len(ours) < 3:
+        return None
+    if is_number(in_digits(ours)) or NEGATION.search(text) or _names(text, gold) or not _names(text, ours):
+        return None
+    told = (context.instruction, *context.reference_steps)
+    return None if any(_names(each, ours) for each in told) else (ours, gold)
+
+
+def _names(text: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text.casefold()) is not None
 
 
 def _short(text: str) -> str:
