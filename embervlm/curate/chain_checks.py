@@ -17,7 +17,7 @@ from embervlm.judge.faults import judge_steps
 from embervlm.judge.flow import context_free
 from embervlm.judge.reading import ChainContext
 from embervlm.words.chain_text import CONCLUSION
-from embervlm.words.claims import all_words, content_words, is_conclusion, named_candidates
+from embervlm.words.claims import all_words, concluded_names, content_words, is_conclusion, named_candidates
 from embervlm.words.english import STOP_WORDS
 from embervlm.words.numbers import in_digits
 from embervlm.words.open_answers import same_answers
@@ -93,7 +93,7 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         out.append(("contradiction", "reasoning", what, "correct one of the two"))
     if is_conclusion(last := job.steps[-1]):
         concluded = last.removeprefix(CONCLUSION).strip()
-        named = named_candidates(concluded, job.candidates)
+        named = concluded_names(concluded, job.candidates, job.answer)
         listed = ", ".join(name for name in job.candidates if name in named)
         if not job.candidates and _other_words(concluded, job.answer):
             listed = quote(concluded)

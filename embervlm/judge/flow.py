@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from embervlm.judge.reading import ANSWER, FAULT, FIRST_STEP, ChainContext, ChainReading
-from embervlm.words.claims import all_words, conclusion_fault, named_candidates
+from embervlm.words.claims import POLAR, all_words, concluded_names, conclusion_fault
 from embervlm.words.numbers import in_digits
 from embervlm.words.open_answers import same_answers
 from embervlm.words.wording import clauses_of
 
-POLAR = frozenset(("yes", "no", "true", "false"))
 FADING = 0.7
 """What the step before counts, compared with the one after it."""
 BESIDE_THE_CHAIN = 0.7
@@ -59,7 +58,7 @@ def names_answer(text: str, context: ChainContext) -> bool:
         return True
     if context.gold_answer and text in context.reference_steps[-1:]:
         return bool(is_gold(answer, context))
-    if named := named_candidates(text, context.all_candidates):
+    if named := concluded_names(text, context.all_candidates, context.answer):
         return bool(final_answer_accuracy(named, context.answer, is_open=not context.candidates))
     words, wanted = _said(text), {word for name in answer for word in _said(name)}
     if answer < POLAR and (clauses := clauses_of(text)) and not wanted & words:

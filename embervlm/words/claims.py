@@ -145,14 +145,32 @@ def content_words(text: str) -> tuple[str, ...]:
     return tuple(stem(word) for word in tokens(stripped) if word not in STOP_WORDS)
 
 
+POLAR = frozenset(("yes", "no", "true", "false"))
+_ANSWER_IS = re.compile(r"\banswers?\b[^.,;]{0,20}?(?:\b(?:is|are|be|reads)\b|[:=])", re.IGNORECASE)
+
+
 def named_candidates(conclusion: str, candidates: Collection[str]) -> frozenset[str]:
     """Candidates that a conclusion names as whole words, longest first; not those after "not", "except", "than"."""
     return _named(conclusion, frozenset(candidates))
 
 
+def concluded_names(conclusion: str, candidates: Collection[str], answer: Collection[str]) -> frozenset[str]:
+    """Candidates that a conclusion gives as its answer: those behind "the answer is", else all that it names.
+
+    "A yellow shape is there, so yes" names two candidates where one question has colors and another yes and no. Such a
+    word beside other names is the answer or a word of the sentence: `answer` decides which.
+    """
+    names = {*candidates, *answer}
+    told = list(_ANSWER_IS.finditer(conclusion))
+    named = (told and named_candidates(conclusion[told[-1].end() :], names)) or named_candidates(conclusion, names)
+    polar = frozenset(name for name in named if name.casefold() in POLAR)
+    wanted = {name.casefold() for name in answer}
+    return next((some for some in (polar, named - polar) if {name.casefold() for name in some} == wanted), named)
+
+
 def conclusion_fault(conclusion: str, answer: Collection[str], candidates: Collection[str]) -> str | None:
     """What is wrong where a conclusion names other candidates than the answer does; None where it names none."""
-    named = named_candidates(conclusion, {*candidates, *answer})
+    named = concluded_names(conclusion, candidates, answer)
     if not answer or not named or {name.casefold() for name in named} == {name.casefold() for name in answer}:
         return None
     return f"names {', '.join(sorted(named))}, the answer is {', '.join(sorted(answer))}"
