@@ -237,9 +237,10 @@ def model_preset(name: str) -> dict[str, Any]:
     if (path / CONFIG).is_file():
         return shape_of(path)
     if path.suffix not in (".yaml", ".yml"):
-        path = REPOSITORY / "configs" / "model" / f"{name}.yaml"
+        presets = REPOSITORY / "configs" / "model"
+        path = presets / f"{name}.yaml"
         if not path.exists():
-            known = sorted(preset.stem for preset in path.parent.glob("*.yaml"))
+            known = sorted(preset.stem for preset in presets.glob("*.yaml"))
             raise ConfigError(
                 f"model: no preset {name!r}; known are {', '.join(known)}, or give a path to a YAML or a checkpoint"
             )

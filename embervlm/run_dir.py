@@ -117,7 +117,10 @@ def read_eval(path: str | Path) -> dict[str, Any]:
     """The content of an evaluation file. UserError if it has another version or is not an evaluation."""
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("metrics"), dict):
-        raise UserError(f"{path}: not an evaluation, because it has no 'metrics'; delete it and evaluate again")
+        raise UserError(
+            f"{path}: not an evaluation, because it has no 'metrics'; give the file that `embervlm evaluate` wrote, or "
+            "evaluate again"
+        )
     if (found := evaluation.get("format", EVAL_FORMAT)) != EVAL_FORMAT:
         raise UserError(
             f"{path}: evaluation of format {found}, this version reads {EVAL_FORMAT}: it has different "

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -575,3 +576,59 @@ def test_the_filter_command_says_where_everything_went(tmp_path, capsys):
 def test_a_report_where_its_page_would_be_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(SystemExit, match="the HTML page is written beside it"):
         main(["data", "validate", "--data_file", str(tmp_path / "none.json"), "--output_report", "report.html"])
+
+
+def answers_alone(value):
+    """The record as phase 3 takes it: a question and its answer."""
+    bare = {name: item for name, item in value.items() if name != "reasoning"}
+    bare["metadata"] = {name: item for name, item in value["metadata"].items() if name in ("split", "split_group")}
+    return bare
+
+
+def test_records_without_chains_are_fine_where_phase_3_is_to_train_on_them(scenes, tmp_path, capsys):
+    path, kept = tmp_path / "data.json", tmp_path / "kept.json"
+    path.write_text(json.dumps([answers_alone(value) if n % 2 else value for n, value in enumerate(scenes)]))
+    checked = ["data", "validate", "--data_file", str(path), "--output_report", str(tmp_path / "report.txt")]
+    with pytest.raises(SystemExit):
+        main(checked)
+    assert "for it, say `--without_chains`" in capsys.readouterr().out
+    main([*checked, "--without_chains"])
+    assert "every record can be used for training" in capsys.readouterr().out
+    chosen = ["data", "filter", "--input", str(path), "--output", str(kept), "--min_quality_score", "0.8"]
+    main([*chosen, "--without_chains"])
+    assert 0 < sum("reasoning" not in value for value in json.loads(kept.read_text()))
+    assert "is missing" not in (tmp_path / "kept.rejected.json").read_text()
+
+
+def test_a_terminal_shows_the_first_findings_that_stop_training(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sum_record(n) | {"answer": "fiive"} for n in range(7)]))
+    with pytest.raises(SystemExit):
+        main(["data", "validate", "--data_file", str(path), "--output_report", str(tmp_path / "report.txt")])
+    out = capsys.readouterr().out
+    assert f'{path} record 5: answer: "fiive" is not one of' in out and "record 6:" not in out
+    assert "... and 2 more that stop training" in out
+
+
+def test_a_list_that_is_cut_short_names_its_line_and_no_record(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sum_record(1), sum_record(2)], indent=1)[:-40])
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
+    assert report["num_records"] == 1
+    (found,) = [found for found in report["problems"] if found["kind"] == "schema"]
+    assert found["number"] == 0 and found["what"].startswith("line ") and "invalid JSON" in found["what"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_file_that_powershell_wrote_is_one_line(encoding, tmp_path):
+    path = tmp_path / "data.jsonl"
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    path.write_bytes(mark + "".join(json.dumps(sum_record(n)) + "\n" for n in range(3)).encode(encoding))
+    with pytest.raises(DataError, match=r"data\.jsonl: is UTF-16, as PowerShell writes it; save it as UTF-8"):
+        read_records(path)
+
+
+def test_bars_end_at_their_last_item(scenes, check, capsys):
+    check(scenes)
+    bars = capsys.readouterr().err
+    assert "pictures: 16/16" in bars and re.search(r"chains: (\d+)/\1 ", bars)

@@ -134,7 +134,7 @@ def test_empty_chains_score_zero_and_are_counted(tmp_path, capsys):
     [
         ("{broken", "invalid JSON"),
         ("[1, 2]", "is a list, not an object"),
-        ('{"answer": "x"}', "steps: is null"),
+        ('{"answer": "x"}', "steps: is missing"),
         ('{"steps": [1]}', "steps: is a list, not a list of texts"),
         ('{"steps": ["a"], "instruction": 3}', "instruction: is a number"),
         ('{"steps": ["a"], "facts": [{"x": 1}]}', "facts: is a list"),
@@ -212,3 +212,27 @@ def test_a_chain_scores_the_same_in_any_company_and_process(tmp_path):
         for path, seed in ((alone, "1"), (together, "2"))
     ]
     assert last[0] == last[1]
+
+
+def test_a_file_that_holds_no_chain_ends_in_an_error_that_says_what_it_is(tmp_path, capsys):
+    record = {"instruction": "What is it?", "answer": "a stork", "reasoning": "Step 1: It has a beak."}
+    with pytest.raises(SystemExit, match="no line could be scored"):
+        main(["score-chains", str(write(tmp_path / "records.jsonl", record, {"step": ["One."], "answer": "1"}))])
+    told = capsys.readouterr().err
+    assert "line 1: steps: is missing; this is a record of a data set" in told
+    assert 'line 2: steps: is missing; rename "step"' in told
+
+
+def test_a_misspelt_name_is_told_and_another_one_is_not(tmp_path, capsys):
+    (line,) = [{**LAMP, "gold_anwser": "No", "teacher": "x"}]
+    line.pop("gold_answer")
+    main(["score-chains", str(write(tmp_path / "chains.jsonl", line))])
+    assert '1 of 1 lines have "gold_anwser", which is not read: is it gold_answer?' in (out := capsys.readouterr().out)
+    assert "teacher" not in out
+
+
+def test_the_scores_replace_no_input(tmp_path):
+    path = write(tmp_path / "chains.jsonl", LAMP)
+    with pytest.raises(SystemExit, match="is the input; choose another file"):
+        main(["score-chains", str(path), "--output_file", str(path)])
+    assert json.loads(path.read_text()) == LAMP

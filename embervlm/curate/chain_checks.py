@@ -91,7 +91,7 @@ def check_chain(job: ChainJob, *, domains: Mapping[str, frozenset[str]]) -> list
         first, second = opposite
         what = f"step {second} says the opposite of " + (f"step {first}" if first != second else "itself")
         out.append(("contradiction", "reasoning", what, "correct one of the two"))
-    if is_conclusion(last := job.steps[-1]):
+    if job.steps and is_conclusion(last := job.steps[-1]):
         concluded = last.removeprefix(CONCLUSION).strip()
         named = concluded_names(concluded, job.candidates, job.answer)
         listed = ", ".join(name for name in job.candidates if name in named)

@@ -106,9 +106,11 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         data.numbers.append(number)
         data.records.append(record)
     for problem in file_problems:  # a broken line is no value
-        data.num_values += 1
+        in_lines = data.path.suffix == ".jsonl"
+        data.num_values += in_lines
         text = problem.removeprefix(f"{data.path} ")
-        line = None if data.where else re.search(r"(?:line|record) (\d+)", problem.removeprefix(str(data.path)))
+        counted = r"(?:line|record) (\d+)" if in_lines else r"^ record (\d+)"  # a list's lines are no records
+        line = None if data.where else re.search(counted, problem.removeprefix(str(data.path)))
         what, _, fix = (text if line is None else re.sub(r"^record \d+: ", "", text)).partition("; ")
         data.add("schema", int(line[1]) if line else 0, "", what, fix)
     if not data.num_values:
@@ -130,6 +132,7 @@ def _readings(data: CheckedData, options: CheckOptions, problems: list[str]) -> 
         candidates=options.domain.candidates,
         image_root=options.image_root,
         allow_outside=options.allow_outside,
+        require_reasoning=options.require_reasoning,
     )
 
     splits = named_splits(files)
@@ -213,7 +216,7 @@ def _check_pictures(data: CheckedData, options: CheckOptions) -> None:
     paths = list(dict.fromkeys(record.image for record in data.records if record.image is not None))
     unreadable: dict[str, str] = {}
     job = partial(open_picture, decode=options.open_pictures)
-    for path, opened in zip(paths, _in_processes(job, paths, "pictures", options.workers)):
+    for path, opened in zip(paths, _in_processes(job, paths, "pictures", options.workers), strict=True):
         if opened.problem:
             unreadable[path] = opened.problem
         else:
@@ -325,7 +328,7 @@ def _check_chains(data: CheckedData, options: CheckOptions) -> None:
     jobs = [ChainJob.of(record, domains) for record in data.records]
     distinct = list(dict.fromkeys(jobs))  # many pictures may have one chain
     found = _in_processes(partial(check_chain, domains=domains), distinct, "chains", options.workers)
-    findings = dict(zip(distinct, found))
+    findings = dict(zip(distinct, found, strict=True))
     for number, job in zip(data.numbers, jobs):
         for kind, name, what, fix in findings[job]:
             data.add(kind, number, name, what, fix)

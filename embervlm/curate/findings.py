@@ -26,7 +26,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "schema": Kind("Fields missing, empty or of the wrong type", True),
+    "schema": Kind("Not readable, or fields missing, empty or of the wrong type", True),
     "markers": Kind("Unbalanced reasoning markers", True),
     "unknown_answer": Kind("Answers that are not among the candidates", True),
     "picture": Kind("Pictures missing or unreadable", True),
@@ -92,6 +92,8 @@ class CheckOptions:
     """Whether its chat template, if it has one, makes the prompts."""
     vocab_size: int | None = None
     """Without a tokenizer: of the one that a run trains on the records. None: an estimate."""
+    require_reasoning: bool = True
+    """Whether a record needs a chain; phase 3 learns from answers alone."""
     open_pictures: bool = True
     """Decode every picture; False only reads its bytes."""
     workers: int | None = None

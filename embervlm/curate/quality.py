@@ -35,7 +35,7 @@ def quality(
     parts = {
         "consistency": 0.5 ** count["contradiction"],
         "conclusion": 0.0 if count["conclusion"] else 1.0,
-        "relevance": max(0.0, 1 - idle / len(record.steps)),
+        "relevance": max(0.0, 1 - idle / max(1, len(record.steps))),
         "form": 0.75 if count["numbering"] else 1.0,
         "length": min(1.0, max_reasoning_length / num_tokens),
         "novelty": 0.0 if count["duplicate"] else 0.5 if count["near_duplicate"] or count["conflict"] else 1.0,

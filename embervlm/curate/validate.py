@@ -54,7 +54,7 @@ def validate(data_file: str | Path, options: CheckOptions) -> dict[str, Any]:
         "distinct": {
             "pictures": len(set(data.pictures.values())),
             "instructions": len({record.instruction for record in data.records}),
-            "chains": len({record.steps for record in data.records}),
+            "chains": len({record.steps for record in data.records} - {()}),
         },
         "kinds": {
             name: {"title": KINDS[name].title, "stops_training": KINDS[name].stops_training, "count": count}

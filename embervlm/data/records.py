@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +240,8 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False, inside:
         with open(path, "rb") as file:
             if file.peek(3).startswith(BYTE_ORDER_MARK):
                 file.read(len(BYTE_ORDER_MARK))
+            elif file.peek(2).startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                raise DataError(f"{path}: is UTF-16, as PowerShell writes it; save it as UTF-8")
             if suffix == ".jsonl":
                 yield from _jsonl_values(path, file, problems)
             else:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from embervlm.words.claims import content_words
 from embervlm.words.open_answers import LIST_SEPARATOR
 
 SCORES = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
+FIELDS = ("steps", "answer", "gold_answer", "instruction", "image", "facts", "candidates", "gold_steps")
 MAX_STEPS, MAX_CHARACTERS = 200, 30_000
 """Of a line; scoring compares every step with every other, and every word."""
 MAX_VALUES = 200
@@ -89,7 +91,9 @@ def read_line(number: int, value: Any) -> ChainLine:
 def _read_line(number: int, value: Any) -> ChainLine:
     if not isinstance(value, dict):
         raise DataError(f'is {kind(value)}, not an object; write {{"steps": [...], "answer": ...}}')
-    steps = value.get("steps")
+    if "steps" not in value:
+        raise DataError(f"steps: is missing; {_instead_of_steps(value)}")
+    steps = value["steps"]
     if isinstance(steps, str):
         steps = list(parse_reasoning_text(steps)) or [line for line in steps.splitlines() if line.strip()]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
@@ -116,6 +120,25 @@ def _read_line(number: int, value: Any) -> ChainLine:
         is_pictured=names_picture(value) or bool(PLACEHOLDER.search(instruction)),
     )
     return ChainLine(number, value, tuple(steps), context)
+
+
+def _instead_of_steps(value: Mapping[str, Any]) -> str:
+    """What to do about a line without steps."""
+    if "reasoning" in value:
+        return 'this is a record of a data set: write its chain as "steps", or check it with `embervlm data validate`'
+    near = get_close_matches("steps", value, n=1)
+    return f'rename "{near[0]}"' if near else "write one text for each step"
+
+
+def misspelt(value: Any) -> list[tuple[str, str]]:
+    """Names in a line that nothing reads, each with the one of ours that it is nearly."""
+    missing = [name for name in FIELDS if name not in value] if isinstance(value, dict) else []
+    near = (
+        [(name, get_close_matches(name, missing, n=1, cutoff=0.8)) for name in value if name not in FIELDS]
+        if missing
+        else []
+    )
+    return [(name, found[0]) for name, found in near if found]
 
 
 def _texts(value: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -209,7 +232,13 @@ def score_file(
     similarity: str = EMBEDDED,
     entailment: str = EMBEDDED,
 ) -> None:
-    """Score every line of `path`; print the lines with `as_json`, else what is wrong with each and the means."""
+    """Score every line of `path`; print the lines with `as_json`, else what is wrong with each and the means.
+
+    Raises:
+        DataError: no file of lines, none of which can be scored, or one that the output would replace.
+    """
+    if output_file is not None and output_file.resolve() == path.resolve():
+        raise DataError(f"--output_file {output_file}: is the input; choose another file")
     scorer, domains = scorer_for(reference, similarity, entailment)
     lines = list(read_lines(path))
     bar = progress_bar(lines, desc="score", unit=" chains", disable=as_json or None)
@@ -231,6 +260,8 @@ def score_file(
     out = sys.stderr if as_json else sys.stdout
     print("\n".join(summary(scored, scorer)), file=out)
     print("".join(f"{note}\n" for note in notes(lines)), end="", file=out)
+    if all(line.problem for line in lines):
+        raise DataError(f"{path}: no line could be scored; the reasons are above")
 
 
 def notes(lines: Sequence[ChainLine]) -> list[str]:
@@ -238,7 +269,11 @@ def notes(lines: Sequence[ChainLine]) -> list[str]:
     read = [line.context for line in lines if not line.problem]
     seen = sum(context.is_seen_alone for context in read)
     untold = sum(not context.is_told and not context.is_pictured for context in read)
-    out = []
+    counts = Counter(pair for line in lines for pair in misspelt(line.value))
+    out = [
+        f'{count:,} of {len(lines):,} lines have "{name}", which is not read: is it {ours}?'
+        for (name, ours), count in counts.items()
+    ]
     if seen:
         out.append(
             f"{seen:,} of {len(lines):,} lines have a picture and neither facts nor gold_steps: whether what their "

@@ -16,6 +16,8 @@ from embervlm.config import ConfigError
 from embervlm.run_dir import write_json_atomic, write_text_atomic
 
 THUMBNAIL_PIXELS = 176
+MOST_SHOWN = 5
+"""Findings that a terminal shows."""
 MAX_BARS = 20
 """Of a count with more values the rest is one bar."""
 
@@ -93,11 +95,23 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, verdict(report)])
 
 
+def first_findings(report: Mapping[str, Any]) -> list[str]:
+    """Lines about the first findings that stop training, for a terminal or a job's log."""
+    stopping = [found for found in report["problems"] if report["kinds"][found["kind"]]["stops_training"]]
+    lines = [problem_line(report, found) for found in stopping[:MOST_SHOWN]]
+    more = len(stopping) - MOST_SHOWN
+    return lines + ([f"... and {more:,} more that stop training; the report has them all"] if more > 0 else [])
+
+
 def verdict(report: Mapping[str, Any]) -> str:
     if not report["trains"]:
         if not report["num_stopping"]:  # findings about files alone
             return "these findings would stop training; correct them"
         told = f"{report['num_stopping']:,} records would stop training; correct or delete them"
+        if any(
+            found["field"] == "reasoning" and found["what"].startswith("is missing") for found in report["problems"]
+        ):
+            told += ". Phase 3 learns from answers alone: for it, say `--without_chains`"
         return ". ".join(filter(None, (told, report["other_domain_in_words"])))
     if report["num_with_findings"]:
         return f"every record can be used for training; {report['num_with_findings']:,} of them are worth a look"

@@ -113,13 +113,13 @@ def validate_options(parser: argparse.ArgumentParser) -> None:
 def validate(data_file: Path, *, output_report: Path, **options: Any) -> None:
     """Report every problem of a data set and its contents; exit status 1 if it cannot be used for training."""
     from embervlm.curate.validate import validate
-    from embervlm.report.validation import page_beside, summary, write_reports
+    from embervlm.report.validation import first_findings, page_beside, summary, write_reports
 
     page_beside(output_report)  # what is wrong with it is said before minutes of checks
     with tempfile.TemporaryDirectory() as unpack_dir:
         report = validate(data_file, _checked_as(unpack_dir=unpack_dir, **options))
         page = write_reports(report, output_report)
-    print(f"{summary(report)}\n{output_report}, {page}")
+    print("\n".join([*first_findings(report), summary(report), f"{output_report}, {page}"]))
     if not report["trains"]:
         sys.exit(1)
 
@@ -149,6 +149,12 @@ def _domain_option(parser: argparse.ArgumentParser) -> None:
 def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_root", type="path", help="folder that picture paths are relative to")
     parser.add_argument("--allow_outside", action="store_true", help="accept pictures outside the data folder")
+    parser.add_argument(
+        "--without_chains",
+        dest="require_reasoning",
+        action="store_false",
+        help="records need no chain, as where phase 3 trains on them",
+    )
     parser.add_argument(
         "--max_reasoning_length", type=int, default=512, help="maximum number of tokens of chain and answer"
     )
