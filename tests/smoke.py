@@ -33,7 +33,7 @@ def quickstart(output: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """`embervlm quickstart --smoke`, with both baselines."""
     argv = [sys.executable, "-m", "embervlm.cli", "quickstart", "--smoke", "--same_time_baseline"]
     argv += ["--output_dir", str(output)]
-    return run(argv, timeout_s=240, cold=True, **env)
+    return run(argv, timeout_s=600, cold=True, **env)  # beside other tests on a slow machine
 
 
 def smoke_run(factory: pytest.TempPathFactory) -> Smoke:
