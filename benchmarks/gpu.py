@@ -62,7 +62,7 @@ class Scale:
     """Of each training."""
 
 
-FULL, SMALL = Scale(samples=2_000, steps=60, limit_s=70), Scale(samples=60, steps=2, limit_s=120)
+FULL, SMALL = Scale(samples=2_000, steps=60, limit_s=70), Scale(samples=60, steps=2, limit_s=240)
 
 
 class Bench:
@@ -80,11 +80,11 @@ class Bench:
     def run(self) -> bool:
         """Whether every part ended well."""
         generate = ["data", "generate", "--teacher_model", "rules", "--num_samples", str(self.scale.samples)]
-        self.part("data", ["-m", "embervlm.cli", *generate, "--output_file", str(self.data)], 60)
+        self.part("data", ["-m", "embervlm.cli", *generate, "--output_file", str(self.data)], self.scale.limit_s)
         recipe = self.work / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
         planned = ["--cluster", str(recipe), "--config", str(self.config), "--records", str(self.scale.samples)]
-        self.part("plan", ["-m", "embervlm.cli", "plan", *planned], 60)
+        self.part("plan", ["-m", "embervlm.cli", "plan", *planned], self.scale.limit_s)
         first = self.training("start", ["--stages", "3"], [])
         precisions = ["auto"] if self.small else ["bf16", "fp16"]
         for precision in precisions:
