@@ -349,6 +349,16 @@ def test_any_value_in_any_field_is_accepted_or_reported(fields, metadata, tmp_pa
         assert len(read_records(path, candidates=ROBOTS)) == 2
 
 
+@pytest.mark.parametrize("facts", ["Infinity", '{"a": 1, "a": 2}'])
+def test_a_record_of_a_list_that_json_does_not_know_has_its_number_and_is_counted(facts, tmp_path):
+    path = tmp_path / "data.json"
+    first, second = json.dumps(sum_record(3)), json.dumps(sum_record(50, facts="FACTS")).replace('"FACTS"', facts)
+    path.write_text(f"[{first}, {second}]")
+    report = validate(path, CheckOptions(domain=ROBOTS_DOMAIN))
+    assert report["num_records"] == 2
+    assert [found["number"] for found in report["problems"] if found["kind"] == "schema"] == [2]
+
+
 def test_half_a_surrogate_pair_is_found_and_can_be_reported(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sum_record(3), sum_record(50, instruction="Tom \ud800 red marbles")]))

@@ -106,11 +106,10 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         data.numbers.append(number)
         data.records.append(record)
     for problem in file_problems:  # a broken line is no value
-        in_lines = data.path.suffix == ".jsonl"
-        data.num_values += in_lines
         text = problem.removeprefix(f"{data.path} ")
-        counted = r"(?:line|record) (\d+)" if in_lines else r"^ record (\d+)"  # a list's lines are no records
-        line = None if data.where else re.search(counted, problem.removeprefix(str(data.path)))
+        counted = r"(?:line|record) (\d+)" if data.path.suffix == ".jsonl" else r"^record (\d+)"  # a list has no lines
+        line = None if data.where else re.search(counted, text)
+        data.num_values += line is not None or bool(data.where)
         what, _, fix = (text if line is None else re.sub(r"^record \d+: ", "", text)).partition("; ")
         data.add("schema", int(line[1]) if line else 0, "", what, fix)
     if not data.num_values:
