@@ -10,8 +10,8 @@ from smoke import TARGETS, Smoke, smoke_run
 from training_helpers import run, timed
 
 pytestmark = pytest.mark.slow
-USUAL_START_S = 3.0
-"""On the machine where the minute was measured."""
+USUAL_START_S = 2.2
+"""Where the minute was set, by the time that all tests took there and take on a machine where it is 3 to 4."""
 METRICS = {
     "reasoning_consistency",
     "step_completeness",
@@ -38,7 +38,7 @@ def test_the_smoke_run_ends_well_in_under_a_minute(smoke: Smoke) -> None:
 def start_s() -> float:
     """Seconds in which this machine starts a process that uses DeepSpeed, which is most of what a smoke run does."""
     argv = [sys.executable, "-c", "import deepspeed"]
-    return min(min(timed(run, argv)[1:]) for _ in range(3))
+    return min(min(timed(run, argv, cold=True)[1:]) for _ in range(3))
 
 
 def test_the_table_shows_every_target_of_the_guide(smoke: Smoke) -> None:
