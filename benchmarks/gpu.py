@@ -79,12 +79,13 @@ class Bench:
 
     def run(self) -> bool:
         """Whether every part ended well."""
+        limit_s = self.scale.limit_s if self.small else 60
         generate = ["data", "generate", "--teacher_model", "rules", "--num_samples", str(self.scale.samples)]
-        self.part("data", ["-m", "embervlm.cli", *generate, "--output_file", str(self.data)], self.scale.limit_s)
+        self.part("data", ["-m", "embervlm.cli", *generate, "--output_file", str(self.data)], limit_s)
         recipe = self.work / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
         planned = ["--cluster", str(recipe), "--config", str(self.config), "--records", str(self.scale.samples)]
-        self.part("plan", ["-m", "embervlm.cli", "plan", *planned], self.scale.limit_s)
+        self.part("plan", ["-m", "embervlm.cli", "plan", *planned], limit_s)
         first = self.training("start", ["--stages", "3"], [])
         precisions = ["auto"] if self.small else ["bf16", "fp16"]
         for precision in precisions:
