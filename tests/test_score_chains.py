@@ -224,11 +224,11 @@ def test_a_file_that_holds_no_chain_ends_in_an_error_that_says_what_it_is(tmp_pa
 
 
 def test_a_misspelt_name_is_told_and_another_one_is_not(tmp_path, capsys):
-    (line,) = [{**LAMP, "gold_anwser": "No", "teacher": "x"}]
+    line = {**LAMP, "gold_anwser": "No", "teacher": "x", "images": ["a.png"]}
     line.pop("gold_answer")
     main(["score-chains", str(write(tmp_path / "chains.jsonl", line))])
     assert '1 of 1 lines have "gold_anwser", which is not read: is it gold_answer?' in (out := capsys.readouterr().out)
-    assert "teacher" not in out
+    assert "teacher" not in out and '"images"' not in out
 
 
 def test_the_scores_replace_no_input(tmp_path):

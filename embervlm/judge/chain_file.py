@@ -19,7 +19,7 @@ from typing import Any
 
 from embervlm.data.facts import fact_domains
 from embervlm.data.record_fields import kind
-from embervlm.data.record_pictures import PLACEHOLDER, names_picture
+from embervlm.data.record_pictures import PICTURE_NAMES, PLACEHOLDER, names_picture
 from embervlm.data.records import DataError, file_values, read_records
 from embervlm.judge.backends import EMBEDDED
 from embervlm.judge.metrics import ChainScorer
@@ -132,12 +132,11 @@ def _instead_of_steps(value: Mapping[str, Any]) -> str:
 
 def misspelt(value: Any) -> list[tuple[str, str]]:
     """Names in a line that nothing reads, each with the one of ours that it is nearly."""
-    missing = [name for name in FIELDS if name not in value] if isinstance(value, dict) else []
-    near = (
-        [(name, get_close_matches(name, missing, n=1, cutoff=0.8)) for name in value if name not in FIELDS]
-        if missing
-        else []
-    )
+    if not isinstance(value, dict):
+        return []
+    missing = [name for name in FIELDS if name not in value]
+    unread = [name for name in value if name not in FIELDS and name.casefold() not in PICTURE_NAMES]
+    near = [(name, get_close_matches(name, missing, n=1, cutoff=0.8)) for name in unread]
     return [(name, found[0]) for name, found in near if found]
 
 
