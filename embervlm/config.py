@@ -277,6 +277,7 @@ class Phase3Config(ReasoningPhaseConfig, PolicySettings):
     name: str = "reinforcement"
     epochs: int = 1
     learning_rate: float = 1e-5
+    """Peak learning rate, before `learning_rate_multipliers`. Left out of a YAML it is a fifth of phase 2's."""
     warmup_steps: int = 10
     reasoning_loss_weight: float = 0.1
     answer_loss_weight: float = 0.1
@@ -413,7 +414,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
     max_minutes: float | None = None
-    """Training time of Stage 3 and both phases together, as far as the command trains them. They share it 4 to 1 to 4,
+    """Training time of Stage 3 and both phases together, as far as the command trains them. They share it 6 to 1 to 3,
     as `max_minutes` of each; what one leaves is not passed on. The look at val questions behind each is not in it."""
     report: bool = False
     """Write `stage4/visualizations/` when Stage 4 has ended, and add its figures to the W&B run."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from embervlm import run_dir
-from embervlm.config import ALIASES, COMPONENTS, REPOSITORY, ConfigError, TrainConfig, filled_in
+from embervlm.config import ALIASES, COMPONENTS, REPOSITORY, ConfigError, Phase2Config, TrainConfig, filled_in
 
 Config = TypeVar("Config")
 CONFIG = "config.json"
@@ -210,7 +210,24 @@ def _overridden(values: dict[str, Any], given: Given) -> dict[str, Any]:
     out = copy.deepcopy(values)
     for dotted, (_, value) in given.items():
         override(out, dotted, value)
+    _fill_in_phase3(out)
     return out
+
+
+PHASE3_RATE = 0.2
+"""Of phase 2's learning rate, for a phase 3 that names none: the guide's model and one of 2M parameters learn at rates
+that are forty times apart."""
+
+
+def _fill_in_phase3(values: dict[str, Any]) -> None:
+    stage = values.get("stage4")
+    phase3 = stage.get("phase3") if isinstance(stage, dict) else None
+    if not isinstance(stage, dict) or not isinstance(phase3, dict) or "learning_rate" in phase3:
+        return
+    phase2 = stage.get("phase2")
+    rate = phase2.get("learning_rate") if isinstance(phase2, dict) else None
+    with suppress(TypeError, ValueError):  # phase 2's own check says what is wrong with it
+        phase3["learning_rate"] = PHASE3_RATE * float(Phase2Config.learning_rate if rate is None else rate)
 
 
 def _problems(values: dict[str, Any], given: Given) -> list[str]:

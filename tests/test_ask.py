@@ -86,6 +86,7 @@ def test_the_page_shows_the_picture_and_where_the_model_looked(outputs, records,
         (["ask", "outputs", QUESTION], "outputs: is a folder; give a picture file, or - "),
         (["ask", "-", " "], "the question is empty"),
         (["ask", "-", QUESTION, "--checkpoint", "nowhere/else"], "nowhere"),
+        (["ask", "-", QUESTION, "--checkpoint", "outputs"], "give a checkpoint folder such as outputs/"),
         (["chat", "nowhere.jpg"], "nowhere.jpg: no such picture"),
     ],
 )

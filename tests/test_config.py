@@ -18,7 +18,7 @@ from embervlm.config import (
     TrainConfig,
 )
 from embervlm.config_file import from_mapping, load_train_config, model_preset, override, read_yaml
-from embervlm.run.train_flags import known_to_harm
+from embervlm.run.train_flags import known_to_harm, load_config, parser
 
 RUNS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 PRESETS = sorted((REPOSITORY / "configs" / "model").glob("*.yaml"))
@@ -321,3 +321,22 @@ def plain(config):
     import json
 
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "rate"),
+    [
+        ("training_stages", (), 1e-5),
+        ("own_data", (), 4e-4),
+        ("own_data", ("--set", "stage4.phase3.num_iterations=2"), 4e-4),
+        ("own_data", ("--phase2_learning_rate", "1e-3"), 2e-4),
+        ("own_data", ("--phase3_learning_rate", "3e-5"), 3e-5),
+    ],
+)
+def test_phase_3_without_a_rate_of_its_own_learns_at_a_fifth_of_phase_2s(
+    recipe: str, flags: tuple[str, ...], rate: float
+) -> None:
+    """At 1e-5 the recipe of a model of 2M parameters, whose phase 2 learns at 2e-3, learned nothing."""
+    argv = ["--config", f"configs/{recipe}.yaml", "--phase", "3", *flags]
+    phase3 = load_config(parser().parse_args(argv)).stage4.phase3
+    assert phase3 is not None and phase3.learning_rate == pytest.approx(rate)

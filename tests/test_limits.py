@@ -108,7 +108,8 @@ def test_what_an_explicit_limit_cuts_off_is_counted_and_said(run_of_long_chains,
     assert result["metrics"]["cut_off_share"] == 1 and result["decoding"]["max_reasoning_steps"] == 10
     (sample, *_) = run_dir.read_json(tmp_path / "eval_samples.json")
     assert (
-        sample["cut_off"] == "steps" and sample["scores"]["reasons"][0] == "the text is cut off by max_reasoning_steps"
+        sample["cut_off"] == "steps"
+        and sample["scores"]["reasons"][0] == "the text is cut off by max_reasoning_steps; raise it"
     )
     questions, own = tmp_path / "questions.json", tmp_path / "own.json"
     questions.write_text(json.dumps([{"instruction": text, "answer": "Drone"} for text in SHELVES[:3]]))

@@ -235,6 +235,7 @@ def test_the_check_prints_one_global_batch_for_every_recipe(capsys: pytest.Captu
         (["--cluster", "a100x4", "--model", "embervlm-7b"], "no preset 'embervlm-7b'"),
         (["--cluster", "a100x4", "--records", "0"], "--records: 0 is less than 1"),
         (["--cluster", "a100x4", "--utilisation", "2"], "--utilisation: 2.0 is not in (0, 1]"),
+        (["--cluster", "a100x4", "--chain_tokens", "100000"], "reads 1,024 positions; give fewer --chain_tokens"),
     ],
 )
 def test_a_mistake_is_one_line(flags: list[str], expected: str) -> None:

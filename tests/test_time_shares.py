@@ -18,16 +18,16 @@ def minutes(*flags: str) -> dict[str, float | None]:
 @pytest.mark.parametrize(
     ("flags", "shares"),
     [
-        (("--stages", "3", "4"), {"stage3": 12, "phase1": 3, "phase2": 12}),
-        (("--stages", "4"), {"phase1": 5.4, "phase2": 21.6}),
-        (("--stages", "4", "--phase", "2"), {"phase2": 27}),
-        (("--stages", "3"), {"stage3": 27}),
-        (("--stages", "3", "4", "--phase", "1"), {"stage3": 21.6, "phase1": 5.4}),
-        (("--stages", "4", "baseline"), {"phase1": 5.4, "phase2": 21.6}),
+        (("--stages", "3", "4"), {"stage3": 84, "phase1": 14, "phase2": 42}),
+        (("--stages", "4"), {"phase1": 35, "phase2": 105}),
+        (("--stages", "4", "--phase", "2"), {"phase2": 140}),
+        (("--stages", "3"), {"stage3": 140}),
+        (("--stages", "3", "4", "--phase", "1"), {"stage3": 120, "phase1": 20}),
+        (("--stages", "4", "baseline"), {"phase1": 35, "phase2": 105}),
     ],
 )
 def test_the_stages_of_a_command_share_its_time(flags: tuple[str, ...], shares: dict[str, float]) -> None:
-    assert minutes("--max_minutes", "27", *flags) == pytest.approx(shares)
+    assert minutes("--max_minutes", "140", *flags) == pytest.approx(shares)
     assert minutes(*flags) == {}
 
 
@@ -41,7 +41,7 @@ def test_the_stages_of_a_command_share_its_time(flags: tuple[str, ...], shares: 
 )
 def test_a_time_that_would_do_nothing_or_is_given_twice_is_refused(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        minutes("--max_minutes", "27", *flags)
+        minutes("--max_minutes", "140", *flags)
 
 
 @pytest.mark.parametrize("value", ["0", "-3"])

@@ -99,10 +99,10 @@ def load_image(
         file = open(path, "rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"{name}: {reason}; correct the path, or drop the record") from error
+        raise ImageError(f"{name}: {reason}; correct the path") from error
     with file:
         if not os.fstat(file.fileno()).st_size:
-            raise ImageError(f"{name}: the file is empty; copy it again, or drop the record")
+            raise ImageError(f"{name}: the file is empty; copy it again")
         return _decode(file, size, fill, name)
 
 
@@ -138,7 +138,7 @@ def _finish(image: Image.Image, size: int | None, fill: Colour | None, name: str
     """`own`: the image was opened here, so it may be changed in place."""
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: {width} x {height} pixels, so it is empty; replace it, or drop the record")
+        raise ImageError(f"{name}: {width} x {height} pixels, so it is empty; replace it")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
     try:
@@ -167,7 +167,7 @@ def _finish(image: Image.Image, size: int | None, fill: Colour | None, name: str
 
 
 def _unreadable(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name}: not readable as a picture ({error}); copy it again, or drop the record")
+    return ImageError(f"{name}: not readable as a picture ({error}); copy it again")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -97,7 +97,7 @@ def answer(
 def cut_off_reasons(result: Mapping[str, Any]) -> list[str]:
     """The reason for a text that a limit cut off."""
     limits = {"steps": "max_reasoning_steps", "tokens": "max_new_tokens"}
-    return [f"the text is cut off by {limits[result['cut_off']]}"] if result.get("cut_off") else []
+    return [f"the text is cut off by {limits[result['cut_off']]}; raise it"] if result.get("cut_off") else []
 
 
 def known_of(record: ReasoningRecord, domains: Mapping[str, Collection[str]], answer: Collection[str]) -> ChainContext:

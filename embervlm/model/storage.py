@@ -210,9 +210,9 @@ def resolve_folder(name: Any, revision: str | None = None, **hub: Any) -> Path:
                 f"{folder}: is a folder, and folders have no revision {revision!r}; leave revision out"
             )
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder}: contains no config.json; give a checkpoint folder such as checkpoint-final"
-            )
+            inside = sorted(folder.glob("**/checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime)
+            example = inside[-1].parent if inside else "checkpoint-final"
+            raise CheckpointError(f"{folder}: contains no config.json; give a checkpoint folder such as {example}")
         return folder
     if names_a_path(name) or "/" not in str(name):
         raise CheckpointError(f"{folder}: no such checkpoint folder{closest_path(folder)}")

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ HOW_TO_HEAR_IT = "--min_known 0 shows what it writes all the same"
 
 def ask_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type="path", metavar="IMAGE", help="picture file; - asks without a picture")
-    parser.add_argument("question", metavar="QUESTION", help="in quotes")
+    parser.add_argument("words", nargs="+", metavar="QUESTION", help="in quotes, where it has ? or *")
     checkpoint_option(parser)
     add_flag(parser, Decoding, "num_chains", flag="chains")
     add_flag(parser, Decoding, "weigh_votes")
@@ -56,10 +56,20 @@ def checkpoint_option(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(
-    image: str, question: str, *, checkpoint: str | None, candidates: list[str] | None, open_page: bool, **options: Any
+    image: str,
+    words: Sequence[str],
+    *,
+    checkpoint: str | None,
+    candidates: list[str] | None,
+    open_page: bool,
+    **options: Any,
 ) -> None:
-    """Print the steps as they are written, the answer and the confidence; with `open_page` also make a page."""
-    picture = picture_of(image)
+    """Print the steps as they are written, the answer and the confidence; with `open_page` also make a page.
+
+    Args:
+        words: of the question; one where the shell was given it in quotes.
+    """
+    picture, question = picture_of(image), " ".join(words)
     if not question.strip():
         raise UserError('the question is empty; write one in quotes: embervlm ask IMAGE "Which robot can fly there?"')
     decoding = Decoding(candidates=tuple(candidates or ()), **chosen(options, Decoding))

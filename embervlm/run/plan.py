@@ -122,6 +122,11 @@ def make_plan(
     model = empty_model(settings)
     parts, visual_tokens = model.parameter_counts(), model.num_visual_tokens
     tokens = question_tokens + chain_tokens + visual_tokens
+    if (positions := model.language_model.max_positions) is not None and tokens > positions:
+        raise ConfigError(
+            f"{visual_tokens} visual + {question_tokens} question + {chain_tokens} chain tokens: {config.model} reads "
+            f"{positions:,} positions; give fewer --chain_tokens or --question_tokens"
+        )
     phases = []
     numbered = [(1, config.stage4.phase1), (2, config.stage4.phase2), (3, config.stage4.phase3)]
     for number, phase in progress_bar(numbered, desc="counting", unit="phase"):

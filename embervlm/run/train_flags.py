@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
-from embervlm.config import REPOSITORY, ConfigError, Phase3Config, PhaseConfig, StageConfig, TrainConfig
+from embervlm.config import REPOSITORY, ConfigError, PhaseConfig, StageConfig, TrainConfig
 from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
@@ -55,7 +55,7 @@ FLAGS = {
     "stage3_epochs": "stage3.epochs",
 }
 """Flag -> key in the YAML, which defines type, default and help."""
-_TIME_SHARES = {"stage3": 4, "phase1": 1, "phase2": 4}
+_TIME_SHARES = {"stage3": 6, "phase1": 1, "phase2": 3}
 """Of `max_minutes`: what they took on easy-VQA, until each had learned what it could (docs/results.md)."""
 
 
@@ -114,7 +114,7 @@ def load_config(args: argparse.Namespace) -> TrainConfig:
     names |= {key: f"--set {key}" for key in (item.partition("=")[0] for item in args.set)}
     config = load_train_config(args.config, overrides, names)
     if args.phase == 3 and config.stage4.phase3 is None:
-        config = dataclasses.replace(config, stage4=dataclasses.replace(config.stage4, phase3=Phase3Config()))
+        config = load_train_config(args.config, {**overrides, "stage4.phase3": {}}, names)
     if "model" not in overrides and config.resume_from and brings_its_shape(config.resume_from):
         config = dataclasses.replace(config, model=config.resume_from)
     if "3" in stages_of(args) and (frozen := frozen_in_stage3(config)):

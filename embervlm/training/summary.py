@@ -36,6 +36,7 @@ def opening(job: PhaseJob, config: TrainConfig, world: World) -> list[str]:
         f"  trains     {trained_parts(job.model, job.phase.multipliers)}",
         f"  records    {len(job.plan.main):,}{_mixed(job)}",
         f"  steps      {_steps(job, config)}, of {batch}",
+        f"  rate       {job.phase.learning_rate:g} at its peak, after {job.phase.warmup_steps:,} steps",
         f"  runs on    {world.device.type}, {processes(world.size)}, {engine}, {precision}",
         f"  saves to   {job.folder}, every {config.save_steps:,} steps{evaluated}",
     ]
