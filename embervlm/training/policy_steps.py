@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from embervlm.training.policy import (
 from embervlm.training.tracking import Tracker
 
 FEWEST_LINES = 5
+MOSTLY_EQUAL = 0.8
+"""Share of groups of equal rewards from which on the end of the phase says how little was learned from."""
 SOUNDNESS_MARGIN = 0.02
 """By how much soundness may fall before it is said to be the price of the answers."""
 REPORTED = ("entropy", "clipped", "drift")
@@ -40,7 +43,9 @@ class PolicySteps:
         self._roller, self._plan, self._progress, self._tracker, self._name = roller, plan, progress, tracker, name
         self._number: int | None = None
         self._samples: list[Sample] = []
-        self._drawn: dict[str, float] = {}
+        self._drawn: list[dict[str, float]] = []
+        """What is said of each rollout since the last log line; of the last rollout where there was none since."""
+        self._logged = False
 
     def samples(self, engine: Engine, step: int) -> list[Sample]:
         """The drawn chains of this step's rollout, and the records that are mixed in.
@@ -56,7 +61,9 @@ class PolicySteps:
         self._roller.model.eval()
         with engine.whole():
             groups, spent = self._roller.roll(questions(asked), number)
-        self._drawn = {**described(groups), **spent}
+        if self._logged:
+            self._drawn, self._logged = [], False
+        self._drawn.append({"questions": len(groups), **described(groups), **spent})
         self._look_for_collapse(groups, step)
         self._count(groups, step)
         self._log_group(groups, step)
@@ -64,8 +71,11 @@ class PolicySteps:
         return self._samples
 
     def values(self, terms: Mapping[str, float]) -> dict[str, Any]:
-        """What a log line says besides the losses."""
-        policy = {**self._drawn, **{name: terms[name] for name in REPORTED if name in terms}}
+        """What a log line says besides the losses: of the chains, means over the rollouts since the line before."""
+        self._logged = True
+        policy = {name: statistics.fmean(drawn[name] for drawn in self._drawn) for name in self._drawn[0]}
+        policy["questions"] = sum(drawn["questions"] for drawn in self._drawn)
+        policy |= {name: terms[name] for name in REPORTED if name in terms}
         return {"policy": {**policy, "tokens_drawn": self._progress.tokens_drawn}}
 
     def _look_for_collapse(self, groups: list[Group], step: int) -> None:
@@ -141,19 +151,40 @@ def what_changed(log: Path) -> str:
     if len(drawn) < FEWEST_LINES or not names:
         return ""
 
-    def mean(some: Sequence[Mapping[str, float]], name: str) -> float:
-        return statistics.fmean(line[name] for line in some)
-
-    found = {name: (mean(drawn[:size], name), mean(drawn[-size:], name)) for name in names}
-    told = " and ".join(f"{name.removeprefix('reward_')} {_moved(*means)}" for name, means in found.items())
+    first, last = drawn[:size], drawn[-size:]
+    found = {name: (_mean(first, name), _mean(last, name)) for name in names}
+    counts = [sum(line.get("questions", 1) for line in some) for some in (first, last)]
+    told = " and ".join(
+        f"{name.removeprefix('reward_')} {_moved(*means, counts if name in wanted else None)}"
+        for name, means in found.items()
+    )
     gamed = set(wanted) <= set(found) and found["reward_answer"][1] > found["reward_answer"][0]
     gamed = gamed and found["reward_soundness"][1] < found["reward_soundness"][0] - SOUNDNESS_MARGIN
-    return f"of the drawn chains {told}" + (": more right answers by worse reasons; read groups.jsonl" if gamed else "")
+    told = f"of the drawn chains {told}" + (": more right answers by worse reasons; read groups.jsonl" if gamed else "")
+    if "equal_groups" in drawn[-1] and (equal := _mean(last, "equal_groups")) >= MOSTLY_EQUAL:
+        told += (
+            f". The chains of {equal:.0%} of the last questions had equal rewards, and taught nothing: ask harder "
+            "questions, or raise temperature or num_generations"
+        )
+    return told
 
 
-def _moved(first: float, last: float) -> str:
+def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float:
+    """Over the questions of `lines`."""
+    weights = [line.get("questions", 1) for line in lines]
+    return sum(weight * line[name] for weight, line in zip(weights, lines)) / sum(weights)
+
+
+def _moved(first: float, last: float, counts: Sequence[float] | None) -> str:
+    """In words. With `counts`, the questions behind each mean of values in [0, 1], a change within two standard errors
+    is called chance; chains about one question are taken for alike, so the errors are at their greatest."""
     if f"{first:.2f}" == f"{last:.2f}":
         return f"stayed at {last:.2f}"
+    if counts is not None:
+        both = (counts[0] * first + counts[1] * last) / sum(counts)
+        error = math.sqrt(both * (1 - both) * sum(1 / count for count in counts))
+        if abs(last - first) < 2 * error:
+            return f"went from {first:.2f} to {last:.2f}, which may be chance,"
     return f"{'rose' if last > first else 'fell'} from {first:.2f} to {last:.2f}"
 
 
