@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import yaml
 
 from embervlm import run_dir
-from embervlm.config import ALIASES, COMPONENTS, REPOSITORY, ConfigError, Phase2Config, TrainConfig, filled_in
+from embervlm.config import (
+    ALIASES,
+    COMPONENTS,
+    REPOSITORY,
+    ConfigError,
+    Phase2Config,
+    Phase3Config,
+    TrainConfig,
+    filled_in,
+)
 
 Config = TypeVar("Config")
 CONFIG = "config.json"
@@ -220,14 +229,27 @@ that are forty times apart."""
 
 
 def _fill_in_phase3(values: dict[str, Any]) -> None:
+    """What a phase 3 does not name it takes from phase 2: a rate that fits the model, adapters, and what is frozen."""
     stage = values.get("stage4")
-    phase3 = stage.get("phase3") if isinstance(stage, dict) else None
-    if not isinstance(stage, dict) or not isinstance(phase3, dict) or "learning_rate" in phase3:
+    phase3, phase2 = (stage.get(name) for name in ("phase3", "phase2")) if isinstance(stage, dict) else (None, None)
+    if not isinstance(phase3, dict):
         return
-    phase2 = stage.get("phase2")
-    rate = phase2.get("learning_rate") if isinstance(phase2, dict) else None
-    with suppress(TypeError, ValueError):  # phase 2's own check says what is wrong with it
-        phase3["learning_rate"] = PHASE3_RATE * float(Phase2Config.learning_rate if rate is None else rate)
+    phase2 = phase2 if isinstance(phase2, dict) else {}
+    if "learning_rate" not in phase3:
+        rate = phase2.get("learning_rate")
+        with suppress(TypeError, ValueError):  # phase 2's own check says what is wrong with it
+            phase3["learning_rate"] = PHASE3_RATE * float(Phase2Config.learning_rate if rate is None else rate)
+    if any(name in phase3 for name in ("freeze_backbone", "frozen_components", "trainable_components")):
+        return
+    before, own = (found.get("learning_rate_multipliers") or {} for found in (phase2, phase3))
+    if not isinstance(before, dict) or not isinstance(own, dict):
+        return
+    own = {ALIASES.get(name, name): factor for name, factor in own.items()}
+    frozen = {ALIASES.get(name, name): 0.0 for name, factor in before.items() if factor == 0}
+    phase3["learning_rate_multipliers"] = {**frozen, **own}
+    if "lora" not in phase3 and isinstance(lora := phase2.get("lora"), dict):
+        factors = {**Phase3Config.default_multipliers, **frozen, **own}
+        phase3["lora"] = {name: value for name, value in lora.items() if factors.get(ALIASES.get(name, name), 1)}
 
 
 def _problems(values: dict[str, Any], given: Given) -> list[str]:
@@ -282,6 +304,15 @@ def frozen_in_stage3(config: TrainConfig) -> tuple[str, ...]:
         return ()
     parts = {"vision_encoder": preset.get("vision"), "language_model": preset.get("language")}
     return tuple(name for name, part in parts.items() if name not in trained and part and part.get("pretrained"))
+
+
+def pretrained_parts(config: TrainConfig) -> tuple[str, ...]:
+    """The components that come from elsewhere with what they know: pretrained in the preset, or imported."""
+    if brings_its_shape(config.model):
+        return ("vision_encoder", "language_model")
+    preset = model_preset(config.model)
+    parts = {"vision_encoder": preset.get("vision"), "language_model": preset.get("language")}
+    return tuple(name for name, part in parts.items() if isinstance(part, dict) and part.get("pretrained"))
 
 
 def shape_of(checkpoint: Path) -> dict[str, Any]:

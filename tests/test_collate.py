@@ -208,15 +208,17 @@ def contrast_all(monkeypatch):
     monkeypatch.setattr(collate, "CONTRAST_RATIO", 1.0)
 
 
-def bare(records):
-    return [dataclasses.replace(record, metadata={}) for record in records]
+def bare(records, *kept):
+    return [dataclasses.replace(record, metadata={name: record.metadata[name] for name in kept}) for record in records]
 
 
-def test_without_boxes_a_chain_is_read_again_behind_a_picture_that_it_does_not_fit(
-    contrast_all, records, tokenizer, make_collator
+@pytest.mark.parametrize("kept", [(), ("boxes",), ("boxes", "scene")])
+def test_where_no_step_reads_a_box_a_chain_is_read_again_behind_a_picture_that_it_does_not_fit(
+    kept, contrast_all, records, tokenizer, make_collator
 ):
-    chains = encode_reasoning(bare(records), tokenizer, Grid(3, 3), 512)[:3]
-    batch = make_collator(bare(records), grounding=True)(chains, step=0)
+    """Boxes without `seen` turned the multimodal loss off."""
+    chains = encode_reasoning(bare(records, *kept), tokenizer, Grid(3, 3), 512)[:3]
+    batch = make_collator(bare(records, *kept), grounding=True)(chains, step=0)
     assert batch.counts["multimodal"] == 3 and batch.inputs["repeated"].tolist() == [0, 1, 2]
     ids, tokens, rows = batch.inputs["input_ids"], len(batch.targets["direct"]), batch.picture_index.tolist()
     assert torch.equal(ids[:3], ids[3:]) and batch.counts["reasoning"] == tokens

@@ -18,7 +18,7 @@ from embervlm.config import (
     TrainConfig,
 )
 from embervlm.config_file import from_mapping, load_train_config, model_preset, override, read_yaml
-from embervlm.run.train_flags import known_to_harm, load_config, parser
+from embervlm.run.train_flags import known_to_harm, load_config, parser, rates_that_harm
 
 RUNS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 PRESETS = sorted((REPOSITORY / "configs" / "model").glob("*.yaml"))
@@ -340,3 +340,39 @@ def test_phase_3_without_a_rate_of_its_own_learns_at_a_fifth_of_phase_2s(
     argv = ["--config", f"configs/{recipe}.yaml", "--phase", "3", *flags]
     phase3 = load_config(parser().parse_args(argv)).stage4.phase3
     assert phase3 is not None and phase3.learning_rate == pytest.approx(rate)
+
+
+def test_phase_3_takes_adapters_and_frozen_parts_from_phase_2(tmp_path: Path) -> None:
+    """A language model of 135M that phase 2 had trained by adapters was trained whole."""
+    lora = {"language_model_backbone": {"rank": 4}, "vision_encoder": {"rank": 2}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"stage4": {"phase2": {"lora": lora}, "phase3": {}}}))
+    phase3 = load_train_config(path).stage4.phase3
+    assert phase3 is not None and set(phase3.lora) == {"language_model"} and phase3.lora["language_model"].rank == 4
+    path.write_text(
+        yaml.safe_dump({"stage4": {"phase2": {"learning_rate_multipliers": {"language_model": 0}}, "phase3": {}}})
+    )
+    frozen = load_train_config(path).stage4.phase3
+    assert frozen is not None and not frozen.multipliers["language_model"] and frozen.multipliers["reasoning_module"]
+    own = load_train_config(path, {"stage4.phase3.learning_rate_multipliers": {"language_model": 0.3}}).stage4.phase3
+    assert own is not None and own.multipliers["language_model"] == 0.3
+
+
+def test_a_pretrained_part_that_would_learn_too_fast_is_told(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(yaml.safe_dump({"vision": {"name_or_path": "dino", "pretrained": True}, "language": {}}))
+    argv = ["--config", "configs/own_data.yaml", "--model", str(preset)]
+
+    def told(*flags: str, phases: tuple[int, ...] = (2, 3)) -> list[str]:
+        return rates_that_harm(load_config(parser().parse_args([*argv, *flags])), phases)
+
+    (line,) = told()
+    assert line.startswith("phase 2: vision_encoder is pretrained and learns at a rate of 0.001.")
+    assert told("--set", line.rpartition("--set ")[2]) == told(phases=(1,)) == []
+    imported = tmp_path / "imported"
+    imported.mkdir()
+    (imported / "config.json").write_text('{"model_type": "embervlm", "imported_from": "smolvlm"}')
+    argv[-2:] = ["--resume_from", str(imported), "--phase", "3"]
+    assert [line.partition(" is ")[0] for line in told()] == [
+        *(f"phase 2: {name}" for name in ("vision_encoder", "language_model"))
+    ]

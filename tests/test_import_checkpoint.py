@@ -198,6 +198,34 @@ def test_pictures_are_normalised_and_answered_as_the_folder_says(tmp_path: Path)
     assert model.generate_with_reasoning(torch.zeros(9, 9, 3).numpy(), "Is it there?", max_new_tokens=4)["num_tokens"]
 
 
+def test_weights_that_were_saved_into_the_folder_again_are_taken(tmp_path: Path) -> None:
+    """transformers writes safetensors beside an older `.bin`, and reads them first."""
+    old = make(tmp_path / "theirs", llava()).state_dict()
+    torch.save({key: value + 1 for key, value in old.items()}, tmp_path / "theirs" / "pytorch_model.bin")
+    model = imported(tmp_path / "theirs")
+    assert torch.equal(model.language_model.backbone.get_output_embeddings().weight, old["lm_head.weight"])
+
+
+def test_a_chat_template_of_the_processors_is_taken(tmp_path: Path) -> None:
+    """Processors of transformers 4 kept it in a file of its own, which the tokenizer does not read."""
+    make(tmp_path / "theirs", llava())
+    template = "USER: {% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %} ASSISTANT:"
+    (tmp_path / "theirs" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    model = imported(tmp_path / "theirs")
+    assert tuple(model.config.prompt or ()) == ("USER: ", " ASSISTANT:")
+
+
+def test_rotary_frequencies_keep_their_precision(tmp_path: Path) -> None:
+    """Rounded to bfloat16 they are wrong by a radian at distance 1,000."""
+    make(tmp_path / "theirs", llava())
+    model = imported(tmp_path / "theirs")
+    half = EmberVLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    ours, theirs = (dict(found.named_buffers()) for found in (half, model))
+    (name,) = [name for name in ours if name.endswith("rotary_emb.inv_freq")]
+    assert ours[name].dtype == torch.float32 and torch.equal(ours[name], theirs[name])
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
 def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines()]
 

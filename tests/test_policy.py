@@ -333,3 +333,11 @@ def test_a_change_of_few_questions_is_called_chance(tmp_path: Path, questions: i
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = what_changed(log)
     assert f"answer {told}" in said and "The chains of 90% of the last questions had equal rewards" in said
+
+
+def test_a_short_phase_that_drew_no_right_answer_says_so(tmp_path: Path) -> None:
+    """300 records are 15 rollouts: two lines of log."""
+    log = tmp_path / "metrics.jsonl"
+    line = {"questions": 160, "reward_answer": 0.0, "reward_soundness": 0.9, "equal_groups": 0.1}
+    log.write_text("".join(json.dumps({"policy": line}) + "\n" for _ in range(2)))
+    assert "None had the right answer, so only the other parts of the reward were learned from" in what_changed(log)

@@ -81,6 +81,17 @@ def test_without_a_preprocessor_the_size_is_the_encoders_and_it_is_told(tower):
         ({"do_normalize": False}, 0.0, 1.0),
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}, 0.25, 0.25),
         ({"image_mean": [127.5] * 3, "image_std": [51.0] * 3, "do_rescale": False}, 0.5, 0.2),
+        (
+            {"image_processor_type": "MobileViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+            0.0,
+            1.0,
+        ),
+        (
+            {"image_processor_type": "EfficientNetImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+            0.5,
+            0.25,
+        ),
+        ({"rescale_offset": True, "rescale_factor": 1 / 127.5, "do_normalize": False}, 0.5, 0.5),
     ],
 )
 def test_means_are_those_of_values_from_0_to_1(values, mean, std, tmp_path):
@@ -88,6 +99,28 @@ def test_means_are_those_of_values_from_0_to_1(values, mean, std, tmp_path):
     settings = preprocessor_of(tmp_path).settings
     assert settings["image_mean"] == pytest.approx((mean,) * 3)
     assert settings["image_std"] == pytest.approx((std,) * 3)
+
+
+def test_a_file_that_says_nothing_of_means_is_told_and_not_taken_for_unscaled_values(tower, tmp_path):
+    """A CLIP whose file leaves out the defaults of its class saw pictures at a quarter of their contrast."""
+    settings = tower({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 36}})
+    (note,) = preprocessor_notes(settings)
+    assert "does not say image_mean and image_std, so values of pictures are scaled to [-1, 1]" in note
+    assert build_model(settings).config.image_mean == (0.5, 0.5, 0.5)
+
+
+def test_a_processor_without_an_image_processor_says_nothing_of_pictures(tmp_path):
+    legacy = {"processor_class": "LlavaProcessor", "patch_size": 14}
+    (tmp_path / "processor_config.json").write_text(json.dumps(legacy))
+    assert preprocessor_of(tmp_path) is None
+
+
+def test_the_image_processor_within_a_processor_counts_before_a_file_of_its_own(tmp_path):
+    """As transformers reads them: a folder that is saved into again keeps the older file."""
+    newer = {"image_processor": {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(newer))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP))
+    assert preprocessor_of(tmp_path).settings["image_mean"] == pytest.approx((0.1, 0.1, 0.1))
 
 
 @pytest.mark.parametrize(

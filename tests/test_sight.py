@@ -14,12 +14,23 @@ from embervlm.model.decoding import Decoding
 
 
 @pytest.mark.parametrize(
-    ("num", "share", "looks"), [(64, 0.5, False), (64, 0.61, False), (64, 0.63, True), (4, 0.75, False), (9, 1.0, True)]
+    ("num", "share", "looks"), [(64, 0.5, False), (64, 0.61, False), (64, 0.63, True), (5, 0.8, False), (9, 1.0, True)]
 )
 def test_a_share_that_chance_explains_is_no_sight(num: int, share: float, looks: bool) -> None:
     found = Sight(num, share, 0.1)
     assert found.looks is looks
     assert ("does not look at the picture" in str(found)) is not looks
+
+
+def test_fewer_texts_than_can_tell_say_so_and_hold_no_plateau_up() -> None:
+    """All of four texts are still within two standard errors of a half."""
+    found = Sight(4, 1.0, 3.0)
+    assert found.looks and str(found).endswith("too few to tell whether the model looks at the picture")
+
+
+def test_a_record_without_a_picture_has_no_other_one(records) -> None:
+    mixed = [dataclasses.replace(record, image=None) if place % 2 else record for place, record in enumerate(records)]
+    assert [place is None for place in other_pictures(mixed)] == [record.image is None for record in mixed]
 
 
 def test_another_picture_is_of_another_chain_and_of_the_same_question_where_there_is_one(records) -> None:

@@ -29,6 +29,7 @@ from embervlm.data.samples import (
     boxes_in_square,
     boxes_to_mask,
     known_boxes,
+    reads_a_box,
 )
 from embervlm.data.store import with_fields
 from embervlm.data.tokenizer import ReasoningTokenizer
@@ -121,8 +122,10 @@ class Collator:
         self.pair_maker, self.dense_labels = pair_maker, dense_labels
         self.pair_records_ratio, self.max_pair_tokens = pair_records_ratio, max_pair_tokens
         self.grounding, self.use_reasoning, self.policy = grounding, use_reasoning, policy
-        self._has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
-        self.picture_shift = 0.0 if self._has_boxes else picture_shift
+        self.has_boxes = any(known_boxes(record.metadata) for record in with_fields(records, "boxes"))
+        self.grounds = grounding and any(reads_a_box(record.metadata) for record in with_fields(records, "boxes"))
+        """Whether attention to what steps read is supervised; chains are contrasted with other pictures where not."""
+        self.picture_shift = 0.0 if self.has_boxes else picture_shift
         self._names = lru_cache(maxsize=256)(self._encoded_names)
 
     def __call__(
@@ -163,10 +166,10 @@ class Collator:
         if self.use_reasoning:
             self._ask_answer_head(batch, samples)
             self._ask_validator(batch, samples, rngs)
-            if self.grounding and self._has_boxes:
+            if self.grounds:
                 self._ground(batch, samples)
             self._sample_inputs(batch, samples, rngs, teacher_forcing)
-            if self.grounding and not self._has_boxes:
+            if self.grounding and not self.grounds:
                 self._contrast(batch, [row for row, _ in contrasted], texts)
         if self.dense_labels is not None:
             self._dense(batch, samples)
@@ -308,12 +311,12 @@ class Collator:
     def _contrasted(
         self, samples: Sequence[Sample], rows: Sequence[int], step: int, places: Sequence[int]
     ) -> list[tuple[int, int]]:
-        """Where no boxes are known: chains to read a second time, behind the picture of another record.
+        """Where no step is known to read a box: chains to read a second time, behind the picture of another record.
 
         Which one depends on seed, step and place alone, not on what else is in the micro-batch. It is one that the
         chain does not fit: another file, about which a record says something else.
         """
-        if not self.use_reasoning or not self.grounding or self._has_boxes:
+        if not self.use_reasoning or not self.grounding or self.grounds:
             return []
         out = []
         for number, (sample, row, place) in enumerate(zip(samples, rows, places)):

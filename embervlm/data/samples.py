@@ -142,6 +142,12 @@ def known_boxes(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [box for box in boxes if isinstance(box, Mapping) and {"kind", "box"} <= set(box)]
 
 
+def reads_a_box(metadata: Mapping[str, Any]) -> bool:
+    """Whether a step is known to read off the picture what has a box."""
+    seen = {kind for kinds in metadata.get("seen") or () for kind in kinds}
+    return any(box["kind"] in seen for box in known_boxes(metadata))
+
+
 def _mostly_covered(boxes: Sequence[Sequence[float]], grid: Grid) -> np.ndarray:
     """Visual tokens of which one of `boxes` covers more than half, `[rows * columns]` bool."""
 

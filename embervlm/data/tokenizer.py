@@ -21,6 +21,7 @@ from embervlm.data.facts import fact_domains
 from embervlm.data.records import ReasoningRecord
 from embervlm.errors import UserError
 from embervlm.paths import closest_path, names_a_path
+from embervlm.run_dir import read_object
 from embervlm.words.chain_text import format_reasoning
 
 SPECIAL_TOKENS = (
@@ -138,7 +139,11 @@ class ReasoningTokenizer:
         if names_a_path(path) and not Path(path).exists():
             raise ConfigError(f"{path}: no such tokenizer folder{closest_path(path)}")
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path)))
+            found = AutoTokenizer.from_pretrained(str(path))
+            file = Path(path) / "chat_template.json"  # where processors of transformers 4 kept it
+            if not found.chat_template and file.is_file():
+                found.chat_template = read_object(file, "chat_template")["chat_template"]
+            return cls(found)
         except UserError:
             raise
         except Exception as error:  # of damage in tokenizer.json the library raises bare Exceptions

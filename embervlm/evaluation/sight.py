@@ -24,6 +24,8 @@ from embervlm.progress import progress_bar
 
 Item = TypeVar("Item")
 NUM_RECORDS = 128
+FEWEST_TEXTS = 5
+"""Of fewer, all that are likelier behind their own picture are still what chance explains."""
 Form = Callable[[Sequence[ReasoningRecord], ReasoningTokenizer, Grid], list[Sample]]
 """Makes texts of records; the last argument is the grid of visual tokens."""
 BLIND = (
@@ -57,14 +59,17 @@ class Sight:
 
     @property
     def looks(self) -> bool:
-        """Whether the share is above chance by more than two standard errors; True where there is nothing to see."""
-        return not self.num_texts or self.own_is_likelier > 0.5 + 2 * math.sqrt(0.25 / self.num_texts)
+        """Whether the share is above chance by more than two standard errors; True where there is nothing to see, and
+        where the texts are too few to tell."""
+        return self.num_texts < FEWEST_TEXTS or self.own_is_likelier > 0.5 + 2 * math.sqrt(0.25 / self.num_texts)
 
     def __str__(self) -> str:
         found = (
             f"with the right picture {self.own_is_likelier:.0%} of {self.num_texts} texts are likelier than with "
             f"another (chance: 50%), by {self.gain:.1f} nats on average"
         )
+        if self.num_texts < FEWEST_TEXTS:
+            return f"{found}; too few to tell whether the model looks at the picture"
         return found if self.looks else f"{found}: {BLIND}"
 
 
@@ -97,7 +102,8 @@ class AnsweredTwice:
 
 
 def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[int | None]:
-    """For each record the place of one with another picture, about which something else is said; None: there is none.
+    """For each record the place of one with another picture, about which something else is said; None where there is
+    none, and of a record without a picture.
 
     One that asks the same is taken where there is any, so that only the picture tells the two apart.
     """
@@ -105,7 +111,7 @@ def other_pictures(records: Sequence[ReasoningRecord], seed: int = 0) -> list[in
     for record in records:
         others = [
             place
-            for place, other in enumerate(records)
+            for place, other in enumerate(records if record.image is not None else ())
             if other.image not in (None, record.image) and (other.steps, other.answer) != (record.steps, record.answer)
         ]
         same = [place for place in others if records[place].asked == record.asked]
@@ -172,7 +178,7 @@ def answer_twice(
     shown = _some(records, most)
     own, other = [], []
     for record, place in zip(shown, other_pictures(shown)):
-        if place is not None and record.image is not None:
+        if place is not None:
             own.append(record)
             other.append(replace(record, image=shown[place].image))
     if not own:

@@ -271,7 +271,7 @@ class EmberVLM(EmberVLMNetwork):
         model.confidence_temperature, model.written_scale = read_calibration(folder)
         model.known = read_known(folder)
         model.generation_config.max_new_tokens = Decoding().for_model(config).max_new_tokens
-        return model.to(device=device, dtype=dtype).eval()
+        return _moved(model, device, dtype).eval()
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **others: Any
@@ -292,6 +292,21 @@ class EmberVLM(EmberVLMNetwork):
         save_adapters(self, state, folder)
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
+
+
+def _moved(model: EmberVLM, device: torch.device, dtype: torch.dtype) -> EmberVLM:
+    """`model` there and in `dtype`, but for the rotary frequencies: rounded to bfloat16 they are wrong by a radian at
+    distance 1,000, and transformers keeps them in float32 too."""
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    model.to(device=device, dtype=dtype)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.to(device))
+    return model
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:

@@ -17,11 +17,14 @@ from embervlm.errors import UNREADABLE
 from embervlm.model.backbone import hugging_face_config
 from embervlm.paths import names_a_path
 
-_FILES = ("preprocessor_config.json", "processor_config.json")
-NO_PREPROCESSOR = (
-    f"no {_FILES[0]} in {{}}, so values of pictures are scaled to [-1, 1]; set image_mean and image_std if the encoder "
-    "was trained with others"
+_FILES = ("processor_config.json", "preprocessor_config.json")
+"""In transformers' order; the first counts where it describes an image processor, as newer ones do."""
+_UNKNOWN = (
+    "so values of pictures are scaled to [-1, 1]; set image_mean and image_std if the encoder was trained with others"
 )
+NO_PREPROCESSOR = f"no {_FILES[1]} in {{}}, {_UNKNOWN}"
+_NOT_NORMALISED = "MobileViT"
+"""The image processors that do not normalise where their file says nothing of it."""
 
 
 @dataclass(kw_only=True)
@@ -43,9 +46,12 @@ def preprocessor_of(name: str | Path) -> Preprocessor | None:
     for file_name in _FILES:
         of_hub = not Path(name).is_dir() and not names_a_path(name)
         file = _from_hub(str(name), file_name) if of_hub else Path(name) / file_name
-        if file is not None and file.is_file():
-            given = run_dir.read_object(file)
-            return _read(given.get("image_processor", given), f"{name}/{file_name}")
+        if file is None or not file.is_file():
+            continue
+        given = run_dir.read_object(file)
+        inner = given.get("image_processor")
+        if isinstance(inner, dict) or file_name == _FILES[1]:
+            return _read(inner if isinstance(inner, dict) else given, f"{name}/{file_name}")
     return None
 
 
@@ -110,10 +116,20 @@ def _read(given: Mapping[str, Any], file: str) -> Preprocessor:
         )
     factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
     scale = factor * 255 if abs(factor * 255 - 1) > 1e-3 else 1.0  # of values that are in [0, 1] here
-    unchanged = given.get("do_normalize", "image_mean" in given) is False
-    for name, value in (("image_mean", 0.0), ("image_std", 1.0)):
-        values = (value,) * 3 if unchanged else _three(given.get(name), name, file)
-        out.settings[name] = tuple(part / scale for part in values)
+    kind = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
+    normalises = given.get("do_normalize")
+    normalises = not kind.startswith(_NOT_NORMALISED) if normalises is None else normalises
+    if normalises and given.get("image_mean") is None and given.get("image_std") is None:
+        out.notes.append(f"{file} does not say image_mean and image_std, {_UNKNOWN}")
+    else:
+        mean = _three(given.get("image_mean"), "image_mean", file) if normalises else (0.0,) * 3
+        std = _three(given.get("image_std"), "image_std", file) if normalises else (1.0,) * 3
+        if given.get("rescale_offset"):
+            mean = tuple(part + 1 for part in mean)
+        if normalises and kind.startswith("EfficientNet") and given.get("include_top") is not False:
+            std = tuple(part**2 for part in std)  # it divides twice
+        out.settings["image_mean"] = tuple(part / scale for part in mean)
+        out.settings["image_std"] = tuple(part / scale for part in std)
     if given.get("do_flip_channel_order"):
         out.notes.append(f"{file} swaps red and blue; that is not followed, so the encoder has to adapt to it")
     return out

@@ -25,8 +25,9 @@ REASONING_WEIGHTS = "reasoning_module.bin"
 REASONING_PREFIX = "reasoning_module."
 INDEX = ".index.json"
 SAFETENSORS = "model.safetensors"
-WEIGHT_FILES = (WEIGHTS, SAFETENSORS, WEIGHTS + INDEX, SAFETENSORS + INDEX)
-"""The weights are in the first that is there."""
+WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + INDEX, WEIGHTS, WEIGHTS + INDEX)
+"""The weights are in the first that is there, in transformers' order: saving into a folder again leaves an old `.bin`
+beside the new safetensors."""
 _INSIDE = ("model", "state_dict", "model_state_dict", "module")
 """Where a trainer's dictionary keeps the weights."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

@@ -19,6 +19,7 @@ from typing import Any
 
 from embervlm.cluster import ClusterRecipe, load_recipe
 from embervlm.config import REPOSITORY, AugmentationConfig, ConfigError, Phase3Config, PhaseConfig, TrainConfig
+from embervlm.config_checks import require
 from embervlm.config_file import load_train_config, model_preset
 from embervlm.model.embervlm import EmberVLM
 from embervlm.progress import progress_bar
@@ -117,16 +118,13 @@ def make_plan(
     """The plan of the phases on the nodes of recipe `cluster`, as printed with `--json`. `config`: the run's."""
     recipe, settings = load_recipe(cluster), model_preset(config.model)
     gpu = _gpu_of(recipe, cluster)
-    if not 0 < utilisation <= 1:
-        raise ConfigError(f"--utilisation: {utilisation} is not in (0, 1]")
+    require(0 < utilisation <= 1, f"--utilisation: {utilisation} is not in (0, 1]")
     model = empty_model(settings)
     parts, visual_tokens = model.parameter_counts(), model.num_visual_tokens
     tokens = question_tokens + chain_tokens + visual_tokens
-    if (positions := model.language_model.max_positions) is not None and tokens > positions:
-        raise ConfigError(
-            f"{visual_tokens} visual + {question_tokens} question + {chain_tokens} chain tokens: {config.model} reads "
-            f"{positions:,} positions; give fewer --chain_tokens or --question_tokens"
-        )
+    if (limit := model.language_model.max_positions) is not None and tokens > limit:
+        advice = "give fewer --chain_tokens or --question_tokens"
+        raise ConfigError(f"{tokens:,} tokens with the picture's: {config.model} reads {limit:,} positions; {advice}")
     phases = []
     numbered = [(1, config.stage4.phase1), (2, config.stage4.phase2), (3, config.stage4.phase3)]
     for number, phase in progress_bar(numbered, desc="counting", unit="phase"):

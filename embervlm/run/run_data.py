@@ -93,7 +93,10 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
         raise ConfigError(f"{path}: none of its {len(store)} records is in the train split; add records")
     boxed, pictured = int(has_field(train, "boxes").sum()), int((picture_hashes(train) != 0).sum())
     if world.rank == 0 and 0 < boxed < pictured:
-        print(f"{path}: {boxed} of {pictured} records with a picture have boxes; the others have no multimodal loss")
+        print(
+            f"{path}: {boxed} of {pictured} records with a picture have boxes; the others have no multimodal loss "
+            "where attention to boxes is learned"
+        )
     shown = RecordView(store, np.concatenate([train.rows, val.rows]))
     paths = list(picture_paths(shown))
     pictures = first_on_rank_0(world, lambda: PictureCache(paths, image_size, cache, fill))
@@ -107,16 +110,27 @@ def load_data(config: TrainConfig, image_size: int, world: World, fill: Colour |
         reasoning = first_on_rank_0(
             world, lambda: augment_cached(train, augmentation, cache, config.seed, make=world.rank == 0)
         )
-    epochs = []
-    if config.curriculum is not None:
-        curriculum, num_epochs = config.curriculum, config.stage4.phase1.epochs + config.stage4.phase2.epochs
-        epochs = first_on_rank_0(world, lambda: records_of_epochs(reasoning, curriculum, num_epochs))
-        if world.rank == 0:
-            print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
+    epochs = _epochs(reasoning, config, world)
     num_given = len(train) - int(augmented.sum())
     return RunData(
         train=train[: num_given or None], val=val, test=test, pictures=pictures, reasoning=reasoning, epochs=epochs
     )
+
+
+def _epochs(records: Sequence[ReasoningRecord], config: TrainConfig, world: World) -> list[np.ndarray]:
+    """The records of each epoch by the curriculum; [] without one."""
+    if (curriculum := config.curriculum) is None:
+        return []
+    num_epochs = config.stage4.phase1.epochs + config.stage4.phase2.epochs
+    epochs = first_on_rank_0(world, lambda: records_of_epochs(records, curriculum, num_epochs))
+    if world.rank == 0:
+        print("curriculum: records by epoch " + ", ".join(str(len(places)) for places in epochs))
+        if left := len(records) - len(np.unique(np.concatenate(epochs))):
+            print(
+                f"curriculum: {left:,} of {len(records):,} records are in none of these epochs: they have more steps "
+                "than `max_steps`, or are harder than `complexity`, of every stage that is reached"
+            )
+    return epochs
 
 
 def _answered(records: RecordView, config: TrainConfig, world: World) -> RecordView:

@@ -17,6 +17,7 @@ from embervlm.data.collate import Collator, DenseLabels
 from embervlm.data.epoch_plan import EpochPlan
 from embervlm.data.facts import fact_domains
 from embervlm.data.negatives import PairMaker
+from embervlm.data.store import has_field
 from embervlm.evaluation.asked import refuse_long_questions
 from embervlm.evaluation.sight import Form, Sight, encode_chains, encode_stage3, sight
 from embervlm.model.config import STAGE3, STAGE4
@@ -27,7 +28,7 @@ from embervlm.model.preprocessor import preprocessor_notes
 from embervlm.run.by_products import after_epoch, evaluate_saved, say_whether_it_looks
 from embervlm.run.run_data import Encoder, RunData, first_on_rank_0, load_data, note_lengths
 from embervlm.run.start import adopt_tokenizer, model_settings, refuse_stage3, start_from
-from embervlm.run.train_flags import known_to_harm
+from embervlm.run.train_flags import known_to_harm, rates_that_harm
 from embervlm.training.checkpoint import is_finished
 from embervlm.training.feed import micro_batches
 from embervlm.training.job import PhaseJob
@@ -62,7 +63,9 @@ class Run:
             final = stage3 = self.stage3()
         if "4" in stages:
             if self.world.rank == 0:
-                print("".join(f"{line}\n" for line in known_to_harm(self.config.stage4)), end="")
+                trained = (phase,) if phase else (2, 3)
+                harm = [*known_to_harm(self.config.stage4), *rates_that_harm(self.config, trained)]
+                print("".join(f"{line}\n" for line in harm), end="")
             start = resume or stage3
             if phase in (None, 1):
                 final = start = self.phase(1, start)
@@ -225,6 +228,11 @@ class Run:
         data = self._load_data(model)
         adopt_tokenizer(config, model, data.reasoning)
         labels = DenseLabels(data.train, model.grid, model.config.padded_size)
+        if has_field(data.train, "boxes").any() and not labels.classes and self.world.rank == 0:
+            print(
+                "stage 3: dense_loss_weight does nothing: no box has a `label` and a `kind` that the record's `scene` "
+                "names (docs/data.md)"
+            )
         encoder = Encoder(config=config, world=self.world, model=model, data=data)
         encoder.chains()  # what Stage 4 refuses is refused now
         direct = encoder.direct()
@@ -273,14 +281,16 @@ class Run:
         return [self._baseline(start, name, count, minutes) for name, count, minutes in wanted]
 
     def _baseline(self, start: Path, name: str, samples: int | None, minutes: float | None) -> Path:
-        config, baseline = self.config, self.config.baseline
+        config, baseline, frozen = self.config, self.config.baseline, self.config.stage4.phase2.frozen_parts
         folder = self.output / "baseline" / name
         phase = PhaseConfig(
             name=name,
             learning_rate=baseline.learning_rate,
             warmup_steps=baseline.warmup_steps,
             direct_loss_weight=1.0,
-            lora=config.stage4.phase2.lora,  # what learns, and from which pictures, is the same as in phase 2
+            # what learns, and from which pictures, is the same as in phase 2
+            learning_rate_multipliers=dict.fromkeys(frozen if len(frozen) < len(BACKBONE) else (), 0.0),
+            lora=config.stage4.phase2.lora,
             picture_shift=config.stage4.phase2.picture_shift,
             max_minutes=minutes,
             epochs=1,
@@ -328,6 +338,11 @@ class Run:
             most_groups=self._most_groups(),
             **options,
         )
+        if made.grounding and made.has_boxes and not made.grounds and self.world.rank == 0:
+            print(
+                "boxes: no record's `seen` says which steps read what has a box, so attention to them is not learned; "
+                "chains are held against other pictures instead, as without boxes (docs/data.md)"
+            )
         if (share := options.get("picture_shift")) and not made.picture_shift and self.world.rank == 0:
             print(
                 f"picture_shift {share:g} does nothing here: records have boxes, which would stand beside their things"

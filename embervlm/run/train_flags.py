@@ -15,7 +15,7 @@ import yaml
 
 from embervlm.cluster import CLUSTER_VARIABLE, load_recipe
 from embervlm.config import REPOSITORY, ConfigError, PhaseConfig, StageConfig, TrainConfig
-from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config
+from embervlm.config_file import brings_its_shape, frozen_in_stage3, load_train_config, pretrained_parts
 from embervlm.errors import OneLineParser
 from embervlm.options import add_flag
 
@@ -166,6 +166,26 @@ def check_start(stages: Sequence[str], config: TrainConfig) -> None:
             "would not be used; leave out 3 to start Stage 4 from that checkpoint, or leave out --resume_from (a Stage "
             "3 that was stopped resumes by itself in its --output_dir)"
         )
+
+
+PRETRAINED_RATE = 2e-4
+"""At which SmolLM2-135M learned; at 1e-3 it diverged (docs/results.md)."""
+
+
+def rates_that_harm(config: TrainConfig, phases: Sequence[int]) -> list[str]:
+    """A line for each pretrained or imported component that would learn faster than is known to be good for one."""
+    stage, lines = config.stage4, []
+    for number, phase in ((2, stage.phase2), (3, stage.phase3)):
+        if number not in phases or phase is None:
+            continue
+        for name in pretrained_parts(config):
+            if (rate := phase.learning_rate * phase.multipliers[name]) > 1.01 * PRETRAINED_RATE:
+                lines.append(
+                    f"phase {number}: {name} is pretrained and learns at a rate of {rate:g}. At 1e-3 such a model lost "
+                    f"what it knew, at {PRETRAINED_RATE:g} it did not (docs/results.md): --set stage4.phase{number}."
+                    f"learning_rate_multipliers.{name}={PRETRAINED_RATE / phase.learning_rate:.2g}"
+                )
+    return lines
 
 
 def known_to_harm(stage: StageConfig) -> list[str]:

@@ -30,7 +30,12 @@ from embervlm.training.module import TrainingModule
 from embervlm.training.policy import PolicyError, Roller
 from embervlm.training.policy_steps import PolicySteps, what_changed, without_reported
 from embervlm.training.rewards import RewardError
-from embervlm.training.schedule import learning_rate_factor, shortened_warmup, timed_learning_rate_factor
+from embervlm.training.schedule import (
+    LONGEST_WARMUP,
+    learning_rate_factor,
+    shortened_warmup,
+    timed_learning_rate_factor,
+)
 from embervlm.training.settings import NO_LORA, changes, saved_with, shown_lora
 from embervlm.training.tracking import Tracker
 from embervlm.training.visual_cache import VisualCache
@@ -134,9 +139,8 @@ class _Training:
             total = plateau.total_steps(self.progress.decay_from, self.most)
         if self.world.rank == 0 and shortened_warmup(phase.warmup_steps, total) < phase.warmup_steps:
             print(
-                f"{self.job.name}: warmup_steps {phase.warmup_steps} covers all of its {total} steps; "
-                f"the learning rate warms "
-                "up over a tenth of them instead"
+                f"{self.job.name}: warmup_steps {phase.warmup_steps} is more than {LONGEST_WARMUP:.0%} of its {total} "
+                "steps; the learning rate warms up over that share of them"
             )
         return total
 

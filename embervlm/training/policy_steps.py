@@ -27,7 +27,7 @@ from embervlm.training.policy import (
 )
 from embervlm.training.tracking import Tracker
 
-FEWEST_LINES = 5
+FEWEST_LINES = 2
 MOSTLY_EQUAL = 0.8
 """Share of groups of equal rewards from which on the end of the phase says how little was learned from."""
 SOUNDNESS_MARGIN = 0.02
@@ -150,7 +150,6 @@ def what_changed(log: Path) -> str:
     ]
     if len(drawn) < FEWEST_LINES or not names:
         return ""
-
     first, last = drawn[:size], drawn[-size:]
     found = {name: (_mean(first, name), _mean(last, name)) for name in names}
     counts = [sum(line.get("questions", 1) for line in some) for some in (first, last)]
@@ -161,6 +160,8 @@ def what_changed(log: Path) -> str:
     gamed = set(wanted) <= set(found) and found["reward_answer"][1] > found["reward_answer"][0]
     gamed = gamed and found["reward_soundness"][1] < found["reward_soundness"][0] - SOUNDNESS_MARGIN
     told = f"of the drawn chains {told}" + (": more right answers by worse reasons; read groups.jsonl" if gamed else "")
+    if "reward_answer" in found and not any(line["reward_answer"] for line in drawn):
+        told += ". None had the right answer, so only the other parts of the reward were learned from"
     if "equal_groups" in drawn[-1] and (equal := _mean(last, "equal_groups")) >= MOSTLY_EQUAL:
         told += (
             f". The chains of {equal:.0%} of the last questions had equal rewards, and taught nothing: ask harder "

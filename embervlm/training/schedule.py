@@ -7,7 +7,7 @@ import math
 from embervlm.config import ScheduledSamplingConfig
 
 LONGEST_WARMUP = 0.25
-"""Share of the time of a run that ends by time."""
+"""Share of the run, in steps or in time."""
 
 
 def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps: float, final_ratio: float) -> float:
@@ -15,7 +15,7 @@ def learning_rate_factor(progress_steps: float, total_steps: float, warmup_steps
 
     Args:
         progress_steps: Optimizer steps done so far; 0 is the first step.
-        warmup_steps: Where this is not less than `total_steps`, a tenth of the run warms up instead.
+        warmup_steps: At most `LONGEST_WARMUP` of the run warms up.
     """
     warmup_steps = shortened_warmup(warmup_steps, total_steps)
     if progress_steps < warmup_steps:
@@ -34,8 +34,11 @@ def timed_learning_rate_factor(steps: int, warmup_steps: int, spent_ratio: float
 
 
 def shortened_warmup(warmup_steps: float, total_steps: float) -> float:
-    """`warmup_steps`, or a tenth of the run if they would fill the whole run."""
-    return total_steps / 10 if warmup_steps >= total_steps else warmup_steps
+    """`warmup_steps`, or `LONGEST_WARMUP` of the run where they would take more of it.
+
+    The guide's 500 would leave a run of 510 steps ten at its rate.
+    """
+    return min(warmup_steps, LONGEST_WARMUP * total_steps)
 
 
 def teacher_forcing_ratio(epoch: int, num_epochs: int, config: ScheduledSamplingConfig) -> float:
