@@ -332,3 +332,45 @@ def test_literals_are_put_in_words(literal, text):
 def test_a_geometry3k_problem_that_does_not_fit_is_named(folder, value, message):
     (folder / "a.png").rename(folder / "img_diagram.png")
     assert message in problem(folder, "geometry3k", [value])
+
+
+# ---- conversations
+
+REPLY = "There are three red cubes. There are two blue cubes. So there are five."
+
+
+def turns(*parts):
+    return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": REPLY}]
+
+
+ASKED = {"type": "text", "text": "How many cubes?"}
+
+
+def test_a_picture_within_a_turn_and_what_is_no_text_are_not_dropped(folder):
+    (record,) = convert(folder, "sharegpt", [{"images": ["a.png"], "messages": turns({"type": "image"}, ASKED)}])
+    assert record.instruction == "How many cubes?" and record.image == str(folder / "a.png")
+    within = [{"messages": turns({"type": "image", "image": "a.png"}, ASKED)}]
+    assert "its picture stands within the turn; name it in `images`" in problem(folder, "sharegpt", within)
+    bare = [{"messages": turns({"type": "image"}, ASKED)}]
+    assert "a turn says <image>; name the picture" in problem(folder, "sharegpt", bare)
+    video = [{"messages": turns({"type": "video", "video": "a.mp4"}, ASKED)}]
+    assert 'a part of type "video" is not read' in problem(folder, "sharegpt", video)
+    (text_only,) = convert(folder, "sharegpt", [{"images": [], "messages": turns(ASKED)}])
+    assert text_only.image is None
+
+
+@pytest.mark.parametrize(
+    "asked", ["How many cubes are there?", "The bar is red. How many cubes are there", "How many? (A) 2"]
+)
+def test_a_request_for_tags_on_the_questions_line_leaves_the_question(folder, asked):
+    text = f"{asked} Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+    (record,) = convert(folder, "sharegpt", [{"messages": turns({"type": "text", "text": text})}])
+    assert record.instruction == asked
+
+
+def test_a_box_of_left_top_width_and_height_is_refused(folder):
+    record = {"id": "1", "image": "a.png", "instruction": "Red?", "reasoning": "Step 1: I look.\nConclusion: Yes."}
+    box = {"kind": "bar", "box": [0.6, 0.6, 0.2, 0.2]}
+    (folder / "one.json").write_text(json.dumps([{**record, "answer": "yes", "metadata": {"boxes": [box]}}]))
+    with pytest.raises(DataError, match=r"metadata\.boxes: a box is not"):
+        read_records(folder / "one.json")

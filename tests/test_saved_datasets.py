@@ -70,6 +70,15 @@ def test_the_splits_of_a_saved_dictionary_are_kept(tmp_path):
     assert len({record.record_id for record in records}) == 18, "files of all splits have the same names"
 
 
+def test_a_split_of_another_name_beside_known_ones_is_refused_and_not_trained_on(tmp_path):
+    folder = tmp_path / "saved"
+    for name, start in (("train", 0), ("testmini", 20)):
+        save(folder / name, table(rows(start, 3), answer=["no", "yes"]))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "testmini"]}))
+    with pytest.raises(DataError, match=r"testmini: is no split that is known .*; rename the folder"):
+        prepare(folder, tmp_path / "cache", max_closed_answers=64)
+
+
 def test_convert_takes_a_saved_data_set_and_writes_its_pictures_beside_the_output(tmp_path):
     turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "I look. It is. Yes."}]
     values = [{"image": png(shade), "conversations": turns} for shade in (1, 2, 3)]

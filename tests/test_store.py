@@ -192,6 +192,39 @@ def shards(records, tmp_path):
     return some, write_shards(tmp_path / "shards", some)
 
 
+def test_shards_of_one_name_in_two_folders_keep_their_own_pictures(tmp_path):
+    """img2dataset names the shards of each part alike; both records got the picture of the last."""
+    for name, shade in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "00000.tar", "w") as tar:
+            picture = io.BytesIO()
+            Image.new("L", (8, 8), shade).save(picture, "PNG")
+            value = {
+                "id": name,
+                "instruction": "Dark?",
+                "reasoning": "Step 1: I look.\nConclusion: Yes.",
+                "answer": "yes",
+            }
+            for suffix, content in (("json", json.dumps(value).encode()), ("png", picture.getvalue())):
+                entry = tarfile.TarInfo(f"0.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    store = prepare(tmp_path / "{a,b}" / "00000.tar", tmp_path / "cache")
+    shades = {record.record_id: Image.open(record.image).getpixel((0, 0)) for record in store.all()}
+    assert shades == {"a": 10, "b": 200}
+
+
+def test_a_link_in_a_shard_and_an_open_brace_are_told(tmp_path):
+    with tarfile.open(tmp_path / "l.tar", "w") as tar:
+        entry = tarfile.TarInfo("k.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "elsewhere.png"
+        tar.addfile(entry)
+    with pytest.raises(DataError, match=r"k\.png is a link, whose content is not in the shard"):
+        prepare(tmp_path / "l.tar", tmp_path / "cache")
+    with pytest.raises(DataError, match="a brace is not closed"):
+        prepare(tmp_path / "{000..099.tar", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("pattern", ["", "*.tar", "robots-{000..002}.tar"])
 def test_shards_give_their_records_with_their_pictures(pattern, shards, tmp_path):
     some, _ = shards

@@ -229,6 +229,8 @@ def _is_box(box: Mapping[str, Any]) -> bool:
         and isinstance(edges, list)
         and len(edges) == 4
         and all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in edges)
+        and edges[0] < edges[2]  # not left, top, width and height
+        and edges[1] < edges[3]
     )
 
 

@@ -6,6 +6,7 @@ A shard is a tar file in which `key.json` stands beside its picture `key.jpg`, `
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import tarfile
@@ -15,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from embervlm.data.errors import DataError
 from embervlm.data.json_text import Decoder
 from embervlm.data.record_fields import FieldRules
 from embervlm.data.record_pictures import PICTURE_NAMES, write_whole
@@ -59,8 +61,12 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
         return [Path(text)]
     from braceexpand import braceexpand  # here: most data sets are one file
 
+    try:
+        names = list(braceexpand(text))
+    except ValueError:  # its UnbalancedBracesError
+        raise DataError(f"{text}: a brace is not closed; write shards/{{000..009}}.tar") from None
     found: list[Path] = []
-    for name in braceexpand(text):
+    for name in names:
         found += _kept(map(Path, sorted(glob.glob(name)))) if glob.has_magic(name) else [Path(name)]
     return found
 
@@ -126,8 +132,16 @@ def source_values(
     import webdataset  # here: most data sets are no shards
 
     unused, decoder = Counter() if unused is None else unused, Decoder()
+    # shards of several folders have the same names
+    own = f"{file.stem}-{hashlib.blake2b(os.path.realpath(file).encode(), digest_size=4).hexdigest()}"
     try:
-        _check_end(file)
+        members_of_shard = _whole(file)
+        if links := [member.name for member in members_of_shard if member.issym() or member.islnk()]:
+            problems.append(
+                f"{file}: {links[0]} is a link, whose content is not in the shard; write it again with "
+                "`tar --dereference --hard-dereference`"
+            )
+            return
         # a list and an absolute path: nothing in a name is expanded or run
         samples = webdataset.WebDataset([os.path.abspath(file)], shardshuffle=False, empty_check=False)
         for number, sample in enumerate(samples, start=1):
@@ -150,7 +164,7 @@ def source_values(
                 continue
             if pictures and isinstance(value, dict):
                 (picture,) = pictures
-                name = f"{file.stem}-{number:06d}.{picture.rpartition('.')[2]}"  # a key may hold any path
+                name = f"{own}-{number:06d}.{picture.rpartition('.')[2]}"  # a key may hold any path
                 with naming_unwritten(unpack_dir / name):
                     unpack_dir.mkdir(parents=True, exist_ok=True)
                     write_whole(unpack_dir / name, sample[picture])
@@ -177,10 +191,11 @@ def _pictures_among(members: Sequence[str]) -> list[str]:
     return plain or named or pictures
 
 
-def _check_end(shard: Path) -> None:
-    """Raise `tarfile.ReadError` unless the shard is whole: reading it as a stream ends at damage without a word."""
+def _whole(shard: Path) -> list[tarfile.TarInfo]:
+    """Its members. `tarfile.ReadError` unless it is whole: reading it as a stream ends at damage without a word."""
     with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
-        tar.getmembers()
+        members = tar.getmembers()
         file.seek(tar.offset)
         if (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0") or not block:
             raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
+    return members

@@ -31,7 +31,7 @@ from embervlm.data.tables import label_of, with_split
 from embervlm.progress import progress_bar
 from embervlm.run_dir import naming_unwritten, read_object, remove_tree, write_json_atomic
 
-STORE_FORMAT = 6
+STORE_FORMAT = 7
 _PART = ".tmp-records-"
 LEFTOVER_S = 86_400.0
 """A half-prepared store that nobody has written to for so long is of a killed run."""

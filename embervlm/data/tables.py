@@ -109,10 +109,21 @@ def _class_labels(schema: Any) -> dict[str, list[str]]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split of a file in a saved dictionary of splits; None elsewhere, or where we have none of that name."""
-    if file.suffix.lower() != ".arrow" or not (file.parent.parent / "dataset_dict.json").is_file():
+    """The split of a file in a saved dictionary of splits; None elsewhere, or where none of them is a split.
+
+    Raises:
+        TableError: others of the dictionary are splits and this one is not; its records must not be trained on.
+    """
+    saved = file.parent.parent / "dataset_dict.json"
+    if file.suffix.lower() != ".arrow" or not saved.is_file():
         return None
-    return SPLIT_NAMES.get(file.parent.name)
+    own = SPLIT_NAMES.get(file.parent.name.casefold())
+    if own is None and any(str(name).casefold() in SPLIT_NAMES for name in _listed(saved, "splits")):
+        raise TableError(
+            f"{file.parent}: is no split that is known ({', '.join(SPLIT_NAMES)}); rename the folder, here and in "
+            f"{saved.name}"
+        )
+    return own
 
 
 def _listed(path: Path, name: str) -> list[Any]:

@@ -103,7 +103,7 @@ def _records(
     records, earlier = [], ""
     for number, (question, reply, where) in enumerate(turns, 1):
         question, reply = (text.replace("<image>", "").strip() for text in (question, reply))
-        question = _TAGS_ASKED_FOR.sub("", question).strip()
+        question = _TAGS_ASKED_FOR.sub(_before_request, question).strip()
         problems = len(at.problems)
         found = read(at, (question, reply, where))
         if required and where not in required:
@@ -113,7 +113,7 @@ def _records(
             # ids of pictures are used more than once, hence the record's number
             turn_id = f"{identity}-{at.number}" + (f"-{number}" if len(turns) > 1 else "")
             chain = chain_of(parts, answer, at.metadata(_USED, source=source, **about))
-            pictured = {} if images is None else {"image": images}
+            pictured = {} if images in (None, []) else {"image": images}
             records.append({"id": turn_id, "instruction": earlier + question, "answer": answer, **pictured, **chain})
         earlier += f"Question: {question}\nAnswer: {_without_thought(reply)}\n"
     return records
@@ -136,6 +136,17 @@ def _numbered(at: Source, turns: Sequence[Turn], num_pictures: int) -> list[Turn
 
 _TAGS_ASKED_FOR = re.compile(r"[^.!?\n]*<(?:think|answer)>[^\n]*?(?:[.!?](?=\s|$)|$)", re.IGNORECASE | re.MULTILINE)
 """A sentence of a question that asks for tags, which no chain has here."""
+_REQUEST = re.compile(
+    r"\b(?:Answer|Enclose|First|Give|Output|Place|Please|Provide|Put|Reason|Respond|Return|Show|Think|Use|Wrap|Write)\b"
+)
+"""Its first word, where it stands behind a question without a full stop."""
+
+
+def _before_request(sentence: re.Match[str]) -> str:
+    request = _REQUEST.search(sentence[0].partition("<")[0])
+    return sentence[0][: request.start()].rstrip() if request else ""
+
+
 _SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 
 
@@ -155,6 +166,9 @@ def _turns(at: Source) -> list[Turn]:
     for number, turn in enumerate(given[first:]):
         speaker = pair.split(" and ")[number % 2]
         turn = turn if isinstance(turn, dict) else {}
+        if problem := _part_problem(at, turn.get("value", turn.get("content"))):
+            at.report(f"{field}[{number + first}]: {problem}")
+            return []
         said, text = turn.get("from", turn.get("role")), _text_of(turn.get("value", turn.get("content")))
         if text is None or not isinstance(said, str) or _SPEAKERS.get(said) != number % 2:
             wanted = f'{{"{spelled[0]}": "{speaker}", "{spelled[1]}": text}}'
@@ -166,13 +180,29 @@ def _turns(at: Source) -> list[Turn]:
     return [(texts[i], texts[i + 1], f"{field}[{i + 1 + first}]") for i in range(0, len(texts), 2)]
 
 
+_PICTURE_PARTS = ("image", "image_url")
+
+
+def _part_problem(at: Source, content: Any) -> str:
+    """What of a turn's parts would be lost; empty where nothing is."""
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    for part in parts:
+        if (name := part.get("type")) in _PICTURE_PARTS:
+            if part.get(name) and not (at.value.get("image") or at.value.get("images")):
+                return "its picture stands within the turn; name it in `images`, beside the turns"
+        elif name != "text":
+            return f"a part of type {quote(str(name))} is not read; leave it out, or drop the record"
+    return ""
+
+
 def _text_of(content: Any) -> str | None:
-    """The text of a turn, which may be a list of parts as OpenAI has it; None where it is neither."""
+    """The text of a turn, which may be a list of parts as OpenAI has it, with <image> for a picture; None where it is
+    neither."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return None
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    texts = ["<image>" if part.get("type") in _PICTURE_PARTS else part.get("text") for part in content]
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
