@@ -27,6 +27,9 @@ half of 6 + 4 = 7|9 + 5 = 2 pm|2 dozen + 3 = 27|50 cents + 50 cents = $1|3:30 + 
 1.2 million + 0.3 million = 1.5|20 - 3 * 4 = 20 - 12 = 8 left|1st + 2nd = 3 + 5 = 8
 \u20ac1.200 + \u20ac300 = \u20ac1.500|12.500 km - 2.500 km = 10.000 km|3 * 1.000 = 3.000
 It works 8 hours/day * 5 days/week = 40 hours/week.
+8 m^2 + 12 m^2 = 20 m^2|8 m\u00b2 + 12 m\u00b2 = 20 m\u00b2|2 x + 3 = 7|7 = 3 + 2 x|2 x + 3 x = 10|x^2 + 3 = 7
+\u22125 + 3 = \u22122
+12 pm is earlier than 1 pm.|500 BC is earlier than 400 BC.|Is 2 + 3 = 6? No.
 """
 WRONG = """
 5 + 3 = 9|$1,200 + $300 = $1,600|20% of 50 = 15|15 / 60 = 30%|3 * 4 = 10 + 3 = 12|1/2 + 1/4 = 2/4|5² + 12² = 14²
@@ -34,6 +37,7 @@ WRONG = """
 48/2 = <<48/2=25>>25 clips|0.1 + 0.2 = 0.4
 **5 + 3 = 9**|7 = 3 + 5|3 + 4 = 8 - so he has 8|100 / 7 = about 20|1/4 of 80 = 25|5 plus 3 equals 9
 1.200 + 300 = 1.600|1.250 + 1.250 = 2.600
+8 m^2 + 12 m^2 = 21 m^2|2 x + 3 x = 6 x|5 m + 3 m = 9|Right? No, 2 + 3 = 6.
 """
 
 
@@ -45,6 +49,10 @@ def lines(text):
 def test_a_right_chain_of_everyday_arithmetic_raises_no_alarm_and_a_planted_wrong_sum_is_found(chain):
     assert [wrong_arithmetic(step) for step in chain["steps"]] == [None] * len(chain["steps"])
     assert wrong_arithmetic(chain["planted"][1])
+
+
+def test_bars_around_a_number_are_no_end_of_a_sum():  # the lists above are split at bars
+    assert wrong_arithmetic("|-5| - 2 + 4 = 7") is None
 
 
 @pytest.mark.parametrize("text", lines(RIGHT))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from embervlm.data.records import parse_answer, parse_reasoning_text
 from embervlm.robots.rules import ROBOT_ORDER as ROBOTS
+from embervlm.run import run_onnx
 from embervlm.words.chain_text import format_reasoning
 
 # ---- chains as text
@@ -110,6 +111,26 @@ def test_longer_name_is_not_also_counted_as_the_shorter_one():
 def test_one_letter_choice_is_not_found_in_an_article():
     assert parse_answer("a ladder, so B", ("A", "B")) == ("B",)
     assert parse_answer(" b. ", ("A", "B")) == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B. A bird of prey", "B"),
+        ("(B) A bird of prey", "B"),
+        ("**B)** A bird of prey", "B"),
+        ("b) vitamin A.", "B"),
+        ("A. Yes. B. No", "AB"),
+        ("A. B.", "AB"),
+        ("(A) and (B)", "AB"),
+        ("A, B", "AB"),
+        ("A: see B", "A"),
+        ("It is B. A bird", "AB"),
+    ],
+)
+def test_a_letter_before_its_text_is_the_answer_and_not_a_letter_within(text, expected):
+    assert parse_answer(text, tuple("ABCD")) == tuple(expected)
+    assert run_onnx.parse_answer(text, tuple("ABCD")) == list(expected)
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))

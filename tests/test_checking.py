@@ -1,12 +1,13 @@
 """The data checks: every planted fault is found at its record, and nothing is found in data that has none."""
 
 import json
+import math
 import random
 import re
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -336,6 +337,7 @@ METADATA_KEYS = ("facts", "scene", "step_types", "seen", "boxes", "caption", "sp
     fields=st.dictionaries(st.sampled_from(sorted(KEYS)), JSON_VALUES | st.text(max_size=40), max_size=2),
     metadata=st.dictionaries(st.sampled_from(METADATA_KEYS), JSON_VALUES, max_size=3),
 )
+@example(fields={"answer": math.inf}, metadata={"facts": math.inf})
 def test_any_value_in_any_field_is_accepted_or_reported(fields, metadata, tmp_path):
     path = tmp_path / "data.json"
     value = sum_record(50)

@@ -7,7 +7,7 @@ import pytest
 from embervlm.curate.chain_checks import ChainJob, check_chain
 from embervlm.judge.metrics import ChainScorer
 from embervlm.judge.reading import ChainContext
-from embervlm.words.claims import concluded_names, conclusion_fault
+from embervlm.words.claims import concluded_names, conclusion_fault, is_conclusion
 
 NAMES = frozenset(("yes", "no", "yellow", "red", "circle", "3"))
 """The answers of all kinds of questions together, as `--domain none` finds them in the data."""
@@ -23,7 +23,12 @@ NAMES = frozenset(("yes", "no", "yellow", "red", "circle", "3"))
         ("Among the yellow and the red ones, the answer is 3.", "3", "3"),
         ("A yellow circle is there, so yes.", "yes", "yes"),
         ("There is no doubt that it is red.", "red", "red"),
-        ("A yellow circle is there, so yes.", "no", "yes yellow circle"),
+        ("A yellow circle is there, so yes.", "no", "yes"),
+        ("Yes, there is no red one.", "yes", "yes"),
+        ("Conclusion: No, the yellow one is there.", "yes", "no"),
+        ("Red, because yellow is taken.", "red", "red"),
+        ("Because yellow is taken, red", "red", "red"),
+        ("Red and yellow, so that both are there.", "red", "red yellow"),
         ("Red and yellow.", "red", "red yellow"),
         ("The answer is not known, so red.", "red", "red"),
         ("It is a boat.", "red", ""),
@@ -31,6 +36,27 @@ NAMES = frozenset(("yes", "no", "yellow", "red", "circle", "3"))
 )
 def test_what_stands_behind_the_answer_is_counts_and_yes_or_no_beside_other_names(conclusion, answer, names) -> None:
     assert concluded_names(conclusion, NAMES, [answer]) == frozenset(names.split())
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "names"),
+    [
+        ("A penguin cannot fly, so B", "B"),
+        ("A penguin or D", "D"),
+        ("A bird", "A"),
+        ("A and B fit.", "A B"),
+        ("B, because A and C are smaller", "B"),
+        ("The answer is B. A bird of prey", "B"),
+        ("A is not the one, B is", "A B"),
+    ],
+)
+def test_an_article_is_no_choice_where_another_one_is_named(conclusion, names) -> None:
+    assert concluded_names(conclusion, "ABCD", ["B"]) == frozenset(names.split())
+
+
+def test_a_step_that_excludes_an_answer_is_no_conclusion() -> None:
+    assert not is_conclusion("The answer is not A, since A is the smallest.")
+    assert is_conclusion("The answer is A.")
 
 
 def test_a_conclusion_that_says_what_it_compared_is_no_fault_and_another_answer_is() -> None:

@@ -359,6 +359,32 @@ def test_a_picture_within_a_turn_and_what_is_no_text_are_not_dropped(folder):
     assert text_only.image is None
 
 
+def test_a_turns_own_picture_must_be_one_of_those_beside_the_turns(folder):
+    same = turns({"type": "image_url", "image_url": {"url": "old/a.png"}}, ASKED)
+    (record,) = convert(folder, "sharegpt", [{"images": ["a.png"], "messages": same}])
+    assert record.image == str(folder / "a.png")
+    other = turns({"type": "image", "image": "b.png"}, ASKED)
+    found = problem(folder, "sharegpt", [{"images": ["a.png"], "messages": other}])
+    assert 'its picture "b.png" is none of `images`; name it there, or leave it out of the turn' in found
+
+
+def test_fields_that_the_format_does_not_use_stay_in_the_metadata(folder):
+    given = {"messages": turns(ASKED), "instruction": "Count.", "answer": "2", "output": "two", "kept": 1}
+    (record,) = convert(folder, "sharegpt", [given])
+    assert record.metadata.items() >= {"instruction": "Count.", "answer": "2", "output": "two", "kept": 1}.items()
+    given = {"instruction": "How many?", "output": REPLY, "solution": "I count.", "input": "", "prompt": "Count."}
+    (record,) = convert(folder, "alpaca", [given])
+    assert record.metadata.items() >= {"solution": "I count.", "prompt": "Count."}.items()
+    assert record.metadata.keys().isdisjoint({"instruction", "output", "input"})
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_the_reasoning_that_an_endpoint_tells_apart_is_that_of_the_turn(folder, name):
+    reply = {"role": "assistant", "content": "Two.", name: "I see a red one. I see a blue one."}
+    (record,) = convert(folder, "sharegpt", [{"messages": [{"role": "user", "content": "How many cubes?"}, reply]}])
+    assert record.steps[:2] == ("I see a red one.", "I see a blue one.") and record.answer == ("Two",)
+
+
 @pytest.mark.parametrize(
     "asked", ["How many cubes are there?", "The bar is red. How many cubes are there", "How many? (A) 2"]
 )

@@ -127,6 +127,17 @@ def test_a_picture_that_cannot_be_taken_is_refused_by_every_command(
     assert message in found.replace('"', "")
 
 
+def test_paths_of_one_name_in_two_folders_are_two_pictures(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(picture())
+    path = write(tmp_path, [record(1, image="a/1.png", image_path="b/1.png"), record(2, image="0.png")])
+    (found,) = told(path, tmp_path)
+    assert "names another picture than image" in found
+    both = write(tmp_path, [record(1, image="a/1.png", image_path="old/a/1.png"), record(2, image="0.png")])
+    assert read_records(both, candidates=ROBOTS)[0].image == str(tmp_path / "a" / "1.png")
+
+
 def test_what_is_said_about_a_picture_is_no_picture(tmp_path: Path) -> None:
     about = {"image_metadata": "24 x 24", "image_source": "a camera", "image_id": "7", "tags": ["day", "sea"]}
     assert read_records(write(tmp_path, [record(1, **about)]), candidates=ROBOTS)[0].metadata.items() >= about.items()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from embervlm.judge.completeness import identify_step_types
+from embervlm.judge.contradiction import opposite_steps
 from embervlm.judge.metrics import (
     TARGETS,
     ChainScorer,
@@ -19,9 +20,12 @@ from embervlm.judge.metrics import (
     per_candidate_precision_recall,
 )
 from embervlm.judge.reading import ChainContext
+from embervlm.judge.replaced import replaced_details
 from embervlm.report.pages import samples_page
 from embervlm.report.table import gold_chain_lines, group_lines, metrics_table
-from embervlm.words.claims import Claim, ClaimReader
+from embervlm.words.claims import Claim, ClaimReader, content_words
+from embervlm.words.english import tokens
+from embervlm.words.wording import clauses_of
 
 ROBOTS = ("Drone", "Underwater Robot", "Humanoid", "Robot with Wheels", "Robot with Legs")
 ROBOT_DOMAINS = {
@@ -332,6 +336,47 @@ def test_a_sum_that_does_not_come_out_is_a_contradiction():
 def test_a_statement_and_its_negation_contradict_each_other_in_any_subject():
     steps = ["Copper conducts electricity well.", "As copper does not conduct electricity well, the lamp is dark."]
     assert "contradicts step 1" in str(score_chain(steps, ChainContext())["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The shape in figure 3 is a regular polygon with equal sides.", "figure 2"),
+        ("The circle in the picture is a regular shape with equal sides.", "star"),
+        ("The left wall is too high for the robot with wheels.", "right"),
+        ("In the office of Anna the window stands wide open all day.", "Maria"),
+    ],
+)
+def test_what_is_denied_of_one_thing_is_not_denied_of_another(one, other):
+    first = {"figure 2": "figure 3", "star": "circle", "right": "left", "Maria": "Anna"}[other]
+    denied = one.replace(" is ", " is not ").replace(" stands ", " never stands ")
+
+    def judged(second):
+        reasons = ChainScorer().score([one, second, "Conclusion: yes."], ChainContext(instruction="Which?"))["reasons"]
+        return [reason for reason in reasons if "contradicts" in str(reason)]
+
+    assert judged(denied) and not judged(denied.replace(first, other))
+
+
+def test_what_she_does_and_he_does_not_is_no_contradiction():
+    assert opposite_steps(["She likes cold water.", "He does not like cold water."]) is None
+    assert opposite_steps(["This wall is too high.", "That wall is not too high."]) is None
+    assert opposite_steps(["This wall is too high.", "The wall is not too high."]) == (1, 2)
+
+
+@pytest.mark.parametrize(("one", "same"), [("1,000 grams", "1000 grams"), ("$2.50", "$2.5"), ("\u22123", "-3")])
+def test_a_number_in_another_spelling_is_the_same_number(one, same):
+    assert clauses_of(f"It is {one}.") == clauses_of(f"It is {same}.")
+    assert content_words(f"It is {one}.") == content_words(f"It is {same}.")
+    assert replaced_details(f"The box is {one}.", f"The box is {same}.") == []
+
+
+def test_the_marks_of_a_script_belong_to_the_word_and_scripts_without_blanks_have_words():
+    assert tokens("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e") == [
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\u0926\u0941\u0928\u093f\u092f\u093e",
+    ]
+    assert tokens("\u7ea2\u8272\u7684\u5706") == list("\u7ea2\u8272\u7684\u5706")
 
 
 def test_what_is_supposed_contradicts_nothing():

@@ -50,6 +50,15 @@ SAME = [
     ("two red cubes", "2 red cubes"),
     ("a", "A"),
     ("It is Paris", "paris"),
+    ("10K", "10,000"),
+    ("3M", "3,000,000"),
+    ("2/3", "two thirds"),
+    ("two and a half", "2.5"),
+    ("x>3", "x > 3"),
+    ("c++.", "C++"),
+    ("12-14", "12 - 14"),
+    ("ice-cream", "ice cream"),
+    ("Paris - France", "Paris France"),
 ]
 OTHER = [
     ("3.5", "3"),
@@ -77,6 +86,15 @@ OTHER = [
     ("3 maybe 4", "3"),
     ("3 apples 4 pears", "3"),
     ("three 4", "3"),
+    ("A+", "A-"),
+    ("A+", "A"),
+    ("x > 3", "x < 3"),
+    ("x + 3", "x - 3"),
+    ("2x+1", "2x-1"),
+    ("C#", "C++"),
+    ("10K", "10"),
+    ("two thirds", "2"),
+    ("twenty fifth", "4"),
 ]
 
 

@@ -106,6 +106,39 @@ def test_convert_takes_parquet_with_the_pictures_themselves(tmp_path, source):
     assert Image.open(record.image).getpixel((0, 0))[0] == 5
 
 
+def parquet(path, *values):
+    path.parent.mkdir(exist_ok=True)
+    pa.parquet.write_table(pa.Table.from_pylist(list(values)), path)
+    return path
+
+
+def test_a_picture_in_the_table_may_have_its_old_path_beside_it_but_not_another_picture(tmp_path):
+    row = rows(5, 1)[0] | {"answer": "yes"}
+    (record,) = prepare(parquet(tmp_path / "a.parquet", row | {"filename": "old/5.png"}), tmp_path / "a").all()
+    assert Image.open(record.image).getpixel((0, 0))[0] == 5
+    with pytest.raises(DataError, match="names another picture than image; keep one"):
+        prepare(parquet(tmp_path / "b.parquet", row | {"picture": png(6)}), tmp_path / "b")
+
+
+@pytest.mark.parametrize("other", ["extra.parquet", "testmini.parquet"])
+def test_a_table_of_no_known_split_beside_those_of_splits_is_refused_and_not_trained_on(tmp_path, other):
+    for name in ("train-00000-of-00001.parquet", "test.parquet", other):
+        parquet(tmp_path / "in" / name, *rows(0, 2))
+    with pytest.raises(
+        DataError, match=rf"{other}: other files of this folder are called after splits .* move it away"
+    ):
+        prepare(tmp_path / "in", tmp_path / "cache")
+
+
+def test_files_of_splits_of_two_kinds_are_refused_and_none_is_left_out(tmp_path):
+    parquet(tmp_path / "in" / "test.parquet", *rows(0, 2))
+    (tmp_path / "in" / "train.jsonl").write_text("{}\n")
+    with pytest.raises(
+        DataError, match=r"holds test.parquet and train.jsonl, files of two kinds; give those .*\*.parquet"
+    ):
+        prepare(tmp_path / "in", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_an_arrow_file_alone_may_have_an_index_or_not(tmp_path, index):
     made = pa.Table.from_pylist([{"question": "Is it?", "reasoning": ["I look."], "answer": "yes"}])

@@ -105,13 +105,16 @@ def _read(data: CheckedData, options: CheckOptions, keep_values: bool) -> None:
         data.unused.update(unused_fields(record.metadata))
         data.numbers.append(number)
         data.records.append(record)
-    for problem in file_problems:  # a broken line is no value
+    broken: set[str] = set()  # the places without a value; one may have several problems
+    for problem in file_problems:
         text = problem.removeprefix(f"{data.path} ")
         counted = r"(?:line|record) (\d+)" if data.path.suffix == ".jsonl" else r"^record (\d+)"  # a list has no lines
         line = None if data.where else re.search(counted, text)
-        data.num_values += line is not None or bool(data.where)
+        if place := re.match(r".*? (?:line|record) [^\s:]+|", text) if data.where else line:
+            broken.add(place[0] or text)
         what, _, fix = (text if line is None else re.sub(r"^record \d+: ", "", text)).partition("; ")
         data.add("schema", int(line[1]) if line else 0, "", what, fix)
+    data.num_values += len(broken)
     if not data.num_values:
         raise no_records(data.path)
 

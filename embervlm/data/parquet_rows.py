@@ -69,6 +69,8 @@ def holds_bytes(value: Any) -> bool:
 def without_bytes(value: dict[str, Any], image: str | None, composed_of: list[str] | None) -> dict[str, Any]:
     """The record with the path of its picture instead of the content; that of a composite says of what it is made."""
     rest = {name: item for name, item in value.items() if not _is_bytes(item)}
+    if image is not None:  # what the row says of its picture's path is of another place
+        rest = {f"original_{name}" if name.casefold() in PICTURE_NAMES else name: item for name, item in rest.items()}
     if composed_of is not None:
         rest["metadata"] = {**(rest.get("metadata") or {}), COMPOSED_OF: composed_of}
     return rest if image is None else {**rest, "image": image}

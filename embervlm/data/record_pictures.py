@@ -75,7 +75,7 @@ def read_picture(value: Mapping[str, Any], metadata: dict[str, Any], rules: Fiel
     if not found:
         return None
     for other, item in given.items():
-        if other != name and _bases(_given_as(other, item, lambda _: None)) != _bases(found):
+        if other != name and not _same_pictures(_given_as(other, item, lambda _: None), found):
             report(f"{quote(other)}: names another picture than {name}; keep one of the two")
             return None
     if name != "image":
@@ -208,9 +208,29 @@ def _one_of(name: str, item: Any, report: Report) -> str | Embedded | None:
     return item
 
 
-def _bases(found: Sequence[str | Embedded]) -> list[str]:
-    names = [one.name if isinstance(one, Embedded) else one for one in found]
-    return [name.rstrip("/").rpartition("/")[2] for name in names]
+def _same_pictures(some: Sequence[str | Embedded], others: Sequence[str | Embedded]) -> bool:
+    return len(some) == len(others) and all(map(_is_same_picture, some, others))
+
+
+def _is_same_picture(one: str | Embedded, other: str | Embedded) -> bool:
+    """Whether two fields may name one picture: equal contents, or a path that is the end of the other.
+
+    A content without a name may be that of any path.
+    """
+    if isinstance(one, Embedded) and isinstance(other, Embedded):
+        return one.data == other.data
+    names = [part.name if isinstance(part, Embedded) else part for part in (one, other)]
+    if isinstance(one, Embedded) or isinstance(other, Embedded):  # a path within an archive, and one within a folder
+        names = [os.path.basename(name.rstrip("/")) for name in names]
+        return not all(names) or names[0] == names[1]
+    return same_path(*names)
+
+
+def same_path(one: str, other: str) -> bool:
+    """Whether one path is the end of the other: "a/1.png" of "/data/a/1.png"."""
+    parts = [[part for part in name.split("/") if part not in ("", ".")] for name in (one, other)]
+    shortest = min(map(len, parts))
+    return parts[0][len(parts[0]) - shortest :] == parts[1][len(parts[1]) - shortest :]
 
 
 def _compose(

@@ -44,19 +44,15 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     """The files that `path` names, in order: itself, shards, Parquet or Arrow files of a folder, or those of a pattern.
 
     Of a folder also its JSON files, where their names are those of splits. Lists of what `convert` and `filter` left
-    out do not count. A pattern is a glob (`shards/*.tar`), braces
-    (`shards/{000..009}.tar`), or both. Of braces every file counts, there or not, so that a missing shard is noticed.
-    Empty where nothing is found.
+    out do not count. A pattern is a glob (`shards/*.tar`), braces (`shards/{000..009}.tar`), or both. Of braces every
+    file counts, there or not, so that a missing shard is noticed. Empty where nothing is found.
+
+    Raises:
+        DataError: a folder's files are called after splits, and some of them would be left out or trained on unnoticed.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
-        folder = Path(text)
-        return (
-            sorted(folder.glob("*.tar"))
-            or sorted(folder.glob("*.parquet"))
-            or saved_files(folder)
-            or list(named_splits(_kept(sorted(folder.glob("*.json*")))))
-        )
+        return _files_of(Path(text))
     if os.path.exists(text) or not set(text) & set("*?[{"):
         return [Path(text)]
     from braceexpand import braceexpand  # here: most data sets are one file
@@ -71,18 +67,39 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
+def _files_of(folder: Path) -> list[Path]:
+    kinds = [sorted(folder.glob(pattern)) for pattern in ("*.tar", "*.parquet")]
+    kinds += [saved_files(folder), [file for file in _kept(sorted(folder.glob("*.json*"))) if _split_in(file)]]
+    found = next(filter(None, kinds), [])
+    if other := next((file for files in kinds for file in files if file not in found and _split_in(file)), None):
+        raise DataError(
+            f"{folder}: holds {found[0].name} and {other.name}, files of two kinds; give those that are meant, such as "
+            f"{folder / ('*' + found[0].suffix)}"
+        )
+    splits = [_split_in(file) for file in found]
+    if "train" in splits and None in splits:
+        file = found[splits.index(None)]
+        raise DataError(
+            f"{file}: other files of this folder are called after splits and this one is not, so it would be trained "
+            f"on; name it after one ({', '.join(SPLIT_NAMES)}), move it away, or give the files meant, such as "
+            f"{folder / 'train*'}"
+        )
+    return found if found is not kinds[-1] else list(named_splits(found))
+
+
+def _split_in(file: Path) -> str | None:
+    """The split that a file is called after: `test.jsonl`, `train-00000-of-00002.parquet`."""
+    return SPLIT_NAMES.get(re.sub(r"[-_.]\d.*", "", file.stem.casefold()))
+
+
 def _kept(files: Iterable[Path]) -> list[Path]:
     """`files` without the lists of what `convert` and `filter` left out, which they write beside the records."""
     return [file for file in files if not re.search(r"\.(?:skipped|rejected)\.jsonl?$", file.name)]
 
 
 def named_splits(files: Sequence[Path]) -> dict[Path, str]:
-    """The split of each file, where all of several are called after one: `test.jsonl`, `train-00000-of-00002.parquet`.
-
-    {} for others, and where none of them is for training.
-    """
-    names = [re.sub(r"[-_.]\d.*", "", file.stem.casefold()) for file in files]
-    found = {file: SPLIT_NAMES[name] for file, name in zip(files, names) if name in SPLIT_NAMES}
+    """The split of each file, where all of several are called after one; {} for others, and where none is `train`."""
+    found = {file: split for file in files if (split := _split_in(file))}
     return found if len(found) == len(files) > 1 and "train" in found.values() else {}
 
 

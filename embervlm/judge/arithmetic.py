@@ -28,6 +28,8 @@ _ROUNDS = re.compile(
 _DENIED_BEFORE = re.compile(r"\b(?:not|never|instead of|rather than)\s+$", re.IGNORECASE)
 _DENIED_AFTER = re.compile(r"\W*(?:is|was|would be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _CLOCK = frozenset(("am", "pm", "o'clock", "oclock"))
+_OF_DATES = _CLOCK | frozenset("bc bce ad ce".split())
+_ASKED = re.compile(r"[^.!?;\n]*\?")
 _FACTORS = (7, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 1440, 3600)
 """From one unit of time, length, weight or money to another."""
 _CLAUSE_START = re.compile(rf"(?:^|[.;:,(=]|{any_of(*CONNECTIVES, 'as', 'that', 'only')})\s*$", re.IGNORECASE)
@@ -87,11 +89,13 @@ def _comes_out(found: Equation, text: str) -> bool:
     measured = any(set(unit.replace("/", " ").split()) & MEASURES for unit in units)
     if len(units) > 1 and measured and (left.adds or not right.units & left.units):
         return True  # "1 hour + 30 minutes = 90 minutes"
+    if left.units != right.units and any(len(unit) == 1 for unit in units):
+        return True  # "2 x + 3 x = 10" is an equation to solve
     if not left.units and measured and _is_conversion(left.value, right.value):
         return True
     mixed = any(side.percent and side.adds and not side.all_percent for side in (left, right))
     before, after = text[max(0, left.start - 12) : left.start], text[right.end : right.end + 30]
-    denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
+    denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after) or _ASKED.match(text, right.end)
     return mixed or bool(units & _CLOCK or denied)  # "50 + 20%" may mean a fifth more
 
 
@@ -133,7 +137,7 @@ def _wrong_comparison(text: str) -> str | None:
             not starts
             or named
             or not like
-            or {unit, other} & _SCALES
+            or {unit, other} & (_SCALES | _OF_DATES)
             or SUPPOSES.search(statements(before + match[0])[-1])
         ):
             continue

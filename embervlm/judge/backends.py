@@ -25,7 +25,7 @@ from embervlm.run_dir import read_object
 from embervlm.words.wording import Rarity, Reading, ramp
 
 EMBEDDED = "embedded"
-EMBEDDED_VERSION = "6"
+EMBEDDED_VERSION = "7"
 """Changes whenever the same chain would get another score."""
 SAID = (0.45, 0.75)
 """Share of a text said by another: from none of it to all of it."""
@@ -134,7 +134,7 @@ class EmbeddedBackend:
         same = ramp(np.minimum(share, share.T), *SAME_TEXT)
         odd = np.array([sum(reading.clauses[n].negated for n in span) % 2 == 1 for span in reading.spans], dtype=bool)
         long_enough = np.array([len(places) > 1 for places in reading.text_places], dtype=bool)
-        comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough
+        comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough & ~reading.texts_of_others
         return np.where(comparable, same, 0).astype(np.float32)  # type: ignore[no-any-return]
 
     def _opposing_clauses(self, reading: Reading) -> Array:
@@ -149,7 +149,7 @@ class EmbeddedBackend:
             [len(set(clause.words)) > 1 and not clause.supposed for clause in reading.clauses], dtype=bool
         )
         comparable = (negated[:, None] != negated) & long_enough[:, None] & long_enough
-        return np.where(comparable, same, 0).astype(np.float32)  # type: ignore[no-any-return]
+        return np.where(comparable & ~reading.of_others, same, 0).astype(np.float32)  # type: ignore[no-any-return]
 
 
 # ---- models of others

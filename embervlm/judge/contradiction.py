@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from embervlm.judge.arithmetic import wrong_arithmetic
 from embervlm.judge.reading import FAULT, FIRST_STEP, ChainContext, ChainReading, Fault, ReadStep
 from embervlm.judge.replaced import replaced_details
-from embervlm.words.claims import Claim, content_words, named_candidates, statements
+from embervlm.words.claims import Claim, all_words, content_words, named_candidates, statements
 from embervlm.words.english import NEGATION, is_negation, is_number
 from embervlm.words.numbers import in_digits
 from embervlm.words.wording import Array, ramp
@@ -136,6 +136,10 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+_PERSONS = frozenset("i you he she we they this that these those".split())
+"""Words that point to one thing and not to another, and are no content words."""
+
+
 def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
     """The first two steps, counted from 1, of which one says a sentence of the other with a "not" in it; else None.
 
@@ -144,7 +148,7 @@ def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
     text = "\n".join(steps).casefold()
     if not NEGATION.search(text):
         return None
-    said: dict[tuple[str, ...], tuple[int, bool]] = {}
+    said: dict[tuple[str, ...], list[tuple[int, bool, frozenset[str]]]] = {}
     for number, step in enumerate(steps, 1):
         for statement in statements(step):
             words = content_words(statement)
@@ -152,7 +156,10 @@ def opposite_steps(steps: Sequence[str]) -> tuple[int, int] | None:
             if len(bare) < 2 or statement.endswith("?"):
                 continue
             negated = (len(words) - len(bare)) % 2 == 1
-            first, other = said.setdefault(bare, (number, negated))
-            if other != negated:
-                return first, number
+            persons = frozenset(all_words(statement)) & _PERSONS
+            for first, other, others in said.setdefault(bare, []):
+                # "She likes it" and "He does not like it" may both be true.
+                if other != negated and (persons == others or not persons or not others):
+                    return first, number
+            said[bare].append((number, negated, persons))
     return None

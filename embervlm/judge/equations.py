@@ -24,7 +24,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\*\*|[-\u2212\u2013+*/\u00d7\u00f7\u00b7^]|\\(?:times|cdot|div)"
     r"|\b(?:times|plus|minus|multiplied by|divided by)\b|[xX](?=\s?[\d($\u20ac\u00a3]))"
     r"|(?P<square>[\u00b2\u00b3])|(?P<root>\u221a|\bsqrt\b)|(?P<open>[(\[])|(?P<close>[)\]])"
-    r"|(?P<word>[^\W\d_]+(?:['\u2019][^\W\d_]+)*(?:/[^\W\d_]+)?)|(?P<other>\n|\S)",
+    r"|(?P<word>[^\W\d_]+(?:['\u2019][^\W\d_]+)*(?:/[^\W\d_]+)?(?:\^[23](?!\d)|[\u00b2\u00b3])?)|(?P<other>\n|\S)",
     re.IGNORECASE,
 )
 _JOINED = re.compile(
@@ -56,6 +56,8 @@ _OTHER_NUMBER = _HALF_SAID | frozenset("dozen hundred thousand million billion c
 _LABELS = frozenset(
     "step day week month year case part question option item section no number figure page room".split()
 )
+_LETTER = re.compile(r"[^\W\d_](?:\W.?)?")
+"""An unknown, or the unit of one letter that is written like it; with a power."""
 _SKIPPED = frozenset("exactly only just a total of".split())
 _ABOUT = frozenset("about approximately roughly around nearly almost approx over".split())
 _MOST_TOKENS = 120
@@ -174,9 +176,9 @@ def _left_of(tokens: Sequence[Token], end: int) -> Side | None:
     if (
         opens is not None
         and opens.kind == "op"
-        and (opens.text != "-" or (before is not None and before.text in "!\u00b0"))
+        and (opens.text != "-" or (before is not None and before.text in "!\u00b0|"))
     ):
-        return None  # "3! + 1"
+        return None  # "3! + 1", "|-5| - 2"
     if opens is not None and opens.kind == "open" and before is not None and before.end == opens.start:
         if before.kind == "word":
             return None  # "log(100)"
@@ -288,14 +290,14 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
     if not part or not any(token.kind == "num" for token in part):
         return None
     source: list[str] = []
-    units, words = {unit_name(unit)} if unit else set(), list[str]()
+    named, words = [unit] if unit else list[str](), list[str]()
     numbers: list[str] = []
     for place, token in enumerate(part):
         if token.kind == "word" and not _is_of(tokens, start + place):
             words.append(token.text.casefold())
             continue
         if words:
-            units.add(unit_name(" ".join(words)))
+            named.append(" ".join(words))
             words = []
         written = _written(part, place, source)
         if written is None:
@@ -303,10 +305,12 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
         if token.kind == "num":
             numbers.append(token.text)
         if token.kind == "cur":
-            units.add(CURRENCIES.get(token.text.lstrip("\\").upper(), "money"))
+            named.append(CURRENCIES.get(token.text.lstrip("\\").upper(), "money"))
         source.append(written)
     if words:
-        units.add(unit_name(" ".join(words)))
+        named.append(" ".join(words))
+    if any(_LETTER.fullmatch(name) for name in named) and _has_bare_term(part, unit):
+        return None  # "2 x + 3"
     text = re.sub(r"(\d+)&(\d+/\d+)", r"(\1+\2)", "".join(source))
     value = _value(text)
     if value is None:
@@ -316,7 +320,7 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
     return Side(
         value,
         text,
-        frozenset(units),
+        frozenset(map(unit_name, named)),
         _value(numbers[0].replace(",", "")),
         len(numbers[-1].partition(".")[2]),
         calculates or "*" in text,
@@ -328,6 +332,17 @@ def _side(tokens: Sequence[Token], start: int, end: int, unit: str = "", about: 
         part[0].start,
         part[-1].end,
     )
+
+
+def _has_bare_term(part: Sequence[Token], unit: str) -> bool:
+    """Whether one part of a sum is a number alone and another has a word behind it."""
+    terms = [False]
+    for place, token in enumerate(part):
+        if token.kind == "op" and token.text in "+-" and place:
+            terms.append(False)
+        terms[-1] = terms[-1] or token.kind in ("word", "cur")
+    terms[-1] = terms[-1] or bool(unit)
+    return any(terms) and not all(terms)
 
 
 def _written(part: Sequence[Token], place: int, source: Sequence[str]) -> str | None:

@@ -36,6 +36,7 @@ from embervlm.words.english import (
     stem,
     strip_numbering,
 )
+from embervlm.words.numbers import in_digits
 from embervlm.words.wording import Rarity
 
 NUM_PERMUTATIONS = 120
@@ -103,7 +104,7 @@ def shape_of(step: str) -> StepShape:
             before = "="
             continue
         if is_number(token):
-            number = token.replace(",", "").rstrip(".")
+            number = in_digits(token.rstrip("."))
             numbers.add(number)
             if before == "=":
                 results.add(number)

@@ -30,6 +30,7 @@ UNLIKE_PICTURE = "The picture is unlike those that the model was trained on."
 PICTURE_MISSING = "There is no picture, and the questions that the model was trained on had one."
 PICTURE_UNWANTED = "There is a picture, and the questions that the model was trained on had none."
 CONCLUSION = "Conclusion: "
+_LABEL = re.compile(r"(?:^|[,;.)\]:\n]|\band\b)[\s(\[*\"']*(?<!\w)([^\W_])(?=[)\].:]+(?:[\s*]|$))")
 _ROLE = re.compile(
     r"(?:(?:primary|secondary|tertiary|main|lead|backup|support|fallback|answer)(?:\s+robots?)?|robots?)\s*:\s*",
     re.IGNORECASE,
@@ -385,6 +386,9 @@ def parse_answer(text: str, candidates: Sequence[str]) -> list[str]:
     whole = _ROLE.sub("", text.strip(), count=1).strip(" .\t\n\"'()").casefold()
     if exact := [name for name in candidates if name.casefold() == whole]:
         return exact[:1]
+    labels = {match[1].casefold() for match in _LABEL.finditer(text)} if _LABEL.match(text) else ()
+    if lettered := [name for name in candidates if len(name) == 1 and name.casefold() in labels]:
+        return lettered
     found = set()
     for name in sorted(filter(str.strip, candidates), key=len, reverse=True):
         words = r"[\s_-]+".join(map(re.escape, name.split()))

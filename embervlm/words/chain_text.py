@@ -160,6 +160,8 @@ def number_lines(lines: Sequence[str]) -> str:
 
 _SEPARATOR = re.compile(r"(?:[\s,;/&+]|\band\b|\.(?=\s|$))+", re.IGNORECASE)
 _NAME_END = re.compile(r"\s*[,;/&+\n]|\s+and\s", re.IGNORECASE)
+_LABEL = re.compile(r"(?:^|[,;.)\]:\n]|\band\b)[\s(\[*\"']*(?<!\w)([^\W_])(?=[)\].:]+(?:[\s*]|$))")
+"""A letter before its text, at the start or behind another: "B. A bird", "(A) x, (B) y"."""
 _ROLE = re.compile(
     r"(?:(?:primary|secondary|tertiary|main|lead|backup|support|fallback|answer)(?:\s+robots?)?|robots?)\s*:\s*",
     re.IGNORECASE,
@@ -189,11 +191,15 @@ def parse_answer(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
     """The candidates that `text` names, in the order of `candidates`; `()` where it names none. Never raises.
 
     Longest name first, so "Robot with Wheels" is not also a candidate "Robot". Case does not matter, nor do roles
-    ("Primary: Humanoid"); other words are ignored. For a model's answer, not its chain: "not a Drone" names Drone.
+    ("Primary: Humanoid"); other words are ignored. Where a choice of one letter labels its text, the letter is meant
+    and not the text: "B. A bird of prey" names B. For a model's answer, not its chain: "not a Drone" names Drone.
     """
     whole = _ROLE.sub("", text.strip(), count=1).strip(" .\t\n\"'()").casefold()
     if exact := tuple(name for name in candidates if name.casefold() == whole):
         return exact[:1]
+    labels = {match[1].casefold() for match in _LABEL.finditer(text)} if _LABEL.match(text) else ()
+    if lettered := tuple(name for name in candidates if len(name) == 1 and name.casefold() in labels):
+        return lettered
     found = set()
     for name, pattern in _name_patterns(tuple(candidates)):
         text, count = pattern.subn("\0", text)

@@ -6,15 +6,29 @@ Names and values come from the data set (`ChainContext.domains`).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from embervlm.words.chain_text import number_edges
-from embervlm.words.english import NEGATION, STOP_WORDS, sentences, stem, strip_numbering, tokens
+from embervlm.words.english import (
+    NEGATION,
+    REASON_WORDS,
+    RESULT_WORDS,
+    STOP_WORDS,
+    any_of,
+    is_negation,
+    is_number,
+    sentences,
+    stem,
+    strip_numbering,
+    tokens,
+)
+from embervlm.words.numbers import in_digits
 
 _CONCLUSION = re.compile(
-    r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*(?:[:,]|\bis\b))",
+    r"^\s*(?:(?:in conclusion|to conclude)\b[:,]?|(?:the )?(?:conclusion|final answer|answer)\s*"
+    r"(?:[:,]|\bis\b(?!\s+not\b)))",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
@@ -142,10 +156,20 @@ def all_words(text: str) -> tuple[str, ...]:
 def content_words(text: str) -> tuple[str, ...]:
     """Stems of the words in order, without numbering, the word "Conclusion" and function words."""
     stripped = _CONCLUSION.sub("", strip_numbering(text), count=1)
-    return tuple(stem(word) for word in tokens(stripped) if word not in STOP_WORDS)
+    return tuple(stem(_one_spelling(word)) for word in tokens(stripped) if word not in STOP_WORDS)
+
+
+def _one_spelling(word: str) -> str:
+    return in_digits(word) if is_number(word) else word  # number words stay words: "one" is often none
 
 
 POLAR = frozenset(("yes", "no", "true", "false"))
+_OPENING_POLAR = re.compile(
+    r"^\s*(?:(?:conclusion|(?:the )?(?:final )?answer)\s*(?::|\bis\b)\s*|so,?\s+)*(yes|no|true|false)\s*[,;:.\u2014-]",
+    re.IGNORECASE,
+)
+_SO = re.compile(rf"{any_of(*RESULT_WORDS)}(?!\s+(?:that|far|much|many|on|as)\b)", re.IGNORECASE)
+_REASON = re.compile(any_of(*REASON_WORDS), re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswers?\b[^.,;]{0,20}?(?:\b(?:is|are|be|reads)\b|[:=])", re.IGNORECASE)
 
 
@@ -160,12 +184,31 @@ def concluded_names(conclusion: str, candidates: Collection[str], answer: Collec
     "A yellow shape is there, so yes" names two candidates where one question has colors and another yes and no. Such a
     word beside other names is the answer or a word of the sentence: `answer` decides which.
     """
-    names = {*candidates, *answer}
-    told = list(_ANSWER_IS.finditer(conclusion))
-    named = (told and named_candidates(conclusion[told[-1].end() :], names)) or named_candidates(conclusion, names)
+    names = frozenset((*candidates, *answer))
+    named = next(filter(None, (_named(text, names) for text in _answering_parts(conclusion))), frozenset())
+    if (opening := _OPENING_POLAR.search(conclusion)) and len(told := _named(opening[1], names)) == 1:
+        return told
     polar = frozenset(name for name in named if name.casefold() in POLAR)
     wanted = {name.casefold() for name in answer}
     return next((some for some in (polar, named - polar) if {name.casefold() for name in some} == wanted), named)
+
+
+def _answering_parts(conclusion: str) -> Iterator[str]:
+    """The parts of a conclusion that may say its answer, the likeliest first; the whole of it is the last.
+
+    What stands behind "the answer is", without reasons ("B, because A is smaller"); what follows "so" ("A is smaller,
+    so B"); what is said before a reason or behind one that opens the sentence.
+    """
+    if told := list(_ANSWER_IS.finditer(conclusion)):
+        behind = conclusion[told[-1].end() :]
+        yield _REASON.split(behind, maxsplit=1)[0]
+        yield behind
+    results = list(_SO.finditer(conclusion))
+    if results and results[-1].start() > 0:
+        yield _REASON.split(conclusion[results[-1].end() :], maxsplit=1)[0]
+    first, *_ = _REASON.split(conclusion, maxsplit=1)
+    yield first if first.strip(" :,") else conclusion.partition(",")[2]
+    yield conclusion
 
 
 def conclusion_fault(conclusion: str, answer: Collection[str], candidates: Collection[str]) -> str | None:
@@ -201,6 +244,12 @@ def _number_of(value: str) -> tuple[float, str] | None:
     return (float(match[1].replace(",", "")), match[2].strip().casefold()) if match else None
 
 
+def is_article(text: str, match: re.Match[str]) -> bool:
+    """Whether the choice "A" that was found in `text` may be an article: a word of substance stands behind it."""
+    behind = re.match(r"\s+([a-z]+)", text[match.end() :]) if match[0] == "A" else None
+    return behind is not None and behind[1] not in STOP_WORDS and not is_negation(behind[1])
+
+
 _pattern = lru_cache(maxsize=256)(_alternatives)
 
 
@@ -208,9 +257,13 @@ def _named(text: str, candidates: frozenset[str]) -> frozenset[str]:
     if (pattern := _pattern(candidates)) is None:
         return frozenset()
     canonical = {name.casefold(): name for name in candidates}
-    return frozenset(
-        canonical[match[0].casefold()]
+    found = [
+        match
         for match in pattern.finditer(text)
         # A one-letter choice is matched as written: "a robot" does not name choice A.
         if (len(match[0]) > 1 or match[0] in candidates) and not _EXCLUDED.search(text[: match.start()])
-    )
+    ]
+    named = frozenset(canonical[match[0].casefold()] for match in found)
+    # "A penguin cannot fly, so B": where another choice is named, a word that an article may stand before is not A.
+    bare = frozenset(canonical[match[0].casefold()] for match in found if not is_article(text, match))
+    return bare or named

@@ -7,6 +7,7 @@ Nothing here is about any subject.
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from snowballstemmer import stemmer  # type: ignore[import-untyped,unused-ignore]
@@ -93,8 +94,14 @@ SUPPOSES = re.compile(
 
 # ---- texts
 
-TOKEN = re.compile(r"(?:(?<=\s)-)?\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-"""A number, or a word."""
+_MARKS = "".join(sign for sign in map(chr, range(0x300, 0x3000)) if unicodedata.category(sign).startswith("M"))
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Letters of scripts that put no blanks between words: each counts as a word."""
+_LETTER = rf"(?:(?![{_UNSPACED}])[^\W\d_])"
+TOKEN = re.compile(
+    rf"(?:(?<=\s)[-\u2212])?\d+(?:[.,]\d+)*%?|[{_UNSPACED}]|{_LETTER}(?:{_LETTER}|[{_MARKS}])*(?:['\u2019]{_LETTER}+)*"
+)
+"""A number, or a word; the marks of Hindi or Arabic belong to the word."""
 _LINE_END = re.compile(r"\n+")
 _SENTENCE_END = re.compile(
     "[.!?][\"')\\]»”“]*(?=\\s+[\"'(\\[«„“¿¡]*([^\\W_]))"  # before a word, whose first letter is group 1
@@ -143,7 +150,7 @@ def tokens(text: str) -> list[str]:
 
 
 def is_number(token: str) -> bool:
-    return token[0].isdigit() or token[0] == "-"
+    return token[0].isdigit() or token[0] in "-\u2212"
 
 
 def is_negation(token: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -30,6 +31,16 @@ _SMALL = {
 _TENS = {
     word: 20 + 10 * place for place, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())
 }
+_FRACTIONS = {
+    word: value
+    for value, words in enumerate(
+        "half/halves third/thirds quarter/quarters/fourth/fourths fifth/fifths sixth/sixths seventh/sevenths "
+        "eighth/eighths ninth/ninths tenth/tenths".split(),
+        start=2,
+    )
+    for word in words.split("/")
+}
+"""Words for one part, and for several, with how many of them make a whole."""
 _SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 COUNTS = frozenset((*_SMALL, *_TENS))
 NUMBER_WORDS = COUNTS | frozenset(_SCALES)
@@ -37,8 +48,21 @@ ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth
 """And other words that count."""
 
 
+_WRITTEN_NUMBER = re.compile(
+    r"(?P<minus>[-\u2212])?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)(?:\.(?P<decimals>\d+))?(?P<percent>%?)"
+)
+
+
+@lru_cache(maxsize=1 << 14)
 def in_digits(word: str) -> str:
-    """`word`, or if it is a number word up to ninety in lower case, that number."""
+    """A number in one spelling: "1,000" and "1000" are 1000, "2.50" is 2.5, a number word up to ninety its number.
+
+    Another word, which is expected in lower case, as it stands.
+    """
+    if found := _WRITTEN_NUMBER.fullmatch(word):
+        decimals = (found["decimals"] or "").rstrip("0")
+        whole = found["whole"].replace(",", "").lstrip("0") or "0"
+        return f"{'-' if found['minus'] else ''}{whole}{'.' if decimals else ''}{decimals}{found['percent']}"
     value = _SMALL.get(word, _TENS.get(word))
     return word if value is None else str(value)
 
@@ -94,9 +118,11 @@ def number(text: str) -> Fraction | None:
 
 
 def spelled(text: str) -> Fraction | None:
-    """The value of a number in words ("twenty-one", "three hundred and five", "3.5 million"); else None."""
-    total, current, seen = Fraction(0), Fraction(0), False
+    """The value of a number in words ("twenty-one", "three hundred and five", "3.5 million", "two thirds"), or None."""
     words = text.casefold().replace("-", " ").split()
+    if len(words) > 1 and words[-1] in _FRACTIONS:
+        return _fraction(words)
+    total, current, seen = Fraction(0), Fraction(0), False
     for place, word in enumerate(words):
         if word in _SMALL or word in _TENS:
             value = _SMALL.get(word, _TENS.get(word, 0))
@@ -117,6 +143,22 @@ def spelled(text: str) -> Fraction | None:
     return total + current if seen else None
 
 
+def _fraction(words: Sequence[str]) -> Fraction | None:
+    """ "two thirds", "a quarter", "two and a half"; None of "twenty fifth", which is a place in an order."""
+    whole = Fraction(0)
+    if "and" in words[:-1]:
+        place = len(words) - 1 - words[::-1].index("and")
+        found, words = spelled(" ".join(words[:place])), words[place + 1 :]
+        if found is None or len(words) < 2:
+            return None
+        whole = found
+    count = Fraction(1) if words[:-1] in (["a"], ["an"]) else spelled(" ".join(words[:-1]))
+    several = words[-1].endswith(("s", "halves"))
+    if count is None or several == (count == 1):
+        return None
+    return whole + count / _FRACTIONS[words[-1]]
+
+
 # ---- units
 
 CURRENCIES = {"$": "dollar", "US$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen", "\u20b9": "rupee"}
@@ -129,7 +171,8 @@ _SPELLINGS = """
 _NAMES = {stem(word): words.split()[0] for words in _SPELLINGS.split(";") for word in words.split()}
 NO_UNITS = frozenset(
     """not no nor of and or than more less fewer is are was were if so then by times plus minus to at from between half
-    twice double triple dozen hundred thousand million billion tens ones hundreds thousands quarter third squared cubed
+    twice double triple dozen hundred thousand million billion tens ones hundreds thousands quarter third quarters
+    thirds halves squared cubed
     over equal each a an the he she it they we you i which that this but because when while""".split()
 )
 """Words that make of a number something else than an amount of a thing."""

@@ -25,7 +25,15 @@ _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$\u20ac\u00a3\u00a5]?)\s*(?P<value>[-+]?(?:(?:\d+\s+)?(?:{DIGITS})\s*/\s*(?:{DIGITS})|{DIGITS}))"
     r"\s*(?P<unit>%|[^\W\d_][^\d,;:!?]*)?"
 )
-_WORD = re.compile(rf"-?(?:{DIGITS})|\w+(?:['\u2019]\w+)*|[^\w\s]")
+_WORD = re.compile(rf"(?:(?<!\w)-)?(?:{DIGITS})|\w+(?:['\u2019]\w+)*|[^\w\s]")
+_SIGN = re.compile(
+    r"[<>=\u2260\u2264\u2265\u00b1]+"
+    r"|(?<=\w)[-+#]+(?=[\s.,;)]*$|\s)"  # behind a word: "A+", "C#", "Na+"
+    r"|(?<=[\w)])\s*\+\s*(?=[\w(])|(?<=\d)\s*-\s*(?=[\w(])|(?<=[\w)])\s+-\s+(?=\d)"  # between parts of a sum
+)
+"""What tells two answers apart though it is no word."""
+_SCALES = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000, "bn": 1_000_000_000}
+"""Letters right behind a number that may be units as well: 10K are ten thousand or ten kelvin."""
 
 
 def same_answers(predicted: Collection[str], gold: Collection[str]) -> bool:
@@ -49,9 +57,28 @@ def _bare(text: str) -> str:
 def _same(predicted: str, gold: str) -> bool:
     wanted = _quantity(gold)
     if wanted is None:
-        return _words(predicted) == _words(gold)
+        return _words(predicted) == _words(gold) and _signs(predicted) == _signs(gold)
     found = _quantity(predicted)
-    return found is not None and found[0] == wanted[0] and wanted[1] in ("", found[1])
+    if found is None:
+        return False
+    if _scale(predicted) or _scale(gold):
+        return not _scaled(predicted, found).isdisjoint(_scaled(gold, wanted))
+    return found[0] == wanted[0] and wanted[1] in ("", found[1])
+
+
+def _scale(text: str) -> int | None:
+    letter = re.search(r"\d\s*([A-Za-z]+)\W*$", text)
+    return _SCALES.get(letter[1]) if letter else None
+
+
+def _scaled(text: str, quantity: tuple[Fraction, str]) -> set[tuple[Fraction, str]]:
+    """What a quantity may be whose unit may be a scale: 10K are 10 of K, or 10,000."""
+    scale = _scale(text)
+    return {quantity} | ({(quantity[0] * scale, "")} if scale else set())
+
+
+def _signs(text: str) -> tuple[str, ...]:
+    return tuple(match[0].strip() for match in _SIGN.finditer(plain(text)))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -41,6 +41,8 @@ UNKNOWN_COSINE, SAME_COSINE = 0.45, 0.85
 """Cosine of word vectors at which words begin to be alike, and at which they mean the same."""
 SYNONYM = 0.9
 """Likeness of two different words at `SAME_COSINE`."""
+MIN_SAME_SUBJECT = 0.3
+"""Likeness of two clauses' first words, from which on they may speak of one thing."""
 
 _NAME = re.compile(r"(?<=[\w,;)] )([A-Z][^\W\d_]+)")
 _CLAUSE_BREAK = re.compile(
@@ -236,6 +238,37 @@ class Reading:
             out[a, b] = out[b, a] = 0
         np.fill_diagonal(out, 1)
         return out.astype(np.float32)  # type: ignore[no-any-return]
+
+    def _of_others(self, groups: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """For groups of words, `[a, b]`: each has a number, a name or one of two opposites that the other has not."""
+        stands = np.zeros((len(groups), len(self.words)), dtype=np.float32)
+        for row, places in enumerate(groups):
+            stands[row, places] = 1
+        names = frozenset[str]().union(*(names_of(text) for text in self.texts))
+        numbers = np.array([is_number(word) or word in _NUMBER_STEMS for word in self.words], dtype=bool)
+        named = np.array([word in names for word in self.words], dtype=bool)
+        out = np.zeros((len(groups), len(groups)), dtype=bool)
+        for kind in (numbers, named):
+            own = (stands * kind) @ (1 - stands).T > 0
+            out |= own & own.T
+        for a, b in self.opposites:
+            one, other = stands[:, a] > stands[:, b], stands[:, b] > stands[:, a]
+            out |= one[:, None] & other | other[:, None] & one
+        return out
+
+    @cached_property
+    def of_others(self) -> NDArray[np.bool_]:
+        """`[clause, clause]`: whether they speak of different things: "figure 2 is not ..." denies nothing of figure 3,
+        nor does what is said of the star deny anything of the circle: neither has a word for the other's first."""
+        _, _, best = self._said_by(self.places)
+        first = [places[0] for places in self.places]
+        unsaid = best[first] < MIN_SAME_SUBJECT
+        return self._of_others(self.places) | (unsaid & unsaid.T)
+
+    @cached_property
+    def texts_of_others(self) -> NDArray[np.bool_]:
+        """The same of whole texts."""
+        return self._of_others(self.text_places)
 
     def _said_by(self, groups: Sequence[Sequence[int]]) -> tuple[Array, Array, Array]:
         """For groups of words: `[a, b]` share of b that a says, its least said word, and `[word, group]`."""

@@ -18,7 +18,7 @@ from embervlm.curate.formats.answers import (
 )
 from embervlm.curate.formats.shared import ANALYSIS, CHECKING, SELECTION, Source, chain_of, sentences
 from embervlm.data.record_fields import kind, quote
-from embervlm.data.record_pictures import check_placeholders
+from embervlm.data.record_pictures import check_placeholders, same_path
 
 Turn = tuple[str, str, str]
 """Question, reply, and the name of the reply's place in the record."""
@@ -68,24 +68,36 @@ def alpaca(at: Source) -> list[dict[str, Any]]:
         return []
     if answer and not _THOUGHT.search(reply):
         reply = f"<think>{reply}</think><answer>{answer}</answer>"
-    name = next(name for name in _REPLIES if at.value.get(name))
+    name = _given(at, _REPLIES)
     turns = [(question, text, f"history[{number}]") for number, (question, text) in enumerate(history)]
     question = "\n".join(filter(None, (asked, more)))
-    return _records(at, "alpaca", [*turns, (question, reply, name)], read_reply, required=(name,))
+    used = f"{_OF_ANY} {_given(at, _ASKED.split())} {name} input history answer"
+    return _records(at, "alpaca", [*turns, (question, reply, name)], read_reply, required=(name,), used=used)
+
+
+def _given(at: Source, names: Sequence[str]) -> str:
+    """The first of these fields that says anything, as `Source.one_of` takes it."""
+    return next(name for name in names if at.value.get(name) not in (None, ""))
 
 
 _REPLIES = ("output", "response", "content", "completion", "solution")
 _ASKED = "instruction query prompt question problem"
-_USED = f"id image images conversations messages {_ASKED} input history answer {' '.join(_REPLIES)}"
+_OF_ANY = "id image images"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
 def _records(
-    at: Source, source: str, turns: Sequence[Turn], read: Reader, required: Sequence[str] = ()
+    at: Source,
+    source: str,
+    turns: Sequence[Turn],
+    read: Reader,
+    required: Sequence[str] = (),
+    used: str = f"{_OF_ANY} conversations messages",
 ) -> list[dict[str, Any]]:
     """A record for each reply that reasons, behind the turns before it.
 
-    With `required`, a reply that stands elsewhere than in one of these fields need not reason.
+    With `required`, a reply that stands elsewhere than in one of these fields need not reason. Fields of the record
+    that are not `used` stay in the metadata.
     """
     images, identity = at.value.get("image"), at.value.get("id", source)
     images = at.value.get("images") if images is None else images
@@ -112,7 +124,7 @@ def _records(
             parts, (answer, about) = found
             # ids of pictures are used more than once, hence the record's number
             turn_id = f"{identity}-{at.number}" + (f"-{number}" if len(turns) > 1 else "")
-            chain = chain_of(parts, answer, at.metadata(_USED, source=source, **about))
+            chain = chain_of(parts, answer, at.metadata(used, source=source, **about))
             pictured = {} if images in (None, []) else {"image": images}
             records.append({"id": turn_id, "instruction": earlier + question, "answer": answer, **pictured, **chain})
         earlier += f"Question: {question}\nAnswer: {_without_thought(reply)}\n"
@@ -174,10 +186,21 @@ def _turns(at: Source) -> list[Turn]:
             wanted = f'{{"{spelled[0]}": "{speaker}", "{spelled[1]}": text}}'
             at.report(f"{field}[{number + first}]: is not {wanted}; correct the turn")
             return []
-        texts.append(text)
+        texts.append(_with_thought(turn, text))
     if first:
         at.value.setdefault("system", _text_of(given[0].get("value", given[0].get("content"))))
     return [(texts[i], texts[i + 1], f"{field}[{i + 1 + first}]") for i in range(0, len(texts), 2)]
+
+
+_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
+"""Of a turn, where DeepSeek's and other endpoints tell the reasoning apart."""
+
+
+def _with_thought(turn: dict[str, Any], text: str) -> str:
+    thought = next(
+        (turn[name] for name in _THOUGHT_FIELDS if isinstance(turn.get(name), str) and turn[name].strip()), ""
+    )
+    return f"<think>{thought}</think>{text}" if thought and not _THOUGHT.search(text) else text
 
 
 _PICTURE_PARTS = ("image", "image_url")
@@ -188,8 +211,15 @@ def _part_problem(at: Source, content: Any) -> str:
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     for part in parts:
         if (name := part.get("type")) in _PICTURE_PARTS:
-            if part.get(name) and not (at.value.get("image") or at.value.get("images")):
+            beside = at.value.get("image") or at.value.get("images")
+            if (within := part.get(name)) and not beside:
                 return "its picture stands within the turn; name it in `images`, beside the turns"
+            within = within.get("url") if isinstance(within, dict) else within
+            named = beside if isinstance(beside, list) else [beside]
+            if isinstance(within, str) and not any(isinstance(one, str) and same_path(one, within) for one in named):
+                return (
+                    f"its picture {quote(within[:80])} is none of `images`; name it there, or leave it out of the turn"
+                )
         elif name != "text":
             return f"a part of type {quote(str(name))} is not read; leave it out, or drop the record"
     return ""
