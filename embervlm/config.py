@@ -115,7 +115,8 @@ class PhaseConfig:
     """Keep the peak rate until the loss on the val split no longer falls, then decay over a quarter as many steps and
     stop. `epochs` is then the most, and a model that does not look at the picture yet trains on."""
     plateau_steps: int = 200
-    """Optimizer steps between two measurements of that loss."""
+    """Optimizer steps between two measurements of that loss; fewer where `epochs` have less than 12 of them, more where
+    an epoch has more than 50."""
     plateau_improvement: float = 0.01
     """Share by which the best loss must fall within three measurements; less is a plateau."""
     weight_decay: float = 0.01

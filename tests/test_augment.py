@@ -449,7 +449,9 @@ def test_other_records_are_not_read_from_the_same_cache(records, tmp_path):
     augment_cached(records[:10], config, tmp_path, 0, make=True)
     augment_cached(records[1:11], config, tmp_path, 0, make=True)
     augment_cached(records[:10], config, tmp_path, 1, make=True)
-    assert len(list(tmp_path.glob("augmented-*.jsonl"))) == 3
+    corrected = replace(records[0], metadata=records[0].metadata | {"facts": {}})
+    augment_cached([corrected, *records[1:10]], config, tmp_path, 0, make=True)
+    assert len(list(tmp_path.glob("augmented-*.jsonl"))) == 4
 
 
 def test_records_enough_are_left_alone(records, tmp_path):

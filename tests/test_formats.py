@@ -359,6 +359,18 @@ def test_a_picture_within_a_turn_and_what_is_no_text_are_not_dropped(folder):
     assert text_only.image is None
 
 
+def test_a_thought_with_formatting_and_a_conclusion_of_its_own_keeps_its_sentences(folder):
+    thought = "The <b>left</b> cube is red, a List<int> has two.\n<plan>I count.</plan> Conclusion: there are two."
+    reply = f"<think>{thought}</think><answer>2</answer>"
+    (record,) = convert(folder, "alpaca", [{"instruction": "How many cubes?", "output": reply}])
+    assert record.steps == (
+        "The left cube is red, a List<int> has two.",
+        "I count.",
+        "there are two.",
+        "Conclusion: 2.",
+    )
+
+
 def test_a_turns_own_picture_must_be_one_of_those_beside_the_turns(folder):
     same = turns({"type": "image_url", "image_url": {"url": "old/a.png"}}, ASKED)
     (record,) = convert(folder, "sharegpt", [{"images": ["a.png"], "messages": same}])

@@ -42,6 +42,19 @@ def test_three_measurements_without_progress_are_a_plateau(losses: list[float], 
     assert plateau.is_plateau(losses, 0.01) is found
 
 
+@pytest.mark.parametrize(
+    ("most", "epoch_steps", "found"),
+    [
+        (4000, 1000, 100),  # as set
+        (120, 6, 10),  # few records: at 100 steps no plateau could be found
+        (5, 5, 1),
+        (250_000, 125_000, 2500),  # many: at 100 steps there could be one within 0.4% of an epoch
+    ],
+)
+def test_few_records_are_measured_often_enough_and_many_not_too_early(most: int, epoch_steps: int, found: int) -> None:
+    assert plateau.measured_every(100, most, epoch_steps) == found
+
+
 def test_the_rate_stays_at_its_peak_until_the_plateau_and_decays_over_a_quarter_as_many_steps() -> None:
     rates = [plateau.rate_factor(step, 400, 10_000, 100, 0.1) for step in range(501)]
     assert rates[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])

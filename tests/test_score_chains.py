@@ -114,6 +114,12 @@ def test_answers_are_sets_in_any_spelling(tmp_path, capsys):
     assert found == [1.0, 0.0, 0.0]
 
 
+def test_a_number_in_words_is_one_answer(tmp_path, capsys):
+    line = {**LAMP, "answer": "Three hundred and five.", "gold_answer": "305"}
+    (found,) = scored(capsys, write(tmp_path / "c.jsonl", line))
+    assert found["scores"]["final_answer_accuracy"] == 1.0
+
+
 def test_empty_chains_score_zero_and_are_counted(tmp_path, capsys):
     empty = [{**LAMP, "steps": steps} for steps in ([], ["", " "], ["Conclusion:"], "")]
     path, output = write(tmp_path / "chains.jsonl", LAMP, *empty), tmp_path / "out.jsonl"

@@ -293,7 +293,7 @@ def augment_cached(
         return records
     digest = hashlib.blake2b(repr((asdict(config), seed)).encode(), digest_size=8)
     for record in records:
-        digest.update(repr((record.record_id, record.image, record.instruction, record.steps, record.answer)).encode())
+        digest.update(repr(record).encode())
     path = folder / f"augmented-{digest.hexdigest()}.jsonl"
     if make and not path.exists():
         made, report = augment(

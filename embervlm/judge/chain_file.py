@@ -28,6 +28,7 @@ from embervlm.progress import progress_bar
 from embervlm.run_dir import atomic_text
 from embervlm.words.chain_text import parse_answer, parse_reasoning_text
 from embervlm.words.claims import content_words
+from embervlm.words.numbers import spelled
 from embervlm.words.open_answers import LIST_SEPARATOR
 
 SCORES = ("reasoning_consistency", "step_completeness", "logical_flow_score", "final_answer_accuracy")
@@ -155,6 +156,8 @@ def _answer(value: Mapping[str, Any], name: str, candidates: Sequence[str]) -> f
         return frozenset(found)
     if candidates and (named := parse_answer(found[0], tuple(candidates))):
         return frozenset(named)
+    if spelled(found[0].strip(" .")) is not None:  # "three hundred and five" is no list
+        return frozenset(found)
     parts = [part for part in LIST_SEPARATOR.split(found[0].strip().rstrip(".")) if part]
     return frozenset(parts) if all(len(part.split()) <= 4 for part in parts) else frozenset(found)
 

@@ -56,6 +56,9 @@ class _Training:
         self.by_time = job.phase.max_minutes is not None and not job.phase.stop_at_plateau
         steps = 10**9 if self.by_time else job.total_steps
         self.most = min(steps, config.max_steps or steps)
+        self.measured_every = plateau.measured_every(
+            job.phase.plateau_steps, self.most, job.total_steps // job.phase.epochs
+        )
         self.total = self._total_steps()
         self.settings: dict[str, Any] = {"phase": job.name, "config": asdict(config), "trained_with": job.trained_with}
         self.store = CheckpointStore(
@@ -229,7 +232,7 @@ class _Training:
     def _measure_if_due(self) -> None:
         """Measure the loss on the val split, and begin the decay at a plateau."""
         job, progress = self.job, self.progress
-        if job.measure is None or not job.phase.stop_at_plateau or progress.step % job.phase.plateau_steps:
+        if job.measure is None or not job.phase.stop_at_plateau or progress.step % self.measured_every:
             return
         if progress.decay_from is not None or progress.step >= plateau.latest_start(self.most):
             return

@@ -9,6 +9,10 @@ PATIENCE = 3
 """Measurements without progress that make a plateau."""
 DECAY_RATIO = 0.25
 """Steps of the decay for each step before it."""
+FEWEST_MEASUREMENTS = 12
+"""In a phase as long as `epochs` allow, so that few records can make a plateau."""
+MOST_IN_EPOCH = 50
+"""Measurements, so that no plateau is seen in the first percent of many records."""
 LATEST_START = 1 / (1 + DECAY_RATIO)
 """Share of a phase behind which the decay begins where no plateau was found before."""
 
@@ -18,6 +22,11 @@ def is_plateau(losses: Sequence[float], improvement: float) -> bool:
     if len(losses) <= PATIENCE:
         return False
     return min(losses[-PATIENCE:]) > (1 - improvement) * min(losses[:-PATIENCE])
+
+
+def measured_every(wanted: int, most: int, epoch_steps: int) -> int:
+    """Steps between two measurements of a phase of at most `most`: those `wanted`, within the two limits above."""
+    return max(1, min(max(wanted, epoch_steps // MOST_IN_EPOCH), most // FEWEST_MEASUREMENTS))
 
 
 def total_steps(decay_from: int | None, most: int) -> int:

@@ -72,7 +72,7 @@ def _steps(job: PhaseJob, config: TrainConfig) -> str:
     phase = job.phase
     by_time = "" if phase.max_minutes is None else f"as many as {phase.max_minutes:.1f} minutes allow"
     if by_time and not phase.stop_at_plateau:
-        return by_time
+        return f"{by_time}, whatever `epochs` says"
     most = min(job.total_steps, config.max_steps or job.total_steps)
     if job.samples_wanted is not None or most < job.total_steps:
         return f"{most:,}"

@@ -136,7 +136,7 @@ def _without_thought(reply: str) -> str:
     for pattern in (_ANSWERED, _CONCLUDED):
         if found := pattern.search(reply):
             return found[1].strip()
-    return _TAG.sub("", reply[ends[-1].end() :] if (ends := list(_THOUGHT.finditer(reply))) else reply).strip()
+    return _without_tags(reply[ends[-1].end() :] if (ends := list(_THOUGHT.finditer(reply))) else reply).strip()
 
 
 def _numbered(at: Source, turns: Sequence[Turn], num_pictures: int) -> list[Turn]:
@@ -267,7 +267,23 @@ _THOUGHT_WHOLE = re.compile(
 _ANSWERED = re.compile(r"<answer>(?P<answer>.*?)(?:</answer>|$)", re.IGNORECASE | re.DOTALL)
 _CONCLUDED = re.compile(r"<CONCLUSION>(.*?)</CONCLUSION>", re.DOTALL)
 _CAPTION = re.compile(r"<(caption|description)>(?P<caption>.*?)</\1>", re.IGNORECASE | re.DOTALL)
-_TAG = re.compile(r"</?[a-z_]+>", re.IGNORECASE)
+_TAG = re.compile(r"</?(?P<name>[a-z_]+)>", re.IGNORECASE)
+_FORMATTING = frozenset("b i u s em strong sub sup mark small code span tt".split())
+
+
+def _without_tags(text: str) -> str:
+    """A line for each part between tags; those that only format are taken out of their sentence.
+
+    One that is never closed is no tag: `List<int>`.
+    """
+    closed = {name.casefold() for name in re.findall(r"</([a-z_]+)>", text, re.IGNORECASE)}
+
+    def instead(tag: re.Match[str]) -> str:
+        name = tag["name"].casefold()
+        return tag[0] if name not in closed else "" if name in _FORMATTING else "\n"
+
+    return _TAG.sub(instead, text)
+
 
 
 def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
@@ -285,7 +301,7 @@ def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
         return None
     thought = match["thought"]
     answered = _ANSWERED.search(match["behind"])
-    behind = _TAG.sub("", match["behind"][: answered.start()] if answered else match["behind"])
+    behind = _without_tags(match["behind"][: answered.start()] if answered else match["behind"])
     said = [sentence for sentence in sentences(behind) if not only_leads(sentence)]
     final = answered["answer"].strip() if answered else " ".join(said[-1:])
     if not sentences(thought) or not re.search(r"\w", final):
@@ -301,8 +317,8 @@ def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
     caption = _CAPTION.search(reply)
     seen = " ".join(caption["caption"].split()) if caption else ""
     parts = [
-        (ANALYSIS, _TAG.sub("\n", match["before"])),
-        (CHECKING, _TAG.sub("\n", thought)),
+        (ANALYSIS, _without_tags(match["before"])),
+        (CHECKING, _without_tags(thought)),
         (SELECTION, "\n".join(said if answered else said[:-1])),
     ]
     answer, about = found

@@ -126,14 +126,14 @@ def sentences(text: str) -> list[str]:
     """`text` cut into sentences, without list marks and step headings; lines without any letter are left out."""
     out: list[str] = []
     for line in text.splitlines():
-        out += english.sentences(_BOLD.sub(r"\1", _LIST_MARK.sub("", line.strip())))
+        found = english.sentences(_BOLD.sub(r"\1", _LIST_MARK.sub("", line.strip())))
+        out += [_HEADING.sub("", sentence) for sentence in found]
     return [" ".join(sentence.split()) for sentence in out if re.search(r"\w", sentence)]
 
 
-_LIST_MARK = re.compile(
-    r"^(?:[-*\u2022]\s+|#{1,6}\s+|\d+[.)]\s+|\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*)+",
-    re.IGNORECASE,
-)
+_HEADINGS = r"\**step\s+\d+\**\s*[:.)-]\**\s*|\**(?:conclusion|solution|lecture)\**\s*:\**\s*"
+_HEADING = re.compile(rf"^(?:{_HEADINGS})+", re.IGNORECASE)
+_LIST_MARK = re.compile(rf"^(?:[-*\u2022]\s+|#{{1,6}}\s+|\d+[.)]\s+|{_HEADINGS})+", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*(\S(?:.*?\S)?)\*\*")
 _HEADING_INSIDE = re.compile(r"(?<=\s)(?:Step\s+\d+\s*(?::|\.\.\.)|Conclusion\s*:)")
 
