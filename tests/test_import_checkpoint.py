@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    CohereConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
     Idefics3Config,
     LlamaConfig,
     LlavaConfig,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -107,6 +112,16 @@ MODELS: dict[str, Callable[[], Any]] = {
         projector_hidden_act="relu",
         tie_word_embeddings=True,
     ),
+    **{
+        f"llava of {kind.__name__.removesuffix('Config')}, which scales its logits": partial(
+            lambda kind, scale: llava(language=kind(**LANGUAGE, **scale)), kind, scale
+        )
+        for kind, scale in (
+            (Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 16}),
+            (CohereConfig, {"logit_scale": 0.5}),
+            (GraniteConfig, {"logits_scaling": 4.0}),
+        )
+    },
     "idefics3": idefics3,
     "idefics3 tied": lambda: idefics3(tie_word_embeddings=True),
     "smolvlm": smolvlm,
@@ -313,6 +328,12 @@ def test_a_family_that_is_not_known_is_told_with_its_first_names(tmp_path: Path)
         "of no known family (its first names are qformer.a, qformer.b, qformer.c); known are LLaVA-OneVision, LLaVA, S"
         in told
     )
+
+
+def test_a_vision_encoder_with_as_many_tokens_as_the_picture_is_large_is_refused(tmp_path: Path) -> None:
+    pixtral = PixtralVisionConfig(**VISION)
+    make(tmp_path / "theirs", llava(pixtral, vision_feature_layer=-1, vision_feature_select_strategy="full"))
+    assert "its vision encoder is a pixtral, whose visual tokens are as many as" in refused(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

@@ -130,25 +130,29 @@ class EmbeddedBackend:
 
     def _opposing_texts(self, reading: Reading) -> Array:
         """`[text, text]`: how sure both say the same, one of them with an odd number of negations more."""
-        share = reading.text_words_shared
-        same = ramp(np.minimum(share, share.T), *SAME_TEXT)
         odd = np.array([sum(reading.clauses[n].negated for n in span) % 2 == 1 for span in reading.spans], dtype=bool)
         long_enough = np.array([len(places) > 1 for places in reading.text_places], dtype=bool)
-        comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough & ~reading.texts_of_others
-        return np.where(comparable, same, 0).astype(np.float32)  # type: ignore[no-any-return]
+        comparable = (odd[:, None] != odd) & long_enough[:, None] & long_enough
+        if not comparable.any():
+            return np.zeros(comparable.shape, dtype=np.float32)
+        share = reading.text_words_shared
+        same = ramp(np.minimum(share, share.T), *SAME_TEXT)
+        return np.where(comparable & ~reading.texts_of_others, same, 0).astype(np.float32)  # type: ignore[no-any-return]
 
     def _opposing_clauses(self, reading: Reading) -> Array:
         """`[clause, clause]`: how sure both speak of the same thing, one of them with a negation."""
-        share, (_, least) = reading.clause_words_shared, reading.clause_cover
-        said = ramp(share, *SAME_STATEMENT)
-        # One inside the other: "the pace is not slow" against "the pace is slow on the long way up".
-        inside = said * (least > 0.5) * (share.T > 0.4)
-        same = np.maximum(np.minimum(said, said.T), 0.9 * np.maximum(inside, inside.T))
         negated = np.array([clause.negated for clause in reading.clauses], dtype=bool)
         long_enough = np.array(
             [len(set(clause.words)) > 1 and not clause.supposed for clause in reading.clauses], dtype=bool
         )
         comparable = (negated[:, None] != negated) & long_enough[:, None] & long_enough
+        if not comparable.any():
+            return np.zeros(comparable.shape, dtype=np.float32)
+        share, (_, least) = reading.clause_words_shared, reading.clause_cover
+        said = ramp(share, *SAME_STATEMENT)
+        # One inside the other: "the pace is not slow" against "the pace is slow on the long way up".
+        inside = said * (least > 0.5) * (share.T > 0.4)
+        same = np.maximum(np.minimum(said, said.T), 0.9 * np.maximum(inside, inside.T))
         return np.where(comparable & ~reading.of_others, same, 0).astype(np.float32)  # type: ignore[no-any-return]
 
 

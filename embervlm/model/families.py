@@ -71,16 +71,28 @@ def recognised(names: Iterable[str], path: Path) -> Family:
     raise CheckpointError(f"{path}: of no known family (its first names are {shown}); known are {known}")
 
 
+_SCALED_BY = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+"""What caps or scales the logits of some language models, and what does not; LLaVA's own class reads none of these."""
+
+
 def _llava(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     vision, layer = config.vision_config, config.vision_feature_layer
     if not isinstance(layer, int):
         raise CheckpointError(f"{folder}/config.json: vision_feature_layer {layer} is several layers; one is read here")
+    if vision.model_type == "pixtral":
+        raise CheckpointError(
+            f"{folder}/config.json: its vision encoder is a pixtral, whose visual tokens are as many as the picture is "
+            "large; one that reads squares of one size (CLIP, SigLIP) is needed here, so this cannot be imported"
+        )
     has_class = vision.model_type == "clip_vision_model"
     if (strategy := config.vision_feature_select_strategy) != ("default" if has_class else "full"):
         raise CheckpointError(
             f"{folder}/config.json: vision_feature_select_strategy {strategy!r} of a {vision.model_type} does not give "
             "a square of visual tokens, which is what is read here"
         )
+    for name, without in _SCALED_BY.items():
+        if hasattr(config.text_config, name):
+            setattr(config.text_config, name, without)
     return {
         **parts(vision, config.text_config, config.tie_word_embeddings),
         "vision_feature_layer": layer,

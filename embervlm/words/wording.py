@@ -248,7 +248,7 @@ class Reading:
         numbers = np.array([is_number(word) or word in _NUMBER_STEMS for word in self.words], dtype=bool)
         named = np.array([word in names for word in self.words], dtype=bool)
         out = np.zeros((len(groups), len(groups)), dtype=bool)
-        for kind in (numbers, named):
+        for kind in filter(np.any, (numbers, named)):
             own = (stands * kind) @ (1 - stands).T > 0
             out |= own & own.T
         for a, b in self.opposites:

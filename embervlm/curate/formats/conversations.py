@@ -285,7 +285,6 @@ def _without_tags(text: str) -> str:
     return _TAG.sub(instead, text)
 
 
-
 def _read_thought(at: Source, turn: Turn) -> tuple[Parts, Answer] | None:
     """`<think>...</think><answer>...</answer>`, or the answer in the last sentence behind `</think>` (DeepSeek-R1).
 
