@@ -3,6 +3,8 @@
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -104,3 +106,8 @@ def test_the_version_is_printed(capsys):
         cli.main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"embervlm {__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "embervlm", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"embervlm {__version__}\n"

@@ -30,7 +30,7 @@ ORDER = (
     "top",
 )
 """A folder imports itself and those to its left. `base` is what lies beside the folders."""
-PLACES = {"embervlm": "top", "embervlm.cli": "top", "embervlm.select_best": "run"}
+PLACES = {"embervlm": "top", "embervlm.__main__": "top", "embervlm.cli": "top", "embervlm.select_best": "run"}
 """Files beside the folders that put parts together."""
 LAZY = {
     "embervlm": "the package must import where torch is not installed",
