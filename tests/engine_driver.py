@@ -134,7 +134,7 @@ def run_case(case: dict[str, Any], data: Path, world: World) -> dict[str, Any]:
     optimizer = engine._optimizer  # type: ignore[attr-defined]
     if engine.loss_scale is not None and "overflow_on_rank" in case:  # at a scale where nothing overflows by itself
         engine._set_loss_scale({"scale": FP16_SCALE, "good_steps": case.get("good_steps", 0)})
-    for step in range(case.get("steps", 3)):
+    for step in range(case.get("first_steps", case.get("steps", 3))):
         factor = learning_rate_factor(step, case.get("steps", 3), phase.warmup_steps, phase.final_lr_ratio)
         rates = {name: phase.learning_rate * scale * factor for name, scale in phase.multipliers.items()}
         batches = micro_batches(bench, case, world, step)

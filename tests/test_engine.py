@@ -53,7 +53,7 @@ FROZEN = {**PHASE2, "learning_rate_multipliers": {**MULTIPLIERS, "vision_encoder
 """Gradients go through the frozen language model to the projection."""
 SEEING = {"rank": 2, "targets": ["q_proj", "v_proj"]}
 LORA = {**PHASE2, "lora": {"language_model": {"rank": 4}, "vision_encoder": SEEING}}
-CURVE_STEPS = 50
+CURVE_STEPS, FIRST_STEPS = 50, 20
 CURVE: dict[str, Any] = {"phase": PHASE2, "steps": CURVE_STEPS, "global_batch": 4}
 BF16_CURVE: dict[str, Any] = {**CURVE, "global_batch": 8, "precision": "bf16"}
 """Over more records at once, whose mean is nearer to that of float32."""
@@ -478,7 +478,9 @@ def losses(found: dict[str, Any]) -> list[float]:
 def curves(
     data: Path, folder: Path, engines: Iterable[str], processes: int, env: Mapping[str, str] = {}, **case: Any
 ) -> dict[str, list[float]]:
-    """Engine -> its losses over `CURVE_STEPS` steps."""
+    """Engine -> its losses over `CURVE_STEPS` steps; with more processes than the machine has cores over the first."""
+    if processes > 2:
+        case["first_steps"] = FIRST_STEPS
     accumulation = 2 if processes == 1 else 1
     cases = [{**CURVE, "accumulation": accumulation, **case, "name": name, **SHARDED[name]} for name in engines]
     found = drive(data, cases, folder, timeout_s=500, processes=processes, env=env)
@@ -498,7 +500,8 @@ def test_the_loss_curve_of_every_engine_is_that_of_plain_torch_alone(
 ) -> None:
     assert curve[-1] < 0.95 * curve[0]  # it is a curve
     for name, found in curves(data, tmp_path, SHARDED, processes).items():
-        assert found == pytest.approx(curve, rel=1e-4), name
+        assert len(found) == (CURVE_STEPS if processes <= 2 else FIRST_STEPS)
+        assert found == pytest.approx(curve[: len(found)], rel=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +519,8 @@ def test_the_loss_curve_in_bf16_follows_plain_torch_in_bf16(
 ) -> None:
     """Not every engine on every number of processes, because of the time that a CPU takes."""
     for name, found in curves(data, tmp_path, engines, processes, **BF16_CURVE).items():
-        assert found == pytest.approx(bf16_curve, rel=2e-2), name
+        assert len(found) == (CURVE_STEPS if processes <= 2 else FIRST_STEPS)
+        assert found == pytest.approx(bf16_curve[: len(found)], rel=2e-2), name
 
 
 # -- without processes -----------------------------------------------------------------------------------------------

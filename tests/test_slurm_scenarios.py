@@ -23,7 +23,7 @@ import slurm_cluster
 import torch
 import yaml
 from slurm_cluster import ENDED, SlurmCluster, is_held
-from training_helpers import BIN, REPOSITORY, make_data, save_stage3, weights_of, write_run_yaml
+from training_helpers import BIN, REPOSITORY, TINY, make_data, save_stage3, weights_of, write_model_yaml, write_run_yaml
 
 from embervlm import run_dir
 from embervlm.cluster import load_recipe
@@ -59,11 +59,10 @@ class Bench:
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
         data = make_data(folder)
-        model = read_yaml(REPOSITORY / "configs" / "model" / "quickstart.yaml")
-        self.stage3 = save_stage3(folder / "start" / "stage3", model, read_records(data, candidates=ROBOTS))
+        self.stage3 = save_stage3(folder / "start" / "stage3", TINY, read_records(data, candidates=ROBOTS))
         write_run_yaml(
             folder,
-            "quickstart",
+            write_model_yaml(folder),
             data,
             stage4__phase2__epochs=60,
             stage4__phase1__epochs=2,
