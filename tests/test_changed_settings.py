@@ -146,6 +146,25 @@ def test_other_data_under_a_finished_run_is_refused(bench: Path, output: Path, t
 
 
 @pytest.mark.slow
+def test_other_pictures_under_a_finished_run_are_refused_and_moved_ones_are_not(
+    bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    first, moved, other = (tmp_path / name for name in ("first", "moved", "other"))
+    for folder in (first, moved, other):
+        shutil.copytree(bench / "images", folder / "images")
+    picture = next((other / "images").iterdir())
+    picture.write_bytes(picture.read_bytes() + b"another")
+    main(flags(bench, tmp_path / "out", "--max_steps", "1", "--set", f"image_root={first}"))
+    main(flags(bench, tmp_path / "out", "--max_steps", "1", "--set", f"image_root={moved}"))
+    assert capsys.readouterr().out.count("already finished") == 2
+    found = refusal(bench, tmp_path / "out", "--max_steps", "1", "--set", f"image_root={other}")
+    assert f"image_root {first}, now {other}" in found
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
 def test_an_answer_that_was_corrected_in_the_data_is_noticed(bench: Path, output: Path, tmp_path: Path) -> None:
     text = (bench / "reasoning_data.json").read_text()
     shutil.copytree(bench / "images", tmp_path / "images")

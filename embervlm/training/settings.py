@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ NO_LORA = "none"
 HASHED_WHOLE = 1 << 28
 """Bytes of a file of data that are read to tell it from another: a fraction of a second."""
 HASHED_BLOCK = 1 << 20
+NUM_PICTURES_HASHED = 64
+"""Files of `image_root` whose names and sizes tell it from another folder."""
 _NAMES_ONLY = ("name", "trainable_components", "frozen_components")
 _OF_STAGE4 = ("scheduled_sampling", "reasoning_augmentation", "max_reasoning_length")
 
@@ -40,6 +45,7 @@ def trained_with(
         "domain": config.domain,
         "max_closed_answers": config.max_closed_answers,
         "reasoning_data": {"is": config.reasoning_data, "id": _data_id(config.reasoning_data)},
+        "image_root": {"is": config.image_root, "id": _pictures_id(config.image_root)},
         "starting weights": {"is": str(start), "id": _weights_id(start)},
         "records per update": {"is": global_batch, "id": [global_batch, processes]},
         **more,
@@ -117,6 +123,24 @@ def _data_id(data: str) -> str | None:
                 file.seek(start)
                 digest.update(file.read(HASHED_BLOCK))
     return f"{total} {digest.hexdigest()}"
+
+
+def _pictures_id(folder: str | None) -> str | None:
+    """Hash of the names and sizes of the first files below `folder`, wherever it lies; None where there are none."""
+    files = (Path(place, name) for place, _, names in _walk(folder) for name in sorted(names) if name[0] != ".")
+    digest, some = hashlib.blake2b(digest_size=8), False
+    for file in itertools.islice(files, NUM_PICTURES_HASHED):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            some = True
+            digest.update(repr((os.path.relpath(file, folder), file.stat().st_size)).encode())
+    return digest.hexdigest() if some else None
+
+
+def _walk(folder: str | None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """The folders below, in order."""
+    for place, inner, names in os.walk(folder or os.devnull):
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        yield place, inner, names
 
 
 def _weights_id(checkpoint: Path | None) -> str | None:
