@@ -30,6 +30,12 @@ It works 8 hours/day * 5 days/week = 40 hours/week.
 8 m^2 + 12 m^2 = 20 m^2|8 m\u00b2 + 12 m\u00b2 = 20 m\u00b2|2 x + 3 = 7|7 = 3 + 2 x|2 x + 3 x = 10|x^2 + 3 = 7
 \u22125 + 3 = \u22122
 12 pm is earlier than 1 pm.|500 BC is earlier than 400 BC.|Is 2 + 3 = 6? No.
+The sum of 3 and 4 is 7.|The difference between 4 and 9 is 5.|the difference of 4 and 9 is -5
+The product of 3 and 5 is 15|The average of 2, 4, and 6 is 4
+the average of 3 and 4 is 3.5|20% of $50 is $10.|20 percent of 50 students is 10
+Half of 30 is 15.|half of 9 is about 5|a third of 10 is 3.33|Twice 8 is 16|The sum of 5 and 3 squared is 14
+Half of 30 is 5 more than 10|20% of 50 is 5 less than 15.|The sum of 3 and 4 is 7 times larger|2 + half of 6 = 5
+The sum of 1,000 and 2,500 is 3,500.|Is half of 30 is 16?|The sum of 3 apples and 4 apples is 7 apples
 """
 WRONG = """
 5 + 3 = 9|$1,200 + $300 = $1,600|20% of 50 = 15|15 / 60 = 30%|3 * 4 = 10 + 3 = 12|1/2 + 1/4 = 2/4|5² + 12² = 14²
@@ -38,6 +44,8 @@ WRONG = """
 **5 + 3 = 9**|7 = 3 + 5|3 + 4 = 8 - so he has 8|100 / 7 = about 20|1/4 of 80 = 25|5 plus 3 equals 9
 1.200 + 300 = 1.600|1.250 + 1.250 = 2.600
 8 m^2 + 12 m^2 = 21 m^2|2 x + 3 x = 6 x|5 m + 3 m = 9|Right? No, 2 + 3 = 6.
+The sum of 3 and 4 is 8.|The difference between 9 and 4 is 6.|The product of 3 and 5 is 16.|a quarter of 100 is 20
+The average of 2, 4 and 6 is 5.|20% of 50 is 20.|So half of 30 is 16.|The sum of 3 apples and 4 apples is 8 apples
 """
 
 

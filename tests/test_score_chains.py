@@ -114,6 +114,16 @@ def test_answers_are_sets_in_any_spelling(tmp_path, capsys):
     assert found == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["The correct answer is (B) because A is wrong.", "not A but B", "The answer is B. It is not A.", "B, not A"],
+)
+def test_an_answer_in_a_sentence_is_the_choice_that_it_gives(answer, tmp_path, capsys):
+    line = {**LAMP, "candidates": ["A", "B", "C"], "answer": answer, "gold_answer": "B"}
+    (found,) = scored(capsys, write(tmp_path / "c.jsonl", line))
+    assert found["scores"]["final_answer_accuracy"] == 1.0
+
+
 def test_a_number_in_words_is_one_answer(tmp_path, capsys):
     line = {**LAMP, "answer": "Three hundred and five.", "gold_answer": "305"}
     (found,) = scored(capsys, write(tmp_path / "c.jsonl", line))

@@ -7,6 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from embervlm.judge.equations import Equation, Side, Value, equations
+from embervlm.judge.told_sums import wrong_told_sum
 from embervlm.words.claims import statements
 from embervlm.words.english import CONNECTIVES, SUPPOSES, any_of
 from embervlm.words.numbers import COUNTS, MEASURES, number, numbers_in, unit_name
@@ -50,7 +51,7 @@ def wrong_arithmetic(text: str) -> str | None:
 
     Numbers with different units are not compared.
     """
-    return _wrong_equation(text) or _wrong_comparison(text)
+    return _wrong_equation(text) or _wrong_comparison(text) or wrong_told_sum(_ASKED.sub(" ", text))
 
 
 def calculates_again(text: str, earlier: str) -> bool:

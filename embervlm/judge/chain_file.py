@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,8 +26,8 @@ from embervlm.judge.metrics import ChainScorer
 from embervlm.judge.reading import ChainContext
 from embervlm.progress import progress_bar
 from embervlm.run_dir import atomic_text
-from embervlm.words.chain_text import parse_answer, parse_reasoning_text
-from embervlm.words.claims import content_words
+from embervlm.words.chain_text import parse_answer, parse_reasoning_text, strict_answer
+from embervlm.words.claims import concluded_names, content_words
 from embervlm.words.numbers import spelled
 from embervlm.words.open_answers import LIST_SEPARATOR
 
@@ -154,12 +154,19 @@ def _answer(value: Mapping[str, Any], name: str, candidates: Sequence[str]) -> f
     found = _texts(value, name)
     if len(found) != 1 or isinstance(value[name], list):
         return frozenset(found)
-    if candidates and (named := parse_answer(found[0], tuple(candidates))):
+    if candidates and (named := _named(found[0], tuple(candidates))):
         return frozenset(named)
     if spelled(found[0].strip(" .")) is not None:  # "three hundred and five" is no list
         return frozenset(found)
     parts = [part for part in LIST_SEPARATOR.split(found[0].strip().rstrip(".")) if part]
     return frozenset(parts) if all(len(part.split()) <= 4 for part in parts) else frozenset(found)
+
+
+def _named(text: str, candidates: tuple[str, ...]) -> Collection[str]:
+    """The candidates that an answer gives, which may be a sentence: "(B), because A is smaller"."""
+    if strict_answer(text.strip(" ."), candidates)[1] and (found := concluded_names(text, candidates, ())):
+        return found
+    return parse_answer(text, candidates)
 
 
 def _facts(value: Any) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from embervlm.judge.reading import ANSWER, FAULT, FIRST_STEP, ChainContext, ChainReading
-from embervlm.words.claims import POLAR, all_words, concluded_names, conclusion_fault
+from embervlm.words.claims import all_words, concluded_names, conclusion_fault
+from embervlm.words.english import POLAR
 from embervlm.words.numbers import in_digits
 from embervlm.words.open_answers import same_answers
 from embervlm.words.wording import clauses_of

@@ -13,6 +13,7 @@ from functools import lru_cache
 from embervlm.words.chain_text import number_edges
 from embervlm.words.english import (
     NEGATION,
+    POLAR,
     REASON_WORDS,
     RESULT_WORDS,
     STOP_WORDS,
@@ -163,7 +164,6 @@ def _one_spelling(word: str) -> str:
     return in_digits(word) if is_number(word) else word  # number words stay words: "one" is often none
 
 
-POLAR = frozenset(("yes", "no", "true", "false"))
 _OPENING_POLAR = re.compile(
     r"^\s*(?:(?:conclusion|(?:the )?(?:final )?answer)\s*(?::|\bis\b)\s*|so,?\s+)*(yes|no|true|false)\s*[,;:.\u2014-]",
     re.IGNORECASE,
@@ -190,7 +190,8 @@ def concluded_names(conclusion: str, candidates: Collection[str], answer: Collec
         return told
     polar = frozenset(name for name in named if name.casefold() in POLAR)
     wanted = {name.casefold() for name in answer}
-    return next((some for some in (polar, named - polar) if {name.casefold() for name in some} == wanted), named)
+    parts = (some for some in (polar, named - polar) if some)
+    return next((some for some in parts if {name.casefold() for name in some} == wanted), named)
 
 
 def _answering_parts(conclusion: str) -> Iterator[str]:

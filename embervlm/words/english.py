@@ -55,6 +55,7 @@ VACUOUS = STOP_WORDS | _words(
 NEGATIONS = _words("not no never cannot neither nor none nobody nothing nowhere hardly scarcely false untrue incorrect")
 
 RESULT_WORDS = ("so", "thus", "therefore", "hence", "consequently", "accordingly", "as a result", "it follows")
+POLAR = frozenset(("yes", "no", "true", "false"))
 MEANING_WORDS = ("this means", "which means", "that means")
 REASON_WORDS = ("because", "since", "given that", "due to")
 CONTRAST_WORDS = ("but", "while", "whereas", "although", "though")

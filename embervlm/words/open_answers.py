@@ -1,7 +1,8 @@
 """Whether two answers in free words are the same one.
 
 As is usual for questions about pictures (VQA, Antol et al. 2015): case, articles, punctuation and number words do not
-matter, numbers are compared by value, a list as a set. A unit counts where the right answer has one.
+matter, numbers are compared by value, a list as a set. Nor do the marks of LaTeX and Markdown, and what says no more
+than the answer does: "about 5", "x = 5", "Option B", "No, it is not". A unit counts where the right answer has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Collection
 from fractions import Fraction
 from functools import lru_cache
 
-from embervlm.words.english import ARTICLES, RESULT_WORDS, any_of
+from embervlm.words.english import ARTICLES, POLAR, RESULT_WORDS, any_of
+from embervlm.words.markup import unmarked
 from embervlm.words.numbers import CURRENCIES, DIGITS, MOST_UNIT_WORDS, NO_UNITS, NUMBER_WORDS, number, plain, unit_name
 
 LIST_SEPARATOR = re.compile(r"\s*(?:;|(?<!\d),|,(?!\d{3}(?!\d))|\band\b|&|\n)\s*", re.IGNORECASE)
@@ -21,6 +23,16 @@ _LEAD = re.compile(
     r"|there\s+(?:is|are)\b)[\s:]*",
     re.IGNORECASE,
 )
+_SAYS_NO_MORE = re.compile(
+    r"(?:about|around|approximately|approx\.?|roughly|~|\u2248)\s*(?=[-+$\u20ac\u00a3\u00a5]?\d)"
+    r"|(?:option|choice|letter)\s+(?=\(?[A-Z]\)?\W*$)",
+    re.IGNORECASE,
+)
+_POLAR_FIRST = re.compile(r"(yes|no|true|false)\s*[,;:.!\u2014]", re.IGNORECASE)
+_ORDINAL = re.compile(r"(\d+)(?:st|nd|rd|th)\b", re.IGNORECASE)
+_PLACES = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+_AMERICAN = {"grey": "gray", "colour": "color", "coloured": "colored", "centre": "center", "aeroplane": "airplane"}
+_DEGREES = {"": " degrees", "c": " degrees celsius", "f": " degrees fahrenheit"}
 _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$\u20ac\u00a3\u00a5]?)\s*(?P<value>[-+]?(?:(?:\d+\s+)?(?:{DIGITS})\s*/\s*(?:{DIGITS})|{DIGITS}))"
     r"\s*(?P<unit>%|[^\W\d_][^\d,;:!?]*)?"
@@ -32,6 +44,8 @@ _SIGN = re.compile(
     r"|(?<=[\w)])\s*\+\s*(?=[\w(])|(?<=\d)\s*-\s*(?=[\w(])|(?<=[\w)])\s+-\s+(?=\d)"  # between parts of a sum
 )
 """What tells two answers apart though it is no word."""
+MOST_NUMBER_WORDS = 24
+"""Of an amount in words with its unit; a longer text is none."""
 _SCALES = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000, "bn": 1_000_000_000}
 """Letters right behind a number that may be units as well: 10K are ten thousand or ten kelvin."""
 
@@ -40,8 +54,13 @@ def same_answers(predicted: Collection[str], gold: Collection[str]) -> bool:
     """Whether both say the same things, in any order; without any answer they do not."""
     if len(predicted) == len(gold) == 1:
         (one,), (other,) = predicted, gold
-        if _bare(other) and _same(_bare(one), _bare(other)):  # "three hundred and five" is no list
+        one, other = _bare(one), _bare(other)
+        if "=" in one and "=" not in other:
+            one = one.rpartition("=")[2].strip()
+        if other and _same(one, other):  # "three hundred and five" is no list
             return True
+        if other.casefold() in POLAR and (first := _POLAR_FIRST.match(one)):
+            return first[1].casefold() == other.casefold()
     found, wanted = _parts(predicted), _parts(gold)
     return bool(wanted) and len(found) == len(wanted) and all(any(_same(a, b) for a in found) for b in wanted)
 
@@ -51,7 +70,10 @@ def _parts(answers: Collection[str]) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    return _LEAD.sub("", text.strip(), count=1).strip(" .!\"'")
+    text = _LEAD.sub("", unmarked(text).strip(), count=1).strip(" .!\"'")
+    text = re.sub(r"\s*\u00b0\s*([CF]\b|)", lambda found: _DEGREES[found[1].casefold()], text, flags=re.IGNORECASE)
+    text = _SAYS_NO_MORE.sub("", text, count=1) if _SAYS_NO_MORE.match(text) else text
+    return "a half" if text.casefold() == "half" else text
 
 
 def _same(predicted: str, gold: str) -> bool:
@@ -85,6 +107,8 @@ def _signs(text: str) -> tuple[str, ...]:
 def _quantity(text: str) -> tuple[Fraction, str] | None:
     """Value and unit of a text that is one number, perhaps with its unit; else None."""
     text = plain(text).strip(" .!\"'")
+    if _ORDINAL.match(text):
+        return None
     if (match := _QUANTITY.fullmatch(text)) is not None:
         value, unit = number(match["value"]), (match["unit"] or "").strip(" .")
         scale = unit.split()[0].casefold() if unit else ""
@@ -94,7 +118,7 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
             return None
         return _with_unit(-value if match["sign"] == "-" else value, CURRENCIES.get(match["currency"], unit))
     words = text.split()
-    for end in range(len(words), 0, -1):  # "three hundred boxes"
+    for end in range(len(words) if len(words) <= MOST_NUMBER_WORDS else 0, 0, -1):  # "three hundred boxes"
         if (value := number(" ".join(words[:end]))) is not None:
             return _with_unit(value, " ".join(words[end:]))
     return None
@@ -111,8 +135,13 @@ def _with_unit(value: Fraction, unit: str) -> tuple[Fraction, str] | None:
 @lru_cache(maxsize=1 << 14)
 def _words(text: str) -> tuple[str, ...]:
     """Words without case, articles and punctuation, number words as digits; of an article alone, itself."""
-    tokens = _WORD.findall(plain(text).casefold().replace("\u2019", "'"))
+    text = _ORDINAL.sub(lambda found: _place(int(found[1])), plain(text).casefold().replace("\u2019", "'"))
+    tokens = [_AMERICAN.get(token, token) for token in _WORD.findall(text)]
     words = [token for token in tokens if re.search(r"\w", token)]
     out = [word for word in words if word not in ARTICLES] or words
     values = [number(word) for word in out]
     return tuple(word if value is None else str(value) for word, value in zip(out, values)) or tuple(tokens)
+
+
+def _place(number: int) -> str:
+    return _PLACES[number] if number < len(_PLACES) else f"place{number}"

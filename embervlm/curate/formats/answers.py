@@ -16,6 +16,7 @@ from typing import Any
 
 from embervlm.words.chain_text import parse_answer, strict_answer
 from embervlm.words.english import ARTICLES, NEGATION, RESULT_WORDS, any_of
+from embervlm.words.markup import unboxed
 
 Answer = tuple[str, dict[str, Any]]
 """The answer, and metadata: the candidates where they are known."""
@@ -126,21 +127,6 @@ def yes_or_no(answer: str, asked: str) -> Answer | None:
         return answer.capitalize(), {"candidates": list(pair)}
     words = pair if answer[:1].isupper() else (pair[0].casefold(), pair[1].casefold())
     return words[folded == pair[1].casefold()], {"candidates": list(words)}
-
-
-def unboxed(text: str) -> str:
-    r"""What the last `\boxed{...}` of LaTeX in `text` holds, without a `\text{...}` around it; else `text`."""
-    start, depth = text.rfind(_BOXED), 0
-    for place in range(start + len(_BOXED) - 1, len(text) if start >= 0 else 0):
-        depth += (text[place] == "{") - (text[place] == "}")
-        if not depth:
-            inner = text[start + len(_BOXED) : place].strip()
-            return _AS_TEXT.sub(r"\1", inner) or text
-    return text
-
-
-_BOXED = "\\boxed{"
-_AS_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
 def _as_words(text: str) -> str:
