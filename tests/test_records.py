@@ -271,7 +271,7 @@ def test_image_root_replaces_the_data_files_folder(read, tmp_path):
         ("a.jsonl", json.dumps(GOOD).encode() + b'\n{"instruc', "line 2 column 2: .*the file ends inside this line"),
         ("a.jsonl", b'{"instruc\n' + json.dumps(GOOD).encode(), "line 1 column 2: .*correct the line or delete it"),
         ("a.parquet", b"PAR1", "not readable as Parquet"),
-        ("a.csv", b"x", 'unknown suffix ".csv"; use .json'),
+        ("a.txt", b"x", 'unknown suffix ".txt"; use .json'),
     ],
 )
 def test_broken_file_is_named_with_the_place(tmp_path, name, content, message):

@@ -139,6 +139,32 @@ def test_files_of_splits_of_two_kinds_are_refused_and_none_is_left_out(tmp_path)
         prepare(tmp_path / "in", tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t")])
+def test_a_csv_file_is_read_with_every_cell_as_it_is_written(tmp_path, name, mark):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [
+        ["image", "question", "reasoning", "answer", "source"],
+        ["a.png", "Which number?", '"Step 1: I look, twice.\nStep 2: It says ""007""."', "007", "x"],
+        ["", '"Is it, really?"', "Step 1: It is.", "yes", ""],
+    ]
+    text = "\ufeff" + "".join(mark.join(row) + "\r\n" for row in rows)
+    (tmp_path / name).write_bytes(text.encode())
+    first, second = read_records(tmp_path / name)
+    assert (first.image, first.answer, first.metadata["source"]) == (str(tmp_path / "a.png"), ("007",), "x")
+    assert first.steps == ("I look, twice.", 'It says "007".')
+    assert (second.image, second.instruction, second.steps) == (None, "Is it, really?", ("It is.",))
+    assert "source" not in second.metadata
+
+
+def test_a_csv_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"question,answer\nWhat?,caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.csv: not readable as CSV .*; check the path or write the file again"):
+        read_records(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("question,answer\nWhat?,a,b\n")
+    with pytest.raises(DataError, match=r"b\.csv: not readable as CSV .*Expected 2 columns, got 3"):
+        read_records(tmp_path / "b.csv")
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_an_arrow_file_alone_may_have_an_index_or_not(tmp_path, index):
     made = pa.Table.from_pylist([{"question": "Is it?", "reasoning": ["I look."], "answer": "yes"}])

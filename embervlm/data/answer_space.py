@@ -86,4 +86,5 @@ def told_answers(kinds: Mapping[str, int], candidates: Sequence[str] = ()) -> st
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    shown = [f'"{name}"' if "," in name else name for name in names[:8]]
+    return ", ".join(shown) + (", ..." if len(names) > 8 else "")

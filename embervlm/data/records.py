@@ -114,7 +114,7 @@ def read_records(
     unpack_dir: str | os.PathLike[str] | None = None,
     texts_alone: bool = False,
 ) -> list[ReasoningRecord]:
-    """All records of a `.json` (a list), `.jsonl`, `.parquet` or `.arrow` file, in its order.
+    """All records of a `.json` (a list), `.jsonl`, `.parquet`, `.arrow`, `.csv` or `.tsv` file, in its order.
 
     Args:
         image_root: what image paths are relative to; the data file's folder by default. A path that leaves it
@@ -229,7 +229,9 @@ def file_values(path: Path, problems: list[str], *, keyed: bool = False, inside:
     """
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl", *SUFFIXES):
-        raise DataError(f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl, .parquet or .arrow')
+        raise DataError(
+            f'{path}: unknown suffix "{path.suffix}"; use .json (a list), .jsonl, .parquet, .arrow, .csv or .tsv'
+        )
     if suffix in SUFFIXES:
         for number, row in enumerate(_table_rows(path), start=1):
             row, found = plain_row(row)

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, and of what Hugging Face `datasets` saves: `save_to_disk`'s Arrow files and its cache."""
+"""Rows of Parquet and CSV files, and of what Hugging Face `datasets` saves: `save_to_disk`'s Arrow files, its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from embervlm.errors import UserError
 
-SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv")
 BATCH_ROWS = 512
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
 
@@ -45,10 +45,11 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         TableError: it cannot be read.
     """
-    kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+    kind, read = {".parquet": ("Parquet", _parquet_batches), ".arrow": ("Arrow", _arrow_batches)}.get(
+        path.suffix.lower(), ("CSV", _csv_batches)
+    )
     try:  # imported here: slow, and JSON needs none of it
         arrow = import_module("pyarrow")
-        read = _parquet_batches if kind == "Parquet" else _arrow_batches
     except ModuleNotFoundError as error:
         advice = "install it, or convert the file to .jsonl"
         raise TableError(f"{path}: reading {kind} needs pyarrow; {advice}") from error
@@ -97,6 +98,22 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, Any]]:
             rows = _batch_rows(reader.schema)
             for start in range(0, batch.num_rows, rows):
                 yield reader.schema, batch.slice(start, rows)
+
+
+def _csv_batches(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Every cell is a text, so that an answer such as 007 stays as it is written; an empty one is no value."""
+    arrow, csv = import_module("pyarrow"), import_module("pyarrow.csv")
+    with open(path, encoding="utf-8-sig") as file:
+        header = file.readline()
+    parse = csv.ParseOptions(delimiter=max(",;\t", key=header.count), newlines_in_values=True)
+    with csv.open_csv(path, parse_options=parse) as reader:
+        names = reader.schema.names
+    cells = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, arrow.string()), null_values=[""], strings_can_be_null=True
+    )
+    with csv.open_csv(path, parse_options=parse, convert_options=cells) as reader:
+        for batch in reader:
+            yield reader.schema, batch
 
 
 def _class_labels(schema: Any) -> dict[str, list[str]]:
