@@ -285,7 +285,8 @@ def _read_steps(value: dict[str, Any], rules: FieldRules, report: Report) -> tup
         if rules.require_reasoning:
             blank = any(value.get(name) is not None for name in ("reasoning", "reasoning_steps"))
             other = _called_otherwise(value, "reasoning")
-            report(f"reasoning: is {'empty' if blank else 'missing'}{other}; write the steps, or drop the record")
+            what = f"reasoning: is {'empty' if blank else 'missing'}{other}"
+            report(f"{what}; write the steps, drop the record, or learn from answers alone (docs/reinforcement.md)")
         return ()
     (name,) = given
     chain = value[name]

@@ -216,7 +216,7 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--from", dest="source", required=True, choices=tuple(CONVERTERS), help="format of the input")
     parser.add_argument(
-        "--input", type=Path, required=True, help="file: JSON, JSONL, Parquet or Arrow; or folder of tables"
+        "--input", type=Path, required=True, help="file: JSON, JSONL, Parquet, Arrow or CSV; or folder of tables"
     )
     parser.add_argument("--output_file", type=Path, required=True, help="JSON or JSONL, in the unified format")
     parser.add_argument(
