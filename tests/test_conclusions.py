@@ -47,6 +47,8 @@ def test_what_stands_behind_the_answer_is_counts_and_yes_or_no_beside_other_name
         ("A and B fit.", "A B"),
         ("B, because A and C are smaller", "B"),
         ("The answer is B. A bird of prey", "B"),
+        ("The answer cannot be A, C or D, so B.", "B"),
+        ("It isn't A but B.", "B"),
         ("A is not the one, B is", "A B"),
     ],
 )

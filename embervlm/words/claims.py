@@ -36,7 +36,9 @@ _NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)(\D*)")
 _SEMICOLON = re.compile(r";\s+")
 _LINK = re.compile(r"[\s:=]*(?:(?:is|are|was|were|be|being|not|a|an|the)\s+)*", re.IGNORECASE)
 _EXCLUDED = re.compile(
-    r"\b(?:not|no|never|without|except|excluding|than|instead of)\s+(?:(?:the|a|an)\s+)?$", re.IGNORECASE
+    r"(?:\b(?:not|no|never|without|except|excluding|than|instead of)|(?:\bcannot|\bnot|n['\u2019]t)(?:\s+be)?)"
+    r"\s+(?:(?:the|a|an)\s+)?$",
+    re.IGNORECASE,
 )
 
 
@@ -170,7 +172,9 @@ _OPENING_POLAR = re.compile(
 )
 _SO = re.compile(rf"{any_of(*RESULT_WORDS)}(?!\s+(?:that|far|much|many|on|as)\b)", re.IGNORECASE)
 _REASON = re.compile(any_of(*REASON_WORDS), re.IGNORECASE)
-_ANSWER_IS = re.compile(r"\banswers?\b[^.,;]{0,20}?(?:\b(?:is|are|be|reads)\b|[:=])", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"\banswers?\b(?:(?!\b(?:not|cannot)\b|n['\u2019]t\b)[^.,;]){0,20}?(?:\b(?:is|are|be|reads)\b|[:=])", re.IGNORECASE
+)
 
 
 def named_candidates(conclusion: str, candidates: Collection[str]) -> frozenset[str]:
