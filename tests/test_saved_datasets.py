@@ -156,6 +156,19 @@ def test_a_csv_file_is_read_with_every_cell_as_it_is_written(tmp_path, name, mar
     assert "source" not in second.metadata
 
 
+def test_csv_files_of_splits_in_a_folder_keep_their_splits_and_not_with_others_beside_them(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text(f"question,reasoning,answer\nIs it {name}?,Step 1: I look.,yes\n")
+    records = list(prepare(tmp_path, tmp_path / "cache").all())
+    assert sorted((record.instruction, record.metadata["split"]) for record in records) == [
+        ("Is it test?", "test"),
+        ("Is it train?", "train"),
+    ]
+    (tmp_path / "val.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"holds val.jsonl and test.csv, files of two kinds"):
+        prepare(tmp_path, tmp_path / "cache2")
+
+
 def test_a_csv_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"question,answer\nWhat?,caf\xe9\n")
     with pytest.raises(DataError, match=r"a\.csv: not readable as CSV .*; check the path or write the file again"):

@@ -43,9 +43,9 @@ def picture_suffixes() -> frozenset[str]:
 def source_files(path: str | os.PathLike[str]) -> list[Path]:
     """The files that `path` names, in order: itself, shards, Parquet or Arrow files of a folder, or those of a pattern.
 
-    Of a folder also its JSON files, where their names are those of splits. Lists of what `convert` and `filter` left
-    out do not count. A pattern is a glob (`shards/*.tar`), braces (`shards/{000..009}.tar`), or both. Of braces every
-    file counts, there or not, so that a missing shard is noticed. Empty where nothing is found.
+    Of a folder also its JSON or CSV files, where their names are those of splits. Lists of what `convert` and `filter`
+    left out do not count. A pattern is a glob (`shards/*.tar`), braces (`shards/{000..009}.tar`), or both. Of braces
+    every file counts, there or not, so that a missing shard is noticed. Empty where nothing is found.
 
     Raises:
         DataError: a folder's files are called after splits, and some of them would be left out or trained on unnoticed.
@@ -69,7 +69,9 @@ def source_files(path: str | os.PathLike[str]) -> list[Path]:
 
 def _files_of(folder: Path) -> list[Path]:
     kinds = [sorted(folder.glob(pattern)) for pattern in ("*.tar", "*.parquet")]
-    kinds += [saved_files(folder), [file for file in _kept(sorted(folder.glob("*.json*"))) if _split_in(file)]]
+    texts = [_kept(sorted(folder.glob(pattern))) for pattern in ("*.json*", "*.[ct]sv")]
+    of_splits = [[file for file in files if _split_in(file)] for files in texts]
+    kinds += [saved_files(folder), *of_splits]
     found = next(filter(None, kinds), [])
     if other := next((file for files in kinds for file in files if file not in found and _split_in(file)), None):
         raise DataError(
@@ -84,7 +86,7 @@ def _files_of(folder: Path) -> list[Path]:
             f"on; name it after one ({', '.join(SPLIT_NAMES)}), move it away, or give the files meant, such as "
             f"{folder / 'train*'}"
         )
-    return found if found is not kinds[-1] else list(named_splits(found))
+    return list(named_splits(found)) if found in of_splits else found
 
 
 def _split_in(file: Path) -> str | None:
